@@ -1,0 +1,105 @@
+// sam_fast._cpu: addresses, sizes and dtype codes come in; sam_fast/backends/cpu.py has checked them.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../gather.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const sam::Kernels* active = sam::select_kernels();
+
+template <class T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+sam::Chunks chunks(uint64_t address, int64_t size) {
+  return {pointer<const sam::Chunk>(address), size};
+}
+
+py::list as_list(const std::vector<int64_t>& rows) {
+  py::list list;
+  for (int64_t row : rows) list.append(row);
+  return list;
+}
+
+// Python's own exception goes on; pybind11 turns it into error_already_set.
+template <class Call>
+auto translated(const Call& call) {
+  try {
+    return call();
+  } catch (const sam::Gather::PythonError&) {
+    throw py::error_already_set();
+  }
+}
+
+void use_isa(const std::string& isa) {
+  const sam::Kernels* kernels = sam::select_kernels(isa.c_str());
+  if (kernels == nullptr) throw std::invalid_argument("isa '" + isa + "' is unknown or not supported by this processor");
+  active = kernels;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "sam_fast's CPU kernels. Use sam_fast.backends, which checks tensors before it takes their addresses.";
+
+  py::class_<sam::Gather>(m, "Gather")
+      .def(py::init([](py::object exchange, py::object rows) {
+        return translated([&] { return std::make_unique<sam::Gather>(exchange.ptr(), rows.ptr()); });
+      }), py::arg("exchange"), py::arg("rows"))
+      .def("weights", [](const sam::Gather& self, uint64_t addresses) {
+        return translated([&] { return as_list(self.weights(pointer<uint64_t>(addresses))); });
+      }, py::arg("addresses"))
+      .def("grads", [](const sam::Gather& self, uint64_t addresses) {
+        return translated([&] {
+          int64_t present = 0;
+          const auto odd = self.grads(pointer<uint64_t>(addresses), &present);
+          return py::make_tuple(present, as_list(odd));
+        });
+      }, py::arg("addresses"));
+
+  m.def("grad_norm", [](int dtype, uint64_t chunk_table, int64_t num_chunks, uint64_t weights, uint64_t grads, uint64_t groups,
+                        uint64_t partials, int threads) {
+    py::gil_scoped_release release;
+    active->grad_norm({static_cast<sam::DType>(dtype), chunks(chunk_table, num_chunks), pointer<const uint64_t>(weights),
+                       pointer<const uint64_t>(grads), pointer<const sam::Group>(groups), pointer<double>(partials), threads});
+  });
+
+  m.def("perturb", [](int dtype, uint64_t chunk_table, int64_t num_chunks, uint64_t weights, uint64_t grads, uint64_t saved, uint64_t groups,
+                      uint64_t partials, int64_t num_partials, double eps, uint64_t norm, uint64_t flat, int threads) {
+    py::gil_scoped_release release;
+    active->perturb({static_cast<sam::DType>(dtype), chunks(chunk_table, num_chunks), pointer<const uint64_t>(weights),
+                     pointer<const uint64_t>(grads), pointer<uint64_t>(saved), pointer<const sam::Group>(groups),
+                     pointer<const double>(partials), num_partials, eps, pointer<double>(norm), pointer<void>(flat), threads});
+  });
+
+  m.def("backup", [](int64_t itemsize, uint64_t chunk_table, int64_t num_chunks, uint64_t rows, uint64_t saved, uint64_t flat, int threads) {
+    py::gil_scoped_release release;
+    active->backup({itemsize, chunks(chunk_table, num_chunks), pointer<const uint64_t>(rows), pointer<uint64_t>(saved), pointer<void>(flat),
+                    false, threads});
+  });
+
+  m.def("restore", [](int64_t itemsize, uint64_t chunk_table, int64_t num_chunks, uint64_t rows, uint64_t saved, uint64_t flat,
+                      bool release_saved, int threads) {
+    py::gil_scoped_release release;
+    active->restore({itemsize, chunks(chunk_table, num_chunks), pointer<const uint64_t>(rows), pointer<uint64_t>(saved), pointer<void>(flat),
+                     release_saved, threads});
+  });
+
+  m.def("isa", [] { return active->isa; }, "The instruction set in use: baseline, avx2 or avx512.");
+  m.def("use_isa", &use_isa, py::arg("isa"), "Use another instruction set that this processor supports (for tests and benchmarks).");
+
+  m.attr("compiler") = SAM_COMPILER;
+  m.attr("openmp") =
+#ifdef _OPENMP
+      true;
+#else
+      false;
+#endif
+}

@@ -1,0 +1,87 @@
+// grad_norm: the squared norm ||T g||^2 of a bucket, as one float64 partial sum per chunk.
+#include "../sam_math.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace sam {
+inline namespace SAM_ISA {
+namespace {
+
+// Sixteen float64 lanes whatever the vector width: element i of a chunk is summed in lane i % 16, so every instruction set gets the same
+// bits, and the lanes hide the latency of the addition. float32 squares are exact in float64.
+constexpr int kLanes = 16;
+constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(double));
+constexpr int kVectors = kLanes / kWidth;
+using V = Vec<double, kWidth>;
+
+template <class T>
+inline V load_as_double(const typename Storage<T>::Bits* p) {
+  return __builtin_convertvector(Storage<T>::template widen<kWidth>(load<Vec<typename Storage<T>::Bits, kWidth>>(p)), V);
+}
+
+template <class T, bool Adaptive>
+inline void accumulate(V (&sums)[kVectors], const typename Storage<T>::Bits* w, const typename Storage<T>::Bits* g, V eta) {
+  for (int k = 0; k < kVectors; ++k) {
+    const V grad = load_as_double<T>(g + k * kWidth);
+    V term;
+    if constexpr (Adaptive) term = norm_term_adaptive(load_as_double<T>(w + k * kWidth), grad, eta);
+    else term = norm_term(grad);
+    sums[k] += term * term;
+  }
+}
+
+template <class T, bool Adaptive>
+double sum_of_squares(const void* weights, const void* grads, int64_t n, double eta_value) {
+  using Bits = typename Storage<T>::Bits;
+  const Bits* w = static_cast<const Bits*>(weights);
+  const Bits* g = static_cast<const Bits*>(grads);
+  const V eta = V{} + eta_value;
+  V sums[kVectors] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) accumulate<T, Adaptive>(sums, w + i, g + i, eta);
+  if (i < n) {
+    Bits w_tail[kLanes] = {}, g_tail[kLanes] = {};  // zero bits are zero in every format, and add nothing
+    if constexpr (Adaptive) std::memcpy(w_tail, w + i, static_cast<size_t>(n - i) * sizeof(Bits));
+    std::memcpy(g_tail, g + i, static_cast<size_t>(n - i) * sizeof(Bits));
+    accumulate<T, Adaptive>(sums, w_tail, g_tail, eta);
+  }
+  double lanes[kLanes];
+  std::memcpy(lanes, sums, sizeof(lanes));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
+  return lanes[0];
+}
+
+template <class T>
+void grad_norm_of(const GradNormArgs& a) {
+  using Bits = typename Storage<T>::Bits;
+  parallel_chunks(a.chunks, a.threads, [&](Range range) {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const Chunk& c = a.chunks.data[i];
+      const Bits* g = reinterpret_cast<const Bits*>(a.grads[c.row]);
+      if (g == nullptr) {
+        a.partials[i] = 0.0;
+        continue;
+      }
+      const Bits* w = reinterpret_cast<const Bits*>(a.weights[c.row]);
+      const Group& group = a.groups[c.group];
+      a.partials[i] = group.adaptive != 0.0 ? sum_of_squares<T, true>(w + c.begin, g + c.begin, c.count, group.eta)
+                                            : sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);
+    }
+  });
+}
+
+}  // namespace
+
+void grad_norm(const GradNormArgs& a) {
+  switch (a.dtype) {
+    case DType::f32: return grad_norm_of<float>(a);
+    case DType::f64: return grad_norm_of<double>(a);
+    case DType::bf16: return grad_norm_of<bf16>(a);
+    case DType::f16: return grad_norm_of<f16>(a);
+  }
+}
+
+}  // namespace SAM_ISA
+}  // namespace sam

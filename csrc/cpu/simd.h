@@ -1,0 +1,203 @@
+// Vectors of one instruction set. This file is compiled once per instruction set, in a namespace of its own (SAM_ISA).
+//
+// The GCC/Clang vector extensions give arithmetic, comparison and conversion; intrinsics serve only what they lack (streaming stores, fp16 conversion).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace sam {
+inline namespace SAM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vec = typename VectorOf<T, N>::type;
+
+// Storage types of the 16-bit formats: bits only, so that no compiler converts them behind our back.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+// ---- 16-bit formats <-> float, N lanes at a time -------------------------------------------------------------------------------------
+
+template <int N>
+inline Vec<float, N> widen_bf16(Vec<uint16_t, N> h) {
+  return bit_cast<Vec<float, N>>(__builtin_convertvector(h, Vec<uint32_t, N>) << 16);
+}
+
+// Round to nearest even; NaN stays NaN (a quiet one) instead of overflowing into infinity.
+template <int N>
+inline Vec<uint16_t, N> narrow_bf16(Vec<float, N> f) {
+  const auto bits = bit_cast<Vec<uint32_t, N>>(f);
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, Vec<uint16_t, N>);
+}
+
+template <int N>
+inline Vec<float, N> widen_f16(Vec<uint16_t, N> h) {
+#if defined(__F16C__)
+  if constexpr (N == 8) return bit_cast<Vec<float, N>>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
+  if constexpr (N == 4) return bit_cast<Vec<float, N>>(_mm_cvtph_ps(_mm_cvtsi64_si128(bit_cast<int64_t>(h))));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bit_cast<Vec<float, N>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)));
+#endif
+  using U = Vec<uint32_t, N>;
+  const U wide = __builtin_convertvector(h, U);
+  const U magnitude = (wide & 0x7fffu) << 13;
+  const U exponent = magnitude & 0x0f800000u;
+  const U normal = magnitude + 0x38000000u;         // re-bias the exponent by 127 - 15
+  const U inf_or_nan = magnitude + 0x70000000u;     // all exponent bits set
+  // A subnormal half is an integer multiple of 2^-24: let the float unit normalize it.
+  const U subnormal = bit_cast<U>(bit_cast<Vec<float, N>>(magnitude + 0x38800000u) - 6.103515625e-05f);
+  const U quiet = exponent == 0x0f800000u ? inf_or_nan : normal;
+  const U value = exponent == 0u ? subnormal : quiet;
+  return bit_cast<Vec<float, N>>(value | ((wide & 0x8000u) << 16));
+}
+
+// Round to nearest even, gradual underflow, overflow to infinity.
+template <int N>
+inline Vec<uint16_t, N> narrow_f16(Vec<float, N> f) {
+#if defined(__F16C__)
+  if constexpr (N == 8) return bit_cast<Vec<uint16_t, N>>(_mm256_cvtps_ph(bit_cast<__m256>(f), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (N == 4) return bit_cast<Vec<uint16_t, N>>(_mm_cvtsi128_si64(_mm_cvtps_ph(bit_cast<__m128>(f), _MM_FROUND_TO_NEAREST_INT)));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bit_cast<Vec<uint16_t, N>>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(f), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  using U = Vec<uint32_t, N>;
+  const U bits = bit_cast<U>(f);
+  const U sign = bits & 0x80000000u;
+  const U magnitude = bits ^ sign;
+  // Adding 0.5 aligns a value below 2^-14 so that its last kept bit is the float's last bit: the float unit rounds it.
+  const U subnormal = bit_cast<U>(bit_cast<Vec<float, N>>(magnitude) + 0.5f) - 0x3f000000u;
+  const U normal = (magnitude + (0xfffu - 0x38000000u) + ((magnitude >> 13) & 1u)) >> 13;
+  const U special = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+  const U finite = magnitude < 0x38800000u ? subnormal : normal;
+  const U value = magnitude >= 0x47800000u ? special : finite;
+  return __builtin_convertvector(value | (sign >> 16), Vec<uint16_t, N>);
+}
+
+// ---- Storage: how a dtype lies in memory and in which type it is computed ------------------------------------------------------------
+
+// Compute: the type of the per-element arithmetic. widen / narrow: N stored elements <-> N Compute lanes.
+template <class T>
+struct Storage;
+
+template <>
+struct Storage<float> {
+  using Bits = float;
+  using Compute = float;
+  template <int N>
+  static Vec<float, N> widen(Vec<float, N> v) { return v; }
+  template <int N>
+  static Vec<float, N> narrow(Vec<float, N> v) { return v; }
+};
+
+template <>
+struct Storage<double> {
+  using Bits = double;
+  using Compute = double;
+  template <int N>
+  static Vec<double, N> widen(Vec<double, N> v) { return v; }
+  template <int N>
+  static Vec<double, N> narrow(Vec<double, N> v) { return v; }
+};
+
+template <>
+struct Storage<bf16> {
+  using Bits = uint16_t;
+  using Compute = float;
+  template <int N>
+  static Vec<float, N> widen(Vec<uint16_t, N> v) { return widen_bf16<N>(v); }
+  template <int N>
+  static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_bf16<N>(v); }
+};
+
+template <>
+struct Storage<f16> {
+  using Bits = uint16_t;
+  using Compute = float;
+  template <int N>
+  static Vec<float, N> widen(Vec<uint16_t, N> v) { return widen_f16<N>(v); }
+  template <int N>
+  static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_f16<N>(v); }
+};
+
+// ---- Streaming stores ----------------------------------------------------------------------------------------------------------------
+
+// Store past the caches: the line is neither read first nor kept. p must be aligned to sizeof(V). Order with stream_fence().
+template <class V>
+inline void stream(void* p, V v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, static_cast<V*>(p));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(p), bit_cast<__m128i>(v));
+  } else if constexpr (sizeof(V) == 8) {
+    _mm_stream_si64(static_cast<long long*>(p), bit_cast<long long>(v));
+#if defined(__AVX2__)
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(v));
+#endif
+#if defined(__AVX512F__)
+  } else if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(v));
+#endif
+  } else {
+    store(p, v);
+  }
+#else
+  store(p, v);
+#endif
+}
+
+// Buckets of at least this many bytes are written with streaming stores: their backup is next read after a whole forward and backward pass.
+constexpr int64_t kStreamBytes = int64_t{1} << 20;
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace SAM_ISA
+}  // namespace sam

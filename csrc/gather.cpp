@@ -1,0 +1,131 @@
+#include "gather.h"
+
+namespace sam {
+
+// ---- DLPack, as far as it is needed (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.x) --------------------------------------
+
+struct DlTensor {
+  void* data;
+  struct {
+    int32_t type;
+    int32_t id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code;
+    uint8_t bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DlpackExchange {
+  struct {
+    uint32_t major;
+    uint32_t minor;
+  } version;
+  DlpackExchange* older;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*view)(void* object, DlTensor* out);  // borrows; no synchronization, no reference is taken
+  void* current_stream;
+};
+
+// ---- Gather -----------------------------------------------------------------------------------------------------------------------------
+
+struct Gather::Record {
+  int32_t device_type;
+  int32_t device_id;
+  uint8_t dtype_code;
+  uint8_t dtype_bits;
+  bool empty;
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;
+};
+
+Gather::Gather(PyObject* exchange, PyObject* rows) : exchange_(nullptr), rows_(nullptr), grad_name_(nullptr) {
+  const auto* found = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
+  if (found == nullptr) throw PythonError{};
+  while (found != nullptr && found->version.major != 1) found = found->older;
+  if (found == nullptr || found->view == nullptr) {
+    PyErr_SetString(PyExc_RuntimeError, "this PyTorch offers no DLPack 1.x tensor view");
+    throw PythonError{};
+  }
+  exchange_ = found;
+  if (!PyList_Check(rows)) {
+    PyErr_SetString(PyExc_TypeError, "rows must be a list of tensors");
+    throw PythonError{};
+  }
+  const Py_ssize_t n = PyList_GET_SIZE(rows);
+  records_.reserve(static_cast<size_t>(n));
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    DlTensor t;
+    if (exchange_->view(PyList_GET_ITEM(rows, i), &t) != 0) throw PythonError{};
+    Record record{t.device.type, t.device.id, t.dtype.code, t.dtype.bits, false, {}, {}};
+    for (int32_t d = 0; d < t.ndim; ++d) {
+      record.empty = record.empty || t.shape[d] == 0;
+      record.shape.push_back(t.shape[d]);
+      record.strides.push_back(t.strides[d]);
+    }
+    records_.push_back(record);
+  }
+  grad_name_ = PyUnicode_InternFromString("grad");
+  if (grad_name_ == nullptr) throw PythonError{};
+  rows_ = PyList_GetSlice(rows, 0, n);  // a list of our own: nobody else can shorten it
+  if (rows_ == nullptr) {
+    Py_CLEAR(grad_name_);
+    throw PythonError{};
+  }
+}
+
+Gather::~Gather() {
+  Py_XDECREF(rows_);
+  Py_XDECREF(grad_name_);
+}
+
+bool Gather::matches(PyObject* tensor, const Record& record, uint64_t* address) const {
+  *address = 0;
+  DlTensor t;
+  if (exchange_->view(tensor, &t) != 0) {
+    PyErr_Clear();  // no strided memory: Python says what it is
+    return false;
+  }
+  bool same = t.device.type == record.device_type && t.device.id == record.device_id && t.dtype.code == record.dtype_code &&
+              t.dtype.bits == record.dtype_bits && t.dtype.lanes == 1 && static_cast<size_t>(t.ndim) == record.shape.size();
+  for (size_t d = 0; same && d < record.shape.size(); ++d) {
+    // The stride of a dimension of size 1 is never used and may be anything.
+    same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || record.empty);
+  }
+  if (same && !record.empty) *address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+  return same;
+}
+
+std::vector<int64_t> Gather::weights(uint64_t* addresses) const {
+  std::vector<int64_t> changed;
+  for (size_t i = 0; i < records_.size(); ++i) {
+    PyObject* row = PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i));
+    if (!matches(row, records_[i], &addresses[i])) changed.push_back(static_cast<int64_t>(i));
+  }
+  return changed;
+}
+
+std::vector<int64_t> Gather::grads(uint64_t* addresses, int64_t* present) const {
+  std::vector<int64_t> odd;
+  *present = 0;
+  for (size_t i = 0; i < records_.size(); ++i) {
+    addresses[i] = 0;
+    PyObject* grad = PyObject_GetAttr(PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i)), grad_name_);
+    if (grad == nullptr) throw PythonError{};
+    if (grad != Py_None) {
+      ++*present;
+      if (!matches(grad, records_[i], &addresses[i])) odd.push_back(static_cast<int64_t>(i));
+    }
+    Py_DECREF(grad);  // the row keeps its gradient alive
+  }
+  return odd;
+}
+
+}  // namespace sam

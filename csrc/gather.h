@@ -1,0 +1,44 @@
+// Reads and checks the addresses of a bucket's tensors, without libtorch.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace sam {
+
+struct DlpackExchange;  // the part of DLPack's C exchange interface that is used, see gather.cpp
+
+// The tensors of one bucket as they were when it was built. Every step compares the tensors with this record before their addresses are
+// handed to a kernel: a tensor that changed its dtype, device, shape or strides is reported, never used.
+//
+// Throws PythonError with a Python exception set.
+class Gather {
+ public:
+  struct PythonError {};
+
+  // `exchange`: the capsule torch.Tensor.__dlpack_c_exchange_api__; `rows`: a list of strided tensors, kept alive by this object.
+  Gather(PyObject* exchange, PyObject* rows);
+  ~Gather();
+  Gather(const Gather&) = delete;
+  Gather& operator=(const Gather&) = delete;
+
+  // addresses[i] = address of row i, 0 for a row without elements. Returns the rows that are no longer what was recorded (their address is 0).
+  std::vector<int64_t> weights(uint64_t* addresses) const;
+
+  // addresses[i] = address of row i's .grad, 0 where it is None, sets *present to the number of gradients. Returns the rows whose gradient
+  // is not laid out as its row is (sparse, other dtype, device, shape or strides): their address is 0.
+  std::vector<int64_t> grads(uint64_t* addresses, int64_t* present) const;
+
+ private:
+  struct Record;
+  bool matches(PyObject* tensor, const Record& record, uint64_t* address) const;
+
+  const DlpackExchange* exchange_;
+  PyObject* rows_;
+  PyObject* grad_name_;
+  std::vector<Record> records_;
+};
+
+}  // namespace sam

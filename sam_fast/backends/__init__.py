@@ -1,0 +1,94 @@
+"""The backends, in one list, and the one place that chooses between them.
+
+A backend is one module with a ``BACKEND``; adding one is that file and a line in :data:`BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from torch import Tensor
+
+from . import cpu, torch
+from .base import Backend, GroupOptions
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, torch.BACKEND)}
+
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch")}
+"""Device type -> backends, best first. A device that is not listed takes ``torch``."""
+
+BACKEND_VARIABLE = "SAM_FAST_BACKEND"
+"""Environment variable that forces a backend where the ``backend`` argument does not."""
+
+_warned: set[str] = set()
+
+
+def available() -> list[str]:
+    """The names of the backends that can be used here."""
+    return [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
+
+
+def why_not() -> dict[str, str]:
+    """For every backend that cannot be used here the reason."""
+    reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def build_info() -> dict[str, str]:
+    """How the native modules were built and which instruction set is in use; empty without native modules."""
+    if cpu._cpu is None:
+        return {}
+    return {
+        "cpu: compiler": cpu._cpu.compiler,
+        "cpu: OpenMP": "yes" if cpu._cpu.openmp else "no (one thread)",
+        "cpu: instruction set in use": cpu._cpu.isa(),
+    }
+
+
+def forced(backend: str | None) -> Backend | None:
+    """The backend that the argument or ``SAM_FAST_BACKEND`` forces, if any.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: it cannot be used here.
+    """
+    name = backend or os.environ.get(BACKEND_VARIABLE) or None
+    if name is None:
+        return None
+    source = "backend" if backend else BACKEND_VARIABLE
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{source}={name!r} cannot be used: {reason}")
+    return BACKENDS[name]
+
+
+def choose(tensor: Tensor, backend: str | None = None, arithmetic: bool = True) -> Backend:
+    """The backend for ``tensor``: the forced one, else the best for its device that takes it. See :data:`PREFERENCE`.
+
+    Without ``arithmetic`` the tensor is only to be saved and restored.
+
+    Raises:
+        ValueError: the forced backend is unknown or does not take this tensor.
+        RuntimeError: the forced backend cannot be used here.
+    """
+    wanted = forced(backend)
+    if wanted is not None:
+        reason = wanted.rejects(tensor, arithmetic)
+        if reason is not None:
+            raise ValueError(f"backend={wanted.name!r} was forced but does not support {reason}")
+        return wanted
+    for name in PREFERENCE.get(tensor.device.type, ()):
+        candidate = BACKENDS[name]
+        reason = candidate.unavailable()
+        if reason is None and candidate.rejects(tensor, arithmetic) is None:
+            return candidate
+        if reason is not None and name not in _warned:
+            _warned.add(name)
+            warnings.warn(f"sam_fast falls back from its {name} backend to a slower one: {reason}", RuntimeWarning, stacklevel=3)
+    return torch.BACKEND
+
+
+__all__ = ["BACKENDS", "PREFERENCE", "Backend", "GroupOptions", "available", "build_info", "choose", "forced", "why_not"]

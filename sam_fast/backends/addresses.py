@@ -1,0 +1,100 @@
+"""Address tables: how the native kernels find a bucket's rows. Shared by the backends whose kernels take addresses."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import GroupOptions
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
+
+
+class AddressTable:
+    """For every row of a bucket the address of its weight, its gradient and, while it has a backup, its address then; 0 where there is none.
+
+    Addresses are read anew by :meth:`collect` and :meth:`collect_weights` whenever an operation starts, and every tensor is compared with what
+    it was when the bucket was built: dtype, device, shape and strides. A kernel never sees the address of a tensor that does not match.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        from .. import _cpu
+
+        rows = len(bucket.rows)
+        self.bucket = bucket
+        self.gather = _cpu.Gather(torch.Tensor.__dlpack_c_exchange_api__, bucket.rows)  # type: ignore[attr-defined]
+        self.weights = array("Q", bytes(8 * rows))
+        self.grads = array("Q", bytes(8 * rows))
+        self.saved = array("Q", bytes(8 * rows))
+        self.copies: dict[int, Tensor] = {}
+        # An array that is never resized stays where it is.
+        self.weights_address = self.weights.buffer_info()[0]
+        self.grads_address = self.grads.buffer_info()[0]
+        self.saved_address = self.saved.buffer_info()[0]
+        self.chunks_address = bucket.chunks.data_ptr()
+        self.num_chunks = len(bucket.chunks)
+
+    def collect_weights(self) -> list[int]:
+        """Read the weights' addresses; returns the rows that are no longer what they were."""
+        return self.gather.weights(self.weights_address)
+
+    def collect(self, options: GroupOptions) -> bool:
+        """See :meth:`sam_fast.backends.base.Backend.collect`."""
+        if self.collect_weights():
+            return False
+        self.copies.clear()
+        _, odd = self.gather.grads(self.grads_address)
+        if not options.all_perturb:
+            for row, group in enumerate(self.bucket.groups):
+                if not options.perturb[group]:
+                    self.grads[row] = 0
+        for row in odd:
+            if options.perturb[self.bucket.groups[row]]:
+                self.grads[row] = self._like_row(row).data_ptr()
+        return True
+
+    def _like_row(self, index: int) -> Tensor:
+        """A copy of the row's gradient with the row's own dtype and strides, kept until the perturbation is done."""
+        row = self.bucket.rows[index]
+        grad = row.grad
+        assert grad is not None
+        check_dense_gradient(grad)
+        self.copies[index] = torch.empty_like(row, requires_grad=False).copy_(grad)
+        return self.copies[index]
+
+    def release_copies(self) -> None:
+        """Free the gradients that had to be copied: the kernels are done with them."""
+        for row in self.copies:
+            self.grads[row] = 0
+        self.copies.clear()
+
+    def saved_rows(self) -> list[int]:
+        return [row for row, address in enumerate(self.saved) if address]
+
+    def restore_changed(self, changed: list[int]) -> None:
+        """Restore rows that are saved but no longer match the bucket, by way of PyTorch."""
+        lost = []
+        for row in changed:
+            if not self.saved[row]:
+                continue
+            tensor, backup = self.bucket.rows[row], self.bucket.flat_rows[row]
+            if tensor.shape == backup.shape:
+                tensor.data.copy_(backup)
+                self.saved[row] = 0
+            else:
+                lost.append(f"row {row}: {tuple(backup.shape)} -> {tuple(tensor.shape)}")
+        if lost:
+            raise RuntimeError(f"the shape of a parameter changed while its weights were perturbed; it cannot be restored ({'; '.join(lost)})")
+
+
+def check_dense_gradient(grad: Tensor) -> None:
+    """Raise RuntimeError if ``grad`` is sparse."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"SAM does not support sparse gradients (found layout {grad.layout}): build the layer with sparse=False, "
+            "or put its parameters in a group with perturb=False and use a base optimizer that takes them"
+        )

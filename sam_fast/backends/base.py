@@ -1,0 +1,94 @@
+"""What a backend is: the operations, over buckets, that the optimizer and the BatchNorm snapshot are made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
+
+
+class GroupOptions:
+    """The options of all parameter groups, read once per step.
+
+    ``values`` is a float64 table with ``rho, eta, adaptive`` for each group, as ``struct Group`` in csrc/cpu/table.h; rho is negative in a group
+    whose objective is maximized. ``perturb[i]`` says whether group i takes part at all.
+    """
+
+    def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
+        self.values = array("d")
+        self.perturb: list[bool] = []
+        for group in param_groups:
+            rho = float(group["rho"])
+            self.values.extend((-rho if group.get("maximize", False) else rho, float(group["eta"]), 1.0 if group["adaptive"] else 0.0))
+            self.perturb.append(bool(group["perturb"]))
+        self.all_perturb = all(self.perturb)
+
+    def of(self, group: int) -> tuple[float, float, bool]:
+        """``(rho, eta, adaptive)`` of one group."""
+        rho, eta, adaptive = self.values[3 * group : 3 * group + 3]
+        return rho, eta, bool(adaptive)
+
+
+class Backend(ABC):
+    """One way to run the operations. Every operation works on a whole bucket; none allocates after its first use, none waits for a device."""
+
+    name: str
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used at all here, or None."""
+
+    @abstractmethod
+    def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
+        """Why this backend cannot take this tensor as a row, or None. Without ``arithmetic``: for ``save`` and ``restore`` only, any dtype."""
+
+    @abstractmethod
+    def attach(self, bucket: Bucket) -> Any:
+        """The table with which this backend finds the bucket's rows; becomes ``bucket.table``."""
+
+    @abstractmethod
+    def num_partials(self, bucket: Bucket) -> int:
+        """How many float64 partial sums ``grad_norm`` writes for this bucket."""
+
+    @abstractmethod
+    def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
+        """Look up where the rows and their gradients are now. False if a row is no longer what the bucket was built for.
+
+        Rows of groups with ``perturb=False`` and rows whose ``.grad`` is None take no part until the next call.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+
+    @abstractmethod
+    def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
+        """``partials`` (float64, ``num_partials`` elements) = partial sums of ``||T g||^2``; T = 1, or ``|w| + eta`` in adaptive groups."""
+
+    @abstractmethod
+    def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+        """Back the rows up and climb: ``w <- w + rho T^2 g / (n + eps)`` with ``n = sqrt(sum(partials))``, which goes into ``norm`` (0-d float64).
+
+        If n is not finite the rows are backed up and not moved. Afterwards ``saved(bucket)`` lists the rows.
+        """
+
+    @abstractmethod
+    def saved(self, bucket: Bucket) -> list[int]:
+        """The rows that have a backup which ``restore`` has not yet written back."""
+
+    @abstractmethod
+    def restore(self, bucket: Bucket, release: bool = True) -> None:
+        """Write the backup of the saved rows back, bit for bit, wherever the rows are now. With ``release`` nothing is saved afterwards.
+
+        Raises:
+            RuntimeError: a row's shape is no longer that of its backup; all other rows have been restored.
+        """
+
+    @abstractmethod
+    def save(self, bucket: Bucket) -> bool:
+        """Back all rows up without moving them, for a later ``restore``. False, and nothing done, if a row is no longer what the bucket was built for."""

@@ -1,0 +1,134 @@
+"""The ``cpu`` backend: C++ kernels (csrc/cpu), OpenMP, AVX2 or AVX-512 chosen at run time."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..bucket import is_dense
+from .addresses import AddressTable
+from .base import Backend, GroupOptions
+
+try:
+    from .. import _cpu
+
+    _import_error: ImportError | None = None
+except ImportError as error:
+    _cpu = None  # type: ignore[assignment]
+    _import_error = error
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Matches ``enum class DType`` in csrc/cpu/table.h."""
+
+ISA_VARIABLE = "SAM_FAST_CPU_ISA"
+"""Environment variable that names the instruction set: baseline, avx2 or avx512; by default the best that the processor has."""
+
+if _cpu is not None and os.environ.get(ISA_VARIABLE):
+    _cpu.use_isa(os.environ[ISA_VARIABLE])
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        if _cpu is None:
+            return f"the native module sam_fast._cpu is missing ({_import_error}): install sam_fast with a C++17 compiler and SAM_FAST_NATIVE=1"
+        if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+            return f"PyTorch {torch.__version__} has no DLPack C exchange interface: PyTorch 2.10 or newer is needed"
+        return None
+
+    def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
+        if tensor.device.type != "cpu":
+            return f"a tensor on {tensor.device} (the cpu backend takes CPU tensors)"
+        if arithmetic and tensor.dtype not in DTYPE_CODES:
+            return f"dtype {tensor.dtype} (the cpu backend takes {', '.join(str(d).removeprefix('torch.') for d in DTYPE_CODES)})"
+        if not is_dense(tensor):
+            return f"a tensor with gaps or overlaps in memory (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
+        return None
+
+    def attach(self, bucket: Bucket) -> AddressTable:
+        return AddressTable(bucket)
+
+    def num_partials(self, bucket: Bucket) -> int:
+        table: AddressTable = bucket.table
+        return table.num_chunks
+
+    def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
+        table: AddressTable = bucket.table
+        return table.collect(options)
+
+    def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
+        table: AddressTable = bucket.table
+        _cpu.grad_norm(
+            DTYPE_CODES[bucket.dtype],
+            table.chunks_address,
+            table.num_chunks,
+            table.weights_address,
+            table.grads_address,
+            options.values.buffer_info()[0],
+            partials.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+        table: AddressTable = bucket.table
+        _cpu.perturb(
+            DTYPE_CODES[bucket.dtype],
+            table.chunks_address,
+            table.num_chunks,
+            table.weights_address,
+            table.grads_address,
+            table.saved_address,
+            options.values.buffer_info()[0],
+            partials.data_ptr(),
+            partials.numel(),
+            eps,
+            norm.data_ptr(),
+            bucket.flat.data_ptr(),
+            torch.get_num_threads(),
+        )
+        table.release_copies()
+
+    def saved(self, bucket: Bucket) -> list[int]:
+        table: AddressTable = bucket.table
+        return table.saved_rows()
+
+    def restore(self, bucket: Bucket, release: bool = True) -> None:
+        table: AddressTable = bucket.table
+        changed = table.collect_weights()
+        _cpu.restore(
+            bucket.dtype.itemsize,
+            table.chunks_address,
+            table.num_chunks,
+            table.weights_address,
+            table.saved_address,
+            bucket.flat.data_ptr(),
+            release,
+            torch.get_num_threads(),
+        )
+        if changed:
+            table.restore_changed(changed)
+
+    def save(self, bucket: Bucket) -> bool:
+        table: AddressTable = bucket.table
+        if table.collect_weights():
+            return False
+        _cpu.backup(
+            bucket.dtype.itemsize,
+            table.chunks_address,
+            table.num_chunks,
+            table.weights_address,
+            table.saved_address,
+            bucket.flat.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return True
+
+
+BACKEND = CpuBackend()

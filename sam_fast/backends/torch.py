@@ -1,0 +1,148 @@
+"""The ``torch`` backend: the same operations with ``torch._foreach_*``, for every device, dtype (complex included) and memory layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .addresses import check_dense_gradient
+from .base import Backend, GroupOptions
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
+
+
+class TensorTable:
+    """What the rows looked like when the bucket was built, and for every row its gradient in this step and whether it has a backup."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.expected = [_signature(row) for row in bucket.rows]
+        self.grads: list[Tensor | None] = [None] * len(bucket.rows)
+        self.saved = [False] * len(bucket.rows)
+
+
+def _signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float32 for the 16-bit formats, else the rows' own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
+        return None
+
+    def attach(self, bucket: Bucket) -> TensorTable:
+        return TensorTable(bucket)
+
+    def num_partials(self, bucket: Bucket) -> int:
+        return 1
+
+    def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
+        table: TensorTable = bucket.table
+        if [_signature(row) for row in bucket.rows] != table.expected:
+            return False
+        for index, (row, group) in enumerate(zip(bucket.rows, bucket.groups, strict=True)):
+            grad = row.grad if options.perturb[group] else None
+            if grad is not None:
+                check_dense_gradient(grad)
+            table.grads[index] = grad
+        return True
+
+    def _participants(self, bucket: Bucket) -> dict[int, tuple[list[int], list[Tensor], list[Tensor]]]:
+        """For each group the rows that have a gradient: their indices, the rows and the gradients, in the dtype of the arithmetic."""
+        table: TensorTable = bucket.table
+        dtype = _compute_dtype(bucket.dtype)
+        found: dict[int, tuple[list[int], list[Tensor], list[Tensor]]] = {}
+        for index, (row, group, grad) in enumerate(zip(bucket.rows, bucket.groups, table.grads, strict=True)):
+            if grad is not None and grad.numel() > 0:
+                indices, rows, grads = found.setdefault(group, ([], [], []))
+                indices.append(index)
+                rows.append(row.detach().to(dtype))
+                grads.append(grad.detach().to(dtype))
+        return found
+
+    @torch.no_grad()
+    def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
+        norms: list[Tensor] = []
+        for group, (_, rows, grads) in self._participants(bucket).items():
+            _, eta, adaptive = options.of(group)
+            terms = torch._foreach_mul(_asam_t(rows, eta), grads) if adaptive else grads
+            norms.extend(torch._foreach_norm(terms))
+        if norms:
+            partials.copy_(torch.stack(norms).to(partials.dtype).square().sum())
+        else:
+            partials.zero_()
+
+    @torch.no_grad()
+    def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+        table: TensorTable = bucket.table
+        norm.copy_(partials.sum().sqrt())
+        finite = norm.isfinite()
+        for group, (indices, rows, grads) in self._participants(bucket).items():
+            rho, eta, adaptive = options.of(group)
+            torch._foreach_copy_([bucket.flat_rows[i] for i in indices], [bucket.rows[i].detach() for i in indices])
+            for i in indices:
+                table.saved[i] = True
+            scale = (rho / (norm + eps)).to(rows[0].real.dtype)
+            if adaptive:
+                t = _asam_t(rows, eta)
+                e = torch._foreach_mul(torch._foreach_mul(torch._foreach_mul(t, t), grads), scale)
+            else:
+                e = torch._foreach_mul(grads, scale)
+            moved = torch._foreach_add(rows, e)
+            # Chosen on the device: reading `finite` here would wait for it.
+            chosen = [torch.where(finite, m, row) for m, row in zip(moved, rows, strict=True)]
+            torch._foreach_copy_([bucket.rows[i].detach() for i in indices], chosen)
+        table.grads = [None] * len(bucket.rows)
+
+    def saved(self, bucket: Bucket) -> list[int]:
+        table: TensorTable = bucket.table
+        return [index for index, saved in enumerate(table.saved) if saved]
+
+    @torch.no_grad()
+    def restore(self, bucket: Bucket, release: bool = True) -> None:
+        table: TensorTable = bucket.table
+        lost = []
+        # .data: what is written back may be a BatchNorm buffer that autograd has saved, and its value is as it was.
+        rows, backups = [], []
+        for index in self.saved(bucket):
+            row, backup = bucket.rows[index].data, bucket.flat_rows[index]
+            if row.shape != backup.shape:
+                lost.append(f"row {index}: {tuple(backup.shape)} -> {tuple(row.shape)}")
+                continue
+            rows.append(row)
+            backups.append(backup)
+        if rows:
+            torch._foreach_copy_(rows, backups)
+        if release:
+            table.saved = [False] * len(bucket.rows)
+        if lost:
+            raise RuntimeError(f"the shape of a parameter changed while its weights were perturbed; it cannot be restored ({'; '.join(lost)})")
+
+    @torch.no_grad()
+    def save(self, bucket: Bucket) -> bool:
+        table: TensorTable = bucket.table
+        if [_signature(row) for row in bucket.rows] != table.expected:
+            return False
+        torch._foreach_copy_(bucket.flat_rows, [row.detach() for row in bucket.rows])
+        table.saved = [True] * len(bucket.rows)
+        return True
+
+
+def _asam_t(rows: list[Tensor], eta: float) -> list[Tensor]:
+    """ASAM's normalization operator T = |w| + eta; real for complex weights too."""
+    t = torch._foreach_abs(rows)
+    return list(torch._foreach_add(t, eta)) if eta else list(t)
+
+
+BACKEND = TorchBackend()

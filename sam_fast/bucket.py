@@ -1,0 +1,100 @@
+"""Flattened parameter buckets: one flat index space over tensors of one device and dtype.
+
+A bucket has *rows*, the tensors that the kernels walk. By default a row is a parameter where it lies; with ``flatten=True`` a row is one
+group's run of a flat buffer (see :mod:`sam_fast.flat`). Every row has a *slot* in the bucket's index space, padded so that each slot starts on
+a 64-byte boundary, and the rows are cut into *chunks*, so that one launch serves rows of every size, of all parameter groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .backends.base import Backend
+
+ALIGNMENT = 64
+"""Bytes. A cache line, and the widest vector of any CPU: slots never share a line and streaming stores are always aligned."""
+
+CHUNK = 16384
+"""Elements. Small enough to balance over threads, large enough that the per-chunk work vanishes. A multiple of ALIGNMENT for every dtype."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if ``tensor`` covers its memory without gaps or overlaps, in whatever order of dimensions (so channels_last is dense)."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return True
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def padded_size(numel: int, itemsize: int) -> int:
+    """``numel`` rounded up to whole 64-byte lines of elements of ``itemsize`` bytes."""
+    line = max(1, ALIGNMENT // itemsize)
+    return -(-numel // line) * line
+
+
+class Bucket:
+    """Rows of one device and dtype, in one flat index space, with the storage for their backup.
+
+    Args:
+        rows: strided tensors of one device and dtype.
+        groups: for each row the index of its parameter group; ascending.
+        backend: the kernels that serve the bucket. Its ``attach`` adds ``table``, whatever that backend needs to find the rows.
+        params: for each row the parameters it stands for; by default the row itself. Their version counters follow the row's.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], groups: Sequence[int], backend: Backend, params: Sequence[list[Tensor]] | None = None) -> None:
+        self.rows = list(rows)
+        self.groups = list(groups)
+        self.backend = backend
+        self.device = rows[0].device
+        self.dtype = rows[0].dtype
+        self.slots: list[int] = []
+        self.numel = 0
+        for row in self.rows:
+            self.slots.append(self.numel)
+            self.numel += padded_size(row.numel(), row.element_size())
+        self.params = [[row] for row in self.rows] if params is None else list(params)
+        self.all_params = [p for row in self.params for p in row]
+        self.table: Any = backend.attach(self)
+
+    @cached_property
+    def chunks(self) -> Tensor:
+        """int64 tensor ``[num_chunks, 5]`` on the CPU: row, group, first element in the row, count, first element in the flat index space.
+
+        The layout is that of ``struct Chunk`` in csrc/cpu/table.h. Slots ascend.
+        """
+        entries = []
+        for index, (row, group, slot) in enumerate(zip(self.rows, self.groups, self.slots, strict=True)):
+            numel = row.numel()
+            for begin in range(0, numel, CHUNK):
+                entries.append((index, group, begin, min(CHUNK, numel - begin), slot + begin))
+        return torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 5)
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """The backup: ``numel`` elements, allocated at first use and kept."""
+        return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def flat_rows(self) -> list[Tensor]:
+        """The backup's slots as tensors of the rows' shapes, elements in the rows' memory order where the row is dense."""
+        return [flat_view(self.flat, slot, row) for row, slot in zip(self.rows, self.slots, strict=True)]
+
+
+def flat_view(flat: Tensor, slot: int, like: Tensor) -> Tensor:
+    """A view of ``flat`` from element ``slot`` on with the shape of ``like``, and its strides if it is dense."""
+    if is_dense(like):
+        return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + slot)
+    return flat[slot : slot + like.numel()].view(like.shape)

@@ -1,0 +1,119 @@
+"""``flatten=True``: parameters and gradients of one device and dtype as views of two flat buffers.
+
+The kernels then see one row per parameter group instead of one per parameter, and ``zero_grad`` is one memset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from .backends.addresses import check_dense_gradient
+from .bucket import flat_view, padded_size
+
+
+class FlatStorage:
+    """Moves ``params`` into one flat buffer, and their gradients into another of the same layout.
+
+    Every parameter's address changes here, once. Slots are in the order of ``params``, so parameters of one group must be neighbours.
+    Gradients are views from the start (zeros where there was none), except those of parameters that do not require one.
+
+    Args:
+        params: leaf tensors of one device and dtype.
+        groups: for each parameter the index of its group; ascending.
+    """
+
+    def __init__(self, params: Sequence[Tensor], groups: Sequence[int]) -> None:
+        self.params = list(params)
+        slots, numel = [], 0
+        for p in self.params:
+            slots.append(numel)
+            numel += padded_size(p.numel(), p.element_size())
+        options = {"dtype": params[0].dtype, "device": params[0].device}
+        # Zeros, so that the padding between slots adds nothing to the norm and is not moved.
+        self.weights = torch.zeros(numel, **options)
+        self.grads = torch.zeros(numel, **options)
+        self.weight_views = [flat_view(self.weights, slot, p.detach()) for p, slot in zip(self.params, slots, strict=True)]
+        self.grad_views = [flat_view(self.grads, slot, p.detach()) for p, slot in zip(self.params, slots, strict=True)]
+        for p, view in zip(self.params, self.weight_views, strict=True):
+            view.copy_(p.detach())
+            p.data = view
+        # False where .grad is None and the slot is known to hold zeros.
+        self.attached = [False] * len(self.params)
+        for index, p in enumerate(self.params):
+            if p.grad is not None:
+                self._adopt(index, p.grad)
+            elif p.requires_grad:
+                self._attach(index)
+
+        self.row_groups: list[int] = []
+        self.rows: list[Tensor] = []
+        self.row_params: list[list[Tensor]] = []
+        bounds = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
+        for begin, end in zip(bounds, [*bounds[1:], len(self.params)], strict=True):
+            first, last = slots[begin], numel if end == len(self.params) else slots[end]
+            row = self.weights[first:last]
+            row.grad = self.grads[first:last]
+            self.rows.append(row)
+            self.row_groups.append(groups[begin])
+            self.row_params.append(self.params[begin:end])
+
+    def intact(self) -> bool:
+        """True if every parameter still lies where it was put."""
+        return all(
+            p.data_ptr() == view.data_ptr() and p.shape == view.shape and p.dtype == view.dtype
+            for p, view in zip(self.params, self.weight_views, strict=True)
+        )
+
+    def collect_grads(self) -> None:
+        """Bring every gradient into the flat buffer: one that was replaced is copied and attached again, the slot of a missing one is zeroed.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        grads = [p.grad for p in self.params]
+        if all(map(is_, grads, self.grad_views)):
+            return
+        for index, (grad, view) in enumerate(zip(grads, self.grad_views, strict=True)):
+            if grad is None:
+                if self.attached[index]:
+                    view.zero_()
+                    self.attached[index] = False
+            elif grad is not view:
+                self._adopt(index, grad)
+
+    def zero_grad(self) -> None:
+        """Zero all gradients and attach those that are missing; a parameter that requires none loses its gradient."""
+        self.grads.zero_()
+        for index, p in enumerate(self.params):
+            if p.requires_grad:
+                if p.grad is not self.grad_views[index]:
+                    self._attach(index)
+            elif p.grad is not None:
+                p.grad = None
+                self.attached[index] = False
+
+    def _adopt(self, index: int, grad: Tensor) -> None:
+        check_dense_gradient(grad)
+        self.grad_views[index].copy_(grad.detach())
+        self._attach(index)
+
+    def _attach(self, index: int) -> None:
+        self.params[index].grad = self.grad_views[index]
+        self.attached[index] = True
+
+
+def check_no_overlap(params: Sequence[Tensor]) -> None:
+    """Raise ValueError if two parameters share memory: moved into a flat buffer they would part."""
+    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p), i) for i, p in enumerate(params) if p.numel() > 0)
+    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"flatten=True would separate parameters that share memory (parameters {first} and {second}): use flatten=False")
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to behind the last element."""
+    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()

@@ -1,0 +1,61 @@
+"""What surrounds a forward and backward pass: random state and gradient synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RandomState:
+    """The state of torch's default generators: the CPU's and those of some devices."""
+
+    def __init__(self, states: list[tuple[Any, Tensor]]) -> None:
+        self._states = states
+
+    @staticmethod
+    def capture(devices: Iterable[torch.device]) -> RandomState:
+        """Read the generators of the CPU and of ``devices``. Nothing waits for a device."""
+        states: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
+        for device in sorted(devices, key=str):
+            module = getattr(torch, device.type, None)
+            if device.type != "cpu" and hasattr(module, "get_rng_state"):
+                states.append((device, module.get_rng_state(device)))
+        return RandomState(states)
+
+    def apply(self) -> None:
+        """Set the generators to this state."""
+        for device, state in self._states:
+            if device is None:
+                torch.set_rng_state(state)
+            else:
+                getattr(torch, device.type).set_rng_state(state, device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw from this state inside; outside the generators go on as if nothing had been drawn."""
+        outside = RandomState.capture({device for device, _ in self._states if device is not None})
+        self.apply()
+        try:
+            yield
+        finally:
+            outside.apply()
+
+
+@contextmanager
+def without_gradient_sync(model: nn.Module) -> Iterator[None]:
+    """Run forward and backward of a DDP or FSDP2 model without gradient synchronisation; for any other model there is none to leave out."""
+    if hasattr(model, "no_sync"):
+        with model.no_sync():
+            yield
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield

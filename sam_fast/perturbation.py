@@ -1,0 +1,196 @@
+"""The perturbation of one optimizer's parameters: which buckets there are, the norm over all of them, climbing and restoring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .backends import GroupOptions, choose
+from .backends.base import Backend
+from .bucket import Bucket
+from .flat import FlatStorage, check_no_overlap
+
+ParamGroups = Sequence[dict[str, Any]]
+
+
+class NormSum:
+    """The squared norm on one device: the partial sums of all its buckets side by side, then one number from each other device."""
+
+    def __init__(self, device: torch.device, own: int, others: int) -> None:
+        # MPS has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.own = own
+        self.partials = torch.zeros(own + others, dtype=dtype, device=device)
+        self.norm = torch.zeros((), dtype=dtype, device=device)
+
+    def own_sum(self) -> Tensor:
+        return self.partials[: self.own].sum()
+
+
+def exchange_sums(sums: Sequence[NormSum]) -> None:
+    """Make every device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices, on each of them."""
+    if len(sums) < 2:
+        return
+    totals = [s.own_sum() for s in sums]
+    for receiver in sums:
+        others = [total for s, total in zip(sums, totals, strict=True) if s is not receiver]
+        for slot, total in enumerate(others, start=receiver.own):
+            receiver.partials[slot].copy_(total, non_blocking=True)
+
+
+class Perturbation:
+    """Climbs to ``w + e`` and comes back to ``w``, over all parameters of all groups.
+
+    Args:
+        backend: name of the backend to force, or None.
+        flatten: move parameters and gradients into flat buffers.
+        eps: added to the norm before it divides rho.
+    """
+
+    def __init__(self, backend: str | None, flatten: bool, eps: float) -> None:
+        self.backend = backend
+        self.flatten = flatten
+        self.eps = eps
+        self.active = False
+        self.buckets: list[Bucket] = []
+        self.flats: list[FlatStorage] = []
+        self._sums: dict[torch.device, NormSum] = {}
+        self._bucket_sums: list[tuple[Bucket, Tensor, NormSum]] = []
+        self._params: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._touched: list[Tensor] = []
+        self.measured = False
+
+    @property
+    def norm(self) -> Tensor:
+        """The norm of the last climb: 0-d, on the first parameter's device."""
+        for found in self._sums.values():
+            return found.norm
+        return torch.zeros((), dtype=torch.float64)
+
+    # ---- Buckets ---------------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, param_groups: ParamGroups) -> None:
+        """Make the buckets fit ``param_groups``; nothing happens if they do."""
+        params = [p for group in param_groups for p in group["params"]]
+        sizes = [len(group["params"]) for group in param_groups]
+        if sizes == self._sizes and all(map(is_, params, self._params)):
+            return
+        self._build(param_groups)
+        self._params, self._sizes = params, sizes
+
+    def _build(self, param_groups: ParamGroups) -> None:
+        members: dict[tuple[torch.device, torch.dtype, Backend | None], list[tuple[Tensor, int]]] = {}
+        seen: set[int] = set()
+        for index, group in enumerate(param_groups):
+            for p in group["params"]:
+                if id(p) in seen:
+                    continue  # a parameter that is listed twice is one parameter
+                seen.add(id(p))
+                # A flat buffer is dense whatever its parameters were: the backend is then chosen for the buffer.
+                backend = None if self.flatten else choose(p, self.backend)
+                members.setdefault((p.device, p.dtype, backend), []).append((p, index))
+        if self.flatten:
+            self._flatten(list(members.values()))
+        else:
+            self.buckets = [
+                Bucket([p for p, _ in rows], [group for _, group in rows], backend)
+                for (_, _, backend), rows in members.items()
+                if backend is not None
+            ]
+        self._build_sums()
+
+    def _flatten(self, members: Sequence[list[tuple[Tensor, int]]]) -> None:
+        """Keep the flat storages whose parameters are all still in place and in their group; flatten the others' and new parameters."""
+        group_of = {id(p): group for rows in members for p, group in rows}
+        kept: list[FlatStorage] = []
+        for flat in self.flats:
+            groups = [group for group, row in zip(flat.row_groups, flat.row_params, strict=True) for _ in row]
+            if flat.intact() and [group_of.get(id(p)) for p in flat.params] == groups:
+                kept.append(flat)
+        placed = {id(p) for flat in kept for p in flat.params}
+        for rows in members:
+            fresh = [(p, group) for p, group in rows if id(p) not in placed]
+            if fresh:
+                check_no_overlap([p for p, _ in fresh])
+                kept.append(FlatStorage([p for p, _ in fresh], [group for _, group in fresh]))
+        self.flats = kept
+        self.buckets = [Bucket(flat.rows, flat.row_groups, choose(flat.rows[0], self.backend), flat.row_params) for flat in kept]
+
+    def _build_sums(self) -> None:
+        counts: dict[torch.device, int] = {}
+        for bucket in self.buckets:
+            counts[bucket.device] = counts.get(bucket.device, 0) + bucket.backend.num_partials(bucket)
+        self._sums = {device: NormSum(device, own, len(counts) - 1) for device, own in counts.items()}
+        self._bucket_sums = []
+        used = dict.fromkeys(counts, 0)
+        for bucket in self.buckets:
+            first = used[bucket.device]
+            used[bucket.device] += bucket.backend.num_partials(bucket)
+            sums = self._sums[bucket.device]
+            self._bucket_sums.append((bucket, sums.partials[first : used[bucket.device]], sums))
+
+    # ---- The step --------------------------------------------------------------------------------------------------------------------
+
+    def _collect(self, options: GroupOptions) -> bool:
+        for flat in self.flats:
+            if not flat.intact():
+                return False
+            flat.collect_grads()
+        return all([bucket.backend.collect(bucket, options) for bucket in self.buckets])
+
+    def climb(self, param_groups: ParamGroups) -> None:
+        """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were."""
+        self.prepare(param_groups)
+        options = GroupOptions(param_groups)
+        if not self._collect(options):
+            # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they are now.
+            self._build(param_groups)
+            if not self._collect(options):
+                raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
+        for bucket in self.buckets:
+            _ = bucket.flat  # allocated before anything moves
+        for bucket, partials, _ in self._bucket_sums:
+            bucket.backend.grad_norm(bucket, options, partials)
+        exchange_sums(list(self._sums.values()))
+        self.active = True
+        try:
+            for bucket, _, sums in self._bucket_sums:
+                bucket.backend.perturb(bucket, options, sums.partials, self.eps, sums.norm)
+            self._touched = self._saved_params()
+            increment_version(self._touched)
+        except BaseException:
+            self.restore()
+            raise
+        self.measured = True
+
+    def restore(self) -> None:
+        """Write the weights back, bit for bit. What an interruption left undone, the next call does."""
+        error: RuntimeError | None = None
+        touched = self._touched or self._saved_params()
+        for bucket in self.buckets:
+            try:
+                bucket.backend.restore(bucket)
+            except RuntimeError as raised:
+                error = error or raised
+        increment_version(touched)
+        self._touched = []
+        self.active = False
+        if error is not None:
+            raise error
+
+    def _saved_params(self) -> list[Tensor]:
+        params: list[Tensor] = []
+        for bucket in self.buckets:
+            rows = bucket.backend.saved(bucket)
+            if len(rows) == len(bucket.rows):
+                params += bucket.all_params
+            else:
+                for row in rows:
+                    params += bucket.params[row]
+        return params

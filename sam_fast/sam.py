@@ -1,0 +1,372 @@
+"""class SAM: Sharpness-Aware Minimization around any torch optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .backends import forced
+from .batchnorm import frozen_running_stats
+from .passes import RandomState, without_gradient_sync
+from .perturbation import Perturbation
+
+OPTIONS = ("rho", "adaptive", "eta", "perturb")
+"""The options that SAM adds to every parameter group."""
+
+SPENT = "_sam_fast_spent"
+"""Attribute of a gradient tensor: its version when it was last used or zeroed. A gradient that still has that version is not a new one."""
+
+
+class SAM(Optimizer):
+    """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al., https://arxiv.org/abs/2102.11600).
+
+    ``first_step`` climbs from the weights w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm is one number over all
+    parameters of all groups and T = 1, or ``|w| + eta`` in adaptive groups. ``second_step`` puts w back, bit for bit, and lets the base
+    optimizer step with the gradient found at ``w + e``::
+
+        loss_fn(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any torch optimizer. Groups may set ``rho``, ``adaptive``, ``eta``
+            and ``perturb`` (False: neither perturbed nor counted in the norm).
+        base_optimizer: an Optimizer class, or a callable that takes the parameter groups and ``base_kwargs`` and returns an Optimizer.
+        rho: radius of the perturbation in the 2-norm, in units of the weights; at least 0.
+        adaptive: True for ASAM; its rho is usually about ten times SAM's.
+        eta: added to ``|w|`` in ASAM's T; at least 0 (the reference implementation has 0, the paper's code 0.01).
+        perturb_eps: added to the norm; at least 0.
+        flatten: make parameters and gradients views of flat buffers. Faster for many small parameters; gradients are then zero, not None.
+        backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each parameter.
+        **base_kwargs: options of the base optimizer.
+
+    Raises:
+        TypeError: ``base_optimizer`` is not callable, or ``params`` is a single tensor.
+        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's or needs a closure, or
+            the forced backend does not support a parameter.
+    """
+
+    base_optimizer: Optimizer
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        eta: float = 0.0,
+        perturb_eps: float = 1e-12,
+        flatten: bool = False,
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        if not callable(base_optimizer):
+            raise TypeError(f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}")
+        _check_at_least_zero("perturb_eps", perturb_eps)
+        forced(backend)
+        groups = _as_groups(params)
+        self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        self._fill_in_options(groups)
+        # Sets up hooks and the step's instrumentation. There is no base optimizer yet, so state and param_groups go nowhere (see below).
+        super().__init__(groups, {})
+        base = base_optimizer(groups, **base_kwargs)
+        _check_base(base)
+        self.base_optimizer = base
+        self.defaults = {**base.defaults, **self._sam_defaults}
+        self._random_state: RandomState | None = None
+        self._perturbation = Perturbation(backend, flatten, perturb_eps)
+        self._perturbation.prepare(self.param_groups)
+
+    # ---- One state, one list of groups: the base optimizer's -----------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.param_groups = value
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the constructor's values.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: an option is out of range, or a parameter is already in another group.
+        """
+        if "base_optimizer" not in self.__dict__:
+            return
+        self._require_restored("add_param_group")
+        if isinstance(param_group, dict):
+            self._fill_in_options([param_group])
+        self.base_optimizer.add_param_group(param_group)
+        self._perturbation.prepare(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict; SAM's options are in its groups. There is never a copy of the weights in it."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's values.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: the groups do not fit.
+        """
+        self._require_restored("load_state_dict")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        self.base_optimizer.load_state_dict(state_dict)
+        self._fill_in_options(self.param_groups)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_restored("copying or pickling the optimizer")
+        return {
+            "defaults": self.defaults,
+            "base_optimizer": self.base_optimizer,
+            "_sam_defaults": self._sam_defaults,
+            "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        settings = state.pop("_perturbation")
+        super().__setstate__(state)
+        self._random_state = None
+        self._perturbation = Perturbation(*settings)
+        self._perturbation.prepare(self.param_groups)
+
+    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        for group in groups:
+            for name in OPTIONS:
+                group.setdefault(name, self._sam_defaults[name])
+            _check_at_least_zero("rho", group["rho"])
+            _check_at_least_zero("eta", group["eta"])
+
+    # ---- The two steps -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def perturbed(self) -> bool:
+        """True between ``first_step`` and ``second_step``: the parameters hold ``w + e``."""
+        return self._perturbation.active
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """``||T g||`` of the last ``first_step``: a 0-d float64 tensor on the (first) parameters' device. Reading it does not wait for the device.
+
+        Raises:
+            RuntimeError: there was no first_step yet.
+        """
+        if not self._perturbation.measured:
+            raise RuntimeError("grad_norm is known after the first first_step()")
+        return self._perturbation.norm.clone()
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Climb from w to ``w + e`` along the gradients of the first pass.
+
+        Parameters without a gradient stay where they are. If the norm is not finite no parameter moves (the second pass is then an ordinary
+        one at w); this is decided on the device.
+
+        Args:
+            zero_grad: call ``zero_grad()`` afterwards.
+
+        Raises:
+            RuntimeError: the weights are already perturbed, or a gradient is sparse. The weights are then as before the call.
+        """
+        if self._perturbation.active:
+            raise RuntimeError("first_step() was called twice: finish with second_step(), or call restore() to give this step up")
+        self._perturbation.climb(self.param_groups)
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restore w and step the base optimizer with the gradients found at ``w + e``. Goes through :meth:`step`.
+
+        Args:
+            zero_grad: call ``zero_grad()`` afterwards.
+
+        Raises:
+            RuntimeError: there was no first_step.
+        """
+        self._require_perturbed("second_step()")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """The second step; or, with a closure, a whole SAM step.
+
+        Without a closure, while perturbed: restore w and step the base optimizer.
+
+        With a closure (which computes the loss, calls backward and returns the loss): if there are gradients that no step has used yet they
+        are the first pass, and the closure is the second; otherwise the closure is called for both passes.
+
+        Returns:
+            None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
+
+        Raises:
+            RuntimeError: no closure and no first_step before; or a closure while perturbed. If the closure raises, w is restored.
+        """
+        if closure is None:
+            self._require_perturbed("step() without a closure")
+            self._update()
+            return None
+        self._require_restored("step(closure)")
+        with torch.enable_grad():
+            loss = None
+            first_pass_done = self._has_new_gradients()
+            if not first_pass_done:
+                self.zero_grad()
+                loss = closure()
+            self.first_step(zero_grad=True)
+            try:
+                second_loss = closure()
+            except BaseException:
+                self.restore()
+                raise
+        self._update()
+        self._mark_spent()
+        return second_loss if first_pass_done else loss
+
+    def _update(self) -> None:
+        self._perturbation.restore()
+        self.base_optimizer.step()
+
+    def restore(self) -> None:
+        """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
+        if self._perturbation.active:
+            self._perturbation.restore()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
+        if self._perturbation.flatten:
+            for flat in self._perturbation.flats:
+                flat.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none)
+        if self._perturbation.flatten or not set_to_none:
+            self._mark_spent()
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    def _mark_spent(self) -> None:
+        for grad in self._gradients():
+            setattr(grad, SPENT, grad._version)
+
+    def _has_new_gradients(self) -> bool:
+        return any(getattr(grad, SPENT, None) != grad._version for grad in self._gradients())
+
+    # ---- The two passes ------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def first_pass(self, model: nn.Module, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
+        """Around the first forward and backward; optional.
+
+        Args:
+            model: the model, as it is called (the DDP wrapper where there is one).
+            replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to start from, so that dropout
+                draws the same masks in both passes.
+            sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient).
+        """
+        self._require_restored("first_pass")
+        self._random_state = RandomState.capture(self._devices()) if replay_rng else None
+        if sync:
+            yield
+        else:
+            with without_gradient_sync(model):
+                yield
+
+    @contextmanager
+    def second_pass(self, model: nn.Module) -> Iterator[None]:
+        """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were, dropout draws the first pass's masks if
+        ``first_pass`` was asked to remember, and if the body raises, the weights are restored before the exception goes on.
+
+        Raises:
+            RuntimeError: there was no first_step.
+        """
+        self._require_perturbed("second_pass")
+        random_state, self._random_state = self._random_state, None
+        try:
+            with frozen_running_stats(model):
+                if random_state is None:
+                    yield
+                else:
+                    with random_state.replayed():
+                        yield
+        except BaseException:
+            self.restore()
+            raise
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
+
+    def _require_perturbed(self, what: str) -> None:
+        if not self._perturbation.active:
+            raise RuntimeError(f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then second_step()")
+
+    def _require_restored(self, what: str) -> None:
+        if self._perturbation.active:
+            raise RuntimeError(f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this step up")
+
+
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    if isinstance(params, Tensor):
+        raise TypeError("params must be an iterable of tensors, named tensors or parameter groups, got a tensor: wrap it in a list")
+    entries = list(params)
+    if not entries:
+        raise ValueError("params is empty: SAM got no parameters to optimize")
+    if isinstance(entries[0], dict):
+        return [dict(group) for group in entries]
+    return [{"params": entries}]
+
+
+def _check_at_least_zero(name: str, value: Any) -> None:
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
+    collisions = [name for name in OPTIONS if name in base.defaults]
+    if collisions:
+        raise ValueError(
+            f"{type(base).__name__} has options of its own with the names of SAM's ({', '.join(collisions)}): "
+            "one group entry cannot hold both, so it cannot be SAM's base optimizer"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{type(base).__name__}.step needs a closure to evaluate the loss again: it cannot be SAM's base optimizer")
