@@ -46,7 +46,7 @@ struct Gather::Record {
   std::vector<int64_t> strides;
 };
 
-Gather::Gather(PyObject* exchange, PyObject* rows) : exchange_(nullptr), rows_(nullptr), grad_name_(nullptr) {
+Gather::Gather(PyObject* exchange, PyObject* grad, PyObject* rows) : exchange_(nullptr), rows_(nullptr), grad_(nullptr) {
   const auto* found = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
   if (found == nullptr) throw PythonError{};
   while (found != nullptr && found->version.major != 1) found = found->older;
@@ -55,6 +55,10 @@ Gather::Gather(PyObject* exchange, PyObject* rows) : exchange_(nullptr), rows_(n
     throw PythonError{};
   }
   exchange_ = found;
+  if (Py_TYPE(grad)->tp_descr_get == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "grad must be the descriptor of the attribute .grad");
+    throw PythonError{};
+  }
   if (!PyList_Check(rows)) {
     PyErr_SetString(PyExc_TypeError, "rows must be a list of tensors");
     throw PythonError{};
@@ -72,18 +76,15 @@ Gather::Gather(PyObject* exchange, PyObject* rows) : exchange_(nullptr), rows_(n
     }
     records_.push_back(record);
   }
-  grad_name_ = PyUnicode_InternFromString("grad");
-  if (grad_name_ == nullptr) throw PythonError{};
   rows_ = PyList_GetSlice(rows, 0, n);  // a list of our own: nobody else can shorten it
-  if (rows_ == nullptr) {
-    Py_CLEAR(grad_name_);
-    throw PythonError{};
-  }
+  if (rows_ == nullptr) throw PythonError{};
+  Py_INCREF(grad);
+  grad_ = grad;
 }
 
 Gather::~Gather() {
   Py_XDECREF(rows_);
-  Py_XDECREF(grad_name_);
+  Py_XDECREF(grad_);
 }
 
 bool Gather::matches(PyObject* tensor, const Record& record, uint64_t* address) const {
@@ -112,17 +113,15 @@ std::vector<int64_t> Gather::weights(uint64_t* addresses) const {
   return changed;
 }
 
-std::vector<int64_t> Gather::grads(uint64_t* addresses, int64_t* present) const {
+std::vector<int64_t> Gather::grads(uint64_t* addresses) const {
   std::vector<int64_t> odd;
-  *present = 0;
+  const descrgetfunc get = Py_TYPE(grad_)->tp_descr_get;
   for (size_t i = 0; i < records_.size(); ++i) {
     addresses[i] = 0;
-    PyObject* grad = PyObject_GetAttr(PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i)), grad_name_);
+    PyObject* row = PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i));
+    PyObject* grad = get(grad_, row, reinterpret_cast<PyObject*>(Py_TYPE(row)));  // row.grad without the search for the attribute
     if (grad == nullptr) throw PythonError{};
-    if (grad != Py_None) {
-      ++*present;
-      if (!matches(grad, records_[i], &addresses[i])) odd.push_back(static_cast<int64_t>(i));
-    }
+    if (grad != Py_None && !matches(grad, records_[i], &addresses[i])) odd.push_back(static_cast<int64_t>(i));
     Py_DECREF(grad);  // the row keeps its gradient alive
   }
   return odd;

@@ -18,8 +18,9 @@ class Gather {
  public:
   struct PythonError {};
 
-  // `exchange`: the capsule torch.Tensor.__dlpack_c_exchange_api__; `rows`: a list of strided tensors, kept alive by this object.
-  Gather(PyObject* exchange, PyObject* rows);
+  // `exchange`: the capsule torch.Tensor.__dlpack_c_exchange_api__; `grad`: the descriptor torch.Tensor.grad; `rows`: a list of strided
+  // tensors, kept alive by this object.
+  Gather(PyObject* exchange, PyObject* grad, PyObject* rows);
   ~Gather();
   Gather(const Gather&) = delete;
   Gather& operator=(const Gather&) = delete;
@@ -27,9 +28,9 @@ class Gather {
   // addresses[i] = address of row i, 0 for a row without elements. Returns the rows that are no longer what was recorded (their address is 0).
   std::vector<int64_t> weights(uint64_t* addresses) const;
 
-  // addresses[i] = address of row i's .grad, 0 where it is None, sets *present to the number of gradients. Returns the rows whose gradient
-  // is not laid out as its row is (sparse, other dtype, device, shape or strides): their address is 0.
-  std::vector<int64_t> grads(uint64_t* addresses, int64_t* present) const;
+  // addresses[i] = address of row i's .grad, 0 where it is None. Returns the rows whose gradient is not laid out as its row is (sparse, other
+  // dtype, device, shape or strides): their address is 0.
+  std::vector<int64_t> grads(uint64_t* addresses) const;
 
  private:
   struct Record;
@@ -37,7 +38,7 @@ class Gather {
 
   const DlpackExchange* exchange_;
   PyObject* rows_;
-  PyObject* grad_name_;
+  PyObject* grad_;
   std::vector<Record> records_;
 };
 

@@ -65,6 +65,8 @@ class Bucket:
         for row in self.rows:
             self.slots.append(self.numel)
             self.numel += padded_size(row.numel(), row.element_size())
+        # As they are now: a row that changes later must not change what its backup looks like.
+        self._layouts = [dense_layout(row) for row in self.rows]
         self.params = [[row] for row in self.rows] if params is None else list(params)
         self.all_params = [p for row in self.params for p in row]
         self.table: Any = backend.attach(self)
@@ -90,11 +92,11 @@ class Bucket:
     @cached_property
     def flat_rows(self) -> list[Tensor]:
         """The backup's slots as tensors of the rows' shapes, elements in the rows' memory order where the row is dense."""
-        return [flat_view(self.flat, slot, row) for row, slot in zip(self.rows, self.slots, strict=True)]
+        return [self.flat.as_strided(*layout, slot) for layout, slot in zip(self._layouts, self.slots, strict=True)]
 
 
-def flat_view(flat: Tensor, slot: int, like: Tensor) -> Tensor:
-    """A view of ``flat`` from element ``slot`` on with the shape of ``like``, and its strides if it is dense."""
-    if is_dense(like):
-        return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + slot)
-    return flat[slot : slot + like.numel()].view(like.shape)
+def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    """Shape and strides of ``tensor`` if it is dense, else its shape and the strides that make it contiguous."""
+    if is_dense(tensor):
+        return tensor.shape, tensor.stride()
+    return tensor.shape, torch.empty(tensor.shape, device="meta").stride()

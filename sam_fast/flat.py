@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.addresses import check_dense_gradient
-from .bucket import flat_view, padded_size
+from .bucket import dense_layout, padded_size
 
 
 class FlatStorage:
@@ -36,11 +36,13 @@ class FlatStorage:
         # Zeros, so that the padding between slots adds nothing to the norm and is not moved.
         self.weights = torch.zeros(numel, **options)
         self.grads = torch.zeros(numel, **options)
-        self.weight_views = [flat_view(self.weights, slot, p.detach()) for p, slot in zip(self.params, slots, strict=True)]
-        self.grad_views = [flat_view(self.grads, slot, p.detach()) for p, slot in zip(self.params, slots, strict=True)]
+        layouts = [dense_layout(p) for p in self.params]
+        self.weight_views = [self.weights.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
+        self.grad_views = [self.grads.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
         for p, view in zip(self.params, self.weight_views, strict=True):
             view.copy_(p.detach())
             p.data = view
+        self._addresses = [view.data_ptr() for view in self.weight_views]
         # False where .grad is None and the slot is known to hold zeros.
         self.attached = [False] * len(self.params)
         for index, p in enumerate(self.params):
@@ -63,10 +65,7 @@ class FlatStorage:
 
     def intact(self) -> bool:
         """True if every parameter still lies where it was put."""
-        return all(
-            p.data_ptr() == view.data_ptr() and p.shape == view.shape and p.dtype == view.dtype
-            for p, view in zip(self.params, self.weight_views, strict=True)
-        )
+        return list(map(Tensor.data_ptr, self.params)) == self._addresses
 
     def collect_grads(self) -> None:
         """Bring every gradient into the flat buffer: one that was replaced is copied and attached again, the slot of a missing one is zeroed.

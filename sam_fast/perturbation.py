@@ -61,8 +61,7 @@ class Perturbation:
         self.flats: list[FlatStorage] = []
         self._sums: dict[torch.device, NormSum] = {}
         self._bucket_sums: list[tuple[Bucket, Tensor, NormSum]] = []
-        self._params: list[Tensor] = []
-        self._sizes: list[int] = []
+        self._known: list[list[Tensor]] = []
         self._touched: list[Tensor] = []
         self.measured = False
 
@@ -77,12 +76,14 @@ class Perturbation:
 
     def prepare(self, param_groups: ParamGroups) -> None:
         """Make the buckets fit ``param_groups``; nothing happens if they do."""
-        params = [p for group in param_groups for p in group["params"]]
-        sizes = [len(group["params"]) for group in param_groups]
-        if sizes == self._sizes and all(map(is_, params, self._params)):
+        known = self._known
+        if len(known) == len(param_groups) and all(
+            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
+            for group, params in zip(param_groups, known, strict=True)
+        ):
             return
         self._build(param_groups)
-        self._params, self._sizes = params, sizes
+        self._known = [list(group["params"]) for group in param_groups]
 
     def _build(self, param_groups: ParamGroups) -> None:
         members: dict[tuple[torch.device, torch.dtype, Backend | None], list[tuple[Tensor, int]]] = {}
@@ -188,7 +189,7 @@ class Perturbation:
         params: list[Tensor] = []
         for bucket in self.buckets:
             rows = bucket.backend.saved(bucket)
-            if len(rows) == len(bucket.rows):
+            if rows is None:
                 params += bucket.all_params
             else:
                 for row in rows:

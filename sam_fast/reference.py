@@ -1,7 +1,9 @@
 """SAM in plain PyTorch, one parameter at a time: the tests' oracle and the benchmarks' baseline.
 
-It states the algorithm as directly as PyTorch allows and optimizes nothing. Run it on float64 parameters for an oracle, on float32 for a
-baseline. Sharpness-Aware Minimization: Foret et al., https://arxiv.org/abs/2010.01412; ASAM: Kwon et al., https://arxiv.org/abs/2102.11600.
+It states the algorithm as directly as PyTorch allows and optimizes nothing: operation for operation it does what the public implementation
+that people copy today (davda54/sam) does, so that "n times faster than the reference" says what they gain. Run it on float64 parameters for an
+oracle, on float32 for a baseline. Sharpness-Aware Minimization: Foret et al., https://arxiv.org/abs/2010.01412; ASAM: Kwon et al.,
+https://arxiv.org/abs/2102.11600.
 """
 
 from __future__ import annotations
@@ -47,19 +49,13 @@ class ReferenceSAM:
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        norms = []
-        for p, group in self._perturbed_params():
-            scaled = (p.abs() + group["eta"]) * p.grad if group["adaptive"] else p.grad
-            norms.append(scaled.norm())
+        norms = [(_t(p, group) * p.grad).norm() for p, group in self._perturbed_params()]
         self.grad_norm = torch.stack(norms).norm() if norms else torch.zeros(())
         for p, group in self._perturbed_params():
             rho = -group["rho"] if group.get("maximize", False) else group["rho"]
-            scale = (rho / (self.grad_norm + self.perturb_eps)).to(p)
+            scale = rho / (self.grad_norm + self.perturb_eps)
             self.old[p] = p.detach().clone()
-            if group["adaptive"]:
-                e = (p.abs() + group["eta"]).square() * p.grad * scale
-            else:
-                e = p.grad * scale
+            e = _t(p, group) ** 2 * p.grad * scale.to(p)
             p.add_(e)
         if zero_grad:
             self.zero_grad()
@@ -67,7 +63,7 @@ class ReferenceSAM:
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         for p, old in self.old.items():
-            p.copy_(old)
+            p.data = old
         self.old.clear()
         self.base_optimizer.step()
         if zero_grad:
@@ -75,3 +71,8 @@ class ReferenceSAM:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base_optimizer.zero_grad(set_to_none)
+
+
+def _t(p: Tensor, group: dict[str, Any]) -> Tensor | float:
+    """ASAM's normalization operator T = |w| + eta; 1 for SAM."""
+    return p.abs() + group["eta"] if group["adaptive"] else 1.0

@@ -50,18 +50,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "sam_fast's CPU kernels. Use sam_fast.backends, which checks tensors before it takes their addresses.";
 
   py::class_<sam::Gather>(m, "Gather")
-      .def(py::init([](py::object exchange, py::object rows) {
-        return translated([&] { return std::make_unique<sam::Gather>(exchange.ptr(), rows.ptr()); });
-      }), py::arg("exchange"), py::arg("rows"))
+      .def(py::init([](py::object exchange, py::object grad, py::object rows) {
+        return translated([&] { return std::make_unique<sam::Gather>(exchange.ptr(), grad.ptr(), rows.ptr()); });
+      }), py::arg("exchange"), py::arg("grad"), py::arg("rows"))
       .def("weights", [](const sam::Gather& self, uint64_t addresses) {
         return translated([&] { return as_list(self.weights(pointer<uint64_t>(addresses))); });
       }, py::arg("addresses"))
       .def("grads", [](const sam::Gather& self, uint64_t addresses) {
-        return translated([&] {
-          int64_t present = 0;
-          const auto odd = self.grads(pointer<uint64_t>(addresses), &present);
-          return py::make_tuple(present, as_list(odd));
-        });
+        return translated([&] { return as_list(self.grads(pointer<uint64_t>(addresses))); });
       }, py::arg("addresses"));
 
   m.def("grad_norm", [](int dtype, uint64_t chunk_table, int64_t num_chunks, uint64_t weights, uint64_t grads, uint64_t groups,
@@ -74,7 +70,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("perturb", [](int dtype, uint64_t chunk_table, int64_t num_chunks, uint64_t weights, uint64_t grads, uint64_t saved, uint64_t groups,
                       uint64_t partials, int64_t num_partials, double eps, uint64_t norm, uint64_t flat, int threads) {
     py::gil_scoped_release release;
-    active->perturb({static_cast<sam::DType>(dtype), chunks(chunk_table, num_chunks), pointer<const uint64_t>(weights),
+    return active->perturb({static_cast<sam::DType>(dtype), chunks(chunk_table, num_chunks), pointer<const uint64_t>(weights),
                      pointer<const uint64_t>(grads), pointer<uint64_t>(saved), pointer<const sam::Group>(groups),
                      pointer<const double>(partials), num_partials, eps, pointer<double>(norm), pointer<void>(flat), threads});
   });

@@ -17,7 +17,7 @@ using V = Vec<double, kWidth>;
 
 template <class T>
 inline V load_as_double(const typename Storage<T>::Bits* p) {
-  return __builtin_convertvector(Storage<T>::template widen<kWidth>(load<Vec<typename Storage<T>::Bits, kWidth>>(p)), V);
+  return to_double<kWidth>(Storage<T>::template widen<kWidth>(load<Vec<typename Storage<T>::Bits, kWidth>>(p)));
 }
 
 template <class T, bool Adaptive>
@@ -39,18 +39,24 @@ double sum_of_squares(const void* weights, const void* grads, int64_t n, double 
   const V eta = V{} + eta_value;
   V sums[kVectors] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) accumulate<T, Adaptive>(sums, w + i, g + i, eta);
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch<kLanes * sizeof(Bits)>(g + i);
+    if constexpr (Adaptive) prefetch<kLanes * sizeof(Bits)>(w + i);
+    accumulate<T, Adaptive>(sums, w + i, g + i, eta);
+  }
   if (i < n) {
     Bits w_tail[kLanes] = {}, g_tail[kLanes] = {};  // zero bits are zero in every format, and add nothing
     if constexpr (Adaptive) std::memcpy(w_tail, w + i, static_cast<size_t>(n - i) * sizeof(Bits));
     std::memcpy(g_tail, g + i, static_cast<size_t>(n - i) * sizeof(Bits));
     accumulate<T, Adaptive>(sums, w_tail, g_tail, eta);
   }
-  double lanes[kLanes];
-  std::memcpy(lanes, sums, sizeof(lanes));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  return lanes[0];
+  // Lane k + lane k + 8, then + 4, + 2, + 1: halves of the array of vectors first, then halves of the one that is left.
+  for (int half = kVectors / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  V last = sums[0];
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) last[k] += last[k + half];
+  return last[0];
 }
 
 template <class T>

@@ -9,7 +9,7 @@
 namespace sam {
 inline namespace SAM_ISA {
 void grad_norm(const GradNormArgs&);
-void perturb(const PerturbArgs&);
+int64_t perturb(const PerturbArgs&);
 void backup(const CopyArgs&);
 void restore(const CopyArgs&);
 }  // namespace SAM_ISA

@@ -23,6 +23,7 @@ struct GradNormArgs {
 };
 
 // norm = sqrt(sum of partials); flat = w; saved = address of w; w = w + rho / (norm + eps) * T^2 g, left alone if the norm is not finite.
+// Returns the number of rows with elements that it saved.
 struct PerturbArgs {
   DType dtype;
   Chunks chunks;
@@ -53,7 +54,7 @@ struct CopyArgs {
 struct Kernels {
   const char* isa;
   void (*grad_norm)(const GradNormArgs&);
-  void (*perturb)(const PerturbArgs&);
+  int64_t (*perturb)(const PerturbArgs&);
   void (*backup)(const CopyArgs&);
   void (*restore)(const CopyArgs&);
 };

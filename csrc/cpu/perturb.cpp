@@ -94,10 +94,10 @@ void perturb_of(const PerturbArgs& a) {
 
 }  // namespace
 
-void perturb(const PerturbArgs& a) {
+int64_t perturb(const PerturbArgs& a) {
   if (a.chunks.size == 0) {
     *a.norm = norm_of(a.partials, a.num_partials);
-    return;
+    return 0;
   }
   switch (a.dtype) {
     case DType::f32: perturb_of<float>(a); break;
@@ -106,10 +106,14 @@ void perturb(const PerturbArgs& a) {
     case DType::f16: perturb_of<f16>(a); break;
   }
   // Written last and within this call: no Python signal can come between a climb and the note that says it must be undone.
+  int64_t rows = 0;
   for (int64_t i = 0; i < a.chunks.size; ++i) {
     const int64_t row = a.chunks.data[i].row;
-    if (a.grads[row] != 0) a.saved[row] = a.weights[row];
+    if (a.grads[row] == 0) continue;
+    rows += a.chunks.data[i].begin == 0;
+    a.saved[row] = a.weights[row];
   }
+  return rows;
 }
 
 }  // namespace SAM_ISA

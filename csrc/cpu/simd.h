@@ -55,6 +55,25 @@ inline void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
+// ---- float -> double, N lanes at a time ------------------------------------------------------------------------------------------------
+
+template <int N>
+inline Vec<double, N> to_double(Vec<double, N> v) {
+  return v;
+}
+
+// Intrinsics: GCC's conversion of a generic vector goes by halves.
+template <int N>
+inline Vec<double, N> to_double(Vec<float, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 8) return bit_cast<Vec<double, N>>(_mm512_maskz_cvtps_pd(0xff, bit_cast<__m256>(v)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 4) return bit_cast<Vec<double, N>>(_mm256_cvtps_pd(bit_cast<__m128>(v)));
+#endif
+  return __builtin_convertvector(v, Vec<double, N>);
+}
+
 // ---- 16-bit formats <-> float, N lanes at a time -------------------------------------------------------------------------------------
 
 template <int N>
@@ -161,6 +180,18 @@ struct Storage<f16> {
   template <int N>
   static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_f16<N>(v); }
 };
+
+// ---- Prefetch ------------------------------------------------------------------------------------------------------------------------
+
+// Hardware prefetchers stop at page boundaries and lag behind two cores' demand; this far ahead measured best (1 KiB; 512 B to 2 KiB are close).
+constexpr uintptr_t kPrefetchBytes = 1024;
+
+// Prefetch the `Bytes` bytes that lie kPrefetchBytes behind p. Never faults, also behind the end of the array.
+template <int Bytes>
+inline void prefetch(const void* p) {
+  for (int line = 0; line < Bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kPrefetchBytes + static_cast<uintptr_t>(line)));
+}
 
 // ---- Streaming stores ----------------------------------------------------------------------------------------------------------------
 

@@ -26,10 +26,12 @@ class AddressTable:
 
         rows = len(bucket.rows)
         self.bucket = bucket
-        self.gather = _cpu.Gather(torch.Tensor.__dlpack_c_exchange_api__, bucket.rows)  # type: ignore[attr-defined]
+        self.gather = _cpu.Gather(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor.grad, bucket.rows)  # type: ignore[attr-defined]
         self.weights = array("Q", bytes(8 * rows))
         self.grads = array("Q", bytes(8 * rows))
         self.saved = array("Q", bytes(8 * rows))
+        self.occupied = sum(row.numel() > 0 for row in bucket.rows)
+        self.all_saved = False
         self.copies: dict[int, Tensor] = {}
         # An array that is never resized stays where it is.
         self.weights_address = self.weights.buffer_info()[0]
@@ -47,7 +49,7 @@ class AddressTable:
         if self.collect_weights():
             return False
         self.copies.clear()
-        _, odd = self.gather.grads(self.grads_address)
+        odd = self.gather.grads(self.grads_address)
         if not options.all_perturb:
             for row, group in enumerate(self.bucket.groups):
                 if not options.perturb[group]:

@@ -78,8 +78,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def saved(self, bucket: Bucket) -> list[int]:
-        """The rows that have a backup which ``restore`` has not yet written back."""
+    def saved(self, bucket: Bucket) -> list[int] | None:
+        """The rows that have a backup which ``restore`` has not yet written back; None is short for all of them."""
 
     @abstractmethod
     def restore(self, bucket: Bucket, release: bool = True) -> None:

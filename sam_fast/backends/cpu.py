@@ -78,7 +78,8 @@ class CpuBackend(Backend):
 
     def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
         table: AddressTable = bucket.table
-        _cpu.perturb(
+        table.all_saved = False
+        rows = _cpu.perturb(
             DTYPE_CODES[bucket.dtype],
             table.chunks_address,
             table.num_chunks,
@@ -93,11 +94,12 @@ class CpuBackend(Backend):
             bucket.flat.data_ptr(),
             torch.get_num_threads(),
         )
+        table.all_saved = rows == table.occupied
         table.release_copies()
 
-    def saved(self, bucket: Bucket) -> list[int]:
+    def saved(self, bucket: Bucket) -> list[int] | None:
         table: AddressTable = bucket.table
-        return table.saved_rows()
+        return None if table.all_saved else table.saved_rows()
 
     def restore(self, bucket: Bucket, release: bool = True) -> None:
         table: AddressTable = bucket.table
@@ -112,6 +114,7 @@ class CpuBackend(Backend):
             release,
             torch.get_num_threads(),
         )
+        table.all_saved = table.all_saved and not release
         if changed:
             table.restore_changed(changed)
 

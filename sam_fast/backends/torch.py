@@ -32,6 +32,11 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def _wide(dtype: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
+    """The dtype to sum squares in: ``accumulate``, or the complex dtype made of it."""
+    return accumulate.to_complex() if dtype.is_complex else accumulate
+
+
 class TorchBackend(Backend):
     name = "torch"
 
@@ -77,9 +82,10 @@ class TorchBackend(Backend):
         for group, (_, rows, grads) in self._participants(bucket).items():
             _, eta, adaptive = options.of(group)
             terms = torch._foreach_mul(_asam_t(rows, eta), grads) if adaptive else grads
-            norms.extend(torch._foreach_norm(terms))
+            # In float64: PyTorch's float32 norm of 1e8 elements was seen to be 3.5 % off.
+            norms.extend(torch._foreach_norm(terms, 2, dtype=_wide(terms[0].dtype, partials.dtype)))
         if norms:
-            partials.copy_(torch.stack(norms).to(partials.dtype).square().sum())
+            partials.copy_(torch.stack(norms).square().sum())
         else:
             partials.zero_()
 

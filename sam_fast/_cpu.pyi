@@ -1,0 +1,37 @@
+"""Types of the native module, see csrc/cpu/bindings.cpp. Addresses are plain integers."""
+
+from typing import Any
+
+from torch import Tensor
+
+compiler: str
+openmp: bool
+
+class Gather:
+    def __init__(self, exchange: Any, grad: Any, rows: list[Tensor]) -> None: ...
+    def weights(self, addresses: int) -> list[int]: ...
+    def grads(self, addresses: int) -> list[int]: ...
+
+def isa() -> str: ...
+def use_isa(isa: str) -> None: ...
+def grad_norm(dtype: int, chunk_table: int, num_chunks: int, weights: int, grads: int, groups: int, partials: int, threads: int, /) -> None: ...
+def perturb(
+    dtype: int,
+    chunk_table: int,
+    num_chunks: int,
+    weights: int,
+    grads: int,
+    saved: int,
+    groups: int,
+    partials: int,
+    num_partials: int,
+    eps: float,
+    norm: int,
+    flat: int,
+    threads: int,
+    /,
+) -> int: ...
+def backup(itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, threads: int, /) -> None: ...
+def restore(
+    itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, release_saved: bool, threads: int, /
+) -> None: ...

@@ -1,0 +1,64 @@
+"""Cases, tolerances and oracles that several test files use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sam_fast.bucket import CHUNK
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 63, 64, 65, 127, 1009, 4099, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 17, 100_003]
+"""Around one vector, one 64-byte line, one chunk, and odd primes."""
+
+EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+"""The distance from 1 to the next number: a correctly rounded result is within half of that, relative."""
+
+
+def make_params(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, grads: bool = True) -> list[nn.Parameter]:
+    """Parameters with normal values of sd 0.5, and gradients of sd 0.01."""
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for size in sizes:
+        p = nn.Parameter((torch.randn(size, generator=generator, dtype=torch.float64) * 0.5).to(dtype))
+        if grads:
+            p.grad = (torch.randn(size, generator=generator, dtype=torch.float64) * 0.01).to(dtype)
+        params.append(p)
+    return params
+
+
+def values(params: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the values, to compare with later."""
+    return [p.detach().clone() for p in params]
+
+
+def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """True if all tensors have the same shapes, dtypes and bits; NaN equals itself, 0.0 does not equal -0.0."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape
+        and x.dtype == y.dtype
+        and torch.equal(x.detach().contiguous().flatten().view(torch.uint8), y.detach().contiguous().flatten().view(torch.uint8))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+class SmallNet(nn.Module):
+    """A convolutional network with BatchNorm, in two groups' worth of layers: small, but with everything that matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 11, 3), nn.BatchNorm2d(11), nn.ReLU())
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(11 * 4, 13), nn.ReLU(), nn.Linear(13, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.features(x))
+        return out
+
+
+def batches(steps: int, batch: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Batches of 1x8x8 images and labels for :class:`SmallNet`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(batch, 1, 8, 8, generator=generator), torch.randint(0, 10, (batch,), generator=generator)) for _ in range(steps)]

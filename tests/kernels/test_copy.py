@@ -1,0 +1,121 @@
+"""save and restore: rows to and from the flat buffer, bit for bit, for any dtype, layout and address."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import SIZES, same_bits
+from conftest import Step
+
+ANY_DTYPE = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.bool, torch.complex64]
+
+
+def random_rows(dtype: torch.dtype, sizes=SIZES) -> list[torch.Tensor]:
+    if dtype == torch.bool:
+        return [torch.randint(0, 2, (n,)).bool() for n in sizes]
+    # Random bits: NaN payloads and all.
+    return [torch.randint(-128, 128, (n * dtype.itemsize,), dtype=torch.int8).view(dtype) for n in sizes]
+
+
+def scramble(rows) -> None:
+    for row in rows:
+        row.copy_(torch.zeros_like(row))
+
+
+@pytest.mark.parametrize("dtype", ANY_DTYPE, ids=lambda d: str(d).removeprefix("torch."))
+def test_round_trip(kernels, dtype):
+    rows = random_rows(dtype)
+    before = [row.clone() for row in rows]
+    s = Step(kernels, rows)
+    assert kernels.save(s.bucket)
+    scramble(rows)
+    kernels.restore(s.bucket)
+    assert same_bits(rows, before)
+
+
+def test_restore_without_release_can_be_repeated(kernels):
+    rows = random_rows(torch.float32)
+    before = [row.clone() for row in rows]
+    s = Step(kernels, rows)
+    kernels.save(s.bucket)
+    for _ in range(3):
+        scramble(rows)
+        kernels.restore(s.bucket, release=False)
+        assert same_bits(rows, before)
+    kernels.restore(s.bucket)
+    scramble(rows)
+    kernels.restore(s.bucket)
+    assert not any(bool(row.any()) for row in rows)
+
+
+def test_large_rows_at_odd_addresses(kernels):
+    base = torch.randn(3_000_000)
+    rows = [base[1:1_000_002], base[1_000_003:2_999_999]]
+    before = base.clone()
+    s = Step(kernels, rows)
+    kernels.save(s.bucket)
+    scramble(rows)
+    kernels.restore(s.bucket)
+    assert same_bits([base], [before])
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "permuted", "0-dim"])
+def test_dense_layouts_are_walked_as_they_lie(kernels, layout):
+    row = {
+        "channels_last": lambda: torch.randn(4, 5, 6, 7).contiguous(memory_format=torch.channels_last),
+        "transposed": lambda: torch.randn(50, 40).t(),
+        "permuted": lambda: torch.randn(4, 5, 6).permute(2, 0, 1),
+        "0-dim": lambda: torch.randn(()),
+    }[layout]()
+    before = row.clone()
+    s = Step(kernels, [row])
+    kernels.save(s.bucket)
+    assert s.bucket.flat_rows[0].stride() == row.stride()
+    row.zero_()
+    kernels.restore(s.bucket)
+    assert torch.equal(row, before)
+
+
+def test_restore_follows_a_row_to_another_address(kernels):
+    p = torch.nn.Parameter(torch.randn(1000))
+    before = p.detach().clone()
+    s = Step(kernels, [p])
+    kernels.save(s.bucket)
+    p.data = torch.zeros(1000)
+    kernels.restore(s.bucket)
+    assert torch.equal(p, before)
+
+
+def test_restore_follows_a_row_to_another_dtype(kernels):
+    p = torch.nn.Parameter(torch.randn(1000))
+    before = p.detach().clone()
+    s = Step(kernels, [p])
+    kernels.save(s.bucket)
+    p.data = torch.zeros(1000, dtype=torch.float64)
+    kernels.restore(s.bucket)
+    assert torch.equal(p, before.double())
+
+
+def test_restore_refuses_a_row_of_another_shape_and_restores_the_others(kernels):
+    p, q = torch.nn.Parameter(torch.randn(1000)), torch.nn.Parameter(torch.randn(70))
+    before = q.detach().clone()
+    s = Step(kernels, [p, q])
+    kernels.save(s.bucket)
+    p.data = torch.zeros(999)
+    q.data.zero_()
+    with pytest.raises(RuntimeError, match="shape"):
+        kernels.restore(s.bucket)
+    assert torch.equal(q, before)
+    assert not p.any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda p: p.data.double(), lambda p: p.data[:-1].clone(), lambda p: p.data.view(10, 100), lambda p: p.data.view(10, 100).t()],
+    ids=["dtype", "size", "shape", "strides"],
+)
+def test_collect_notices_a_changed_row(kernels, change):
+    p = torch.nn.Parameter(torch.randn(1000))
+    s = Step(kernels, [p])
+    p.data = change(p)
+    assert not kernels.collect(s.bucket, s.options)
