@@ -39,7 +39,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 # A second environment whose native module is instrumented; Python itself is not, so the runtime library is preloaded.
-$(VENV)-sanitize/installed: $(SOURCES)
+$(VENV)-sanitize/installed: $(SOURCES) $(shell find sam_fast -name '*.py')
 	$(PYTHON) -m venv $(VENV)-sanitize
 	$(VENV)-sanitize/bin/python $(PIP_INSTALL) --quiet torch pytest numpy
 	SAM_FAST_WERROR=1 SAM_FAST_SANITIZE=address,undefined $(VENV)-sanitize/bin/python $(PIP_INSTALL) --quiet .
@@ -47,7 +47,7 @@ $(VENV)-sanitize/installed: $(SOURCES)
 
 sanitize: $(VENV)-sanitize/installed
 	cd tests && LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SAM_FAST_EXPECT_SANITIZER=1 \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SAM_FAST_EXPECT_SANITIZER=address,undefined \
 		../$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider kernels
 
 clean:

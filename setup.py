@@ -62,7 +62,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(self.extensions[0].name)).parent.resolve()
         target.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        # Never reuse a configuration: it names a ninja and a pybind11 of an isolated build environment that is gone.
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
         import pybind11
 
         configure = [

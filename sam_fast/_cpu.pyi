@@ -6,6 +6,7 @@ from torch import Tensor
 
 compiler: str
 openmp: bool
+sanitizer: str
 
 class Gather:
     def __init__(self, exchange: Any, grad: Any, rows: list[Tensor]) -> None: ...

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .backends import choose
+from .backends import Backend, choose
 from .bucket import Bucket
 
 
@@ -60,24 +61,18 @@ class BatchNormSnapshot:
 
     def _use(self, layers: list[nn.Module]) -> None:
         self.layers = layers
-        self._saved = False
-        self._places: list[tuple[dict[str, Tensor | None], str]] = []
-        self._buffers: list[Tensor] = []
+        self._places = [(layer._buffers, name) for layer in layers for name in layer._buffers if _is_statistic(name)]
+        self._tensors: list[Tensor | None] = []
         self._buckets: list[Bucket] = []
+        self._saved = False
 
     def save(self) -> None:
         """Copy the statistics. A second ``save`` replaces the first."""
-        places, buffers = self._look_up()
-        # `is`, not `==`: a tensor's == is elementwise.
-        if len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers, strict=True)):
-            self._build(places, buffers)
-        elif not all([bucket.backend.save(bucket) for bucket in self._buckets]):
-            self._build(places, buffers)
-        else:
-            self._saved = True
-            return
-        for bucket in self._buckets:
-            bucket.backend.save(bucket)
+        tensors = self._look_up()
+        if not (self._is_known(tensors) and all([bucket.backend.save(bucket) for bucket in self._buckets])):
+            self._build(tensors)
+            for bucket in self._buckets:
+                bucket.backend.save(bucket)
         self._saved = True
 
     def restore(self) -> None:
@@ -90,36 +85,32 @@ class BatchNormSnapshot:
             raise RuntimeError("BatchNormSnapshot.restore() needs save() before it")
         for bucket in self._buckets:
             bucket.backend.restore(bucket, release=False)
-        replaced = {
-            id(old): new
-            for (buffers, name), old in zip(self._places, self._buffers, strict=True)
-            if (new := buffers.get(name)) is not old and new is not None
-        }
-        if replaced:  # the model was moved in between: its buffers are other tensors now
-            for bucket in self._buckets:
-                for row, backup in zip(bucket.rows, bucket.flat_rows, strict=True):
-                    if id(row) in replaced:
-                        replaced[id(row)].data.copy_(backup)
+        tensors = self._look_up()
+        if not self._is_known(tensors):
+            self._restore_replaced(tensors)
 
-    def _look_up(self) -> tuple[list[tuple[dict[str, Tensor | None], str]], list[Tensor]]:
-        places: list[tuple[dict[str, Tensor | None], str]] = []
-        tensors: list[Tensor] = []
+    def _look_up(self) -> list[Tensor | None]:
+        return [buffers.get(name) for buffers, name in self._places]
+
+    def _is_known(self, tensors: list[Tensor | None]) -> bool:
+        return len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+
+    def _build(self, tensors: list[Tensor | None]) -> None:
+        members: dict[tuple[torch.device, torch.dtype, Backend], list[Tensor]] = {}
         seen: set[int] = set()
-        for layer in self.layers:
-            buffers = layer._buffers
-            for name, tensor in buffers.items():
-                if tensor is not None and _is_statistic(name) and not is_lazy(tensor) and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    places.append((buffers, name))
-                    tensors.append(tensor)
-        return places, tensors
+        for tensor in tensors:
+            if tensor is not None and not is_lazy(tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                members.setdefault((tensor.device, tensor.dtype, choose(tensor, arithmetic=False)), []).append(tensor)
+        self._buckets = [Bucket(rows, [0] * len(rows), backend) for (_, _, backend), rows in members.items()]
+        self._tensors = tensors
 
-    def _build(self, places: list[tuple[dict[str, Tensor | None], str]], buffers: list[Tensor]) -> None:
-        members: dict[tuple[torch.device, torch.dtype, str], list[Tensor]] = {}
-        for tensor in buffers:
-            members.setdefault((tensor.device, tensor.dtype, choose(tensor, arithmetic=False).name), []).append(tensor)
-        self._buckets = [Bucket(rows, [0] * len(rows), choose(rows[0], arithmetic=False)) for rows in members.values()]
-        self._places, self._buffers = places, buffers
+    def _restore_replaced(self, tensors: list[Tensor | None]) -> None:
+        """The model was moved in between: its buffers are other tensors than those that were saved."""
+        backups = {id(row): backup for bucket in self._buckets for row, backup in zip(bucket.rows, bucket.flat_rows, strict=True)}
+        for old, new in zip(self._tensors, tensors, strict=True):
+            if new is not old and new is not None and id(old) in backups:
+                new.data.copy_(backups[id(old)])
 
 
 # Snapshots that disable_running_stats took and enable_running_stats will put back, by the model that was named. No layer is in two of them.

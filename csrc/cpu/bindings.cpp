@@ -92,6 +92,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa, py::arg("isa"), "Use another instruction set that this processor supports (for tests and benchmarks).");
 
   m.attr("compiler") = SAM_COMPILER;
+  m.attr("sanitizer") = SAM_SANITIZER;
   m.attr("openmp") =
 #ifdef _OPENMP
       true;

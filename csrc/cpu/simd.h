@@ -76,9 +76,37 @@ inline Vec<double, N> to_double(Vec<float, N> v) {
 
 // ---- 16-bit formats <-> float, N lanes at a time -------------------------------------------------------------------------------------
 
+// Intrinsics where GCC's conversion of a generic vector goes by halves.
+template <int N>
+inline Vec<uint32_t, N> to_uint32(Vec<uint16_t, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bit_cast<Vec<uint32_t, N>>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(v)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return bit_cast<Vec<uint32_t, N>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+  if constexpr (N == 4) return bit_cast<Vec<uint32_t, N>>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bit_cast<long long>(v))));
+#endif
+  return __builtin_convertvector(v, Vec<uint32_t, N>);
+}
+
+// The low halves; the high ones must be zero.
+template <int N>
+inline Vec<uint16_t, N> to_uint16(Vec<uint32_t, N> v) {
+#if defined(__AVX2__)
+  if constexpr (N == 8) {
+    const __m256i wide = bit_cast<__m256i>(v);
+    return bit_cast<Vec<uint16_t, N>>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+  }
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bit_cast<Vec<uint16_t, N>>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(v)));
+#endif
+  return __builtin_convertvector(v, Vec<uint16_t, N>);
+}
+
 template <int N>
 inline Vec<float, N> widen_bf16(Vec<uint16_t, N> h) {
-  return bit_cast<Vec<float, N>>(__builtin_convertvector(h, Vec<uint32_t, N>) << 16);
+  return bit_cast<Vec<float, N>>(to_uint32<N>(h) << 16);
 }
 
 // Round to nearest even; NaN stays NaN (a quiet one) instead of overflowing into infinity.
@@ -87,7 +115,7 @@ inline Vec<uint16_t, N> narrow_bf16(Vec<float, N> f) {
   const auto bits = bit_cast<Vec<uint32_t, N>>(f);
   const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, Vec<uint16_t, N>);
+  return to_uint16<N>(is_nan ? (bits >> 16) | 0x40u : rounded);
 }
 
 template <int N>
@@ -100,7 +128,7 @@ inline Vec<float, N> widen_f16(Vec<uint16_t, N> h) {
   if constexpr (N == 16) return bit_cast<Vec<float, N>>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)));
 #endif
   using U = Vec<uint32_t, N>;
-  const U wide = __builtin_convertvector(h, U);
+  const U wide = to_uint32<N>(h);
   const U magnitude = (wide & 0x7fffu) << 13;
   const U exponent = magnitude & 0x0f800000u;
   const U normal = magnitude + 0x38000000u;         // re-bias the exponent by 127 - 15
@@ -132,7 +160,7 @@ inline Vec<uint16_t, N> narrow_f16(Vec<float, N> f) {
   const U special = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
   const U finite = magnitude < 0x38800000u ? subnormal : normal;
   const U value = magnitude >= 0x47800000u ? special : finite;
-  return __builtin_convertvector(value | (sign >> 16), Vec<uint16_t, N>);
+  return to_uint16<N>(value | (sign >> 16));
 }
 
 // ---- Storage: how a dtype lies in memory and in which type it is computed ------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -31,6 +32,10 @@ def _variants() -> list[str]:
 
 
 VARIANTS = _variants()
+
+# `make sanitize` must not pass because an ordinary build was found.
+if wanted := os.environ.get("SAM_FAST_EXPECT_SANITIZER"):
+    assert importlib.import_module("sam_fast._cpu").sanitizer == wanted
 
 
 @pytest.fixture(params=VARIANTS)

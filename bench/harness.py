@@ -1,0 +1,133 @@
+"""How a benchmark is measured: interleaved with its baselines in one process, medians, next to a bandwidth measured in the same run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_fast import backends
+from sam_fast.bucket import Bucket
+from sam_fast.reference import ReferenceSAM
+
+SHAPES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
+"""Parameter shapes of real models, by model name."""
+
+BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "first_step": 20}
+"""Bytes that must move per float32 element: norm reads g; perturb reads w and g and writes w and the backup; restore reads one and writes the other."""
+
+
+@dataclass
+class Row:
+    """One line of the report."""
+
+    group: str
+    case: str
+    elements: int
+    seconds: float
+    baselines: dict[str, float] = field(default_factory=dict)
+    bytes_per_element: int | None = None
+
+    def ratio(self, baseline: str) -> float:
+        return self.baselines[baseline] / self.seconds
+
+    def bandwidth(self) -> float | None:
+        """Bytes per second, of the bytes that must move."""
+        return None if self.bytes_per_element is None else self.bytes_per_element * self.elements / self.seconds
+
+
+ROWS: list[Row] = []
+"""What this run measured; conftest.py prints it at the end."""
+
+
+def make_params(shapes: list[list[int]], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """Parameters like a network's: weights of sd 0.02, gradients of sd 0.001 (never zeros: those are faster)."""
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape in shapes:
+        p = nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
+        p.grad = (torch.randn(shape, generator=generator) * 0.001).to(dtype)
+        params.append(p)
+    return params
+
+
+def copies(params: list[nn.Parameter], dtype: torch.dtype | None = None) -> list[nn.Parameter]:
+    out = []
+    for p in params:
+        q = nn.Parameter(p.detach().clone().to(dtype or p.dtype))
+        assert p.grad is not None
+        q.grad = p.grad.clone().to(dtype or p.dtype)
+        out.append(q)
+    return out
+
+
+def measure(
+    benchmark: Any,
+    target: Callable[[], object],
+    baselines: dict[str, Callable[[], object]],
+    *,
+    reset: Callable[[], object] = lambda: None,
+    rounds: int,
+) -> tuple[float, dict[str, float]]:
+    """Time ``target`` with pytest-benchmark and the baselines in between, one round of each in turn; returns medians in seconds.
+
+    ``reset`` undoes what ``target`` did, untimed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in baselines}
+
+    def between_rounds() -> None:
+        for name, run in baselines.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+
+    def teardown() -> None:
+        reset()
+
+    benchmark.pedantic(target, setup=between_rounds, teardown=teardown, rounds=rounds, warmup_rounds=2)
+    # The first two rounds of each baseline were warm-up too.
+    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
+    return benchmark.stats.stats.median, medians
+
+
+def rounds_for(elements: int) -> int:
+    """More rounds for what is quick."""
+    return max(9, min(60, int(6e8 / max(elements, 1))))
+
+
+@cache
+def streaming_bandwidth() -> float:
+    """Bytes per second of the best plain copy of 256 MB: PyTorch's own, or a copy with streaming stores (the backup kernel on one tensor)."""
+    source = torch.rand(64_000_000)
+    target = torch.empty_like(source)
+    candidates: list[Callable[[], object]] = [lambda: target.copy_(source)]
+    backend = backends.choose(source)
+    bucket = Bucket([source], [0], backend)
+    candidates.append(lambda: backend.save(bucket))
+    best = float("inf")
+    for run in candidates:
+        run()
+        samples = []
+        for _ in range(7):
+            begin = time.perf_counter()
+            run()
+            samples.append(time.perf_counter() - begin)
+        best = min(best, statistics.median(samples))
+    return 2 * 4 * source.numel() / best
+
+
+def check_first_step(moved: list[Tensor], params: list[nn.Parameter], rho: float, adaptive: bool = False) -> None:
+    """Refuse to time a wrong result: ``moved`` must be where the float64 reference goes from ``params``."""
+    oracle = copies(params, torch.float64)
+    ReferenceSAM(oracle, torch.optim.SGD, rho=rho, adaptive=adaptive, lr=0.0).first_step()
+    for p, q in zip(moved, oracle, strict=True):
+        # w + e is rounded to float32: half a unit in the last place of |w| < 0.2.
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-6, atol=1e-8)
