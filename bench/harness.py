@@ -22,7 +22,7 @@ SHAPES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_
 """Parameter shapes of real models, by model name."""
 
 BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "first_step": 20}
-"""Bytes that must move per float32 element: norm reads g; perturb reads w and g and writes w and the backup; restore reads one and writes the other."""
+"""Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies."""
 
 
 @dataclass

@@ -69,7 +69,7 @@ class BatchNormSnapshot:
     def save(self) -> None:
         """Copy the statistics. A second ``save`` replaces the first."""
         tensors = self._look_up()
-        if not (self._is_known(tensors) and all([bucket.backend.save(bucket) for bucket in self._buckets])):
+        if not (self._is_known(tensors) and all(bucket.backend.save(bucket) for bucket in self._buckets)):
             self._build(tensors)
             for bucket in self._buckets:
                 bucket.backend.save(bucket)

@@ -6,6 +6,7 @@ The kernels then see one row per parameter group instead of one per parameter, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import is_
 
 import torch
@@ -32,10 +33,9 @@ class FlatStorage:
         for p in self.params:
             slots.append(numel)
             numel += padded_size(p.numel(), p.element_size())
-        options = {"dtype": params[0].dtype, "device": params[0].device}
         # Zeros, so that the padding between slots adds nothing to the norm and is not moved.
-        self.weights = torch.zeros(numel, **options)
-        self.grads = torch.zeros(numel, **options)
+        self.weights = torch.zeros(numel, dtype=params[0].dtype, device=params[0].device)
+        self.grads = torch.zeros_like(self.weights)
         layouts = [dense_layout(p) for p in self.params]
         self.weight_views = [self.weights.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
         self.grad_views = [self.grads.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
@@ -108,7 +108,7 @@ class FlatStorage:
 def check_no_overlap(params: Sequence[Tensor]) -> None:
     """Raise ValueError if two parameters share memory: moved into a flat buffer they would part."""
     spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p), i) for i, p in enumerate(params) if p.numel() > 0)
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in pairwise(spans):
         if begin < end:
             raise ValueError(f"flatten=True would separate parameters that share memory (parameters {first} and {second}): use flatten=False")
 

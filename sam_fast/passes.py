@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class RandomState:
@@ -21,7 +21,7 @@ class RandomState:
         """Read the generators of the CPU and of ``devices``. Nothing waits for a device."""
         states: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
         for device in sorted(devices, key=str):
-            module = getattr(torch, device.type, None)
+            module: Any = getattr(torch, device.type, None)
             if device.type != "cpu" and hasattr(module, "get_rng_state"):
                 states.append((device, module.get_rng_state(device)))
         return RandomState(states)
@@ -46,7 +46,7 @@ class RandomState:
 
 
 @contextmanager
-def without_gradient_sync(model: nn.Module) -> Iterator[None]:
+def without_gradient_sync(model: Any) -> Iterator[None]:
     """Run forward and backward of a DDP or FSDP2 model without gradient synchronisation; for any other model there is none to leave out."""
     if hasattr(model, "no_sync"):
         with model.no_sync():

@@ -78,8 +78,7 @@ class Perturbation:
         """Make the buckets fit ``param_groups``; nothing happens if they do."""
         known = self._known
         if len(known) == len(param_groups) and all(
-            len(group["params"]) == len(params) and all(map(is_, group["params"], params))
-            for group, params in zip(param_groups, known, strict=True)
+            len(group["params"]) == len(params) and all(map(is_, group["params"], params)) for group, params in zip(param_groups, known, strict=True)
         ):
             return
         self._build(param_groups)
@@ -143,7 +142,7 @@ class Perturbation:
             if not flat.intact():
                 return False
             flat.collect_grads()
-        return all([bucket.backend.collect(bucket, options) for bucket in self.buckets])
+        return all(bucket.backend.collect(bucket, options) for bucket in self.buckets)
 
     def climb(self, param_groups: ParamGroups) -> None:
         """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were."""

@@ -109,7 +109,6 @@ class SAM(Optimizer):
         if "base_optimizer" in self.__dict__:
             self.base_optimizer.param_groups = value
 
-    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the constructor's values.
 
@@ -134,7 +133,6 @@ class SAM(Optimizer):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's values.
 

@@ -50,7 +50,9 @@ class SmallNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 11, 3), nn.BatchNorm2d(11), nn.ReLU())
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 11, 3), nn.BatchNorm2d(11), nn.ReLU()
+        )
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(11 * 4, 13), nn.ReLU(), nn.Linear(13, 10))
 
     def forward(self, x: Tensor) -> Tensor:

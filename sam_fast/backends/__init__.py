@@ -37,13 +37,7 @@ def why_not() -> dict[str, str]:
 
 def build_info() -> dict[str, str]:
     """How the native modules were built and which instruction set is in use; empty without native modules."""
-    if cpu._cpu is None:
-        return {}
-    return {
-        "cpu: compiler": cpu._cpu.compiler,
-        "cpu: OpenMP": "yes" if cpu._cpu.openmp else "no (one thread)",
-        "cpu: instruction set in use": cpu._cpu.isa(),
-    }
+    return {f"{name}: {what}": value for name, backend in BACKENDS.items() for what, value in backend.build_info().items()}
 
 
 def forced(backend: str | None) -> Backend | None:

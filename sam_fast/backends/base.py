@@ -44,6 +44,10 @@ class Backend(ABC):
     def unavailable(self) -> str | None:
         """Why this backend cannot be used at all here, or None."""
 
+    def build_info(self) -> dict[str, str]:
+        """How this backend's native module was built; empty if it has none."""
+        return {}
+
     @abstractmethod
     def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
         """Why this backend cannot take this tensor as a row, or None. Without ``arithmetic``: for ``save`` and ``restore`` only, any dtype."""
@@ -91,4 +95,4 @@ class Backend(ABC):
 
     @abstractmethod
     def save(self, bucket: Bucket) -> bool:
-        """Back all rows up without moving them, for a later ``restore``. False, and nothing done, if a row is no longer what the bucket was built for."""
+        """Back all rows up without moving them, for a later ``restore``. False if a row is no longer what the bucket was built for."""

@@ -43,6 +43,12 @@ class CpuBackend(Backend):
             return f"PyTorch {torch.__version__} has no DLPack C exchange interface: PyTorch 2.10 or newer is needed"
         return None
 
+    def build_info(self) -> dict[str, str]:
+        if _cpu is None:
+            return {}
+        threads = "OpenMP" if _cpu.openmp else "none (built without OpenMP)"
+        return {"compiler": _cpu.compiler, "threads": threads, "instruction set in use": _cpu.isa(), "sanitizer": _cpu.sanitizer or "none"}
+
     def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
         if tensor.device.type != "cpu":
             return f"a tensor on {tensor.device} (the cpu backend takes CPU tensors)"

@@ -55,7 +55,9 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
 class Step:
     """One bucket and what the optimizer keeps around it: the operations in the order of a step."""
 
-    def __init__(self, backend: Backend, rows: Sequence[Tensor], groups: Sequence[int] | None = None, options: list[dict[str, object]] | None = None) -> None:
+    def __init__(
+        self, backend: Backend, rows: Sequence[Tensor], groups: Sequence[int] | None = None, options: list[dict[str, object]] | None = None
+    ) -> None:
         defaults: dict[str, object] = {"rho": 0.05, "adaptive": False, "eta": 0.0, "perturb": True}
         self.options = GroupOptions([{**defaults, **option} for option in options or [{}]])
         self.bucket = Bucket(rows, groups or [0] * len(rows), backend)

@@ -1,0 +1,179 @@
+"""What is shipped: the wheel and the sdist, with and without native modules, and a source tree that names nothing it should not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import sam_fast
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
+    """Run a command, outside this checkout's import path, and return its output."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**environment, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources without anything that was built."""
+    target = tmp_path_factory.mktemp("checkout") / "sam_fast"
+    ignore = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "_build_info.json", ".*_cache", "out")
+    shutil.copytree(ROOT, target, ignore=ignore)
+    return target
+
+
+@pytest.fixture(scope="session")
+def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """``python -m build``: the sdist, the wheel made from the sdist, and what the build printed."""
+    dist = tmp_path_factory.mktemp("dist")
+    output = run(sys.executable, "-m", "build", "--outdir", dist, cwd=checkout)
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    return sdist, wheel, output
+
+
+def names_in(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def fresh_python(where: Path) -> Path:
+    """An environment with this one's packages (torch) visible, and nothing of its own."""
+    venv.create(where, with_pip=False)
+    python = where / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    ours = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    # Not through a .pth: that would run this environment's editable finder too.
+    for entry in Path(ours).iterdir():
+        if "sam_fast" not in entry.name and "editable" not in entry.name and not entry.name.endswith(".pth"):
+            (Path(site) / entry.name).symlink_to(entry)
+    return python
+
+
+def install(python: Path, wheel: Path, where: Path) -> None:
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", where, wheel)
+
+
+@pytest.mark.slow
+def test_wheel_has_no_top_level_kernels(built):
+    top_level = {name.split("/")[0] for name in names_in(built[1])}
+    assert top_level == {"sam_fast", f"sam_fast-{sam_fast.__version__}.dist-info"}
+    assert "sam_fast/kernels/__init__.py" in names_in(built[1])
+
+
+@pytest.mark.slow
+def test_wheel_has_the_native_module_types_and_licence(built):
+    names = names_in(built[1])
+    assert any(name.startswith("sam_fast/_cpu.") and name.endswith(".so") for name in names)
+    assert "sam_fast/py.typed" in names
+    assert "sam_fast/_cpu.pyi" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any("_cuda" in name for name in names)
+
+
+@pytest.mark.slow
+def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [
+        "setup.py",
+        "CMakeLists.txt",
+        "csrc/sam_math.h",
+        "csrc/cpu/perturb.cpp",
+        "kernels/__init__.py",
+        "tests/conftest.py",
+        "LICENSE",
+        "Makefile",
+    ]
+    assert not set(needed) - names
+
+
+@pytest.mark.slow
+def test_build_says_what_it_built(built):
+    assert "sam_fast._cpu: built" in built[2]
+    assert "sam_fast._cuda: not built" in built[2]
+
+
+@pytest.mark.slow
+def test_installed_wheel_works_and_explains_itself(built, tmp_path):
+    python = fresh_python(tmp_path / "env")
+    install(python, built[1], tmp_path / "site")
+    script = "import sam_fast, sam_fast.kernels, torch; print(sam_fast.__file__, sam_fast.backends.available())"
+    output = run(python, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert str(tmp_path / "site") in output
+    assert "cpu" in output
+    assert "cpu" in run(python, "-m", "sam_fast", "info", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_package_runs_on_torch_and_says_why(checkout, tmp_path):
+    """SAM_FAST_NATIVE=0 on a machine without compilers: a pure-Python wheel, one warning, and right results."""
+    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "-w", tmp_path, cwd=checkout, SAM_FAST_NATIVE="0", CC="false", CXX="false")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not any(name.endswith(".so") for name in names_in(wheel))
+    python = fresh_python(tmp_path / "env")
+    install(python, wheel, tmp_path / "site")
+    script = """
+import warnings, torch
+from sam_fast import SAM, backends
+p = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(3))]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    optimizer = SAM(p, lr=0.1)
+    SAM(p, lr=0.1)
+assert len(caught) == 1 and "SAM_FAST_NATIVE" in str(caught[0].message), [str(w.message) for w in caught]
+assert backends.available() == ["torch"] and "cpu" in backends.why_not()
+for q in p:
+    q.grad = torch.ones_like(q)
+optimizer.first_step()
+assert torch.allclose(p[0], torch.full((4,), 1 + 0.05 / 7**0.5))
+optimizer.restore()
+assert (p[0] == 1).all()
+print("fine")
+"""
+    assert "fine" in run(python, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+
+
+@pytest.mark.slow
+def test_a_build_without_a_compiler_says_what_to_do(checkout, tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path)]
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, "CXX": "/nonexistent/c++"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "SAM_FAST_NATIVE=0" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no aarch64 cross compiler (Debian: g++-aarch64-linux-gnu)")
+@pytest.mark.parametrize("source", ["grad_norm", "perturb", "copy", "isa_table"])
+def test_kernels_compile_for_aarch64(source, tmp_path):
+    run(
+        "aarch64-linux-gnu-g++",
+        *("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DSAM_ISA=baseline", "-c"),
+        ROOT / "csrc" / "cpu" / f"{source}.cpp",
+        "-o",
+        tmp_path / "out.o",
+    )
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = "import sys, torch; before = set(sys.modules); import sam_fast; print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    output = run(sys.executable, "-c", script, cwd=ROOT)
+    assert not {"numpy", "matplotlib", "sklearn", "tqdm", "triton"} & set(eval(output)) - set(sys.stdlib_module_names)
+
+
+def test_versions_agree():
+    from importlib.metadata import version
+
+    assert version("sam_fast") == sam_fast.__version__
+    assert f"## {sam_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
