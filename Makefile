@@ -48,7 +48,7 @@ $(VENV)-sanitize/installed: $(SOURCES) $(shell find sam_fast -name '*.py')
 sanitize: $(VENV)-sanitize/installed
 	cd tests && LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SAM_FAST_EXPECT_SANITIZER=address,undefined \
-		../$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider kernels
+		../$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider --capture=sys kernels
 
 clean:
 	rm -rf $(VENV) $(VENV)-sanitize build dist *.egg-info sam_fast/*.so sam_fast/_build_info.json

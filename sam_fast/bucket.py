@@ -26,10 +26,10 @@ CHUNK = 16384
 
 def is_dense(tensor: Tensor) -> bool:
     """True if ``tensor`` covers its memory without gaps or overlaps, in whatever order of dimensions (so channels_last is dense)."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return True
         if size == 1:
             continue
         if stride != expected:

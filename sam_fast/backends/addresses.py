@@ -65,7 +65,7 @@ class AddressTable:
         grad = row.grad
         assert grad is not None
         check_dense_gradient(grad)
-        self.copies[index] = torch.empty_like(row, requires_grad=False).copy_(grad)
+        self.copies[index] = torch.empty_like(row, requires_grad=False).copy_(grad.detach())
         return self.copies[index]
 
     def release_copies(self) -> None:
