@@ -209,18 +209,6 @@ struct Storage<f16> {
   static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_f16<N>(v); }
 };
 
-// ---- Prefetch ------------------------------------------------------------------------------------------------------------------------
-
-// Hardware prefetchers stop at page boundaries and lag behind two cores' demand; this far ahead measured best (1 KiB; 512 B to 2 KiB are close).
-constexpr uintptr_t kPrefetchBytes = 1024;
-
-// Prefetch the `Bytes` bytes that lie kPrefetchBytes behind p. Never faults, also behind the end of the array.
-template <int Bytes>
-inline void prefetch(const void* p) {
-  for (int line = 0; line < Bytes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kPrefetchBytes + static_cast<uintptr_t>(line)));
-}
-
 // ---- Streaming stores ----------------------------------------------------------------------------------------------------------------
 
 // Store past the caches: the line is neither read first nor kept. p must be aligned to sizeof(V). Order with stream_fence().
