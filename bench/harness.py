@@ -69,33 +69,53 @@ def copies(params: list[nn.Parameter], dtype: torch.dtype | None = None) -> list
     return out
 
 
-def measure(
-    benchmark: Any,
-    target: Callable[[], object],
-    baselines: dict[str, Callable[[], object]],
-    *,
-    reset: Callable[[], object] = lambda: None,
-    rounds: int,
-) -> tuple[float, dict[str, float]]:
-    """Time ``target`` with pytest-benchmark and the baselines in between, one round of each in turn; returns medians in seconds.
+def nothing() -> None:
+    pass
 
-    ``reset`` undoes what ``target`` did, untimed.
-    """
+
+@dataclass
+class Contender:
+    """What is timed (``run``), and what goes before and after it untimed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = nothing
+    finish: Callable[[], object] = nothing
+
+
+def measure(benchmark: Any, target: Contender, baselines: dict[str, Contender], *, rounds: int) -> tuple[float, dict[str, float]]:
+    """Time ``target`` with pytest-benchmark and the baselines in between, one round of each in turn; returns medians in seconds."""
     times: dict[str, list[float]] = {name: [] for name in baselines}
 
-    def between_rounds() -> None:
-        for name, run in baselines.items():
+    def before_target() -> None:
+        for name, baseline in baselines.items():
+            baseline.prepare()
             begin = time.perf_counter()
-            run()
+            baseline.run()
             times[name].append(time.perf_counter() - begin)
+            baseline.finish()
+        target.prepare()
 
-    def teardown() -> None:
-        reset()
+    warmup = 2
+    benchmark.pedantic(target.run, setup=before_target, teardown=target.finish, rounds=rounds, warmup_rounds=warmup)
+    return benchmark.stats.stats.median, {name: statistics.median(values[warmup:]) for name, values in times.items()}
 
-    benchmark.pedantic(target, setup=between_rounds, teardown=teardown, rounds=rounds, warmup_rounds=2)
-    # The first two rounds of each baseline were warm-up too.
-    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
-    return benchmark.stats.stats.median, medians
+
+class Backward:
+    """Hands out gradients as a backward pass does: in new memory, last parameter first. ``zero_grad`` frees them."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self.params = params
+        self.gradients = []
+        for p in params:
+            assert p.grad is not None
+            self.gradients.append(p.grad.clone())
+
+    def __call__(self) -> None:
+        for p, gradient in zip(reversed(self.params), reversed(self.gradients), strict=True):
+            if p.grad is None:
+                p.grad = gradient.clone()
+            else:
+                p.grad.copy_(gradient)  # flatten=True: gradients stay where they are
 
 
 def rounds_for(elements: int) -> int:

@@ -6,62 +6,59 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from bench.harness import BYTES_PER_ELEMENT, ROWS, SHAPES, Row, check_first_step, copies, make_params, measure, rounds_for
+from bench.harness import (
+    BYTES_PER_ELEMENT,
+    ROWS,
+    SHAPES,
+    Backward,
+    Contender,
+    Row,
+    check_first_step,
+    copies,
+    make_params,
+    measure,
+    rounds_for,
+)
 from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
+
+
+def contender(optimizer: SAM | ReferenceSAM, params: list[nn.Parameter]) -> Contender:
+    """first_step on new gradients; the rest of the step, without an update (lr is 0), is not timed."""
+
+    def finish() -> None:
+        optimizer.second_step(zero_grad=True)
+
+    return Contender(optimizer.first_step, prepare=Backward(params), finish=finish)
+
+
+def run_case(benchmark: Any, group: str, model: str, bytes_per_element: int, *, flatten: bool = False, **options: Any) -> None:
+    params = make_params(SHAPES[model])
+    elements = sum(p.numel() for p in params)
+    baseline_params = copies(params)
+    optimizer = SAM(params, torch.optim.SGD, lr=0.0, flatten=flatten, **options)
+    reference = ReferenceSAM(baseline_params, torch.optim.SGD, lr=0.0, **options)
+
+    optimizer.first_step()
+    check_first_step(params, baseline_params, **options)
+    optimizer.restore()
+
+    benchmark.group = f"{group} {model}"
+    target, baseline = contender(optimizer, params), contender(reference, baseline_params)
+    seconds, medians = measure(benchmark, target, {"reference": baseline}, rounds=rounds_for(2 * elements))
+    ROWS.append(Row(group, model, elements, seconds, medians, bytes_per_element))
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["default", "flatten"])
 @pytest.mark.parametrize("model", SHAPES)
 def test_first_step(benchmark: Any, model: str, flatten: bool) -> None:
-    params = make_params(SHAPES[model])
-    elements = sum(p.numel() for p in params)
-    baseline_params = copies(params)
-    optimizer = SAM(params, torch.optim.SGD, lr=0.1, flatten=flatten)
-    reference = ReferenceSAM(baseline_params, torch.optim.SGD, lr=0.1)
-
-    optimizer.first_step()
-    check_first_step(params, baseline_params, rho=0.05)
-    optimizer.restore()
-
-    def reference_step() -> None:
-        reference.first_step()
-
-    def reference_reset() -> None:
-        # What the reference's second_step does first; outside its timing.
-        for p, old in reference.old.items():
-            p.data = old
-        reference.old.clear()
-
-    def reset() -> None:
-        optimizer.restore()
-        reference_reset()
-
-    benchmark.group = f"first_step {model}"
-    seconds, medians = measure(benchmark, optimizer.first_step, {"reference": reference_step}, reset=reset, rounds=rounds_for(elements))
-    group = "first_step" + (", flatten=True" if flatten else "")
-    ROWS.append(Row(group, model, elements, seconds, medians, BYTES_PER_ELEMENT["first_step"]))
+    group = "first_step, flatten=True" if flatten else "first_step"
+    run_case(benchmark, group, model, BYTES_PER_ELEMENT["first_step"], flatten=flatten, rho=0.05)
 
 
 @pytest.mark.parametrize("model", ["resnet50"])
 def test_first_step_adaptive(benchmark: Any, model: str) -> None:
-    params = make_params(SHAPES[model])
-    elements = sum(p.numel() for p in params)
-    baseline_params = copies(params)
-    optimizer = SAM(params, torch.optim.SGD, lr=0.1, rho=0.5, adaptive=True)
-    reference = ReferenceSAM(baseline_params, torch.optim.SGD, lr=0.1, rho=0.5, adaptive=True)
-    optimizer.first_step()
-    check_first_step(params, baseline_params, rho=0.5, adaptive=True)
-    optimizer.restore()
-
-    def reset() -> None:
-        optimizer.restore()
-        for p, old in reference.old.items():
-            p.data = old
-        reference.old.clear()
-
-    benchmark.group = f"first_step adaptive {model}"
-    seconds, medians = measure(benchmark, optimizer.first_step, {"reference": reference.first_step}, reset=reset, rounds=rounds_for(elements))
     # The norm reads the weights too: 4 bytes more.
-    ROWS.append(Row("first_step, adaptive", model, elements, seconds, medians, BYTES_PER_ELEMENT["first_step"] + 4))
+    run_case(benchmark, "first_step, adaptive", model, BYTES_PER_ELEMENT["first_step"] + 4, rho=0.5, adaptive=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.harness import ROWS, Row, make_params
+from bench.harness import ROWS, Contender, Row, make_params, measure
 from sam_fast import SAM, BatchNormSnapshot
 
 
@@ -51,10 +51,8 @@ def test_batchnorm_snapshot(benchmark: Any, layers: int) -> None:
         for b, old in zip(model.buffers(), saved, strict=True):
             b.copy_(old)
 
-    from bench.harness import measure
-
     benchmark.group = f"BatchNorm snapshot, {layers} layers"
-    seconds, medians = measure(benchmark, run, {"loop over buffers": loop}, rounds=200)
+    seconds, medians = measure(benchmark, Contender(run), {"loop over buffers": Contender(loop)}, rounds=200)
     ROWS.append(Row("BatchNorm snapshot, save + restore", f"{layers} layers", 129 * layers, seconds, medians))
 
 
