@@ -1,0 +1,113 @@
+"""Buckets: slots, chunks, layouts; and the norm over several buckets and devices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import DTYPES, SIZES, make_params
+
+from sam_fast import SAM, backends
+from sam_fast.bucket import ALIGNMENT, CHUNK, Bucket, is_dense
+from sam_fast.perturbation import NormSum, exchange_sums
+
+
+def bucket_of(rows, groups=None) -> Bucket:
+    return Bucket(rows, groups or [0] * len(rows), backends.BACKENDS["torch"])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, torch.complex128], ids=lambda d: str(d).removeprefix("torch."))
+def test_every_slot_starts_on_a_cache_line_and_slots_do_not_overlap(dtype):
+    rows = [torch.zeros(n, dtype=dtype) for n in SIZES]
+    bucket = bucket_of(rows)
+    ends = [0]
+    for row, slot in zip(rows, bucket.slots, strict=True):
+        assert slot * dtype.itemsize % ALIGNMENT == 0
+        assert slot >= ends[-1]
+        ends.append(slot + row.numel())
+    assert bucket.numel >= ends[-1]
+    assert bucket.flat.data_ptr() % ALIGNMENT == 0
+
+
+def test_chunks_cover_every_element_once():
+    rows = [torch.zeros(n) for n in SIZES]
+    groups = [i % 2 for i in range(len(SIZES))]
+    bucket = bucket_of(rows, sorted(groups))
+    covered = [torch.zeros(n, dtype=torch.int32) for n in SIZES]
+    last_slot = -1
+    for row, group, begin, count, slot in bucket.chunks.tolist():
+        assert 0 < count <= CHUNK
+        assert group == bucket.groups[row]
+        assert slot == bucket.slots[row] + begin
+        assert slot > last_slot
+        last_slot = slot
+        covered[row][begin : begin + count] += 1
+    assert all(bool((c == 1).all()) for c in covered)
+
+
+def test_chunk_size_keeps_slots_aligned():
+    assert CHUNK % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.zeros(4, 5), True),
+        (torch.zeros(4, 5).t(), True),
+        (torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), True),
+        (torch.zeros(2, 3, 4).permute(1, 2, 0), True),
+        (torch.zeros(()), True),
+        (torch.zeros(0, 3), True),
+        (torch.zeros(3, 1, 2).as_strided((3, 1, 2), (2, 77, 1)), True),
+        (torch.zeros(8)[::2], False),
+        (torch.zeros(4, 5)[:, :3], False),
+        (torch.zeros(1).expand(7), False),
+        (torch.zeros(10).as_strided((3, 3), (1, 1)), False),
+    ],
+    ids=lambda v: "x".join(map(str, v.shape)) if isinstance(v, torch.Tensor) else "",
+)
+def test_dense_means_without_gaps_or_overlaps(tensor, dense):
+    assert is_dense(tensor) is dense
+
+
+def test_mixed_dtypes_and_layouts_share_one_norm():
+    params = [p for i, dtype in enumerate(DTYPES) for p in make_params([100, 40_000], dtype, seed=i)]
+    strided = torch.nn.Parameter(torch.randn(60)[::2])
+    strided.grad = torch.randn(30) * 0.01
+    params.append(strided)
+    optimizer = SAM(params, lr=0.1)
+    assert len(optimizer._perturbation.buckets) == 5
+    optimizer.first_step()
+    exact = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params))
+    assert float(optimizer.grad_norm) == pytest.approx(exact, rel=1e-6)
+
+
+def test_sums_are_exchanged_between_devices():
+    """Three stand-ins for devices: each must end with its own partial sums and the others' totals."""
+    sums = [NormSum(torch.device("cpu"), own, 2) for own in (3, 1, 2)]
+    for i, s in enumerate(sums):
+        s.partials[: s.own] = torch.arange(1.0, s.own + 1.0, dtype=torch.float64) * 10**i
+    total = sum(float(s.own_sum()) for s in sums)
+    exchange_sums(sums)
+    for s in sums:
+        assert float(s.partials.sum()) == total
+
+
+def test_no_allocation_after_the_first_step():
+    """The backup and all tables are the same memory in every step."""
+    params = make_params([1000, 20_000])
+    optimizer = SAM(params, lr=0.1)
+
+    def addresses():
+        perturbation = optimizer._perturbation
+        (bucket,) = perturbation.buckets
+        return [id(bucket), bucket.flat.data_ptr(), bucket.chunks.data_ptr(), perturbation.norm.data_ptr()]
+
+    optimizer.first_step()
+    first = addresses()
+    optimizer.second_step()
+    for _ in range(3):
+        optimizer.first_step()
+        optimizer.second_step()
+        assert addresses() == first
