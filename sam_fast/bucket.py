@@ -87,7 +87,8 @@ class Bucket:
     @cached_property
     def flat(self) -> Tensor:
         """The backup: ``numel`` elements, allocated at first use and kept."""
-        return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False):  # first used in inference mode, it must still be writable outside
+            return torch.empty(self.numel, dtype=self.dtype, device=self.device)
 
     @cached_property
     def flat_rows(self) -> list[Tensor]:

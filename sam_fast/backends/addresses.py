@@ -77,16 +77,17 @@ class AddressTable:
     def saved_rows(self) -> list[int]:
         return [row for row, address in enumerate(self.saved) if address]
 
-    def restore_changed(self, changed: list[int]) -> None:
+    def restore_changed(self, changed: list[int], release: bool) -> None:
         """Restore rows that are saved but no longer match the bucket, by way of PyTorch."""
         lost = []
         for row in changed:
             if not self.saved[row]:
                 continue
             tensor, backup = self.bucket.rows[row], self.bucket.flat_rows[row]
+            if release:
+                self.saved[row] = 0
             if tensor.shape == backup.shape:
                 tensor.data.copy_(backup)
-                self.saved[row] = 0
             else:
                 lost.append(f"row {row}: {tuple(backup.shape)} -> {tuple(tensor.shape)}")
         if lost:

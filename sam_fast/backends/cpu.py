@@ -122,7 +122,7 @@ class CpuBackend(Backend):
         )
         table.all_saved = table.all_saved and not release
         if changed:
-            table.restore_changed(changed)
+            table.restore_changed(changed, release)
 
     def save(self, bucket: Bucket) -> bool:
         table: AddressTable = bucket.table
