@@ -85,7 +85,7 @@ class SAM(Optimizer):
         self.defaults = {**base.defaults, **self._sam_defaults}
         self._random_state: RandomState | None = None
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
-        self._perturbation.prepare(self.param_groups)
+        self._prepare()
 
     # ---- One state, one list of groups: the base optimizer's -----------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class SAM(Optimizer):
         if isinstance(param_group, dict):
             self._fill_in_options([param_group])
         self.base_optimizer.add_param_group(param_group)
-        self._perturbation.prepare(self.param_groups)
+        self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict; SAM's options are in its groups. There is never a copy of the weights in it."""
@@ -164,7 +164,7 @@ class SAM(Optimizer):
         super().__setstate__(state)
         self._random_state = None
         self._perturbation = Perturbation(*settings)
-        self._perturbation.prepare(self.param_groups)
+        self._prepare()
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         for group in groups:
@@ -172,6 +172,14 @@ class SAM(Optimizer):
                 group.setdefault(name, self._sam_defaults[name])
             _check_at_least_zero("rho", group["rho"])
             _check_at_least_zero("eta", group["eta"])
+
+    def _prepare(self) -> None:
+        """Build the buckets. With flatten=True parameters get a gradient of zeros here: it is none that a backward pass has computed."""
+        without = [p for group in self.param_groups for p in group["params"] if p.grad is None]
+        self._perturbation.prepare(self.param_groups)
+        for p in without:
+            if p.grad is not None:
+                setattr(p.grad, SPENT, p.grad._version)
 
     # ---- The two steps -------------------------------------------------------------------------------------------------------------------
 

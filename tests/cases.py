@@ -51,7 +51,13 @@ class SmallNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 11, 3), nn.BatchNorm2d(11), nn.ReLU()
+            nn.Conv2d(1, 6, 3, padding=1, bias=False),  # a bias before BatchNorm has a gradient of nothing but rounding errors
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 11, 3, bias=False),
+            nn.BatchNorm2d(11),
+            nn.ReLU(),
         )
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(11 * 4, 13), nn.ReLU(), nn.Linear(13, 10))
 

@@ -1,0 +1,406 @@
+"""SAM as a torch optimizer: constructor, groups, state, schedulers, hooks, closures, the two passes, misuse."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases import SmallNet, batches, make_params, same_bits, values
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
+
+from sam_fast import SAM
+
+
+def two_calls(params, optimizer) -> None:
+    """One step of SAM with made-up gradients."""
+    for call in (optimizer.first_step, optimizer.second_step):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        call(zero_grad=True)
+
+
+# ---- Constructor and groups --------------------------------------------------------------------------------------------------------------
+
+
+def test_signature_is_the_contract():
+    optimizer = SAM(make_params([3]), lr=0.1)
+    assert type(optimizer.base_optimizer) is torch.optim.SGD
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group["adaptive"], group["eta"], group["perturb"], group["lr"]) == (0.05, False, 0.0, True, 0.1)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"rho": -0.1}, ValueError, "rho"),
+        ({"rho": float("nan")}, ValueError, "rho"),
+        ({"eta": -1.0}, ValueError, "eta"),
+        ({"perturb_eps": -1e-3}, ValueError, "perturb_eps"),
+        ({"base_optimizer": "SGD"}, TypeError, "base_optimizer"),
+        ({"base_optimizer": lambda groups, **_: None}, TypeError, "base_optimizer"),
+        ({"base_optimizer": torch.optim.Adadelta}, ValueError, "rho"),
+        ({"base_optimizer": torch.optim.LBFGS}, ValueError, "closure|parameter groups|support"),
+        ({"params": []}, ValueError, "empty"),
+        ({"params": torch.zeros(3)}, TypeError, "tensor"),
+        ({"params": [{"params": [nn.Parameter(torch.zeros(2))], "rho": -1.0}]}, ValueError, "rho"),
+        ({"lr": -1.0}, ValueError, "learning rate"),
+        ({"nonsense": 1}, TypeError, "nonsense"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_bad_arguments_are_named(arguments, error, words):
+    with pytest.raises(error, match=words):
+        SAM(**{"params": make_params([3]), "lr": 0.1, **arguments})
+
+
+def test_kwargs_go_to_the_base_optimizer():
+    optimizer = SAM(make_params([3]), torch.optim.AdamW, lr=0.1, eps=1e-6, betas=(0.8, 0.9))
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_base_optimizer_may_be_a_callable():
+    optimizer = SAM(make_params([3]), lambda groups, lr: torch.optim.AdamW(groups, lr=lr, weight_decay=0.5), lr=0.3)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_generators_and_named_parameters():
+    model = SmallNet()
+    assert len(SAM((p for p in model.parameters()), lr=0.1).param_groups[0]["params"]) == len(list(model.parameters()))
+    named = SAM(model.named_parameters(), lr=0.1)
+    assert named.param_groups[0]["param_names"][0] == "features.0.weight"
+    two_calls(list(model.parameters()), named)
+
+
+def test_the_callers_groups_are_not_changed():
+    groups = [{"params": make_params([3]), "rho": 0.5}]
+    SAM(groups, lr=0.1)
+    assert set(groups[0]) == {"params", "rho"}
+
+
+def test_repr_shows_the_options():
+    assert "rho: 0.05" in repr(SAM(make_params([3]), lr=0.1))
+
+
+# ---- One state ---------------------------------------------------------------------------------------------------------------------------
+
+
+def assert_one(optimizer: SAM) -> None:
+    assert optimizer.state is optimizer.base_optimizer.state
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+
+
+def test_state_and_groups_are_the_base_optimizers_at_all_times(flatten):
+    params = make_params([3, 4])
+    optimizer = SAM(params, lr=0.1, momentum=0.9, flatten=flatten)
+    assert_one(optimizer)
+    two_calls(params, optimizer)
+    assert_one(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_one(optimizer)
+    optimizer.add_param_group({"params": make_params([5])})
+    assert_one(optimizer)
+    for twin in (copy.deepcopy(optimizer), copy.copy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert_one(twin)
+        assert twin.param_groups[0]["momentum"] == 0.9
+        assert twin.defaults == optimizer.defaults
+
+
+def test_state_dict_is_the_base_optimizers_own_and_holds_no_weights():
+    params = make_params([300, 40])
+    optimizer = SAM(params, torch.optim.AdamW, lr=0.1)
+    two_calls(params, optimizer)
+    mine, its = optimizer.state_dict(), optimizer.base_optimizer.state_dict()
+    assert mine["param_groups"] == its["param_groups"]
+    assert set(mine["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    buffer = io.BytesIO()
+    torch.save(mine, buffer)
+    assert buffer.tell() < 2 * 4 * 340 + 6000  # two moments; a copy of the weights would be another 1360 bytes per copy
+    buffer.seek(0)
+    optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_groups_loaded_without_sams_options_get_the_constructors():
+    params = make_params([3])
+    plain = torch.optim.SGD(params, lr=0.5)
+    optimizer = SAM(params, lr=0.1, rho=0.7, adaptive=True, eta=0.2)
+    optimizer.load_state_dict(plain.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group["adaptive"], group["eta"], group["perturb"], group["lr"]) == (0.7, True, 0.2, True, 0.5)
+
+
+def test_added_group_gets_the_defaults_and_takes_part():
+    params = make_params([3, 4])
+    optimizer = SAM(params[:1], lr=0.1, rho=0.7, momentum=0.9)
+    optimizer.add_param_group({"params": params[1:], "lr": 0.01})
+    group = optimizer.param_groups[1]
+    assert (group["rho"], group["momentum"], group["lr"]) == (0.7, 0.9, 0.01)
+    before = values(params)
+    optimizer.first_step()
+    assert not torch.equal(params[1], before[1])
+    with pytest.raises(ValueError, match="rho"):
+        SAM(make_params([3]), lr=0.1).add_param_group({"params": make_params([2]), "rho": -1})
+
+
+def test_hooks_of_state_dict_and_load_state_dict_run():
+    optimizer, seen = SAM(make_params([3]), lr=0.1), []
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("save-pre"))
+    optimizer.register_state_dict_post_hook(lambda o, d: {**d, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: seen.append("load-pre"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("load-post"))
+    state = optimizer.state_dict()
+    assert state["extra"] == 1
+    optimizer.load_state_dict(state)
+    assert seen == ["save-pre", "load-pre", "load-post"]
+
+
+# ---- Schedulers, hooks, profiler -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.StepLR(o, 2),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=6),
+        lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+        lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [2]),
+    ],
+    ids=["step", "cosine", "one-cycle", "cyclic", "plateau", "sequential"],
+)
+def test_schedulers_move_the_base_optimizers_learning_rate_without_a_warning(make):
+    params, plain_params = make_params([3]), make_params([3])
+    optimizer = SAM(params, lr=0.1, momentum=0.9)
+    plain = torch.optim.SGD(plain_params, lr=0.1, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*EPOCH_DEPRECATION|.*epoch parameter.*")
+        scheduler, expected = make(optimizer), make(plain)
+        for _ in range(5):
+            two_calls(params, optimizer)
+            plain_params[0].grad = torch.ones(3)
+            plain.step()
+            for s in (scheduler, expected):
+                s.step(*[1.0] if isinstance(s, lr_scheduler.ReduceLROnPlateau) else [])
+            for name in ("lr", "momentum"):
+                assert optimizer.base_optimizer.param_groups[0][name] == plain.param_groups[0][name]
+
+
+def test_step_hooks_run_once_per_step_in_every_style():
+    params = make_params([3])
+    optimizer, seen = SAM(params, lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    two_calls(params, optimizer)
+    assert seen == ["pre", "post"]
+    optimizer.step(lambda: params[0].sum().backward())
+    assert seen == ["pre", "post"] * 2
+
+
+def test_the_profiler_sees_the_step():
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1)
+    with torch.profiler.profile() as profile:
+        two_calls(params, optimizer)
+    assert "Optimizer.step#SAM.step" in {event.key for event in profile.key_averages()}
+
+
+# ---- Closures ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """A closure that counts its calls and returns the number of the call as loss."""
+
+    def __init__(self, params, zero=None) -> None:
+        self.params, self.zero, self.calls = params, zero, 0
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        if self.zero is not None:
+            self.zero()
+        assert torch.is_grad_enabled()
+        sum((p * p).sum() for p in self.params).backward()
+        return self.calls
+
+
+def test_closure_after_a_backward_is_the_second_pass(flatten):
+    params = make_params([3, 4])
+    optimizer = SAM(params, lr=0.1, flatten=flatten)
+    optimizer.zero_grad()
+    for call in range(1, 4):
+        sum((p * p).sum() for p in params).backward()
+        closure = Counter(params)
+        assert optimizer.step(closure) == 1
+        assert closure.calls == 1, call
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("zeroes", ["never", "in-closure", "in-closure-to-zero", "after"])
+def test_closure_alone_is_both_passes(flatten, zeroes):
+    params = make_params([3, 4], grads=False)
+    optimizer = SAM(params, lr=0.1, flatten=flatten)
+    zero = {"in-closure": optimizer.zero_grad, "in-closure-to-zero": lambda: optimizer.zero_grad(set_to_none=False)}.get(zeroes)
+    closure = Counter(params, zero)
+    for iteration in range(4):
+        with torch.no_grad():
+            assert optimizer.step(closure) == 2 * iteration + 1
+        assert closure.calls == 2 * (iteration + 1)
+        if zeroes == "after":
+            optimizer.zero_grad(set_to_none=iteration % 2 == 0)
+
+
+def test_closure_forms_and_two_calls_give_the_same_bits(flatten):
+    nets = [nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10)) for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    optimizers = [SAM(net.parameters(), lr=0.1, momentum=0.9, flatten=flatten) for net in nets]
+    for x, y in batches(4):
+
+        def loss(net, x=x, y=y):
+            value = cross_entropy(net(x.flatten(1)), y)
+            value.backward()
+            return value
+
+        loss(nets[0])
+        optimizers[0].first_step(zero_grad=True)
+        loss(nets[0])
+        optimizers[0].second_step(zero_grad=True)
+        loss(nets[1])
+        optimizers[1].step(lambda: loss(nets[1]))
+        optimizers[1].zero_grad()
+        optimizers[2].step(lambda: loss(nets[2]))
+    for net in nets[1:]:
+        assert same_bits(list(net.parameters()), list(nets[0].parameters()))
+
+
+# ---- The two passes ------------------------------------------------------------------------------------------------------------------------
+
+
+def dropout_masks(replay: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The masks of both passes, and what is drawn next."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(20, 50), nn.Dropout(0.5))
+    optimizer = SAM(model.parameters(), lr=0.1)
+    x, masks = torch.ones(4, 20), []
+    with optimizer.first_pass(model, replay_rng=replay):
+        out = model(x)
+        out.sum().backward()
+        masks.append(out == 0)
+    optimizer.first_step(zero_grad=True)
+    with optimizer.second_pass(model):
+        out = model(x)
+        out.sum().backward()
+        masks.append(out == 0)
+    optimizer.second_step()
+    return masks[0], masks[1], torch.rand(3)
+
+
+def test_replay_draws_the_same_masks_and_the_stream_goes_on_as_if_nothing_had_been_drawn():
+    first, second, after = dropout_masks(replay=True)
+    assert torch.equal(first, second)
+    torch.manual_seed(5)
+    nn.Sequential(nn.Linear(20, 50), nn.Dropout(0.5))(torch.ones(4, 20))
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_without_replay_the_masks_differ():
+    first, second, _ = dropout_masks(replay=False)
+    assert not torch.equal(first, second)
+
+
+def test_first_pass_without_sync_covers_forward_and_backward():
+    events = []
+
+    class Model(nn.Linear):
+        def no_sync(self):
+            from contextlib import contextmanager
+
+            @contextmanager
+            def inside():
+                events.append("enter")
+                yield
+                events.append("exit")
+
+            return inside()
+
+        def forward(self, x):
+            events.append("forward")
+            return super().forward(x)
+
+    model = Model(3, 1)
+    optimizer = SAM(model.parameters(), lr=0.1)
+    for sync in (False, True):
+        with optimizer.first_pass(model, sync=sync):
+            model(torch.ones(1, 3)).sum().backward()
+    assert events == ["enter", "forward", "exit", "forward"]
+
+
+def test_step_inside_second_pass_works(backend):
+    model = SmallNet()
+    optimizer = SAM(model.parameters(), lr=0.1, backend=backend)
+    x, y = batches(1)[0]
+    cross_entropy(model(x), y).backward()
+    optimizer.first_step(zero_grad=True)
+    with optimizer.second_pass(model):
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert not optimizer.perturbed
+
+
+# ---- Misuse --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("perturbed", "call", "words"),
+    [
+        (True, lambda o, m: o.first_step(), "second_step.*restore"),
+        (False, lambda o, m: o.second_step(), "first_step"),
+        (False, lambda o, m: o.step(), "first_step"),
+        (True, lambda o, m: o.step(lambda: None), "second_step.*restore"),
+        (True, lambda o, m: o.load_state_dict(o.state_dict()), "restore"),
+        (True, lambda o, m: o.add_param_group({"params": make_params([2])}), "restore"),
+        (True, lambda o, m: copy.deepcopy(o), "restore"),
+        (True, lambda o, m: pickle.dumps(o), "restore"),
+        (True, lambda o, m: o.first_pass(m).__enter__(), "restore"),
+        (False, lambda o, m: o.second_pass(m).__enter__(), "first_step"),
+        (False, lambda o, m: o.grad_norm, "first_step"),
+    ],
+    ids=["first-twice", "second-first", "step-first", "closure", "load", "add-group", "deepcopy", "pickle", "first_pass", "second_pass", "grad_norm"],
+)
+def test_misuse_says_what_to_do_and_changes_nothing(perturbed, call, words):
+    model = nn.Linear(3, 2)
+    optimizer = SAM(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    start = values(list(model.parameters()))
+    if perturbed:
+        optimizer.first_step()
+    before = values(list(model.parameters()))
+    with pytest.raises(RuntimeError, match=words):
+        call(optimizer, model)
+    assert same_bits(values(list(model.parameters())), before)
+    assert optimizer.perturbed is perturbed
+    optimizer.restore()
+    assert same_bits(values(list(model.parameters())), start)
+
+
+def test_grad_norm_is_a_copy():
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1)
+    two_calls(params, optimizer)
+    norm = optimizer.grad_norm
+    assert norm.dim() == 0
+    kept = float(norm)
+    params[0].grad = torch.full((3,), 100.0)
+    optimizer.first_step()
+    assert float(norm) == kept
+    assert float(optimizer.grad_norm) != kept

@@ -1,0 +1,225 @@
+"""Whole training runs: against the float64 reference, with every base optimizer, resumed, accumulated."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import SmallNet, batches, same_bits
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from sam_fast import SAM, frozen_running_stats
+from sam_fast.reference import ReferenceSAM
+
+Groups = Callable[[nn.Module], list[dict[str, Any]]]
+
+
+def one_group(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters())}]
+
+
+def several_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weights, biases and norms apart, each with options of its own."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return [
+        {"params": matrices[:2], "rho": 0.1, "weight_decay": 1e-3},
+        {"params": matrices[2:], "adaptive": True, "rho": 0.5, "eta": 0.01},
+        {"params": vectors[:4], "perturb": False},
+        {"params": vectors[4:], "lr": 0.01, "rho": 0.0},
+    ]
+
+
+CASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], Groups]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05}, one_group),
+    "momentum-decay": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}, one_group),
+    "nesterov": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}, one_group),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.05}, one_group),
+    "momentum-groups": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, several_groups),
+    "adamw-groups": (torch.optim.AdamW, {"lr": 1e-3}, several_groups),
+}
+
+
+def step(model: nn.Module, optimizer: SAM | ReferenceSAM, x: torch.Tensor, y: torch.Tensor) -> None:
+    """One SAM step in the two-call form, statistics frozen in the second pass."""
+    cross_entropy(model(x), y).backward()
+    optimizer.first_step(zero_grad=True)
+    with frozen_running_stats(model):
+        cross_entropy(model(x), y).backward()
+    optimizer.second_step(zero_grad=True)
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["", "adaptive"])
+@pytest.mark.parametrize("case", CASES)
+def test_fifty_steps_follow_the_float64_reference(case, adaptive, backend, flatten):
+    """Each step starts both from the same float32 weights and momentum; then float64 against float32, one step.
+
+    The bound is per step, so that it need not grow with the chaos of training: a float32 forward and backward of this net is right to about
+    1e-5 of the largest gradient, the weights are rounded to 6e-8, and AdamW divides by the gradient's own size, so that where a gradient is
+    nearly zero (up to the rounding of its sum) its step may differ by up to the learning rate: bounded by 2 lr there, by lr/100 for almost all.
+    """
+    base, options, make_groups = CASES[case]
+    sam_options = {"rho": 0.5 if adaptive else 0.05, "adaptive": adaptive}
+    model = SmallNet()
+    optimizer = SAM(make_groups(model), base, **sam_options, **options, flatten=flatten, backend=backend)
+    lr = options["lr"]
+    for x, y in batches(50):
+        exact = copy.deepcopy(model).double()
+        reference = ReferenceSAM(make_groups(exact), base, **sam_options, **options)
+        reference.base_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        exact.zero_grad()
+        step(exact, reference, x.double(), y)
+        step(model, optimizer, x, y)
+        for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+            error = (p.double() - q).abs().detach()
+            if base is torch.optim.AdamW:
+                assert float(error.max()) <= 2 * lr
+                assert float((error <= lr / 100).double().mean()) > 0.97
+            else:
+                assert float(error.max()) <= 2e-5 * lr + 2e-7 * float(q.detach().abs().max())
+
+
+# ---- Every base optimizer ----------------------------------------------------------------------------------------------------------------
+
+
+def dense_optimizers() -> list[Any]:
+    """Every torch.optim class that takes dense gradients and no closure, plain and in its foreach and fused variants."""
+    found = []
+    for name, cls in sorted(vars(torch.optim).items()):
+        if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or name in ("Optimizer", "SparseAdam", "LBFGS", "Adadelta"):
+            continue
+        found.append(pytest.param(cls, {}, id=name))
+        names = inspect.signature(cls).parameters
+        found += [pytest.param(cls, {flag: True}, id=f"{name}-{flag}") for flag in ("foreach", "fused") if flag in names]
+    return found
+
+
+@pytest.mark.parametrize(("base", "options"), dense_optimizers())
+def test_every_base_optimizer_steps_as_it_does_alone(base, options, flatten):
+    """SAM's update is the base optimizer's, at w, with the gradient found at w + e: the same bits as stepping it by hand."""
+    torch.manual_seed(1)
+    shapes = [(4, 3), (3, 5)] if base.__name__ == "Muon" else [(4, 3), (5,), ()]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in params]
+    try:
+        by_hand = base(alone, lr=0.01, **options)
+        for p in alone:
+            p.grad = torch.randn_like(p)
+        by_hand.step()
+        for p, q in zip(params, alone, strict=True):
+            q.data.copy_(p)
+        by_hand = base(alone, lr=0.01, **options)
+    except (RuntimeError, TypeError) as error:
+        pytest.skip(f"not on this device: {error}")
+    optimizer = SAM(params, base, lr=0.01, flatten=flatten, **options)
+    for _ in range(3):
+        first, second = [torch.randn_like(p) for p in params], [torch.randn_like(p) for p in params]
+        for p, g in zip(params, first, strict=True):
+            p.grad = g.clone()
+        optimizer.first_step(zero_grad=True)
+        for p, q, g in zip(params, alone, second, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        optimizer.second_step(zero_grad=True)
+        by_hand.step()
+        assert same_bits(params, alone)
+
+
+# ---- Stopping and going on ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+        (torch.optim.AdamW, {"lr": 1e-3, "amsgrad": True}),
+        (torch.optim.Adagrad, {"lr": 0.01}),
+    ],
+    ids=["sgd", "adamw", "adagrad"],
+)
+def test_resumed_run_continues_with_the_same_bits(base, options, flatten, tmp_path):
+    def start() -> tuple[SmallNet, SAM, Any]:
+        torch.manual_seed(3)
+        model = SmallNet()
+        optimizer = SAM(model.parameters(), base, **options, flatten=flatten)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+
+    data = batches(12)
+    model, optimizer, scheduler = start()
+    for i, (x, y) in enumerate(data):
+        if i == 5:
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            torch.save(parts, tmp_path / "checkpoint.pt")
+        step(model, optimizer, x, y)
+        scheduler.step()
+
+    other, resumed, its_scheduler = start()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    its_scheduler.load_state_dict(saved["scheduler"])
+    for x, y in data[5:]:
+        step(other, resumed, x, y)
+        its_scheduler.step()
+    assert same_bits(list(other.state_dict().values()), list(model.state_dict().values()))
+
+
+def test_checkpoints_move_between_sam_and_plain_sgd():
+    data = batches(4)
+    options = {"lr": 0.05, "momentum": 0.9}
+    model = SmallNet()
+    plain = torch.optim.SGD(model.parameters(), **options)
+    for x, y in data:
+        cross_entropy(model(x), y).backward()
+        plain.step()
+        plain.zero_grad()
+    twin = copy.deepcopy(model)
+    optimizer = SAM(twin.parameters(), torch.optim.SGD, rho=0.07, **options)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["rho"] == 0.07
+    back = torch.optim.SGD(model.parameters(), **options)
+    back.load_state_dict(optimizer.state_dict())
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(back.state[a]["momentum_buffer"], optimizer.state[b]["momentum_buffer"])
+
+
+# ---- Accumulation and long runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_equal_the_big_batch(parts, backend, flatten):
+    """In float64, so that only the order of sums differs; in eval mode, since BatchNorm sees micro-batches."""
+    model = SmallNet().double().eval()
+    twin = copy.deepcopy(model)
+    big = SAM(model.parameters(), lr=0.05, momentum=0.9, backend=backend, flatten=flatten)
+    small = SAM(twin.parameters(), lr=0.05, momentum=0.9, backend=backend, flatten=flatten)
+    for x, y in batches(5):
+        x = x.double()
+        step(model, big, x, y)
+        for half in (small.first_step, small.second_step):
+            for micro_x, micro_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (cross_entropy(twin(micro_x), micro_y) / parts).backward()
+            half(zero_grad=True)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_a_thousand_steps_without_a_learning_rate_change_no_bit(backend, flatten):
+    model = SmallNet()
+    optimizer = SAM(model.parameters(), lr=0.0, rho=0.3, backend=backend, flatten=flatten)
+    before = [p.detach().clone() for p in model.parameters()]
+    data = batches(4)
+    for i in range(1000):
+        x, y = data[i % 4]
+        if i % 100 == 0:
+            step(model, optimizer, x, y)
+            continue
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.first_step()
+        optimizer.second_step(zero_grad=True)
+    assert same_bits(list(model.parameters()), before)
