@@ -5,8 +5,10 @@ A backend is one module with a ``BACKEND``; adding one is that file and a line i
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,6 +22,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch")}
 
 BACKEND_VARIABLE = "SAM_FAST_BACKEND"
 """Environment variable that forces a backend where the ``backend`` argument does not."""
+
+BUILD_NOTE = Path(__file__).parent.parent / "_build_info.json"
+"""What setup.py built and what not, by module."""
 
 _warned: set[str] = set()
 
@@ -36,8 +41,9 @@ def why_not() -> dict[str, str]:
 
 
 def build_info() -> dict[str, str]:
-    """How the native modules were built and which instruction set is in use; empty without native modules."""
-    return {f"{name}: {what}": value for name, backend in BACKENDS.items() for what, value in backend.build_info().items()}
+    """How the native modules were built and which instruction set is in use."""
+    info = json.loads(BUILD_NOTE.read_text()) if BUILD_NOTE.is_file() else {}
+    return info | {f"{name}: {what}": value for name, backend in BACKENDS.items() for what, value in backend.build_info().items()}
 
 
 def forced(backend: str | None) -> Backend | None:

@@ -1,0 +1,382 @@
+"""Whole SAM runs: the BatchNorm statistics are, bit for bit, those of the first passes alone. And what that costs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import SmallNet, batches, same_bits
+from norms import MovingNorm, ReassigningNorm, Recorder, forward_only, statistics, unchanged
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sam_fast import SAM, BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
+from sam_fast.backends import available, cpu
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot takes the backend that the environment forces."""
+    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
+
+
+class MixedNet(nn.Module):
+    """Every sort of norm in one model, one of them in eval mode, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU(), nn.BatchNorm2d(4, momentum=None))
+        self.frozen = nn.BatchNorm2d(4).eval()
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 9), MovingNorm(9), nn.Dropout(), ReassigningNorm(9), nn.Linear(9, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.frozen(self.features(x)))
+        return out
+
+
+# ---- Ways to train ----------------------------------------------------------------------------------------------------------------------------
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def two_calls(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    disable_running_stats(model)
+    backward(model, x, y)
+    optimizer.second_step(zero_grad=True)
+    enable_running_stats(model)
+
+
+def reference_example(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    enable_running_stats(model)
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    disable_running_stats(model)
+    backward(model, x, y)
+    optimizer.second_step(zero_grad=True)
+
+
+def second_pass(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    with optimizer.second_pass(model):
+        backward(model, x, y)
+    optimizer.second_step(zero_grad=True)
+
+
+def both_passes(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    with optimizer.first_pass(model, replay_rng=True):
+        backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    with optimizer.second_pass(model):
+        backward(model, x, y)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def frozen(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    with frozen_running_stats(model):
+        backward(model, x, y)
+    optimizer.second_step(zero_grad=True)
+
+
+def closure(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    def second() -> Tensor:
+        with frozen_running_stats(model):
+            return backward(model, x, y)
+
+    backward(model, x, y)
+    optimizer.step(second)
+    optimizer.zero_grad()
+
+
+def snapshot(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    saved = BatchNormSnapshot(model)
+    saved.save()
+    backward(model, x, y)
+    saved.restore()
+    optimizer.second_step(zero_grad=True)
+
+
+Step = Callable[[nn.Module, SAM, Tensor, Tensor], None]
+STYLES: list[Step] = [two_calls, reference_example, second_pass, both_passes, frozen, closure, snapshot]
+every_style = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
+
+
+def careless(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    """The trap: both passes count."""
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    backward(model, x, y)
+    optimizer.second_step(zero_grad=True)
+
+
+def train(model: nn.Module, step: Step, **options: Any) -> Recorder:
+    optimizer = SAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.1, **options)
+    recorder = Recorder(model)
+    for x, y in batches(STEPS):
+        recorder.first_pass(x)
+        step(model, optimizer, x, y)
+    enable_running_stats(model)
+    return recorder
+
+
+@every_style
+@pytest.mark.parametrize("make", [SmallNet, MixedNet])
+def test_statistics_are_those_of_the_first_passes_alone(make: Callable[[], nn.Module], style: Step, backend: str, flatten: bool) -> None:
+    model = make()
+    recorder = train(model, style, backend=backend, flatten=flatten)
+    assert unchanged(model, recorder.replay())
+
+
+def test_the_careless_loop_would_have_been_noticed() -> None:
+    model = SmallNet()
+    assert not unchanged(model, train(model, careless).replay())
+
+
+@every_style
+def test_each_batch_counts_once(style: Step) -> None:
+    model = SmallNet()
+    train(model, style)
+    assert [int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")] == [STEPS, STEPS]
+
+
+def test_a_second_pass_that_is_all_nan_spoils_neither_statistics_nor_the_next_steps() -> None:
+    """The trap: with momentum 0, 0 * NaN turns the running statistics into NaN for good."""
+    model = SmallNet()
+    optimizer, recorder = SAM(model.parameters(), lr=0.1), Recorder(model)
+    for step, (x, y) in enumerate(batches(STEPS)):
+        recorder.first_pass(x)
+        backward(model, x, y)
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            backward(model, x * float("nan") if step == 2 else x, y)
+        if step == 2:
+            optimizer.restore()
+            optimizer.zero_grad()
+        else:
+            optimizer.second_step(zero_grad=True)
+    assert unchanged(model, recorder.replay())
+    assert all(bool(s.isfinite().all()) for s in statistics(model))
+
+
+def test_gradient_accumulation_counts_every_micro_batch_once(flatten: bool) -> None:
+    model = SmallNet()
+    optimizer, recorder = SAM(model.parameters(), lr=0.1, flatten=flatten), Recorder(model)
+    data = batches(2 * STEPS)
+    for micro in (data[i : i + 2] for i in range(0, len(data), 2)):
+        for x, y in micro:
+            recorder.first_pass(x)
+            backward(model, x, y)
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            for x, y in micro:
+                backward(model, x, y)
+        optimizer.second_step(zero_grad=True)
+    assert unchanged(model, recorder.replay())
+
+
+# ---- Autograd ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("make", [SmallNet, MixedNet])
+def test_backward_may_come_after_the_frozen_forward(make: Callable[[], nn.Module], training: bool) -> None:
+    """What is put back is no in-place change of anything that backward needs: no version error, the same gradients."""
+    model = make().train(training)
+    (x, y), *_ = batches(1)
+    torch.manual_seed(1)
+    backward(model, x, y)
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    torch.manual_seed(1)
+    with frozen_running_stats(model):
+        loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    assert same_bits([p.grad for p in model.parameters() if p.grad is not None], expected)
+
+
+class LastMean(nn.Module):
+    """Keeps the last batch's mean itself, which backward needs too."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(0)
+        self.running_mean = mean.detach()
+        return x * mean
+
+
+def test_a_statistic_that_backward_needs_is_not_overwritten() -> None:
+    """Writing the old values into the new tensor would give a wrong gradient, and no error."""
+    model = LastMean(3)
+    x = torch.randn(8, 3, requires_grad=True)
+    (expected,) = torch.autograd.grad(LastMean(3)(x).sum(), x)
+    with frozen_running_stats(model):
+        loss = model(x).sum()
+    assert unchanged(model, [torch.ones(3)])
+    (found,) = torch.autograd.grad(loss, x)
+    assert same_bits([found], [expected])
+
+
+# ---- Cost -------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Counts the calls of the native module's functions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: Counter[str] = Counter()
+        for name in ("backup", "restore"):
+            monkeypatch.setattr(cpu._cpu, name, self._counted(name, getattr(cpu._cpu, name)))
+
+    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.counts[name] += 1
+            return function(*args)
+
+        return call
+
+
+needs_cpu = pytest.mark.skipif("cpu" not in available(), reason="the native cpu backend is not built")
+cpu_only = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu)])
+
+
+@cpu_only
+@pytest.mark.parametrize("layers", [1, 10, 100])
+def test_one_native_call_per_dtype_whatever_the_number_of_layers(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 statistics and int64 counts: two calls to save, two to restore. The first time and later."""
+    model = nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(layers)])
+    calls = Calls(monkeypatch)
+    for times in (1, 2, 3):
+        disable_running_stats(model)
+        enable_running_stats(model)
+        assert calls.counts == {"backup": 2 * times, "restore": 2 * times}
+
+
+@cpu_only
+def test_each_further_dtype_costs_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.BatchNorm1d(3).to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16) for _ in range(5)])
+    calls = Calls(monkeypatch)
+    with frozen_running_stats(model):
+        pass
+    assert calls.counts == {"backup": 4, "restore": 4}
+
+
+@cpu_only
+def test_a_model_without_statistics_costs_no_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    with frozen_running_stats(nn.Linear(3, 3)):
+        pass
+    assert calls.counts == {}
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@cpu_only
+@pytest.mark.parametrize("style", ["frozen", "disable-enable", "snapshot"])
+def test_once_warm_the_kernels_are_all_that_runs(style: str) -> None:
+    """No operator of PyTorch, so no allocation either."""
+    model = nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(5)])
+    saved = BatchNormSnapshot(model)
+
+    def once() -> None:
+        if style == "frozen":
+            with frozen_running_stats(model):
+                pass
+        elif style == "disable-enable":
+            disable_running_stats(model)
+            enable_running_stats(model)
+        else:
+            saved.save()
+            saved.restore()
+
+    once()
+    with Operators() as operators:
+        once()
+    assert operators.names == []
+
+
+# ---- Nobody keeps a model alive ---------------------------------------------------------------------------------------------------------------
+
+
+class HookedNet(nn.Module):
+    """A layer that knows its model, as with every hook that is a bound method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.norm.register_forward_hook(self.remember)
+
+    def remember(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.last = output.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out
+
+
+def use_frozen(model: nn.Module) -> None:
+    with frozen_running_stats(model):
+        model(torch.randn(8, 3))
+
+
+def use_switches(model: nn.Module) -> None:
+    disable_running_stats(model)
+    model(torch.randn(8, 3))
+    enable_running_stats(model)
+
+
+def use_disable_only(model: nn.Module) -> None:
+    disable_running_stats(model)
+
+
+def use_inner_and_wrapper(model: nn.Module) -> None:
+    disable_running_stats(nn.Sequential(model))
+    enable_running_stats(model)
+
+
+USES = [use_frozen, use_switches, use_disable_only, use_inner_and_wrapper]
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), lambda: nn.BatchNorm1d(3), HookedNet],
+    ids=["inside-a-model", "the-layer-is-the-model", "layer-with-a-hook-to-its-model"],
+)
+def test_a_model_is_freed_when_its_owner_lets_it_go(make: Callable[[], nn.Module], use: Callable[[nn.Module], None]) -> None:
+    model = make()
+    use(model)
+    alive = [weakref.ref(module) for module in model.modules()]
+    del model
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
