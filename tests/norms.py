@@ -95,18 +95,20 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.initial = copy.deepcopy(model)
-        self.passes: list[tuple[list[Tensor], Tensor]] = []
+        self.passes: list[tuple[list[Tensor], Tensor, Tensor]] = []
 
     def first_pass(self, x: Tensor) -> None:
         """Call before every first pass."""
-        self.passes.append(([p.detach().clone() for p in self.model.parameters()], x))
+        # With the random state: a statistic behind dropout depends on its masks.
+        self.passes.append(([p.detach().clone() for p in self.model.parameters()], x, torch.get_rng_state()))
 
     def replay(self) -> list[Tensor]:
         """Only the first passes, one after the other, in plain PyTorch."""
         twin = copy.deepcopy(self.initial)
-        for weights, x in self.passes:
+        for weights, x, random_state in self.passes:
             with torch.no_grad():
                 for p, w in zip(twin.parameters(), weights, strict=True):
                     p.copy_(w)
+            torch.set_rng_state(random_state)
             twin(x)
         return statistics(twin)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SmallNet, batches, same_bits
-from norms import MovingNorm, ReassigningNorm, Recorder, forward_only, statistics, unchanged
+from norms import MovingNorm, ReassigningNorm, Recorder, statistics, unchanged
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
