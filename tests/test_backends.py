@@ -99,6 +99,20 @@ def test_instruction_set_can_be_named(isa, fails):
 
 
 @cpu_only
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_kernels_get_as_many_threads_as_pytorch_has(threads, monkeypatch):
+    asked = []
+    for name in ("grad_norm", "perturb", "restore"):
+        kernel = getattr(backends.cpu._cpu, name)
+        monkeypatch.setattr(backends.cpu._cpu, name, lambda *args, kernel=kernel: (asked.append(args[-1]), kernel(*args))[1])
+    optimizer = SAM(make_params([100]), lr=0.1)
+    torch.set_num_threads(threads)
+    optimizer.first_step()
+    optimizer.restore()
+    assert asked == [threads] * 3
+
+
+@cpu_only
 def test_kernels_release_the_interpreter_lock():
     """A Python thread makes progress while a kernel runs: it counts during one norm of 64M elements."""
     p = torch.nn.Parameter(torch.zeros(64_000_000))

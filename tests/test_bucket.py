@@ -94,6 +94,17 @@ def test_sums_are_exchanged_between_devices():
         assert float(s.partials.sum()) == total
 
 
+def test_ten_thousand_parameters():
+    params = make_params([1 + i % 5 for i in range(10_000)])
+    before = [p.detach().clone() for p in params]
+    optimizer = SAM(params, lr=0.0, rho=0.1)
+    optimizer.first_step()
+    moved = math.sqrt(sum(float((p.detach() - b).double().square().sum()) for p, b in zip(params, before, strict=True)))
+    assert moved == pytest.approx(0.1, rel=1e-4)
+    optimizer.second_step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
 def test_no_allocation_after_the_first_step():
     """The backup and all tables are the same memory in every step."""
     params = make_params([1000, 20_000])
