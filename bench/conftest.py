@@ -8,16 +8,15 @@ from itertools import groupby
 import pytest
 import torch
 
-from bench.harness import ROWS, streaming_bandwidth
+from bench.harness import ROWS
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not ROWS:
         return
     write = terminalreporter.write_line
-    bandwidth = streaming_bandwidth()
     write("")
-    write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32; streaming copy in this run: {bandwidth / 1e9:.1f} GB/s")
+    write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     for group, rows in groupby(sorted(ROWS, key=lambda r: r.group), key=lambda r: r.group):
         members = list(rows)
         names = list(members[0].baselines)
@@ -29,7 +28,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 line += f"  {name} {row.baselines[name] * 1e3:9.3f} ms = {row.ratio(name):5.2f}x"
             rate = row.bandwidth()
             if rate is not None:
-                line += f"  {rate / 1e9:6.1f} GB/s = {100 * rate / bandwidth:4.0f} % of the copy"
+                line += f"  {rate / 1e9:6.1f} GB/s = {100 * rate / row.copy_bandwidth:4.0f} % of a copy's {row.copy_bandwidth / 1e9:.1f}"
             write(line)
         for name in names:
             mean = math.exp(sum(math.log(row.ratio(name)) for row in members) / len(members))

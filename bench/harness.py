@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +22,10 @@ from sam_fast.reference import ReferenceSAM
 SHAPES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
 """Parameter shapes of real models, by model name."""
 
+COPY = "streaming copy"
+COPY_ELEMENTS = 16_000_000
+"""Twice 64 MB: more than the caches of the machines this runs on."""
+
 BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "first_step": 20}
 """Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies."""
 
@@ -32,9 +37,10 @@ class Row:
     group: str
     case: str
     elements: int
-    seconds: float
-    baselines: dict[str, float] = field(default_factory=dict)
     bytes_per_element: int | None = None
+    seconds: float = math.nan
+    baselines: dict[str, float] = field(default_factory=dict)
+    copy_bandwidth: float = math.nan
 
     def ratio(self, baseline: str) -> float:
         return self.baselines[baseline] / self.seconds
@@ -82,12 +88,17 @@ class Contender:
     finish: Callable[[], object] = nothing
 
 
-def measure(benchmark: Any, target: Contender, baselines: dict[str, Contender], *, rounds: int) -> tuple[float, dict[str, float]]:
-    """Time ``target`` with pytest-benchmark and the baselines in between, one round of each in turn; returns medians in seconds."""
-    times: dict[str, list[float]] = {name: [] for name in baselines}
+def measure(benchmark: Any, row: Row, target: Contender, baselines: dict[str, Contender], *, rounds: int) -> None:
+    """Time ``target`` with pytest-benchmark, and the baselines and a streaming copy in between, one round of each in turn.
+
+    The medians complete ``row``, which joins the report. The copy runs in turn with the rest because the bandwidth of a shared machine was seen
+    to change by half within minutes.
+    """
+    others = {COPY: streaming_copy(), **baselines}
+    times: dict[str, list[float]] = {name: [] for name in others}
 
     def before_target() -> None:
-        for name, baseline in baselines.items():
+        for name, baseline in others.items():
             baseline.prepare()
             begin = time.perf_counter()
             baseline.run()
@@ -97,7 +108,11 @@ def measure(benchmark: Any, target: Contender, baselines: dict[str, Contender], 
 
     warmup = 2
     benchmark.pedantic(target.run, setup=before_target, teardown=target.finish, rounds=rounds, warmup_rounds=warmup)
-    return benchmark.stats.stats.median, {name: statistics.median(values[warmup:]) for name, values in times.items()}
+    medians = {name: statistics.median(values[warmup:]) for name, values in times.items()}
+    row.seconds = benchmark.stats.stats.median
+    row.copy_bandwidth = 2 * 4 * COPY_ELEMENTS / medians.pop(COPY)
+    row.baselines = medians
+    ROWS.append(row)
 
 
 class Backward:
@@ -124,24 +139,12 @@ def rounds_for(elements: int) -> int:
 
 
 @cache
-def streaming_bandwidth() -> float:
-    """Bytes per second of the best plain copy of 256 MB: PyTorch's own, or a copy with streaming stores (the backup kernel on one tensor)."""
-    source = torch.rand(64_000_000)
-    target = torch.empty_like(source)
-    candidates: list[Callable[[], object]] = [lambda: target.copy_(source)]
+def streaming_copy() -> Contender:
+    """A plain copy of 64 MB with streaming stores (the backup kernel on one tensor): what the memory gives at this moment."""
+    source = torch.rand(COPY_ELEMENTS)
     backend = backends.choose(source)
     bucket = Bucket([source], [0], backend)
-    candidates.append(lambda: backend.save(bucket))
-    best = float("inf")
-    for run in candidates:
-        run()
-        samples = []
-        for _ in range(7):
-            begin = time.perf_counter()
-            run()
-            samples.append(time.perf_counter() - begin)
-        best = min(best, statistics.median(samples))
-    return 2 * 4 * source.numel() / best
+    return Contender(lambda: backend.save(bucket))
 
 
 def check_first_step(moved: list[Tensor], params: list[nn.Parameter], rho: float, adaptive: bool = False) -> None:

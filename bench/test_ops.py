@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.harness import BYTES_PER_ELEMENT, ROWS, SHAPES, Contender, Row, check_first_step, copies, make_params, measure, rounds_for
+from bench.harness import BYTES_PER_ELEMENT, SHAPES, Contender, Row, check_first_step, copies, make_params, measure, rounds_for
 from sam_fast import SAM
 from sam_fast.backends import GroupOptions
 
@@ -38,6 +38,5 @@ def test_op(benchmark: Any, op: str, dtype: torch.dtype) -> None:
     if op == "restore":
         backend.save(bucket)
     benchmark.group = f"ops {op}"
-    seconds, _ = measure(benchmark, Contender(run), {}, rounds=rounds_for(elements))
-    scale = dtype.itemsize / 4
-    ROWS.append(Row(f"op {op}", f"resnet50 {str(dtype).removeprefix('torch.')}", elements, seconds, {}, int(BYTES_PER_ELEMENT[op] * scale)))
+    row = Row(f"op {op}", f"resnet50 {str(dtype).removeprefix('torch.')}", elements, BYTES_PER_ELEMENT[op] * dtype.itemsize // 4)
+    measure(benchmark, row, Contender(run), {}, rounds=rounds_for(elements))

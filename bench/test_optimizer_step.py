@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.harness import ROWS, SHAPES, Backward, Contender, Row, copies, make_params, measure, rounds_for
+from bench.harness import SHAPES, Backward, Contender, Row, copies, make_params, measure, rounds_for
 from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
@@ -44,5 +44,4 @@ def test_optimizer_step(benchmark: Any, model: str) -> None:
         torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-6, atol=1e-8)
 
     benchmark.group = f"optimizer step {model}"
-    seconds, medians = measure(benchmark, target, baselines, rounds=rounds_for(3 * elements))
-    ROWS.append(Row("first_step + restore + SGD(fused=True)", model, elements, seconds, medians))
+    measure(benchmark, Row("first_step + restore + SGD(fused=True)", model, elements), target, baselines, rounds=rounds_for(3 * elements))

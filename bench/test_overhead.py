@@ -26,7 +26,7 @@ def test_first_step_host_overhead(benchmark: Any, tensors: int, flatten: bool) -
     benchmark.group = f"host overhead, {tensors} tensors of 8 elements"
     benchmark.pedantic(optimizer.first_step, teardown=optimizer.restore, rounds=2000 if tensors < 1000 else 100, warmup_rounds=20)
     case = f"{tensors} x 8{', flatten' if flatten else ''}"
-    ROWS.append(Row("host overhead of first_step", case, 8 * tensors, benchmark.stats.stats.median))
+    ROWS.append(Row("host overhead of first_step", case, 8 * tensors, seconds=benchmark.stats.stats.median))
 
 
 @pytest.mark.parametrize("layers", [1, 53, 500])
@@ -52,8 +52,8 @@ def test_batchnorm_snapshot(benchmark: Any, layers: int) -> None:
             b.copy_(old)
 
     benchmark.group = f"BatchNorm snapshot, {layers} layers"
-    seconds, medians = measure(benchmark, Contender(run), {"loop over buffers": Contender(loop)}, rounds=200)
-    ROWS.append(Row("BatchNorm snapshot, save + restore", f"{layers} layers", 129 * layers, seconds, medians))
+    row = Row("BatchNorm snapshot, save + restore", f"{layers} layers", 129 * layers)
+    measure(benchmark, row, Contender(run), {"loop over buffers": Contender(loop)}, rounds=200)
 
 
 def test_import_time(benchmark: Any) -> None:
@@ -67,4 +67,4 @@ def test_import_time(benchmark: Any) -> None:
     samples = [run() for _ in range(4)]
     benchmark.group = "import"
     samples.append(benchmark.pedantic(run, rounds=1))
-    ROWS.append(Row("import sam_fast after import torch", "fresh process", 0, statistics.median(samples)))
+    ROWS.append(Row("import sam_fast after import torch", "fresh process", 0, seconds=statistics.median(samples)))
