@@ -90,7 +90,7 @@ def forward_only(model: nn.Module, *xs: Tensor) -> list[Tensor]:
 
 
 class Recorder:
-    """What the first passes of a SAM run saw: the weights and the batch of each. ``replay`` computes from that what the statistics must be."""
+    """What the first passes of a SAM run saw: weights, batch and random state of each. ``replay`` computes from that what the statistics must be."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
