@@ -2,6 +2,7 @@
 
 Environment variables:
     SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone.
+    SAM_FAST_CUDA=0|auto  the CUDA module; this version has none to build, so anything else is an error.
     SAM_FAST_WERROR=1     compiler warnings are errors.
     SAM_FAST_SANITIZE=... sanitizers to build with, e.g. address,undefined.
 """
@@ -23,13 +24,15 @@ ROOT = Path(__file__).parent.resolve()
 NATIVE = os.environ.get("SAM_FAST_NATIVE", "1") != "0"
 BUILD_INFO = "_build_info.json"
 
+if os.environ.get("SAM_FAST_CUDA", "auto") not in ("0", "auto"):
+    raise SystemExit("sam_fast: SAM_FAST_CUDA asks for the CUDA module, but this version has no CUDA sources: use 0 or auto")
+
 
 def what_is_built() -> dict[str, str]:
     """Module -> "built", or why it is not built."""
-    cuda = "not built: this version has no CUDA sources" if not (ROOT / "csrc" / "cuda").is_dir() else "not built"
     if not NATIVE:
         return {"sam_fast._cpu": "not built: SAM_FAST_NATIVE=0", "sam_fast._cuda": "not built: SAM_FAST_NATIVE=0"}
-    return {"sam_fast._cpu": "built", "sam_fast._cuda": cuda}
+    return {"sam_fast._cpu": "built", "sam_fast._cuda": "not built: this version has no CUDA sources"}
 
 
 class BuildPy(build_py):
