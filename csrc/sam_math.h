@@ -51,8 +51,9 @@ SAM_HD bool can_climb(double norm) {
   return norm - norm == 0.0;
 }
 
+// 0 where norm and eps are both 0: a zero gradient moves nothing.
 SAM_HD double climb_scale(double norm, double rho, double eps) {
-  return rho / (norm + eps);
+  return norm + eps > 0.0 ? rho / (norm + eps) : 0.0;
 }
 
 #ifdef SAM_ISA

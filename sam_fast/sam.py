@@ -267,11 +267,13 @@ class SAM(Optimizer):
         return second_loss if first_pass_done else loss
 
     def _update(self) -> None:
+        self._random_state = None  # a first pass that nobody replayed ends with its step
         self._perturbation.restore()
         self.base_optimizer.step()
 
     def restore(self) -> None:
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
+        self._random_state = None
         if self._perturbation.active:
             self._perturbation.restore()
 

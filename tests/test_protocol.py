@@ -319,6 +319,22 @@ def test_without_replay_the_masks_differ():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("end", ["second_step", "restore"])
+def test_a_random_state_that_nobody_replayed_ends_with_its_step(end):
+    model = nn.Linear(3, 2)
+    optimizer = SAM(model.parameters(), lr=0.1)
+    with optimizer.first_pass(model, replay_rng=True):
+        model(torch.ones(1, 3)).sum().backward()
+    optimizer.first_step()
+    getattr(optimizer, end)()
+    optimizer.first_step()
+    before = torch.get_rng_state()
+    with optimizer.second_pass(model):
+        drawn = torch.rand(1)
+    torch.set_rng_state(before)
+    assert torch.equal(drawn, torch.rand(1))
+
+
 def test_first_pass_without_sync_covers_forward_and_backward():
     events = []
 

@@ -144,6 +144,17 @@ def test_zero_gradient_moves_nothing(make, dtype):
     assert same_bits(values(params), before)
 
 
+@each_dtype
+def test_zero_gradient_moves_nothing_without_perturb_eps_either(make, dtype):
+    params = make_params([100, 7], dtype)
+    for p in params:
+        p.grad.zero_()
+    optimizer = make(params, lr=0.0, perturb_eps=0.0)
+    before = values(params)
+    optimizer.first_step()
+    assert same_bits(values(params), before)
+
+
 def test_large_float16_gradients_do_not_overflow_the_norm(make):
     params = make_params([1000], torch.float16)
     params[0].grad.fill_(1000.0)

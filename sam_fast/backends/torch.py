@@ -99,7 +99,8 @@ class TorchBackend(Backend):
             torch._foreach_copy_([bucket.flat_rows[i] for i in indices], [bucket.rows[i].detach() for i in indices])
             for i in indices:
                 table.saved[i] = True
-            scale = (rho / (norm + eps)).to(rows[0].real.dtype)
+            # A zero gradient moves nothing, also with eps = 0.
+            scale = torch.where(norm + eps > 0, rho / (norm + eps), 0.0).to(rows[0].real.dtype)
             if adaptive:
                 t = _asam_t(rows, eta)
                 e = torch._foreach_mul(torch._foreach_mul(torch._foreach_mul(t, t), grads), scale)
