@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from .backends import Backend, choose
@@ -84,6 +85,8 @@ class BatchNormSnapshot:
         self._names: list[tuple[str, ...]] = []
         self._places: list[tuple[Any, str]] = []
         self._tensors: list[Tensor | None] = []
+        self._versioned: list[Tensor] = []
+        self._versions: list[int] = []
         self._buckets: list[Bucket] = []
         self._saved = False
 
@@ -97,6 +100,7 @@ class BatchNormSnapshot:
             self._build()
             for bucket in self._buckets:
                 bucket.backend.save(bucket)
+        self._versions = [t._version for t in self._versioned]
         self._saved = True
 
     def restore(self) -> None:
@@ -109,6 +113,9 @@ class BatchNormSnapshot:
             raise RuntimeError("BatchNormSnapshot.restore() needs save() before it")
         for bucket in self._buckets:
             bucket.backend.restore(bucket, release=False)
+        # Autograd may have saved a statistic that a layer changed in place: it must notice that the value is gone. PyTorch's own layers change
+        # theirs without a new version, since their backward does not need them.
+        increment_version([t for t, version in zip(self._versioned, self._versions, strict=True) if t._version != version])
         if not all(map(is_, self._look_up(), self._tensors)):
             self._put_back(self._owned, replaced_only=True)
 
@@ -135,13 +142,14 @@ class BatchNormSnapshot:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 members.setdefault((tensor.device, tensor.dtype, choose(tensor, arithmetic=False)), []).append(tensor)
+        self._versioned = [row for rows in members.values() for row in rows if not row.is_inference()]
         self._buckets = [Bucket(rows, [0] * len(rows), backend) for (_, _, backend), rows in members.items()]
 
     def _put_back(self, chosen: list[Any], replaced_only: bool) -> None:
         """Put statistics back one by one: where a layer now has another tensor under the name, and for some layers only.
 
         A layer that assigns new tensors gets its old one back: the new one may be needed by its backward. A layer that was moved to another
-        device or dtype keeps its own and gets the values.
+        device or dtype gets a new one there with the old values.
         """
         backups = {id(row): backup for bucket in self._buckets for row, backup in zip(bucket.rows, bucket.flat_rows, strict=True)}
         chosen_ids = {id(owned) for owned in chosen}

@@ -38,6 +38,23 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """The indices of the tensors whose memory reaches into that of another one of the same device."""
+    spans = sorted(
+        (str(t.device), t.data_ptr(), t.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size(), i)
+        for i, t in enumerate(tensors)
+        if t.numel() > 0 and t.layout == torch.strided and t.device.type != "meta"
+    )
+    found: set[int] = set()
+    furthest: tuple[str, int, int] | None = None  # device, end and index of the span that reaches furthest so far
+    for device, begin, end, index in spans:
+        if furthest is not None and furthest[0] == device and begin < furthest[1]:
+            found |= {furthest[2], index}
+        if furthest is None or furthest[0] != device or end > furthest[1]:
+            furthest = (device, end, index)
+    return found
+
+
 def padded_size(numel: int, itemsize: int) -> int:
     """``numel`` rounded up to whole 64-byte lines of elements of ``itemsize`` bytes."""
     line = max(1, ALIGNMENT // itemsize)

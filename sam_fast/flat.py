@@ -6,7 +6,6 @@ The kernels then see one row per parameter group instead of one per parameter, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from operator import is_
 
 import torch
@@ -67,6 +66,21 @@ class FlatStorage:
         """True if every parameter still lies where it was put."""
         return list(map(Tensor.data_ptr, self.params)) == self._addresses
 
+    def write_back(self, touched: set[int]) -> list[str]:
+        """Bring restored weights to parameters that were given other memory since (``touched``: ids of those that had been moved).
+
+        Returns a description of each parameter whose shape has changed, which cannot be restored.
+        """
+        lost = []
+        for p, view, address in zip(self.params, self.weight_views, self._addresses, strict=True):
+            if id(p) not in touched or (p.data_ptr() == address and p.shape == view.shape):
+                continue
+            if p.shape == view.shape:
+                p.data.copy_(view)
+            else:
+                lost.append(f"{tuple(view.shape)} -> {tuple(p.shape)}")
+        return lost
+
     def collect_grads(self) -> None:
         """Bring every gradient into the flat buffer: one that was replaced is copied and attached again, the slot of a missing one is zeroed.
 
@@ -103,16 +117,3 @@ class FlatStorage:
     def _attach(self, index: int) -> None:
         self.params[index].grad = self.grad_views[index]
         self.attached[index] = True
-
-
-def check_no_overlap(params: Sequence[Tensor]) -> None:
-    """Raise ValueError if two parameters share memory: moved into a flat buffer they would part."""
-    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p), i) for i, p in enumerate(params) if p.numel() > 0)
-    for (_, end, first), (begin, _, second) in pairwise(spans):
-        if begin < end:
-            raise ValueError(f"flatten=True would separate parameters that share memory (parameters {first} and {second}): use flatten=False")
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first to behind the last element."""
-    return (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()

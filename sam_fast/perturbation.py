@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .backends import GroupOptions, choose
-from .backends.base import Backend
-from .bucket import Bucket
-from .flat import FlatStorage, check_no_overlap
+from .backends import BACKENDS, GroupOptions, choose, forced
+from .backends.base import Backend, shape_changed
+from .bucket import Bucket, overlapping
+from .flat import FlatStorage
 
 ParamGroups = Sequence[dict[str, Any]]
 
@@ -85,25 +85,38 @@ class Perturbation:
         self._known = [list(group["params"]) for group in param_groups]
 
     def _build(self, param_groups: ParamGroups) -> None:
-        members: dict[tuple[torch.device, torch.dtype, Backend | None], list[tuple[Tensor, int]]] = {}
+        """Build buckets. If a parameter is refused, this raises before anything is changed."""
+        params: list[Tensor] = []
+        groups: list[int] = []
         seen: set[int] = set()
         for index, group in enumerate(param_groups):
             for p in group["params"]:
-                if id(p) in seen:
-                    continue  # a parameter that is listed twice is one parameter
-                seen.add(id(p))
-                # A flat buffer is dense whatever its parameters were: the backend is then chosen for the buffer.
-                backend = None if self.flatten else choose(p, self.backend)
-                members.setdefault((p.device, p.dtype, backend), []).append((p, index))
+                if id(p) not in seen:  # a parameter that is listed twice is one parameter
+                    seen.add(id(p))
+                    params.append(p)
+                    groups.append(index)
+        shared = overlapping(params)
+        if self.flatten and shared:
+            raise ValueError(f"flatten=True would separate parameters that share memory (parameters {sorted(shared)}): use flatten=False")
+        members: dict[tuple[torch.device, torch.dtype, Backend], list[tuple[Tensor, int]]] = {}
+        for position, (p, index) in enumerate(zip(params, groups, strict=True)):
+            members.setdefault((p.device, p.dtype, self._choose(p, position in shared)), []).append((p, index))
         if self.flatten:
             self._flatten(list(members.values()))
         else:
-            self.buckets = [
-                Bucket([p for p, _ in rows], [group for _, group in rows], backend)
-                for (_, _, backend), rows in members.items()
-                if backend is not None
-            ]
+            self.buckets = [Bucket([p for p, _ in rows], [index for _, index in rows], backend) for (_, _, backend), rows in members.items()]
         self._build_sums()
+
+    def _choose(self, p: Tensor, shared: bool) -> Backend:
+        if self.flatten:  # a flat buffer is dense whatever its parameters were
+            return choose(torch.empty(0, dtype=p.dtype, device=p.device), self.backend)
+        if not shared:
+            return choose(p, self.backend)
+        # The fused kernels back one row up while they move another; the torch backend backs all rows up first.
+        wanted = forced(self.backend)
+        if wanted is not None and wanted is not BACKENDS["torch"]:
+            raise ValueError(f"backend={wanted.name!r} was forced but does not support parameters that share memory: use backend='torch'")
+        return BACKENDS["torch"]
 
     def _flatten(self, members: Sequence[list[tuple[Tensor, int]]]) -> None:
         """Keep the flat storages whose parameters are all still in place and in their group; flatten the others' and new parameters."""
@@ -117,7 +130,6 @@ class Perturbation:
         for rows in members:
             fresh = [(p, group) for p, group in rows if id(p) not in placed]
             if fresh:
-                check_no_overlap([p for p, _ in fresh])
                 kept.append(FlatStorage([p for p, _ in fresh], [group for _, group in fresh]))
         self.flats = kept
         self.buckets = [Bucket(flat.rows, flat.row_groups, choose(flat.rows[0], self.backend), flat.row_params) for flat in kept]
@@ -126,7 +138,11 @@ class Perturbation:
         counts: dict[torch.device, int] = {}
         for bucket in self.buckets:
             counts[bucket.device] = counts.get(bucket.device, 0) + bucket.backend.num_partials(bucket)
+        last = self._sums
         self._sums = {device: NormSum(device, own, len(counts) - 1) for device, own in counts.items()}
+        for device, sums in self._sums.items():
+            if device in last:
+                sums.norm.copy_(last[device].norm)  # the last step's norm outlives a change of the groups
         self._bucket_sums = []
         used = dict.fromkeys(counts, 0)
         for bucket in self.buckets:
@@ -178,6 +194,11 @@ class Perturbation:
                 bucket.backend.restore(bucket)
             except RuntimeError as raised:
                 error = error or raised
+        if self.flats and not all(flat.intact() for flat in self.flats):
+            ids = {id(p) for p in touched}
+            lost = [text for flat in self.flats for text in flat.write_back(ids)]
+            if lost:
+                error = error or shape_changed(lost)
         increment_version(touched)
         self._touched = []
         self.active = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -122,7 +122,11 @@ class SAM(Optimizer):
         if isinstance(param_group, dict):
             self._fill_in_options([param_group])
         self.base_optimizer.add_param_group(param_group)
-        self._prepare()
+        try:
+            self._prepare()
+        except BaseException:
+            self.param_groups.pop()  # a group that SAM refuses must not stay in the base optimizer
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict; SAM's options are in its groups. There is never a copy of the weights in it."""
@@ -144,10 +148,20 @@ class SAM(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        for group in state_dict["param_groups"]:
+            _check_options(group)
         self.base_optimizer.load_state_dict(state_dict)
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __copy__(self) -> SAM:
+        """Another view of the same optimizer: one base optimizer, one set of buckets."""
+        self._require_restored("copying the optimizer")
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.pop("step", None)  # where a scheduler put it, it is bound to the original
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_restored("copying or pickling the optimizer")
@@ -170,8 +184,7 @@ class SAM(Optimizer):
         for group in groups:
             for name in OPTIONS:
                 group.setdefault(name, self._sam_defaults[name])
-            _check_at_least_zero("rho", group["rho"])
-            _check_at_least_zero("eta", group["eta"])
+            _check_options(group)
 
     def _prepare(self) -> None:
         """Build the buckets. With flatten=True parameters get a gradient of zeros here: it is none that a backward pass has computed."""
@@ -236,8 +249,8 @@ class SAM(Optimizer):
 
         Without a closure, while perturbed: restore w and step the base optimizer.
 
-        With a closure (which computes the loss, calls backward and returns the loss): if there are gradients that no step has used yet they
-        are the first pass, and the closure is the second; otherwise the closure is called for both passes.
+        With a closure (which computes the loss, calls backward and returns the loss): if there are gradients that no step with a closure has
+        used and ``zero_grad`` has not zeroed, they are the first pass, and the closure is the second; otherwise the closure is called for both.
 
         Returns:
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
@@ -253,14 +266,15 @@ class SAM(Optimizer):
         with torch.enable_grad():
             loss = None
             first_pass_done = self._has_new_gradients()
-            if not first_pass_done:
-                self.zero_grad()
-                loss = closure()
-            self.first_step(zero_grad=True)
             try:
+                if not first_pass_done:
+                    self.zero_grad()
+                    loss = closure()
+                self.first_step(zero_grad=True)
                 second_loss = closure()
             except BaseException:
                 self.restore()
+                self._mark_spent()  # they belong to a step that was given up
                 raise
         self._update()
         self._mark_spent()
@@ -311,11 +325,12 @@ class SAM(Optimizer):
         """
         self._require_restored("first_pass")
         self._random_state = RandomState.capture(self._devices()) if replay_rng else None
-        if sync:
-            yield
-        else:
-            with without_gradient_sync(model):
+        try:
+            with nullcontext() if sync else without_gradient_sync(model):
                 yield
+        except BaseException:
+            self._random_state = None
+            raise
 
     @contextmanager
     def second_pass(self, model: nn.Module) -> Iterator[None]:
@@ -361,8 +376,18 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return [{"params": entries}]
 
 
+def _check_options(group: dict[str, Any]) -> None:
+    for name in ("rho", "eta"):
+        if name in group:
+            _check_at_least_zero(name, group[name])
+
+
 def _check_at_least_zero(name: str, value: Any) -> None:
-    if not (math.isfinite(value) and value >= 0.0):
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 

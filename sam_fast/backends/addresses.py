@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import GroupOptions
+from .base import GroupOptions, shape_changed
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -91,7 +91,7 @@ class AddressTable:
             else:
                 lost.append(f"row {row}: {tuple(backup.shape)} -> {tuple(tensor.shape)}")
         if lost:
-            raise RuntimeError(f"the shape of a parameter changed while its weights were perturbed; it cannot be restored ({'; '.join(lost)})")
+            raise shape_changed(lost)
 
 
 def check_dense_gradient(grad: Tensor) -> None:

@@ -35,6 +35,11 @@ class GroupOptions:
         return rho, eta, bool(adaptive)
 
 
+def shape_changed(lost: list[str]) -> RuntimeError:
+    """The error for parameters that cannot be restored; ``lost`` says of each from which shape to which."""
+    return RuntimeError(f"the shape of a parameter changed while its weights were perturbed; it cannot be restored ({'; '.join(lost)})")
+
+
 class Backend(ABC):
     """One way to run the operations. Every operation works on a whole bucket; none allocates after its first use, none waits for a device."""
 

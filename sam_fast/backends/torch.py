@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .addresses import check_dense_gradient
-from .base import Backend, GroupOptions
+from .base import Backend, GroupOptions, shape_changed
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -94,11 +94,15 @@ class TorchBackend(Backend):
         table: TensorTable = bucket.table
         norm.copy_(partials.sum().sqrt())
         finite = norm.isfinite()
-        for group, (indices, rows, grads) in self._participants(bucket).items():
+        participants = self._participants(bucket)
+        # All rows before any is moved: rows may share memory.
+        saved = [i for indices, _, _ in participants.values() for i in indices]
+        if saved:
+            torch._foreach_copy_([bucket.flat_rows[i] for i in saved], [bucket.rows[i].detach() for i in saved])
+        for i in saved:
+            table.saved[i] = True
+        for group, (indices, rows, grads) in participants.items():
             rho, eta, adaptive = options.of(group)
-            torch._foreach_copy_([bucket.flat_rows[i] for i in indices], [bucket.rows[i].detach() for i in indices])
-            for i in indices:
-                table.saved[i] = True
             # A zero gradient moves nothing, also with eps = 0.
             scale = torch.where(norm + eps > 0, rho / (norm + eps), 0.0).to(rows[0].real.dtype)
             if adaptive:
@@ -134,7 +138,7 @@ class TorchBackend(Backend):
         if release:
             table.saved = [False] * len(bucket.rows)
         if lost:
-            raise RuntimeError(f"the shape of a parameter changed while its weights were perturbed; it cannot be restored ({'; '.join(lost)})")
+            raise shape_changed(lost)
 
     @torch.no_grad()
     def save(self, bucket: Bucket) -> bool:

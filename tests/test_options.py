@@ -1,0 +1,175 @@
+"""Constructor and group options: every bad value is refused by its name, and a refused group leaves no trace."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from cases import make_params, same_bits, values
+from torch import nn
+
+from sam_fast import SAM, backends
+
+BAD_NUMBERS = [-0.1, float("nan"), float("inf")]
+NOT_NUMBERS = [None, "0.1", 1j]
+
+
+@pytest.mark.parametrize("option", ["rho", "eta", "perturb_eps"])
+@pytest.mark.parametrize("value", BAD_NUMBERS)
+def test_a_number_out_of_range_is_a_value_error_that_names_the_option(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=option):
+        SAM(make_params([3]), lr=0.1, **{option: value})
+
+
+@pytest.mark.parametrize("option", ["rho", "eta", "perturb_eps"])
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=str)
+def test_what_is_no_number_is_an_error_that_names_the_option(option: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=option):
+        SAM(make_params([3]), lr=0.1, **{option: value})
+
+
+@pytest.mark.parametrize("option", ["rho", "eta"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+@pytest.mark.parametrize("how", ["constructor", "add_param_group"])
+def test_a_bad_option_of_a_group_is_refused(option: str, value: float, how: str) -> None:
+    group = {"params": make_params([3]), option: value}
+    optimizer = SAM(make_params([4]), lr=0.1)
+    with pytest.raises(ValueError, match=option):
+        SAM([group], lr=0.1) if how == "constructor" else optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
+    params = make_params([3])
+    with pytest.raises(TypeError, match=r"base_optimizer.*class"):
+        SAM(params, torch.optim.SGD(params, lr=0.1))  # type: ignore[arg-type]
+
+
+def test_sam_inside_sam_is_refused() -> None:
+    with pytest.raises(ValueError, match="rho"):
+        SAM(make_params([3]), SAM, lr=0.1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_lbfgs_is_refused_with_any_number_of_groups(groups: int) -> None:
+    with pytest.raises(ValueError, match="LBFGS"):
+        SAM([{"params": make_params([3])} for _ in range(groups)], torch.optim.LBFGS, lr=0.1)
+
+
+def test_a_partial_is_a_base_optimizer() -> None:
+    optimizer = SAM(make_params([3]), functools.partial(torch.optim.SGD, momentum=0.8), lr=0.1)
+    assert optimizer.param_groups[0]["momentum"] == 0.8
+
+
+@pytest.mark.parametrize("variant", ["foreach", "fused"])
+def test_the_variant_asked_for_reaches_the_base_optimizer(variant: str) -> None:
+    assert SAM(make_params([3]), lr=0.1, **{variant: True}).base_optimizer.defaults[variant] is True
+
+
+def test_base_defaults_are_among_the_optimizers_own() -> None:
+    """OneCycleLR and others look there for what they may cycle."""
+    optimizer = SAM(make_params([3]), torch.optim.AdamW, lr=0.1, rho=0.3)
+    assert optimizer.base_optimizer.defaults.items() <= optimizer.defaults.items()
+    assert optimizer.defaults["rho"] == 0.3
+
+
+def test_each_group_has_the_options_it_was_given() -> None:
+    own = {"rho": 0.3, "adaptive": True, "eta": 0.2, "perturb": False, "lr": 0.5}
+    optimizer = SAM([{"params": make_params([3]), **own}, {"params": make_params([4])}], lr=0.1)
+    assert own.items() <= optimizer.param_groups[0].items()
+    others = {"rho": 0.05, "adaptive": False, "eta": 0.0, "perturb": True, "lr": 0.1}
+    assert others.items() <= optimizer.param_groups[1].items()
+
+
+@pytest.mark.parametrize("how", ["tensor", "list", "generator"])
+def test_a_groups_parameters_may_be_a_tensor_or_any_iterable(how: str, flatten: bool) -> None:
+    p = make_params([3])[0]
+    given = {"tensor": lambda: p, "list": lambda: [p], "generator": lambda: (q for q in [p])}[how]()
+    optimizer = SAM([{"params": given}], lr=0.1, flatten=flatten)
+    assert optimizer.param_groups[0]["params"] == [p]
+    before = values([p])
+    optimizer.first_step()
+    assert not same_bits(values([p]), before)
+
+
+def test_a_group_without_parameters_takes_no_part(backend: str, flatten: bool) -> None:
+    params = make_params([3])
+    optimizer = SAM([{"params": []}, {"params": params}], lr=0.1, backend=backend, flatten=flatten)
+    optimizer.first_step()
+    assert float(optimizer.grad_norm) == pytest.approx(float(params[0].grad.double().norm()), rel=1e-6)  # type: ignore[union-attr]
+    optimizer.second_step()
+
+
+# ---- A refused group leaves no trace -----------------------------------------------------------------------------------------------------
+
+
+def test_a_group_that_the_forced_backend_does_not_take_is_not_added() -> None:
+    if "cpu" not in backends.available():
+        pytest.skip("the torch backend takes every dtype")
+    optimizer = SAM(make_params([3]), lr=0.1, backend="cpu")
+    with pytest.raises(ValueError, match="complex64"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, dtype=torch.complex64))]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.first_step()
+    optimizer.second_step()
+
+
+def test_flatten_refuses_an_added_parameter_that_shares_memory() -> None:
+    """Moved elsewhere it would part from the one it is tied to; the constructor refuses such parameters too."""
+    tied = make_params([10])[0]
+    optimizer = SAM([tied], lr=0.1, flatten=True)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.add_param_group({"params": [nn.Parameter(tied.data)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_parameter_that_is_in_another_group_is_refused_and_nothing_changes(flatten: bool) -> None:
+    params = make_params([10, 20])
+    optimizer = SAM(params, lr=0.1, flatten=flatten)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [*make_params([5]), params[0]]})
+    assert len(optimizer.param_groups) == 1
+    before = values(params)
+    optimizer.first_step()
+    optimizer.restore()
+    assert same_bits(values(params), before)
+
+
+# ---- Groups that change ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_parameter_exchanged_in_its_group_takes_part(backend: str, flatten: bool) -> None:
+    old, stays = make_params([10, 20])
+    new = make_params([30], seed=1)[0]
+    optimizer = SAM([old, stays], lr=0.0, rho=0.1, backend=backend, flatten=flatten)
+    optimizer.first_step()
+    optimizer.second_step()
+    optimizer.param_groups[0]["params"][0] = new
+    before = values([new, stays, old])
+    optimizer.first_step()
+    moved = [not same_bits([p], [q]) for p, q in zip([new, stays, old], before, strict=True)]
+    assert moved == [True, True, False]
+    optimizer.second_step()
+    assert same_bits(values([new, stays, old]), before)
+
+
+@pytest.mark.parametrize("change", ["rho", "perturb", "params"])
+def test_options_changed_between_the_passes_do_not_keep_the_weights_from_coming_back(change: str, backend: str, flatten: bool) -> None:
+    params = make_params([10, 20])
+    optimizer = SAM([{"params": params[:1]}, {"params": params[1:]}], lr=0.0, backend=backend, flatten=flatten)
+    before = values(params)
+    optimizer.first_step()
+    optimizer.param_groups[1][change] = {"rho": 9.0, "perturb": False, "params": []}[change]
+    optimizer.second_step()
+    assert same_bits(values(params), before)
+
+
+def test_maximize_in_one_group_turns_only_that_groups_perturbation(backend: str, flatten: bool) -> None:
+    params = make_params([10, 20])
+    optimizer = SAM([{"params": params[:1]}, {"params": params[1:], "maximize": True}], lr=0.0, backend=backend, flatten=flatten)
+    before = values(params)
+    optimizer.first_step()
+    along = [float(((p.detach() - q) * p.grad).sum()) for p, q in zip(params, before, strict=True)]
+    assert along[0] > 0 > along[1]
