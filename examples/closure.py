@@ -32,7 +32,7 @@ for epoch in range(5):
         def second_pass(batch: torch.Tensor = batch) -> torch.Tensor:
             with frozen_running_stats(model):
                 loss = cross_entropy(model(x[batch]), y[batch])
-            loss.backward()
+                loss.backward()
             return loss
 
         loss = cross_entropy(model(x[batch]), y[batch])

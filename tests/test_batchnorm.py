@@ -18,8 +18,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 @pytest.fixture(autouse=True)
 def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces."""
+    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
     monkeypatch.setenv("SAM_FAST_BACKEND", backend)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -133,6 +134,7 @@ def test_statistics_that_are_a_view_with_gaps(monkeypatch: pytest.MonkeyPatch) -
     assert unchanged(layer, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_model() -> None:
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())))
     before = statistics(model)

@@ -18,6 +18,7 @@ from sam_fast import SAM, disable_running_stats, enable_running_stats, frozen_ru
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
+    torch.set_num_threads(1)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -13,8 +13,9 @@ from sam_fast import SAM, disable_running_stats, enable_running_stats
 
 @pytest.fixture(autouse=True)
 def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces."""
+    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
     monkeypatch.setenv("SAM_FAST_BACKEND", backend)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

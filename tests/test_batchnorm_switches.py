@@ -15,8 +15,9 @@ from sam_fast import disable_running_stats, enable_running_stats, frozen_running
 
 @pytest.fixture(autouse=True)
 def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces."""
+    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
     monkeypatch.setenv("SAM_FAST_BACKEND", backend)
+    torch.set_num_threads(1)
 
 
 def make_model() -> nn.Sequential:
@@ -299,6 +300,21 @@ def test_frozen_blocks_and_decorators_end_with_a_return_from_inside(model: nn.Mo
 
     for _ in range(2):
         early()
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("change", ["replaced", "added"])
+def test_layers_that_change_after_an_earlier_frozen_pass_are_covered(model: nn.Sequential, change: str) -> None:
+    """Surgery on the model, for fine-tuning say: what was kept from the earlier pass no longer fits."""
+    with frozen_running_stats(model):
+        model(batch(1))
+    if change == "replaced":
+        model[2] = nn.BatchNorm1d(5, momentum=0.5)
+    else:
+        model.append(nn.BatchNorm1d(5, momentum=0.5))
+    before = statistics(model)
+    with frozen_running_stats(model):
+        model(batch(2))
     assert unchanged(model, before)
 
 
