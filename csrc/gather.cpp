@@ -104,7 +104,32 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t* address) 
   return same;
 }
 
-std::vector<int64_t> Gather::weights(uint64_t* addresses) const {
+namespace {
+
+// A writable buffer of n 64-bit numbers, for as long as this lives.
+class Addresses {
+ public:
+  Addresses(PyObject* object, size_t n) {
+    if (PyObject_GetBuffer(object, &view_, PyBUF_WRITABLE) != 0) throw Gather::PythonError{};
+    if (static_cast<size_t>(view_.len) != n * sizeof(uint64_t)) {
+      PyBuffer_Release(&view_);
+      PyErr_Format(PyExc_ValueError, "addresses must hold one 64-bit number for each of the %zu rows", n);
+      throw Gather::PythonError{};
+    }
+  }
+  ~Addresses() { PyBuffer_Release(&view_); }
+  Addresses(const Addresses&) = delete;
+  Addresses& operator=(const Addresses&) = delete;
+  uint64_t& operator[](size_t i) { return static_cast<uint64_t*>(view_.buf)[i]; }
+
+ private:
+  Py_buffer view_;
+};
+
+}  // namespace
+
+std::vector<int64_t> Gather::weights(PyObject* table) const {
+  Addresses addresses(table, records_.size());
   std::vector<int64_t> changed;
   for (size_t i = 0; i < records_.size(); ++i) {
     PyObject* row = PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i));
@@ -113,7 +138,8 @@ std::vector<int64_t> Gather::weights(uint64_t* addresses) const {
   return changed;
 }
 
-std::vector<int64_t> Gather::grads(uint64_t* addresses) const {
+std::vector<int64_t> Gather::grads(PyObject* table) const {
+  Addresses addresses(table, records_.size());
   std::vector<int64_t> odd;
   const descrgetfunc get = Py_TYPE(grad_)->tp_descr_get;
   for (size_t i = 0; i < records_.size(); ++i) {

@@ -25,12 +25,13 @@ class Gather {
   Gather(const Gather&) = delete;
   Gather& operator=(const Gather&) = delete;
 
+  // `addresses`: a writable buffer of one 64-bit number per row, an array("Q").
   // addresses[i] = address of row i, 0 for a row without elements. Returns the rows that are no longer what was recorded (their address is 0).
-  std::vector<int64_t> weights(uint64_t* addresses) const;
+  std::vector<int64_t> weights(PyObject* addresses) const;
 
   // addresses[i] = address of row i's .grad, 0 where it is None. Returns the rows whose gradient is not laid out as its row is (sparse, other
   // dtype, device, shape or strides): their address is 0.
-  std::vector<int64_t> grads(uint64_t* addresses) const;
+  std::vector<int64_t> grads(PyObject* addresses) const;
 
  private:
   struct Record;

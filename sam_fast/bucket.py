@@ -92,7 +92,7 @@ class Bucket:
     def chunks(self) -> Tensor:
         """int64 tensor ``[num_chunks, 5]`` on the CPU: row, group, first element in the row, count, first element in the flat index space.
 
-        The layout is that of ``struct Chunk`` in csrc/cpu/table.h. Slots ascend.
+        The layout is that of ``struct Chunk`` in csrc/table.h. Slots ascend.
         """
         entries = []
         for index, (row, group, slot) in enumerate(zip(self.rows, self.groups, self.slots, strict=True)):

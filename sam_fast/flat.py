@@ -11,7 +11,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from .backends.addresses import check_dense_gradient
+from .backends.base import check_dense_gradient
 from .bucket import dense_layout, padded_size
 
 

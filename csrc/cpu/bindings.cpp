@@ -53,11 +53,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init([](py::object exchange, py::object grad, py::object rows) {
         return translated([&] { return std::make_unique<sam::Gather>(exchange.ptr(), grad.ptr(), rows.ptr()); });
       }), py::arg("exchange"), py::arg("grad"), py::arg("rows"))
-      .def("weights", [](const sam::Gather& self, uint64_t addresses) {
-        return translated([&] { return as_list(self.weights(pointer<uint64_t>(addresses))); });
+      .def("weights", [](const sam::Gather& self, py::handle addresses) {
+        return translated([&] { return as_list(self.weights(addresses.ptr())); });
       }, py::arg("addresses"))
-      .def("grads", [](const sam::Gather& self, uint64_t addresses) {
-        return translated([&] { return as_list(self.grads(pointer<uint64_t>(addresses))); });
+      .def("grads", [](const sam::Gather& self, py::handle addresses) {
+        return translated([&] { return as_list(self.grads(addresses.ptr())); });
       }, py::arg("addresses"));
 
   m.def("grad_norm", [](int dtype, uint64_t chunk_table, int64_t num_chunks, uint64_t weights, uint64_t grads, uint64_t groups,

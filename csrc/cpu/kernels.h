@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "table.h"
+#include "../table.h"
 
 namespace sam {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "table.h"
+#include "../table.h"
 
 #ifdef _OPENMP
 #include <omp.h>

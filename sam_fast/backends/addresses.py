@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import GroupOptions, shape_changed
+from .base import GroupOptions, check_dense_gradient, shape_changed, signature
+
+try:
+    from .. import _cpu
+except ImportError:
+    _cpu = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
+
+
+class PythonGather:
+    """What ``_cpu.Gather`` does (csrc/gather.h), where the native modules were not built."""
+
+    def __init__(self, rows: list[Tensor]) -> None:
+        self.rows = list(rows)
+        self.expected = [signature(row) for row in rows]
+
+    def weights(self, addresses: array[int]) -> list[int]:
+        return [i for i, row in enumerate(self.rows) if not self._matches(i, row, addresses)]
+
+    def grads(self, addresses: array[int]) -> list[int]:
+        odd = []
+        for i, row in enumerate(self.rows):
+            addresses[i] = 0
+            grad = row.grad
+            if grad is not None and not self._matches(i, grad, addresses):
+                odd.append(i)
+        return odd
+
+    def _matches(self, i: int, tensor: Tensor, addresses: array[int]) -> bool:
+        addresses[i] = 0
+        if tensor.layout != torch.strided or signature(tensor) != self.expected[i]:
+            return False
+        if tensor.numel() > 0:
+            addresses[i] = tensor.data_ptr()
+        return True
+
+
+def make_gather(rows: list[Tensor]) -> Any:
+    """Reads and checks the addresses of ``rows`` and of their gradients; native where that was built."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if _cpu is None or exchange is None:
+        return PythonGather(rows)
+    return _cpu.Gather(exchange, torch.Tensor.grad, rows)
 
 
 class AddressTable:
@@ -22,11 +63,9 @@ class AddressTable:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        from .. import _cpu
-
         rows = len(bucket.rows)
         self.bucket = bucket
-        self.gather = _cpu.Gather(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor.grad, bucket.rows)  # type: ignore[attr-defined]
+        self.gather = make_gather(bucket.rows)
         self.weights = array("Q", bytes(8 * rows))
         self.grads = array("Q", bytes(8 * rows))
         self.saved = array("Q", bytes(8 * rows))
@@ -37,19 +76,18 @@ class AddressTable:
         self.weights_address = self.weights.buffer_info()[0]
         self.grads_address = self.grads.buffer_info()[0]
         self.saved_address = self.saved.buffer_info()[0]
-        self.chunks_address = bucket.chunks.data_ptr()
-        self.num_chunks = len(bucket.chunks)
 
     def collect_weights(self) -> list[int]:
         """Read the weights' addresses; returns the rows that are no longer what they were."""
-        return self.gather.weights(self.weights_address)
+        changed: list[int] = self.gather.weights(self.weights)
+        return changed
 
     def collect(self, options: GroupOptions) -> bool:
         """See :meth:`sam_fast.backends.base.Backend.collect`."""
         if self.collect_weights():
             return False
         self.copies.clear()
-        odd = self.gather.grads(self.grads_address)
+        odd = self.gather.grads(self.grads)
         if not options.all_perturb:
             for row, group in enumerate(self.bucket.groups):
                 if not options.perturb[group]:
@@ -92,12 +130,3 @@ class AddressTable:
                 lost.append(f"row {row}: {tuple(backup.shape)} -> {tuple(tensor.shape)}")
         if lost:
             raise shape_changed(lost)
-
-
-def check_dense_gradient(grad: Tensor) -> None:
-    """Raise RuntimeError if ``grad`` is sparse."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"SAM does not support sparse gradients (found layout {grad.layout}): build the layer with sparse=False, "
-            "or put its parameters in a group with perturb=False and use a base optimizer that takes them"
-        )

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class GroupOptions:
     """The options of all parameter groups, read once per step.
 
-    ``values`` is a float64 table with ``rho, eta, adaptive`` for each group, as ``struct Group`` in csrc/cpu/table.h; rho is negative in a group
+    ``values`` is a float64 table with ``rho, eta, adaptive`` for each group, as ``struct Group`` in csrc/table.h; rho is negative in a group
     whose objective is maximized. ``perturb[i]`` says whether group i takes part at all.
     """
 
@@ -38,6 +39,22 @@ class GroupOptions:
 def shape_changed(lost: list[str]) -> RuntimeError:
     """The error for parameters that cannot be restored; ``lost`` says of each from which shape to which."""
     return RuntimeError(f"the shape of a parameter changed while its weights were perturbed; it cannot be restored ({'; '.join(lost)})")
+
+
+def signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
+    """What a row must still be when its address is taken. The stride of a dimension that holds at most one element may be anything."""
+    empty = tensor.numel() == 0
+    strides = tuple(0 if empty or size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.dtype, tensor.device, tensor.shape, strides
+
+
+def check_dense_gradient(grad: Tensor) -> None:
+    """Raise RuntimeError if ``grad`` is sparse."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"SAM does not support sparse gradients (found layout {grad.layout}): build the layer with sparse=False, "
+            "or put its parameters in a group with perturb=False and use a base optimizer that takes them"
+        )
 
 
 class Backend(ABC):

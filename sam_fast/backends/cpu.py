@@ -24,13 +24,22 @@ if TYPE_CHECKING:
     from ..bucket import Bucket
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Matches ``enum class DType`` in csrc/cpu/table.h."""
+"""Matches ``enum class DType`` in csrc/table.h."""
 
 ISA_VARIABLE = "SAM_FAST_CPU_ISA"
 """Environment variable that names the instruction set: baseline, avx2 or avx512; by default the best that the processor has."""
 
 if _cpu is not None and os.environ.get(ISA_VARIABLE):
     _cpu.use_isa(os.environ[ISA_VARIABLE])
+
+
+class CpuTable(AddressTable):
+    """The addresses, and the chunks that the threads share out."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(bucket)
+        self.chunks_address = bucket.chunks.data_ptr()
+        self.num_chunks = len(bucket.chunks)
 
 
 class CpuBackend(Backend):
@@ -58,19 +67,19 @@ class CpuBackend(Backend):
             return f"a tensor with gaps or overlaps in memory (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
         return None
 
-    def attach(self, bucket: Bucket) -> AddressTable:
-        return AddressTable(bucket)
+    def attach(self, bucket: Bucket) -> CpuTable:
+        return CpuTable(bucket)
 
     def num_partials(self, bucket: Bucket) -> int:
-        table: AddressTable = bucket.table
+        table: CpuTable = bucket.table
         return table.num_chunks
 
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
-        table: AddressTable = bucket.table
+        table: CpuTable = bucket.table
         return table.collect(options)
 
     def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
-        table: AddressTable = bucket.table
+        table: CpuTable = bucket.table
         _cpu.grad_norm(
             DTYPE_CODES[bucket.dtype],
             table.chunks_address,
@@ -83,7 +92,7 @@ class CpuBackend(Backend):
         )
 
     def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
-        table: AddressTable = bucket.table
+        table: CpuTable = bucket.table
         table.all_saved = False
         rows = _cpu.perturb(
             DTYPE_CODES[bucket.dtype],
@@ -104,11 +113,11 @@ class CpuBackend(Backend):
         table.release_copies()
 
     def saved(self, bucket: Bucket) -> list[int] | None:
-        table: AddressTable = bucket.table
+        table: CpuTable = bucket.table
         return None if table.all_saved else table.saved_rows()
 
     def restore(self, bucket: Bucket, release: bool = True) -> None:
-        table: AddressTable = bucket.table
+        table: CpuTable = bucket.table
         changed = table.collect_weights()
         _cpu.restore(
             bucket.dtype.itemsize,
@@ -125,7 +134,7 @@ class CpuBackend(Backend):
             table.restore_changed(changed, release)
 
     def save(self, bucket: Bucket) -> bool:
-        table: AddressTable = bucket.table
+        table: CpuTable = bucket.table
         if table.collect_weights():
             return False
         _cpu.backup(

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .addresses import check_dense_gradient
-from .base import Backend, GroupOptions, shape_changed
+from .base import Backend, GroupOptions, check_dense_gradient, shape_changed, signature
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -18,13 +17,9 @@ class TensorTable:
     """What the rows looked like when the bucket was built, and for every row its gradient in this step and whether it has a backup."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self.expected = [_signature(row) for row in bucket.rows]
+        self.expected = [signature(row) for row in bucket.rows]
         self.grads: list[Tensor | None] = [None] * len(bucket.rows)
         self.saved = [False] * len(bucket.rows)
-
-
-def _signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +49,7 @@ class TorchBackend(Backend):
 
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
         table: TensorTable = bucket.table
-        if [_signature(row) for row in bucket.rows] != table.expected:
+        if [signature(row) for row in bucket.rows] != table.expected:
             return False
         for index, (row, group) in enumerate(zip(bucket.rows, bucket.groups, strict=True)):
             grad = row.grad if options.perturb[group] else None
@@ -143,7 +138,7 @@ class TorchBackend(Backend):
     @torch.no_grad()
     def save(self, bucket: Bucket) -> bool:
         table: TensorTable = bucket.table
-        if [_signature(row) for row in bucket.rows] != table.expected:
+        if [signature(row) for row in bucket.rows] != table.expected:
             return False
         torch._foreach_copy_(bucket.flat_rows, [row.detach() for row in bucket.rows])
         table.saved = [True] * len(bucket.rows)
