@@ -5,10 +5,17 @@
 
 namespace sam {
 
-// Matches sam_fast.bucket.DTYPE_CODES.
+// Matches sam_fast.backends.addresses.DTYPE_CODES.
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-// A run of elements of one row (one tensor, or with flattening one group's tensors), small enough that rows of all sizes balance over threads.
+// One tensor of the bucket, or with flattening one group's tensors.
+struct Row {
+  int64_t group;  // index into the group table
+  int64_t numel;  // number of elements
+  int64_t slot;   // first element within the bucket's flat index space
+};
+
+// A run of elements of one row, small enough that rows of all sizes balance over threads.
 struct Chunk {
   int64_t row;    // index into the address tables
   int64_t group;  // index into the group table

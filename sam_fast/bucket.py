@@ -102,6 +102,15 @@ class Bucket:
         return torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 5)
 
     @cached_property
+    def row_table(self) -> Tensor:
+        """int64 tensor ``[num_rows, 3]`` on the CPU: group, number of elements, first element in the flat index space.
+
+        The layout is that of ``struct Row`` in csrc/table.h.
+        """
+        entries = [(group, row.numel(), slot) for row, group, slot in zip(self.rows, self.groups, self.slots, strict=True)]
+        return torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 3)
+
+    @cached_property
     def flat(self) -> Tensor:
         """The backup: ``numel`` elements, allocated at first use and kept."""
         with torch.inference_mode(False):  # first used in inference mode, it must still be writable outside

@@ -18,6 +18,20 @@ EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 """The distance from 1 to the next number: a correctly rounded result is within half of that, relative."""
 
 
+def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
+    """The relative error that a backend's norm may have.
+
+    cpu and triton square and add in float64: products of float32 numbers are exact there, and what is left is the error of the sums. cuda adds
+    32 squares at a time in float32: six roundings of half an epsilon in the square, half of that in the norm. torch multiplies |w| g in the
+    rows' own dtype (float32 for the 16-bit ones).
+    """
+    if backend == "torch":
+        return 1e-7
+    if backend == "cuda" and dtype != torch.float64:
+        return 6 * 0.5 * EPSILON[torch.float32] * 0.5
+    return 1e-12
+
+
 def make_params(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, grads: bool = True) -> list[nn.Parameter]:
     """Parameters with normal values of sd 0.5, and gradients of sd 0.01."""
     generator = torch.Generator().manual_seed(seed)

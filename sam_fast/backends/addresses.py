@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import GroupOptions, check_dense_gradient, shape_changed, signature
+from ..bucket import is_dense
+from .base import Backend, GroupOptions, check_dense_gradient, shape_changed, signature
 
 try:
     from .. import _cpu
@@ -17,6 +19,9 @@ except ImportError:
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Matches ``enum class DType`` in csrc/table.h."""
 
 
 class PythonGather:
@@ -130,3 +135,62 @@ class AddressTable:
                 lost.append(f"row {row}: {tuple(backup.shape)} -> {tuple(tensor.shape)}")
         if lost:
             raise shape_changed(lost)
+
+
+class AddressBackend(Backend):
+    """What the backends whose kernels take addresses have in common: everything but the kernels and which tensors they take.
+
+    A subclass's ``attach`` returns an :class:`AddressTable`.
+    """
+
+    @abstractmethod
+    def rejects_device(self, tensor: Tensor) -> str | None:
+        """Why this backend cannot take tensors on this device, or None."""
+
+    @abstractmethod
+    def launch_perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
+        """Run the kernel; it marks the rows as saved. Returns their number, rows without elements not counted."""
+
+    @abstractmethod
+    def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
+        """Back all rows up and mark them as saved, or restore those that are saved."""
+
+    def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
+        reason = self.rejects_device(tensor)
+        if reason is not None:
+            return reason
+        if arithmetic and tensor.dtype not in DTYPE_CODES:
+            return f"dtype {tensor.dtype} (the {self.name} backend takes {', '.join(str(d).removeprefix('torch.') for d in DTYPE_CODES)})"
+        if not is_dense(tensor):
+            return f"a tensor with gaps or overlaps in memory (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
+        return None
+
+    def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
+        table: AddressTable = bucket.table
+        return table.collect(options)
+
+    def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+        table: AddressTable = bucket.table
+        table.all_saved = False
+        rows = self.launch_perturb(bucket, options, partials, eps, norm)
+        table.all_saved = rows == table.occupied
+        table.release_copies()
+
+    def saved(self, bucket: Bucket) -> list[int] | None:
+        table: AddressTable = bucket.table
+        return None if table.all_saved else table.saved_rows()
+
+    def restore(self, bucket: Bucket, release: bool = True) -> None:
+        table: AddressTable = bucket.table
+        changed = table.collect_weights()
+        self.launch_copy(bucket, True, release)
+        table.all_saved = table.all_saved and not release
+        if changed:
+            table.restore_changed(changed, release)
+
+    def save(self, bucket: Bucket) -> bool:
+        table: AddressTable = bucket.table
+        if table.collect_weights():
+            return False
+        self.launch_copy(bucket, False, False)
+        return True

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..bucket import is_dense
-from .addresses import AddressTable
-from .base import Backend, GroupOptions
+from .addresses import DTYPE_CODES, AddressBackend, AddressTable
+from .base import GroupOptions
 
 try:
     from .. import _cpu
@@ -22,9 +21,6 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
-
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Matches ``enum class DType`` in csrc/table.h."""
 
 ISA_VARIABLE = "SAM_FAST_CPU_ISA"
 """Environment variable that names the instruction set: baseline, avx2 or avx512; by default the best that the processor has."""
@@ -42,7 +38,7 @@ class CpuTable(AddressTable):
         self.num_chunks = len(bucket.chunks)
 
 
-class CpuBackend(Backend):
+class CpuBackend(AddressBackend):
     name = "cpu"
 
     def unavailable(self) -> str | None:
@@ -58,14 +54,8 @@ class CpuBackend(Backend):
         threads = "OpenMP" if _cpu.openmp else "none (built without OpenMP)"
         return {"compiler": _cpu.compiler, "threads": threads, "instruction set in use": _cpu.isa(), "sanitizer": _cpu.sanitizer or "none"}
 
-    def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
-        if tensor.device.type != "cpu":
-            return f"a tensor on {tensor.device} (the cpu backend takes CPU tensors)"
-        if arithmetic and tensor.dtype not in DTYPE_CODES:
-            return f"dtype {tensor.dtype} (the cpu backend takes {', '.join(str(d).removeprefix('torch.') for d in DTYPE_CODES)})"
-        if not is_dense(tensor):
-            return f"a tensor with gaps or overlaps in memory (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
-        return None
+    def rejects_device(self, tensor: Tensor) -> str | None:
+        return None if tensor.device.type == "cpu" else f"a tensor on {tensor.device} (the cpu backend takes CPU tensors)"
 
     def attach(self, bucket: Bucket) -> CpuTable:
         return CpuTable(bucket)
@@ -73,10 +63,6 @@ class CpuBackend(Backend):
     def num_partials(self, bucket: Bucket) -> int:
         table: CpuTable = bucket.table
         return table.num_chunks
-
-    def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
-        table: CpuTable = bucket.table
-        return table.collect(options)
 
     def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
         table: CpuTable = bucket.table
@@ -91,10 +77,9 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
         )
 
-    def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+    def launch_perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
         table: CpuTable = bucket.table
-        table.all_saved = False
-        rows = _cpu.perturb(
+        return _cpu.perturb(
             DTYPE_CODES[bucket.dtype],
             table.chunks_address,
             table.num_chunks,
@@ -109,44 +94,21 @@ class CpuBackend(Backend):
             bucket.flat.data_ptr(),
             torch.get_num_threads(),
         )
-        table.all_saved = rows == table.occupied
-        table.release_copies()
 
-    def saved(self, bucket: Bucket) -> list[int] | None:
+    def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
         table: CpuTable = bucket.table
-        return None if table.all_saved else table.saved_rows()
-
-    def restore(self, bucket: Bucket, release: bool = True) -> None:
-        table: CpuTable = bucket.table
-        changed = table.collect_weights()
-        _cpu.restore(
+        common = (
             bucket.dtype.itemsize,
             table.chunks_address,
             table.num_chunks,
             table.weights_address,
             table.saved_address,
             bucket.flat.data_ptr(),
-            release,
-            torch.get_num_threads(),
         )
-        table.all_saved = table.all_saved and not release
-        if changed:
-            table.restore_changed(changed, release)
-
-    def save(self, bucket: Bucket) -> bool:
-        table: CpuTable = bucket.table
-        if table.collect_weights():
-            return False
-        _cpu.backup(
-            bucket.dtype.itemsize,
-            table.chunks_address,
-            table.num_chunks,
-            table.weights_address,
-            table.saved_address,
-            bucket.flat.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return True
+        if restore:
+            _cpu.restore(*common, release, torch.get_num_threads())
+        else:
+            _cpu.backup(*common, torch.get_num_threads())
 
 
 BACKEND = CpuBackend()

@@ -1,0 +1,167 @@
+// grad_norm: the squared norm ||T g||^2 of a bucket, as one float64 partial sum per block.
+#include "../sam_math.h"
+#include "format.h"
+#include "plan.h"
+#include "reduce.h"
+
+namespace sam::cuda {
+namespace {
+
+// Sums of squares within these bounds have lost nothing to overflow or underflow in float32.
+constexpr float kLeastTrusted = 1e-25f;
+constexpr float kMostTrusted = 1e30f;
+
+template <class V, bool Adaptive>
+__device__ __forceinline__ V squared_term(V w, V g, V eta) {
+  V term;
+  if constexpr (Adaptive) term = norm_term_adaptive(w, g, eta);
+  else term = norm_term(g);
+  return term * term;
+}
+
+template <class T>
+__device__ __forceinline__ double as_double(typename T::Bits bits) {
+  return static_cast<double>(T::widen(bits));
+}
+
+// A thread's part of a tile that is cut off or lies askew, element by element and in float64.
+template <class T, bool Adaptive>
+__device__ __forceinline__ double sum_of_odd_tile(const Tile& tile, double eta) {
+  using Bits = typename T::Bits;
+  const Bits* w = reinterpret_cast<const Bits*>(tile.weights);
+  const Bits* g = reinterpret_cast<const Bits*>(tile.grads);
+  const int count = static_cast<int>(tile.count);
+  double sum = 0.0;
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x); first < count; first += kElementsPerBatch<Bits> * kThreads) {
+    Bits weights[kElementsPerBatch<Bits>] = {}, grads[kElementsPerBatch<Bits>] = {};  // zero bits are zero in every format, and add nothing
+#pragma unroll
+    for (int k = 0; k < kElementsPerBatch<Bits>; ++k) {
+      const int i = first + k * kThreads;
+      if (i < count) grads[k] = load<false>(g + i);
+      if (Adaptive && i < count) weights[k] = load<false>(w + i);
+    }
+#pragma unroll
+    for (int k = 0; k < kElementsPerBatch<Bits>; ++k) sum += squared_term<double, Adaptive>(as_double<T>(weights[k]), as_double<T>(grads[k]), eta);
+  }
+  return sum;
+}
+
+// A thread's vectors of a full, aligned tile once more, every square in float64.
+template <class T, bool Adaptive>
+__device__ __forceinline__ double sum_in_float64(const typename T::Bits* w, const typename T::Bits* g, double eta) {
+  using Bits = typename T::Bits;
+  constexpr int kSize = Vector<Bits>::kSize;
+  double sum = 0.0;
+#pragma unroll 1
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    const Vector<Bits> g_vector = load_vector<false>(g + k * kThreads * kSize);
+    Vector<Bits> w_vector{};
+    if constexpr (Adaptive) w_vector = load_vector<false>(w + k * kThreads * kSize);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      sum += squared_term<double, Adaptive>(as_double<T>(w_vector.element[i]), as_double<T>(g_vector.element[i]), eta);
+  }
+  return sum;
+}
+
+// A thread's part of a full, aligned tile. Squares are summed pairwise in the arithmetic's type, then once in float64: a conversion to it for
+// every element would make this kernel compute-bound where float64 units are few. That is at most six roundings of 2^-24 in a sum of
+// squares, so under 2e-7 in the norm.
+template <class T, bool Adaptive>
+__device__ __forceinline__ double sum_of_full_tile(const Tile& tile, double eta) {
+  using Bits = typename T::Bits;
+  using Compute = typename T::Compute;
+  constexpr int kSize = Vector<Bits>::kSize;
+  const Bits* w = reinterpret_cast<const Bits*>(tile.weights) + threadIdx.x * kSize;
+  const Bits* g = reinterpret_cast<const Bits*>(tile.grads) + threadIdx.x * kSize;
+  Vector<Bits> w_vectors[kVectorsPerThread], g_vectors[kVectorsPerThread];
+#pragma unroll
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    g_vectors[k] = load_vector<false>(g + k * kThreads * kSize);
+    if constexpr (Adaptive) w_vectors[k] = load_vector<false>(w + k * kThreads * kSize);
+  }
+  Compute sums[kVectorsPerThread];
+#pragma unroll
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    Compute squares[kSize];
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      Compute weight{};
+      if constexpr (Adaptive) weight = T::widen(w_vectors[k].element[i]);
+      squares[i] = squared_term<Compute, Adaptive>(weight, T::widen(g_vectors[k].element[i]), static_cast<Compute>(eta));
+    }
+#pragma unroll
+    for (int half = kSize / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int i = 0; i < half; ++i) squares[i] += squares[i + half];
+    sums[k] = squares[0];
+  }
+#pragma unroll
+  for (int half = kVectorsPerThread / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  const bool trusted = sizeof(Compute) == sizeof(double) || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
+  return trusted ? static_cast<double>(sums[0]) : sum_in_float64<T, Adaptive>(w, g, eta);
+}
+
+template <class T, bool Adaptive>
+__device__ __forceinline__ double sum_of_squares(const Tile& tile, double eta) {
+  const bool aligned = ((tile.grads | (Adaptive ? tile.weights : 0)) % kVectorBytes) == 0;
+  const bool full = tile.count == kTileBytes / static_cast<int>(sizeof(typename T::Bits));
+  return full && aligned ? sum_of_full_tile<T, Adaptive>(tile, eta) : sum_of_odd_tile<T, Adaptive>(tile, eta);
+}
+
+template <class T, class Table>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) grad_norm_kernel(const __grid_constant__ Table rows, double* __restrict__ partials, bool add) {
+  double sum = 0.0;
+  const uint32_t tiles = rows.num_tiles();
+  for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = rows.tile(index, sizeof(typename T::Bits));
+    const Group group = rows.groups[tile.group];
+    sum += group.adaptive != 0.0 ? sum_of_squares<T, true>(tile, group.eta) : sum_of_squares<T, false>(tile, 0.0);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) partials[blockIdx.x] = add ? partials[blockIdx.x] + sum : sum;
+}
+
+template <class T>
+void grad_norm_of(const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
+  bool add = false;  // a further launch adds to what the one before it left
+  for_launches(bucket, place, static_cast<int>(sizeof(typename T::Bits)), weights, grads, true, false, [&](int64_t row) { return grads[row] != 0; },
+               [&](const auto& table, const std::vector<int64_t>&) {
+                 using Table = std::decay_t<decltype(table)>;
+                 launch("grad_norm", grad_norm_kernel<T, Table>, static_cast<unsigned>(blocks), kThreads, place.stream, table, partials, add);
+                 add = true;
+               });
+}
+
+template <class T>
+int blocks_of(const Row* rows, int64_t num_rows) {
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < num_rows; ++i) tiles += tiles_of(rows[i].numel, static_cast<int>(sizeof(typename T::Bits)));
+  return static_cast<int>(blocks_for(grad_norm_kernel<T, LargeRows>, tiles));
+}
+
+}  // namespace
+
+int grad_norm_blocks(DType dtype, const Row* rows, int64_t num_rows) {
+  switch (dtype) {
+    case DType::f32: return blocks_of<f32>(rows, num_rows);
+    case DType::f64: return blocks_of<f64>(rows, num_rows);
+    case DType::bf16: return blocks_of<bf16>(rows, num_rows);
+    case DType::f16: return blocks_of<f16>(rows, num_rows);
+  }
+  return 0;
+}
+
+void grad_norm(DType dtype, const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
+  switch (dtype) {
+    case DType::f32: return grad_norm_of<f32>(bucket, weights, grads, partials, blocks, place);
+    case DType::f64: return grad_norm_of<f64>(bucket, weights, grads, partials, blocks, place);
+    case DType::bf16: return grad_norm_of<bf16>(bucket, weights, grads, partials, blocks, place);
+    case DType::f16: return grad_norm_of<f16>(bucket, weights, grads, partials, blocks, place);
+  }
+}
+
+}  // namespace sam::cuda

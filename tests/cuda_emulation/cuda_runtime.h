@@ -1,0 +1,158 @@
+// For tests only: enough of CUDA, in plain C++20, to execute the kernels of csrc/cuda on the CPU, where sanitizers can watch them.
+//
+// Every CUDA thread of a block is a std::thread, __syncthreads is a std::barrier over the block and a shuffle is an exchange through slots
+// between two barriers over the warp. Blocks run one after another, so `static` is right for __shared__, and a block that depends on another
+// one running at the same time would hang. Only what the kernels use is here. A data race between threads of a block is a data race between
+// std::threads: ThreadSanitizer finds a missing __syncthreads.
+//
+// What is not shown by this: memory ordering weaker than the CPU's, races between blocks, alignment faults of 16-byte accesses (UBSan reports
+// those), and speed.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define SAM_CUDA_EMULATION
+#define CUDART_VERSION 13000
+#define SAM_CUDA_COMPILER "emulation"
+#define SAM_CUDA_ARCHITECTURES "none"
+#define SAM_CUDA_DEVICE_TYPE "cpu"
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+// ---- Host functions ---------------------------------------------------------------------------------------------------------------------
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline const char* cudaGetErrorString(cudaError_t status) { return status == cudaSuccess ? "no error" : "unspecified launch failure"; }
+inline const char* cudaGetErrorName(cudaError_t status) { return status == cudaSuccess ? "cudaSuccess" : "cudaErrorLaunchFailure"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+// Few blocks, so that every block walks many tiles.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}
+
+// ---- What tests set and read through ctypes ---------------------------------------------------------------------------------------------
+
+extern "C" {
+// Launches so far.
+[[gnu::visibility("default"), gnu::used]] inline std::atomic<int64_t> sam_emulation_launches{0};
+// The launch that many launches from now fails, once; negative: none.
+[[gnu::visibility("default"), gnu::used]] inline std::atomic<int64_t> sam_emulation_fail_after{-1};
+// Nonzero: launches do nothing. What is left is what a launch costs on the host, less the driver's part.
+[[gnu::visibility("default"), gnu::used]] inline std::atomic<int64_t> sam_emulation_skip{0};
+}
+
+// ---- Threads ----------------------------------------------------------------------------------------------------------------------------
+
+namespace emulation {
+
+constexpr unsigned kWarp = 32;
+
+struct Warp {
+  std::barrier<> barrier{kWarp};
+  alignas(8) unsigned char slots[kWarp][8];
+};
+
+struct Block {
+  explicit Block(unsigned threads) : barrier(threads), warps(threads / kWarp) {
+    for (auto& warp : warps) warp = std::make_unique<Warp>();
+  }
+  std::barrier<> barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local dim3 thread_index, block_index, grid_size;
+
+template <class Kernel, class... Args>
+cudaError_t launch(Kernel kernel, unsigned blocks, unsigned threads, cudaStream_t, const Args&... args) {
+  ++sam_emulation_launches;
+  if (sam_emulation_fail_after >= 0 && sam_emulation_fail_after-- == 0) return cudaErrorLaunchFailure;
+  if (sam_emulation_skip != 0) return cudaSuccess;
+  Block shared(threads);
+  std::vector<std::thread> workers;
+  workers.reserve(threads);
+  for (unsigned t = 0; t < threads; ++t)
+    workers.emplace_back([&, t] {
+      block = &shared;
+      thread_index.x = t;
+      grid_size.x = blocks;
+      for (unsigned b = 0; b < blocks; ++b) {
+        block_index.x = b;
+        kernel(args...);
+        shared.barrier.arrive_and_wait();  // the next block only when this one is done
+      }
+    });
+  for (auto& worker : workers) worker.join();
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+#define threadIdx (::emulation::thread_index)
+#define blockIdx (::emulation::block_index)
+#define gridDim (::emulation::grid_size)
+
+// ---- Device functions -------------------------------------------------------------------------------------------------------------------
+
+inline void __syncthreads() { emulation::block->barrier.arrive_and_wait(); }
+
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  static_assert(sizeof(T) <= 8);
+  emulation::Warp& warp = *emulation::block->warps[threadIdx.x / emulation::kWarp];
+  const unsigned lane = threadIdx.x % emulation::kWarp;
+  std::memcpy(warp.slots[lane], &value, sizeof(T));
+  warp.barrier.arrive_and_wait();
+  if (lane + delta < emulation::kWarp) std::memcpy(&value, warp.slots[lane + delta], sizeof(T));
+  warp.barrier.arrive_and_wait();
+  return value;
+}
+
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+template <class T>
+void __stcg(T* p, T value) {
+  *p = value;
+}
+
+using std::sqrt;
