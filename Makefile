@@ -1,17 +1,18 @@
 # Every target makes its own virtual environment; nothing needs to be installed by hand but Python, make and a C++17 compiler.
 #   make demo    train a small network on Fashion-MNIST with SGD and with SAM, and compare them
-#   make test    all tests
+#   make test    all tests: those of the CPU, then those that execute the CUDA kernels without a GPU
 #   make bench   the benchmarks
 #   make lint    ruff, mypy
-#   make sanitize  the kernel tests under AddressSanitizer and UBSan
+#   make sanitize  the kernel tests, CPU's and CUDA's, under AddressSanitizer, UBSan and ThreadSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
+comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test demo bench lint sanitize clean
+.PHONY: all test test-cuda demo bench lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -26,6 +27,19 @@ $(VENV)/installed: $(SOURCES)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+	$(MAKE) test-cuda
+
+# The CUDA kernels, compiled by the C++ compiler and executed on the CPU (tests/cuda_emulation). The parameters' backend is in the tests' names.
+EMULATION = $(VENV)/emulation
+EMULATED = cd tests && OMP_NUM_THREADS=1 SAM_FAST_EMULATED_CUDA=$(abspath $(EMULATION))/$(1)/_cuda.so
+PYTEST_EMULATED = $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -p cuda_emulation.plugin
+
+$(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emulation/*)
+	$(BIN)/python tests/cuda_emulation/build.py $@ $(if $(filter-out plain,$*),--sanitize $*)
+
+test-cuda: $(EMULATION)/plain/_cuda.so
+	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py \
+		test_batchnorm_training.py -k "(cuda or emulation) and not 100_million"
 
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo
@@ -42,13 +56,26 @@ lint: $(VENV)/installed
 $(VENV)-sanitize/installed: $(SOURCES) $(shell find sam_fast -name '*.py')
 	$(PYTHON) -m venv $(VENV)-sanitize
 	$(VENV)-sanitize/bin/python $(PIP_INSTALL) --quiet torch pytest numpy
-	SAM_FAST_WERROR=1 SAM_FAST_SANITIZE=address,undefined $(VENV)-sanitize/bin/python $(PIP_INSTALL) --quiet .
+	SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=address,undefined $(VENV)-sanitize/bin/python $(PIP_INSTALL) --quiet .
 	touch $@
 
-sanitize: $(VENV)-sanitize/installed
-	cd tests && LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libubsan.so)" \
+# Preloaded into an ordinary Python: the runtime libraries of g++'s sanitizers.
+RUNTIME = $(shell $(or $(CXX),g++) -print-file-name=lib$(1).so)
+
+sanitize: sanitize-cpu sanitize-cuda
+
+sanitize-cpu: $(VENV)-sanitize/installed
+	cd tests && LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SAM_FAST_EXPECT_SANITIZER=address,undefined \
 		../$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider --capture=sys kernels
+
+# ThreadSanitizer needs certain address ranges, which randomization may take (setarch -R).
+sanitize-cuda: $(EMULATION)/address,undefined/_cuda.so $(EMULATION)/thread/_cuda.so
+	$(call EMULATED,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_EMULATED) --capture=sys kernels cuda_emulation \
+		-k "(cuda or emulation) and not 100_million"
+	$(call EMULATED,thread) LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+		setarch -R $(PYTEST_EMULATED) --capture=sys kernels -k "cuda and not 100_million"
 
 clean:
 	rm -rf $(VENV) $(VENV)-sanitize build dist *.egg-info sam_fast/*.so sam_fast/_build_info.json

@@ -2,7 +2,9 @@
 
 Environment variables:
     SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone.
-    SAM_FAST_CUDA=0|auto  the CUDA module; this version has none to build, so anything else is an error.
+    SAM_FAST_CUDA=auto    build the CUDA module if nvcc is found, in CUDA_HOME or on the PATH (the default). 1: it must be; 0: never.
+    CMAKE_CUDA_ARCHITECTURES=90;100  the GPUs to build for, in CMake's notation (default: 80, 90 and, with CUDA 12.8 or newer, 100). Or
+    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"  the same in PyTorch's notation.
     SAM_FAST_WERROR=1     compiler warnings are errors.
     SAM_FAST_SANITIZE=... sanitizers to build with, e.g. address,undefined.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,27 +27,68 @@ ROOT = Path(__file__).parent.resolve()
 NATIVE = os.environ.get("SAM_FAST_NATIVE", "1") != "0"
 BUILD_INFO = "_build_info.json"
 
-if os.environ.get("SAM_FAST_CUDA", "auto") not in ("0", "auto"):
-    raise SystemExit("sam_fast: SAM_FAST_CUDA asks for the CUDA module, but this version has no CUDA sources: use 0 or auto")
+CUDA = os.environ.get("SAM_FAST_CUDA", "auto")
+
+if CUDA not in ("0", "1", "auto"):
+    raise SystemExit(f"sam_fast: SAM_FAST_CUDA={CUDA!r} is unknown: use 0, 1 or auto")
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, else the one on the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=os.path.join(home, "bin"))
+    return shutil.which("nvcc")
+
+
+NVCC = find_nvcc() if NATIVE and CUDA != "0" else None
+
+if CUDA == "1" and NVCC is None:
+    raise SystemExit("sam_fast: SAM_FAST_CUDA=1 asks for the CUDA module, but there is no nvcc in CUDA_HOME or on the PATH (or SAM_FAST_NATIVE=0)")
 
 
 def what_is_built() -> dict[str, str]:
-    """Module -> "built", or why it is not built."""
+    """Module -> "built", or why it is not built, as planned; the build corrects it."""
     if not NATIVE:
         return {"sam_fast._cpu": "not built: SAM_FAST_NATIVE=0", "sam_fast._cuda": "not built: SAM_FAST_NATIVE=0"}
-    return {"sam_fast._cpu": "built", "sam_fast._cuda": "not built: this version has no CUDA sources"}
+    reason = "SAM_FAST_CUDA=0" if CUDA == "0" else "no nvcc in CUDA_HOME or on the PATH"
+    return {"sam_fast._cpu": "built", "sam_fast._cuda": "built" if NVCC else f"not built: {reason}"}
+
+
+def note(folder: Path, state: dict[str, str]) -> None:
+    """Leave what was built beside the modules, for ``python -m sam_fast info``, and print it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BUILD_INFO).write_text(json.dumps(state, indent=2) + "\n")
+    print("sam_fast: " + "; ".join(f"{module}: {text}" for module, text in state.items()), flush=True)
+
+
+def cuda_options() -> list[str]:
+    """CMake's options for the CUDA module."""
+    options = ["-DSAM_FAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
+    architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES") or ";".join(map(from_torch_notation, torch_architectures()))
+    return options + ([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else [])
+
+
+def torch_architectures() -> list[str]:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+
+
+def from_torch_notation(architecture: str) -> str:
+    """``9.0+PTX`` is ``90`` in CMake's notation (machine code and PTX), ``9.0a`` is ``90a-real`` (machine code)."""
+    number, plus, _ = architecture.partition("+")
+    if not re.fullmatch(r"\d+\.\d[a-z]?", number):
+        raise SystemExit(f"sam_fast: TORCH_CUDA_ARCH_LIST names {architecture!r}: use numbers such as 8.0 or 9.0+PTX")
+    return number.replace(".", "") + ("" if plus else "-real")
 
 
 class BuildPy(build_py):
-    """Leaves a note of what was built in the package, for ``python -m sam_fast info``."""
+    """Leaves the note of what was built where there is nothing to compile."""
 
     def run(self) -> None:
         super().run()
-        # An editable install uses the source folder itself.
-        folder = ROOT / "sam_fast" if self.editable_mode else Path(self.build_lib) / "sam_fast"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / BUILD_INFO).write_text(json.dumps(what_is_built(), indent=2) + "\n")
-        report()
+        if not NATIVE:
+            # An editable install uses the source folder itself.
+            note(ROOT / "sam_fast" if self.editable_mode else Path(self.build_lib) / "sam_fast", what_is_built())
 
 
 class CMakeBuild(build_ext):
@@ -53,17 +97,27 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         if not self.extensions:
             return
-        try:
-            self.build_all()
-        except (subprocess.CalledProcessError, FileNotFoundError) as error:
-            raise SystemExit(
-                f"sam_fast: building the native modules failed ({error}).\n"
-                "A C++17 compiler is needed. Without one, SAM_FAST_NATIVE=0 installs the package without native kernels."
-            ) from error
-
-    def build_all(self) -> None:
         target = Path(self.get_ext_fullpath(self.extensions[0].name)).parent.resolve()
         target.mkdir(parents=True, exist_ok=True)
+        state = what_is_built()
+        if NVCC:
+            for old in target.glob("_cuda.*.so"):
+                old.unlink()
+            try:
+                self.cmake(target, cuda_options())
+            except subprocess.CalledProcessError as error:
+                if CUDA == "1":
+                    raise failed(error) from error
+                print(f"sam_fast: WARNING: {NVCC} was found, but building with it failed ({error}); the CUDA kernels are left out", flush=True)
+                state["sam_fast._cuda"] = f"not built: the build with {NVCC} failed; SAM_FAST_CUDA=1 makes that an error"
+        if state["sam_fast._cuda"] != "built":
+            try:
+                self.cmake(target, [])
+            except (subprocess.CalledProcessError, FileNotFoundError) as error:
+                raise failed(error) from error
+        note(target, state)
+
+    def cmake(self, target: Path, options: list[str]) -> None:
         build = Path(self.build_temp).resolve() / "cmake"
         # Never reuse a configuration: it names a ninja and a pybind11 of an isolated build environment that is gone.
         shutil.rmtree(build, ignore_errors=True)
@@ -81,6 +135,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DSAM_FAST_WERROR={'ON' if os.environ.get('SAM_FAST_WERROR', '0') != '0' else 'OFF'}",
             f"-DSAM_FAST_SANITIZE={os.environ.get('SAM_FAST_SANITIZE', '')}",
+            *options,
         ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
@@ -88,8 +143,12 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
-def report() -> None:
-    print("sam_fast: " + "; ".join(f"{module}: {state}" for module, state in what_is_built().items()), flush=True)
+def failed(error: Exception) -> SystemExit:
+    return SystemExit(
+        f"sam_fast: building the native modules failed ({error}).\n"
+        "A C++17 compiler is needed. Without one, SAM_FAST_NATIVE=0 installs the package without native kernels; "
+        "SAM_FAST_CUDA=0 leaves the CUDA kernels out."
+    )
 
 
 setup(

@@ -201,7 +201,7 @@ class Perturbation:
                 error = error or shape_changed(lost)
         increment_version(touched)
         self._touched = []
-        self.active = False
+        self.active = error is not None and bool(self._saved_params())  # a kernel that could not be launched has restored nothing
         if error is not None:
             raise error
 

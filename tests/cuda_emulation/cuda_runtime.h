@@ -16,7 +16,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -82,37 +85,62 @@ struct Warp {
   alignas(8) unsigned char slots[kWarp][8];
 };
 
-struct Block {
-  explicit Block(unsigned threads) : barrier(threads), warps(threads / kWarp) {
-    for (auto& warp : warps) warp = std::make_unique<Warp>();
+// The threads of a block. They wait for the next launch in between: to start hundreds of threads for every launch is what takes the time.
+class Pool {
+ public:
+  explicit Pool(unsigned threads) : barrier(threads), start_(threads + 1), finish_(threads + 1) {
+    for (unsigned w = 0; w < threads / kWarp; ++w) warps.push_back(std::make_unique<Warp>());
+    for (unsigned t = 0; t < threads; ++t) std::thread([this, t] { work(t); }).detach();
   }
+
+  // Runs kernel() on every thread of every block.
+  void run(unsigned blocks, const std::function<void()>& kernel) {
+    blocks_ = blocks;
+    kernel_ = &kernel;
+    start_.arrive_and_wait();
+    finish_.arrive_and_wait();
+  }
+
   std::barrier<> barrier;
   std::vector<std::unique_ptr<Warp>> warps;
+
+ private:
+  void work(unsigned thread);
+
+  std::barrier<> start_, finish_;
+  unsigned blocks_ = 0;
+  const std::function<void()>* kernel_ = nullptr;
 };
 
-inline thread_local Block* block = nullptr;
+inline thread_local Pool* block = nullptr;
 inline thread_local dim3 thread_index, block_index, grid_size;
+
+inline void Pool::work(unsigned thread) {
+  block = this;
+  thread_index.x = thread;
+  for (;;) {
+    start_.arrive_and_wait();
+    grid_size.x = blocks_;
+    for (unsigned b = 0; b < blocks_; ++b) {
+      block_index.x = b;
+      (*kernel_)();
+      barrier.arrive_and_wait();  // the next block only when this one is done
+    }
+    finish_.arrive_and_wait();
+  }
+}
 
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, unsigned blocks, unsigned threads, cudaStream_t, const Args&... args) {
   ++sam_emulation_launches;
   if (sam_emulation_fail_after >= 0 && sam_emulation_fail_after-- == 0) return cudaErrorLaunchFailure;
   if (sam_emulation_skip != 0) return cudaSuccess;
-  Block shared(threads);
-  std::vector<std::thread> workers;
-  workers.reserve(threads);
-  for (unsigned t = 0; t < threads; ++t)
-    workers.emplace_back([&, t] {
-      block = &shared;
-      thread_index.x = t;
-      grid_size.x = blocks;
-      for (unsigned b = 0; b < blocks; ++b) {
-        block_index.x = b;
-        kernel(args...);
-        shared.barrier.arrive_and_wait();  // the next block only when this one is done
-      }
-    });
-  for (auto& worker : workers) worker.join();
+  static std::mutex mutex;
+  static std::map<unsigned, Pool*> pools;  // never destroyed: their threads never end
+  const std::lock_guard<std::mutex> lock(mutex);
+  Pool*& pool = pools[threads];
+  if (pool == nullptr) pool = new Pool(threads);
+  pool->run(blocks, [&] { kernel(args...); });
   return cudaSuccess;
 }
 

@@ -1,6 +1,6 @@
 """A pytest plugin that puts the emulated CUDA module in the place of ``sam_fast._cuda``: the ``cuda`` backend then takes CPU tensors.
 
-    cd tests && SAM_FAST_EMULATED_CUDA=/path/to/_cuda.so python -m pytest -p cuda_emulation.plugin kernels
+cd tests && SAM_FAST_EMULATED_CUDA=/path/to/_cuda.so python -m pytest -p cuda_emulation.plugin kernels
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, SIZES, make_params, norm_tolerance
 
+
 def oracle(params, adaptive=False, eta=0.0) -> float:
     total = 0.0
     for p in params:

@@ -1,0 +1,55 @@
+"""Compiles csrc/cuda with g++ and the headers beside this file into a Python module that executes the kernels on the CPU.
+
+python tests/cuda_emulation/build.py OUT.so [--sanitize thread] [--csrc DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu")
+
+
+def build(out: Path, sanitize: str = "", csrc: Path = CSRC) -> Path:
+    """Build ``csrc``/cuda into ``out``; the objects are kept beside it. Raises RuntimeError with the compiler's output."""
+    options = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden"]
+    options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    options += [f"-I{path}" for path in (HERE, sysconfig.get_path("include"), pybind11.get_include())]
+    if sanitize:
+        options += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: str) -> Path:
+        target = out.with_name(f"{out.stem}.{source}.o")
+        _run(*options, "-x", "c++", "-c", csrc / "cuda" / source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    _run(*options, "-shared", *objects, "-o", out)
+    return out
+
+
+def _run(*arguments: str | Path) -> None:
+    command = [os.environ.get("CXX", "g++"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sanitize", default="", help="for -fsanitize, e.g. thread or address,undefined")
+    parser.add_argument("--csrc", type=Path, default=CSRC)
+    arguments = parser.parse_args()
+    build(arguments.out, arguments.sanitize, arguments.csrc)

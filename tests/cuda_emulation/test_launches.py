@@ -1,0 +1,160 @@
+"""What only the emulation can show without a GPU: how many launches an operation takes, and what happens when one fails.
+
+Runs where the plugin is loaded (``make test-cuda``); the kernels' results are checked by tests/kernels on the ``cuda`` backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import make_params, same_bits, values
+
+from sam_fast import SAM, backends
+
+if "cuda_emulation.plugin" not in sys.modules:
+    pytest.skip("needs the emulated CUDA module (make test-cuda)", allow_module_level=True)
+
+from cuda_emulation.plugin import PATH
+
+_library = ctypes.CDLL(PATH)
+launches = ctypes.c_int64.in_dll(_library, "sam_emulation_launches")
+fail_after = ctypes.c_int64.in_dll(_library, "sam_emulation_fail_after")
+
+ROWS = 800
+SMALL_ROWS = 96
+
+
+@pytest.fixture(autouse=True)
+def _no_fault_left() -> Iterator[None]:
+    yield
+    fail_after.value = -1
+    backends.cuda._cuda.use_large_arguments(True)
+
+
+def count(call) -> int:
+    before = launches.value
+    call()
+    return launches.value - before
+
+
+def make(sizes, groups: int = 1, **options) -> tuple[SAM, list[torch.nn.Parameter]]:
+    params = make_params(sizes)
+    part = -(-len(params) // groups)
+    optimizer = SAM([{"params": params[i : i + part]} for i in range(0, len(params), part)], lr=0.1, backend="cuda", **options)
+    if optimizer._perturbation.flatten:
+        for p in params:
+            p.grad.fill_(0.01)
+    return optimizer, params
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
+@pytest.mark.parametrize("number", [1, 95, 96, 97, 161, 799, 800])
+def test_two_launches_for_the_first_step_and_one_for_the_second(number, flatten):
+    optimizer, _ = make([3 + i % 70 for i in range(number)], flatten=flatten)
+    assert count(optimizer.first_step) == 2
+    assert count(optimizer.restore) == 1
+
+
+@pytest.mark.parametrize("number", [801, 1600, 1601])
+@pytest.mark.parametrize("large", [True, False], ids=["32KB", "4KB"])
+def test_more_rows_take_more_launches_and_give_the_same_result(number, large):
+    backends.cuda._cuda.use_large_arguments(large)
+    optimizer, params = make([1 + i % 70 for i in range(number)])
+    cpu = make_params([1 + i % 70 for i in range(number)])
+    before = values(params)
+    expected = -(-number // (ROWS if large else SMALL_ROWS))
+    assert count(optimizer.first_step) == 2 * expected
+    with torch.no_grad():
+        norm = torch.cat([p.grad.double() for p in cpu]).norm()
+        assert float(optimizer.grad_norm) == pytest.approx(float(norm), rel=1e-12)
+        for p, c in zip(params, cpu, strict=True):
+            assert torch.equal(p, c + c.grad * float((0.05 / (norm + 1e-12)).float()))
+    assert count(optimizer.restore) == expected
+    assert same_bits(values(params), before)
+
+
+@pytest.mark.parametrize(("groups", "large", "expected"), [(224, True, 1), (225, True, 2), (24, False, 1), (25, False, 2)])
+def test_more_groups_than_fit_take_more_launches(groups, large, expected):
+    backends.cuda._cuda.use_large_arguments(large)
+    optimizer, params = make([5] * groups, groups)
+    before = values(params)
+    for index, group in enumerate(optimizer.param_groups):
+        group["rho"] = 0.01 * index
+    assert count(optimizer.first_step) == 2 * expected
+    for group in optimizer.param_groups:
+        (p,) = group["params"]
+        (w,) = [w for w, q in zip(before, params, strict=True) if q is p]
+        assert torch.equal(p, w + p.grad * (group["rho"] / (optimizer.grad_norm + 1e-12)).float())
+    optimizer.restore()
+    assert same_bits(values(params), before)
+
+
+def test_no_gradient_at_all_takes_the_same_launches():
+    optimizer, params = make([100] * 10)
+    for p in params:
+        p.grad = None
+    assert count(optimizer.first_step) == 2
+    assert float(optimizer.grad_norm) == 0.0
+    assert count(optimizer.restore) == 0
+
+
+def test_a_bucket_for_every_dtype_takes_its_own_launches():
+    params = [p for dtype in (torch.float32, torch.bfloat16) for p in make_params([100, 5000], dtype)]
+    optimizer = SAM(params, lr=0.1, backend="cuda")
+    assert count(optimizer.first_step) == 4
+    assert count(optimizer.restore) == 2
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_a_launch_that_fails_is_an_exception_and_leaves_the_weights_as_they_were(failing):
+    """2 x 3 launches: for the norm, and for the perturbation, some of whose rows have moved when one fails."""
+    optimizer, params = make([7] * 2000)
+    before = values(params)
+    fail_after.value = failing
+    with pytest.raises(RuntimeError, match=r"CUDA error in (grad_norm|perturb): unspecified launch failure \(cudaErrorLaunchFailure\)"):
+        optimizer.first_step()
+    assert same_bits(values(params), before)
+    assert not optimizer.perturbed
+    optimizer.first_step()
+    optimizer.restore()
+    assert same_bits(values(params), before)
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_a_restore_that_fails_can_be_repeated(failing):
+    optimizer, params = make([7] * 2000)
+    before = values(params)
+    optimizer.first_step()
+    fail_after.value = failing
+    with pytest.raises(RuntimeError, match="CUDA error in restore"):
+        optimizer.restore()
+    assert optimizer.perturbed
+    optimizer.restore()
+    assert not optimizer.perturbed
+    assert same_bits(values(params), before)
+
+
+def test_a_backup_that_fails_is_no_backup():
+    rows = make_params([50] * 10)
+    from sam_fast.bucket import Bucket
+
+    bucket = Bucket(rows, [0] * 10, backends.BACKENDS["cuda"])
+    fail_after.value = 0
+    with pytest.raises(RuntimeError, match="CUDA error in backup"):
+        bucket.backend.save(bucket)
+    assert bucket.backend.saved(bucket) == []
+
+
+def test_both_orders_of_perturb_give_the_same_bits(monkeypatch):
+    results = []
+    for reverse in (False, True):
+        monkeypatch.setattr(type(backends.BACKENDS["cuda"]), "reverse", reverse)
+        optimizer, params = make([3, 70_001, 5, 20_000] * 210)
+        optimizer.first_step()
+        results.append(values(params))
+        optimizer.restore()
+    assert same_bits(*results)

@@ -1,0 +1,126 @@
+"""The CUDA sources, compiled for every generation with nvcc, and what the machine code shows: no spills, 16-byte accesses, few registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+ARCHITECTURES = ["80", "90", "100"]
+OPERATIONS = ["grad_norm", "perturb", "copy"]
+DTYPES = {"float32": "Native<float>", "float64": "Native<double>", "bfloat16": "bf16", "float16": "f16"}
+
+MAX_REGISTERS = 80
+"""3 blocks of 256 threads on a multiprocessor of 65,536 registers: what kBlocksPerProcessor in csrc/cuda/rows.h promises."""
+
+
+def find(tool: str) -> str | None:
+    """A CUDA tool: in CUDA_HOME, on the PATH or, for the binary tools, in Triton's wheel."""
+    places = [os.path.join(os.environ.get("CUDA_HOME", "/nonexistent"), "bin"), os.environ["PATH"], "/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.submodule_search_locations:
+        places += [str(Path(place) / "backends" / "nvidia" / "bin") for place in triton.submodule_search_locations]
+    return shutil.which(tool, path=os.pathsep.join(places))
+
+
+NVCC, CUOBJDUMP = find("nvcc"), find("cuobjdump")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="NOT CHECKED: there is no nvcc, the CUDA kernels are not compiled")
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="NOT CHECKED: there is no cuobjdump, the machine code is not looked at")
+
+
+@pytest.fixture(scope="session")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Every operation compiled for every architecture, warnings being errors."""
+    folder = tmp_path_factory.mktemp("cubins")
+    found = {}
+    for architecture in ARCHITECTURES:
+        for operation in OPERATIONS:
+            out = folder / f"{operation}_{architecture}.cubin"
+            command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
+            done = subprocess.run(
+                [*command, "-cubin", str(CSRC / "cuda" / f"{operation}.cu"), "-o", str(out)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            found[operation, architecture] = out
+    return found
+
+
+def dump(cubin: Path, *options: str) -> str:
+    return subprocess.run([str(CUOBJDUMP), *options, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def demangle(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+each = pytest.mark.parametrize(("operation", "architecture"), [(o, a) for a in ARCHITECTURES for o in OPERATIONS])
+
+
+@needs_cuobjdump
+@pytest.mark.slow
+@each
+def test_no_spills_and_few_registers(cubins, operation, architecture):
+    usage = dump(cubins[operation, architecture], "--dump-resource-usage")
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(found) == (4 if operation == "copy" else 8), usage  # dtypes, or directions, by two sizes of arguments
+    for registers, stack, local in found:
+        assert (int(stack), int(local)) == (0, 0)
+        assert int(registers) <= MAX_REGISTERS
+
+
+def functions(cubin: Path) -> dict[str, str]:
+    """Demangled kernel name -> its machine code."""
+    parts = re.split(r"\n\s*Function : ", dump(cubin, "-sass"))[1:]
+    names = demangle("\n".join(part.splitlines()[0] for part in parts)).splitlines()
+    return dict(zip(names, parts, strict=True))
+
+
+def accesses(code: str) -> Counter[str]:
+    return Counter(re.findall(r"\b((?:LDG|STG|LDL|STL|LD|ST)\.[A-Z0-9_.]+)", code))
+
+
+def wide(found: Counter[str], kind: str) -> int:
+    return sum(n for name, n in found.items() if name.startswith(kind) and ".128" in name)
+
+
+@needs_cuobjdump
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
+    """perturb: 4 vectors of w and 4 of g in, 4 of the backup and 4 of w out, for SAM and once more for ASAM. grad_norm: 4 of g, and 4 of g and w."""
+    for name, code in functions(cubins["perturb", architecture]).items():
+        if DTYPES[dtype] in name:
+            found = accesses(code)
+            assert wide(found, "LDG") == 16, found
+            assert wide(found, "STG") == 16, found
+    for name, code in functions(cubins["grad_norm", architecture]).items():
+        if DTYPES[dtype] in name:
+            assert wide(accesses(code), "LDG") >= 12
+
+
+@needs_cuobjdump
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_copies_move_sixteen_bytes_at_a_time(cubins, architecture):
+    for code in functions(cubins["copy", architecture]).values():
+        found = accesses(code)
+        assert (wide(found, "LDG"), wide(found, "STG")) == (4, 4), found
+
+
+@needs_cuobjdump
+@pytest.mark.slow
+@each
+def test_memory_is_reached_by_global_accesses_and_nothing_is_fused(cubins, operation, architecture):
+    """Generic and local accesses are slower. A fused multiply-add would make the result differ from the CPU's (float64 divisions use it inside)."""
+    for name, code in functions(cubins[operation, architecture]).items():
+        assert not [access for access in accesses(code) if access.startswith(("LD.", "ST.", "LDL", "STL"))]
+        if operation == "perturb" and "double" not in re.sub(r"double (?:const)?\*|, double,", "", name):
+            assert not re.search(r"\bFFMA\b", code), name
