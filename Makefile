@@ -2,6 +2,7 @@
 #   make demo    train a small network on Fashion-MNIST with SGD and with SAM, and compare them
 #   make test    all tests: those of the CPU, then those that execute the CUDA kernels without a GPU
 #   make bench   the benchmarks
+#   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, sanitizers, benchmarks; under 9 minutes, no network
 #   make lint    ruff, mypy
 #   make sanitize  the kernel tests, CPU's and CUDA's, under AddressSanitizer, UBSan and ThreadSanitizer
 
@@ -12,7 +13,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test test-cuda demo bench lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-cuda gpu-check demo bench lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -46,6 +47,11 @@ demo: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have PyTorch for it: builds, tests, watches and measures.
+RESULTS ?= bench/results
+gpu-check:
+	$(PYTHON) -m bench.gpu_check --results $(RESULTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -19,10 +19,10 @@ CSRC = HERE.parent.parent / "csrc"
 SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu")
 
 
-def build(out: Path, sanitize: str = "", csrc: Path = CSRC) -> Path:
+def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -> Path:
     """Build ``csrc``/cuda into ``out``; the objects are kept beside it. Raises RuntimeError with the compiler's output."""
-    options = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden"]
-    options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    options = ["-std=c++20", f"-O{optimize}", "-g", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden"]
+    options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     options += [f"-I{path}" for path in (HERE, sysconfig.get_path("include"), pybind11.get_include())]
     if sanitize:
         options += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -51,5 +51,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--sanitize", default="", help="for -fsanitize, e.g. thread or address,undefined")
     parser.add_argument("--csrc", type=Path, default=CSRC)
+    parser.add_argument("--optimize", type=int, default=1, help="for -O; 3 to time the host's part")
     arguments = parser.parse_args()
-    build(arguments.out, arguments.sanitize, arguments.csrc)
+    build(arguments.out, arguments.sanitize, arguments.csrc, arguments.optimize)

@@ -1,0 +1,211 @@
+"""Builds sam_fast on a machine with an NVIDIA GPU, tests it there, watches it with compute-sanitizer, measures it, and keeps what was found.
+
+    python -m bench.gpu_check [--results bench/results] [--minutes 9]        or: make gpu-check
+
+Uses the PyTorch of the Python that runs it and needs no network: the package is installed into that environment, editable, without build isolation.
+Writes ``<device>.json`` and ``<device>.md``. A step that could not run is in both as not run, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+
+
+@dataclass
+class Step:
+    """What became of one step."""
+
+    name: str
+    state: str
+    seconds: float = 0.0
+    detail: str = ""
+    command: str = ""
+
+
+class Check:
+    """Runs steps one after the other within a time limit; a step that fails does not stop the next one, except the build."""
+
+    def __init__(self, minutes: float) -> None:
+        self.deadline = time.monotonic() + 60 * minutes
+        self.steps: list[Step] = []
+
+    def run(self, name: str, command: list[str], limit: float, cwd: Path = ROOT, **environment: str) -> Step:
+        """Run a command for at most ``limit`` seconds and record how it ended."""
+        step = Step(name, NOT_RUN, command=" ".join(command))
+        self.steps.append(step)
+        limit = min(limit, self.deadline - time.monotonic())
+        if shutil.which(command[0]) is None:
+            step.detail = f"{command[0]} is not installed"
+        elif limit < 5:
+            step.detail = "the time was up"
+        else:
+            print(f"-- {name}: {step.command}", flush=True)
+            begin = time.monotonic()
+            try:
+                done = subprocess.run(
+                    command, cwd=cwd, env={**os.environ, **environment}, timeout=limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+                step.state = PASSED if done.returncode == 0 else FAILED
+                step.detail = "\n".join(done.stdout.splitlines()[-40:]) if done.returncode else done.stdout.strip().rpartition("\n")[2]
+            except subprocess.TimeoutExpired as expired:
+                step.state = FAILED
+                output = expired.stdout or b""
+                text = output.decode(errors="replace") if isinstance(output, bytes) else output
+                step.detail = f"stopped after {limit:.0f} s\n" + "\n".join(text.splitlines()[-20:])
+            step.seconds = time.monotonic() - begin
+        print(f"   {name}: {step.state}{f' ({step.seconds:.0f} s)' if step.seconds else ''}\n   {step.detail}", flush=True)
+        return step
+
+    def skip(self, name: str, reason: str) -> None:
+        self.steps.append(Step(name, NOT_RUN, detail=reason))
+        print(f"   {name}: {NOT_RUN}: {reason}", flush=True)
+
+
+def describe_machine() -> dict[str, str]:
+    """Device, driver and versions. Raises SystemExit where there is no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu-check needs an NVIDIA GPU and a PyTorch that sees it: torch.cuda.is_available() is False. Nothing was run or written.")
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    return {
+        "device": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": first_line("nvcc", "--version", matching="release"),
+        "torch": str(torch.__version__),
+        "CUDA of torch": str(torch.version.cuda),
+        "triton": triton_version,
+        "python": sys.version.split()[0],
+        "commit": first_line("git", "rev-parse", "HEAD") + (" with changes" if first_line("git", "status", "--porcelain") else ""),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def first_line(*command: str, matching: str = "") -> str:
+    """The first line of a command's output (that contains ``matching``); empty if it cannot run."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return next((line.strip() for line in done.stdout.splitlines() if matching in line), "")
+
+
+def count_tests(report: Path) -> str:
+    """``7 passed, 1 skipped`` out of a JUnit file."""
+    if not report.is_file():
+        return "no report"
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    total = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for suite in suites:
+        for key in total:
+            total[key] += int(suite.get(key, 0))
+    passed = total["tests"] - total["failures"] - total["errors"] - total["skipped"]
+    return f"{passed} passed, {total['failures'] + total['errors']} failed, {total['skipped']} skipped"
+
+
+def run_all(check: Check, machine: dict[str, str], scratch: Path) -> dict[str, Any]:
+    """Every step; returns the benchmarks' output."""
+    python = sys.executable
+    build = check.run(
+        "build",
+        [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-e", "."],
+        150,
+        SAM_FAST_CUDA="1",
+        CMAKE_CUDA_ARCHITECTURES=machine["compute capability"].replace(".", ""),
+    )
+    if build.state != PASSED:
+        for name in ("tests", "memcheck", "racecheck", "benchmarks"):
+            check.skip(name, "the build failed")
+        return {}
+    report = scratch / "tests.xml"
+    tests = check.run("tests", [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", "tests"], 220)
+    if tests.state != NOT_RUN:
+        tests.detail = f"{count_tests(report)}\n{tests.detail}".strip()
+    small = [python, "tests/gpu/small_run.py"]
+    for tool in ("memcheck", "racecheck"):
+        # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
+        check.run(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *small], 70, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    figures = scratch / "figures.json"
+    left = max(10.0, min(130.0, check.deadline - time.monotonic() - 25))
+    check.run("benchmarks", [python, "-m", "bench.gpu", "--json", str(figures), "--seconds", f"{left:.0f}"], left + 25)
+    return json.loads(figures.read_text()) if figures.is_file() else {}
+
+
+def write_results(folder: Path, machine: dict[str, str], steps: list[Step], measured: dict[str, Any]) -> Path:
+    """``<device>.json`` with everything and ``<device>.md`` to read; returns the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine, "steps": [asdict(step) for step in steps], **measured}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(as_markdown(machine, steps, measured))
+    return path
+
+
+def as_markdown(machine: dict[str, str], steps: list[Step], measured: dict[str, Any]) -> str:
+    lines = [f"# sam_fast on {machine['device']}", "", *(f"- {key}: {value}" for key, value in machine.items() if key != "device"), ""]
+    lines += ["| step | result | seconds | |", "|---|---|---|---|"]
+    lines += [f"| {s.name} | {s.state} | {s.seconds:.0f} | {s.detail.splitlines()[0] if s.detail else ''} |" for s in steps]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for figure in measured.get("figures", []):
+        groups.setdefault(figure["group"], []).append(figure)
+    for group, figures in groups.items():
+        lines += [
+            "",
+            f"## {group}",
+            "",
+            "| case | contender | median us | quartiles | GB/s | share of a copy | times faster than |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for f in figures:
+            rate = "" if f["gigabytes_per_second"] is None else f"{f['gigabytes_per_second']:.0f}"
+            share = "" if f["share_of_copy"] is None else f"{100 * f['share_of_copy']:.0f} %"
+            faster = ", ".join(f"{other} {ratio:.2f}" for other, ratio in f["times_faster_than"].items())
+            low, high = (1e6 * s for s in f["spread"])
+            lines.append(f"| {f['case']} | {f['contender']} | {1e6 * f['seconds']:.1f} | {low:.1f} - {high:.1f} | {rate} | {share} | {faster} |")
+    if measured.get("left_out"):
+        lines += ["", "Not run:", "", *(f"- {text}" for text in measured["left_out"])]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
+    arguments = parser.parse_args()
+    machine = describe_machine()
+    check = Check(arguments.minutes - 0.2)
+    scratch = ROOT / "build" / "gpu-check"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    measured = run_all(check, machine, scratch)
+    path = write_results(arguments.results, machine, check.steps, measured)
+    print(path.with_suffix(".md").read_text())
+    print(f"written: {path} and {path.with_suffix('.md')}")
+    return 0 if all(step.state == PASSED for step in check.steps) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Every kernel once or twice on small rows of every dtype and alignment, for compute-sanitizer to watch. `make gpu-check` runs it."""
+
+from __future__ import annotations
+
+import torch
+
+from sam_fast import SAM, BatchNormSnapshot
+
+SIZES = [1, 15, 16, 17, 1009, 4096, 4097, 20_000]
+
+
+def rows(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    found = []
+    for size in SIZES:
+        for shift in (0, 1):  # an odd address takes the element-by-element path
+            p = torch.nn.Parameter(torch.randn(size + shift, device="cuda").to(dtype)[shift:])
+            p.grad = torch.randn(size, device="cuda").to(dtype)
+            found.append(p)
+    return found
+
+
+def main() -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        params = rows(dtype)
+        before = [p.detach().clone() for p in params]
+        half = len(params) // 2
+        groups = [{"params": params[:half]}, {"params": params[half:], "adaptive": True, "rho": 0.5}]
+        optimizer = SAM(groups, lr=0.0, backend="cuda")
+        for gradient in ("finite", "nan", "none"):
+            if gradient == "nan":
+                params[3].grad[0] = float("nan")
+            if gradient == "none":
+                for p in params[::2]:
+                    p.grad = None
+            optimizer.first_step()
+            optimizer.restore()
+            assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    model = torch.nn.Sequential(*(torch.nn.BatchNorm1d(n) for n in (1, 17, 300))).cuda()
+    snapshot = BatchNormSnapshot(model)
+    snapshot.save()
+    snapshot.restore()
+    torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
