@@ -1,0 +1,135 @@
+"""perturb: back the weights up and climb, ``w <- w + e``, in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .formulas import can_climb, climb, climb_adaptive, climb_scale
+from .table import BLOCK, DTYPES, NUM_WARPS, aligned_element, aligned_part, element, load_chunk, load_group
+
+NORM_BLOCK = 1024
+
+
+@triton.jit
+def _norm_of(partials, num_partials, NORM_BLOCK: tl.constexpr):
+    """The same sum in the same order in every program."""
+    sums = tl.zeros((NORM_BLOCK,), tl.float64)
+    lanes = tl.arange(0, NORM_BLOCK)
+    for start in range(0, num_partials, NORM_BLOCK):
+        sums += tl.load(partials + start + lanes, mask=start + lanes < num_partials, other=0.0)
+    return tl.sqrt(tl.sum(sums))
+
+
+@triton.jit
+def _move(w, g, flat, eta, scale, climbs, mask, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr):
+    """One block: back it up and, if ``climbs``, move it."""
+    weight = tl.load(w, mask=mask)
+    grad = tl.load(g, mask=mask).to(COMPUTE)
+    tl.store(flat, weight, mask=mask)
+    if ADAPTIVE:
+        moved = climb_adaptive(weight.to(COMPUTE), grad, eta, scale)
+    else:
+        moved = climb(weight.to(COMPUTE), grad, scale)
+    if climbs:
+        tl.store(w, moved.to(weight.dtype), mask=mask)
+
+
+@triton.jit
+def _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
+    compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    eta = eta.to(compute)
+    scale = scale.to(compute)
+    lanes = tl.arange(0, BLOCK)
+    part = aligned_part(weights | grads, count, BLOCK)
+    backup = tl.multiple_of(flat.to(tl.pointer_type(DTYPE)) + slot, 16)
+    w = aligned_element(weights, begin, DTYPE)
+    g = aligned_element(grads, begin, DTYPE)
+    for start in range(0, part, BLOCK):
+        _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, None, compute, ADAPTIVE)
+    w = element(weights, begin, DTYPE)
+    g = element(grads, begin, DTYPE)
+    for start in range(part, count, BLOCK):
+        _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, start + lanes < count, compute, ADAPTIVE)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_rows", "num_partials", "ticket"], do_not_specialize_on_alignment=["partials", "norm_out"])
+def perturb_kernel(
+    chunks,
+    num_chunks,
+    table,
+    num_rows,
+    partials,
+    num_partials,
+    eps: tl.float64,
+    norm_out,
+    flat,
+    written,
+    ticket,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+):
+    norm = _norm_of(partials, num_partials, NORM_BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(norm_out, norm)
+        tl.store(written, ticket)
+    climbs = can_climb(norm)
+    for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        # Backwards: the gradients that grad_norm read last are the ones still in cache.
+        row, group, begin, count, slot = load_chunk(chunks, num_chunks - 1 - index)
+        weights = tl.load(table + row)
+        grads = tl.load(table + num_rows + row)
+        if grads != 0:
+            rho, eta, adaptive = load_group(table + 2 * num_rows, group)
+            scale = climb_scale(norm, rho, eps)
+            if adaptive != 0.0:
+                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE, True, BLOCK)
+            else:
+                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE, False, BLOCK)
+
+
+def perturb(
+    programs: int,
+    chunks: torch.Tensor,
+    table: torch.Tensor,
+    num_rows: int,
+    partials: torch.Tensor,
+    eps: float,
+    norm: torch.Tensor,
+    flat: torch.Tensor,
+    written: torch.Tensor,
+    ticket: int,
+    dtype: torch.dtype,
+) -> None:
+    """Launch.
+
+    Args:
+        programs: how many programs share the chunks out.
+        chunks, table, num_rows, dtype: as for :func:`sam_fast.kernels.grad_norm.grad_norm`.
+        partials: float64, any number: they sum to the squared norm.
+        eps: added to the norm before it divides rho.
+        norm: float64, one element, written.
+        flat: uint8, the backup's memory; a multiple of 16 bytes.
+        written: int64, one element: receives ``ticket``, the proof for :func:`sam_fast.kernels.copy.restore` that this kernel has run.
+        ticket: positive.
+    """
+    perturb_kernel[(programs,)](
+        chunks,
+        chunks.shape[0],
+        table,
+        num_rows,
+        partials,
+        partials.numel(),
+        eps,
+        norm,
+        flat,
+        written,
+        ticket,
+        DTYPE=DTYPES[dtype],
+        BLOCK=BLOCK,
+        NORM_BLOCK=NORM_BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
