@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .table import NUM_WARPS, aligned_element, aligned_part, element, load_chunk
+from .table import NUM_WARPS, aligned_part, load_chunk
 
 WORDS = {1: (tl.int8, 1), 2: (tl.int16, 1), 4: (tl.int32, 1), 8: (tl.int64, 1), 16: (tl.int64, 2)}
 """Itemsize -> the integer that an element is moved as, and how many of them it is."""
@@ -20,13 +20,13 @@ def _copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: 
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(address, count, BLOCK)
     backup = tl.multiple_of(flat.to(tl.pointer_type(WORD)) + slot, 16)
-    row = aligned_element(address, begin, WORD)
+    row = tl.multiple_of(address.to(tl.pointer_type(WORD)) + begin, 16)
     for start in range(0, part, BLOCK):
         if TO_FLAT:
             tl.store(backup + start + lanes, tl.load(row + start + lanes))
         else:
             tl.store(row + start + lanes, tl.load(backup + start + lanes))
-    row = element(address, begin, WORD)
+    row = address.to(tl.pointer_type(WORD)) + begin
     for start in range(part, count, BLOCK):
         mask = start + lanes < count
         if TO_FLAT:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
 
 @triton.jit
 def asam_t(w, eta):
@@ -46,3 +48,23 @@ def climb_scale(norm, rho, eps):
     """0 where norm and eps are both 0: a zero gradient moves nothing."""
     divisor = norm + eps
     return tl.where(divisor > 0.0, rho, 0.0) / tl.where(divisor > 0.0, divisor, 1.0)
+
+
+@triton.jit
+def widen(x, COMPUTE: tl.constexpr):
+    """``x`` in the dtype of the arithmetic; exact."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter's own conversions of bfloat16 are wrong for subnormal numbers, and truncate in the other direction.
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """``x`` in the rows' dtype, rounded to nearest, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)

@@ -6,17 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import norm_term, norm_term_adaptive
-from .table import BLOCK, DTYPES, NUM_WARPS, aligned_element, aligned_part, element, load_chunk, load_group
+from .formulas import norm_term, norm_term_adaptive, widen
+from .table import BLOCK, DTYPES, NUM_WARPS, aligned_part, load_chunk, load_group
 
 
 @triton.jit
 def _squares(w, g, eta, mask, ADAPTIVE: tl.constexpr):
     """The squares of one block's terms. Elements are float64 before anything is computed: the square of a float32 is exact there."""
     other: tl.constexpr = None if mask is None else 0.0
-    grad = tl.load(g, mask=mask, other=other).to(tl.float64)
+    grad = widen(tl.load(g, mask=mask, other=other), tl.float64)
     if ADAPTIVE:
-        term = norm_term_adaptive(tl.load(w, mask=mask, other=other).to(tl.float64), grad, eta)
+        term = norm_term_adaptive(widen(tl.load(w, mask=mask, other=other), tl.float64), grad, eta)
     else:
         term = norm_term(grad)
     return term * term
@@ -26,12 +26,12 @@ def _squares(w, g, eta, mask, ADAPTIVE: tl.constexpr):
 def _add_chunk(sums, weights, grads, begin, count, eta, DTYPE: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(weights | grads if ADAPTIVE else grads, count, BLOCK)
-    w = aligned_element(weights, begin, DTYPE)
-    g = aligned_element(grads, begin, DTYPE)
+    w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16)
+    g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16)
     for start in range(0, part, BLOCK):
         sums += _squares(w + start + lanes, g + start + lanes, eta, None, ADAPTIVE)
-    w = element(weights, begin, DTYPE)
-    g = element(grads, begin, DTYPE)
+    w = weights.to(tl.pointer_type(DTYPE)) + begin
+    g = grads.to(tl.pointer_type(DTYPE)) + begin
     for start in range(part, count, BLOCK):
         sums += _squares(w + start + lanes, g + start + lanes, eta, start + lanes < count, ADAPTIVE)
     return sums

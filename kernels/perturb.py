@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import can_climb, climb, climb_adaptive, climb_scale
-from .table import BLOCK, DTYPES, NUM_WARPS, aligned_element, aligned_part, element, load_chunk, load_group
+from .formulas import can_climb, climb, climb_adaptive, climb_scale, narrow, widen
+from .table import BLOCK, DTYPES, NUM_WARPS, aligned_part, load_chunk, load_group
 
 NORM_BLOCK = 1024
 
@@ -25,15 +25,16 @@ def _norm_of(partials, num_partials, NORM_BLOCK: tl.constexpr):
 @triton.jit
 def _move(w, g, flat, eta, scale, climbs, mask, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr):
     """One block: back it up and, if ``climbs``, move it."""
-    weight = tl.load(w, mask=mask)
-    grad = tl.load(g, mask=mask).to(COMPUTE)
-    tl.store(flat, weight, mask=mask)
+    stored = tl.load(w, mask=mask)
+    grad = widen(tl.load(g, mask=mask), COMPUTE)
+    tl.store(flat, stored, mask=mask)
+    weight = widen(stored, COMPUTE)
     if ADAPTIVE:
-        moved = climb_adaptive(weight.to(COMPUTE), grad, eta, scale)
+        moved = climb_adaptive(weight, grad, eta, scale)
     else:
-        moved = climb(weight.to(COMPUTE), grad, scale)
+        moved = climb(weight, grad, scale)
     if climbs:
-        tl.store(w, moved.to(weight.dtype), mask=mask)
+        tl.store(w, narrow(moved, stored.dtype), mask=mask)
 
 
 @triton.jit
@@ -44,12 +45,12 @@ def _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DT
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(weights | grads, count, BLOCK)
     backup = tl.multiple_of(flat.to(tl.pointer_type(DTYPE)) + slot, 16)
-    w = aligned_element(weights, begin, DTYPE)
-    g = aligned_element(grads, begin, DTYPE)
+    w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16)
+    g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16)
     for start in range(0, part, BLOCK):
         _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, None, compute, ADAPTIVE)
-    w = element(weights, begin, DTYPE)
-    g = element(grads, begin, DTYPE)
+    w = weights.to(tl.pointer_type(DTYPE)) + begin
+    g = grads.to(tl.pointer_type(DTYPE)) + begin
     for start in range(part, count, BLOCK):
         _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, start + lanes < count, compute, ADAPTIVE)
 

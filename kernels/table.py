@@ -36,21 +36,10 @@ def load_group(groups, group):
 
 
 @triton.jit
-def element(address, begin, DTYPE: tl.constexpr):
-    """Pointer to element ``begin`` of the row at ``address``."""
-    return address.to(tl.pointer_type(DTYPE)) + begin
-
-
-@triton.jit
-def aligned_element(address, begin, DTYPE: tl.constexpr):
-    """As :func:`element`, with the promise that the pointer is a multiple of 16 bytes: without it every access is a scalar one."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + begin, 16)
-
-
-@triton.jit
 def aligned_part(addresses, count, BLOCK: tl.constexpr):
-    """How many elements at the front of a chunk are whole blocks of 16-byte accesses. ``addresses``: those of the rows, or-ed together.
+    """How many elements at the front of a chunk can be moved in whole blocks, unmasked and 16 bytes at a time.
 
-    A chunk begins a multiple of 16 elements behind its row (and within the flat buffer at a multiple of 64 bytes), so the row decides.
+    ``addresses``: those of the rows, or-ed together. They decide: a chunk begins a multiple of 16 bytes behind them, and in the flat buffer a
+    multiple of 64 bytes. The compiler learns it from ``tl.multiple_of``; without that, or with a mask, it makes every access a scalar one.
     """
     return tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
