@@ -82,9 +82,7 @@ def _launch(
     )
 
 
-def backup(
-    programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int
-) -> None:
+def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
     """Copy the rows to the flat buffer.
 
     Args:
@@ -99,8 +97,6 @@ def backup(
     _launch(programs, chunks, rows, flat, written, ticket, itemsize, True)
 
 
-def restore(
-    programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int
-) -> None:
+def restore(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
     """As :func:`backup`, from the flat buffer to the rows; nothing happens unless ``written`` holds ``ticket``."""
     _launch(programs, chunks, rows, flat, written, ticket, itemsize, False)
