@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .table import NUM_WARPS, aligned_part, load_chunk
+from .table import MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk
 
 WORDS = {1: (tl.int8, 1), 2: (tl.int16, 1), 4: (tl.int32, 1), 8: (tl.int64, 1), 16: (tl.int64, 2)}
 """Itemsize -> the integer that an element is moved as, and how many of them it is."""
@@ -27,7 +27,9 @@ def _copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: 
         else:
             tl.store(row + start + lanes, tl.load(backup + start + lanes))
     row = address.to(tl.pointer_type(WORD)) + begin
-    for start in range(part, count, BLOCK):
+    backup = flat.to(tl.pointer_type(WORD)) + slot
+    lanes = tl.arange(0, MASKED_BLOCK)
+    for start in range(part, count, MASKED_BLOCK):
         mask = start + lanes < count
         if TO_FLAT:
             tl.store(backup + start + lanes, tl.load(row + start + lanes, mask=mask), mask=mask)

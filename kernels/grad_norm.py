@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .formulas import norm_term, norm_term_adaptive, widen
-from .table import BLOCK, DTYPES, NUM_WARPS, aligned_part, load_chunk, load_group
+from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk, load_group
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _squares(w, g, eta, mask, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
-def _add_chunk(sums, weights, grads, begin, count, eta, DTYPE: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
+def _add_chunk(sums, rest, weights, grads, begin, count, eta, DTYPE: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(weights | grads if ADAPTIVE else grads, count, BLOCK)
     w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16)
@@ -32,14 +32,16 @@ def _add_chunk(sums, weights, grads, begin, count, eta, DTYPE: tl.constexpr, ADA
         sums += _squares(w + start + lanes, g + start + lanes, eta, None, ADAPTIVE)
     w = weights.to(tl.pointer_type(DTYPE)) + begin
     g = grads.to(tl.pointer_type(DTYPE)) + begin
-    for start in range(part, count, BLOCK):
-        sums += _squares(w + start + lanes, g + start + lanes, eta, start + lanes < count, ADAPTIVE)
-    return sums
+    lanes = tl.arange(0, MASKED_BLOCK)
+    for start in range(part, count, MASKED_BLOCK):
+        rest += _squares(w + start + lanes, g + start + lanes, eta, start + lanes < count, ADAPTIVE)
+    return sums, rest
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_rows"], do_not_specialize_on_alignment=["partials"])
 def grad_norm_kernel(chunks, num_chunks, table, num_rows, partials, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     sums = tl.zeros((BLOCK,), tl.float64)
+    rest = tl.zeros((MASKED_BLOCK,), tl.float64)
     for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         row, group, begin, count, _slot = load_chunk(chunks, index)
         weights = tl.load(table + row)
@@ -47,10 +49,10 @@ def grad_norm_kernel(chunks, num_chunks, table, num_rows, partials, DTYPE: tl.co
         if grads != 0:
             _rho, eta, adaptive = load_group(table + 2 * num_rows, group)
             if adaptive != 0.0:
-                sums = _add_chunk(sums, weights, grads, begin, count, eta, DTYPE, True, BLOCK)
+                sums, rest = _add_chunk(sums, rest, weights, grads, begin, count, eta, DTYPE, True, BLOCK)
             else:
-                sums = _add_chunk(sums, weights, grads, begin, count, eta, DTYPE, False, BLOCK)
-    tl.store(partials + tl.program_id(0), tl.sum(sums))
+                sums, rest = _add_chunk(sums, rest, weights, grads, begin, count, eta, DTYPE, False, BLOCK)
+    tl.store(partials + tl.program_id(0), tl.sum(sums) + tl.sum(rest))
 
 
 def grad_norm(chunks: torch.Tensor, table: torch.Tensor, num_rows: int, partials: torch.Tensor, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .formulas import can_climb, climb, climb_adaptive, climb_scale, narrow, widen
-from .table import BLOCK, DTYPES, NUM_WARPS, aligned_part, load_chunk, load_group
+from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk, load_group
 
 NORM_BLOCK = 1024
 
@@ -51,7 +51,9 @@ def _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DT
         _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, None, compute, ADAPTIVE)
     w = weights.to(tl.pointer_type(DTYPE)) + begin
     g = grads.to(tl.pointer_type(DTYPE)) + begin
-    for start in range(part, count, BLOCK):
+    backup = flat.to(tl.pointer_type(DTYPE)) + slot
+    lanes = tl.arange(0, MASKED_BLOCK)
+    for start in range(part, count, MASKED_BLOCK):
         _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, start + lanes < count, compute, ADAPTIVE)
 
 

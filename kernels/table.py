@@ -20,6 +20,13 @@ NUM_WARPS = 4
 BLOCK = 2048
 """Elements that a program moves at once: 16 for each of its 128 threads, so four 16-byte accesses are under way for each float32 array."""
 
+MASKED_BLOCK = tl.constexpr(512)
+"""Elements moved at once where accesses are masked or not aligned. Each of them takes its own address: more would take all the registers.
+
+The pointers and lanes of these accesses are computed anew, without the promise of alignment: shared with the others, they would make the compiler
+order their elements as the wide accesses need it and move them through shared memory.
+"""
+
 
 @triton.jit
 def load_chunk(chunks, index):
