@@ -62,7 +62,7 @@ def test_no_gradient_at_all_is_zero(step):
 
 
 def test_ten_thousand_tensors(step, kernels):
-    count = 1_000 if kernels.name == "triton" and INTERPRETED else 10_000  # a minute in the interpreter
+    count = 500 if INTERPRETED else 10_000
     params = make_params([1 + i % 7 for i in range(count)])
     assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
 
@@ -128,8 +128,8 @@ def test_relative_error_at_100_million_elements(kernels):
 
     if kernels.name == "cpu" and pytest.importorskip("sam_fast._cpu").isa() == "baseline":
         pytest.skip("the same bits as the other instruction sets")
-    if kernels.name == "triton" and INTERPRETED:
-        pytest.skip("minutes in Triton's interpreter")
+    if INTERPRETED:
+        pytest.skip("takes minutes in Triton's interpreter")
     p = torch.nn.Parameter(torch.empty(100_000_000))
     # All of one sign and size, so that a sum in float32 would stagnate: 1e8 * 0.01^2 in steps of 1e-4.
     p.grad = torch.rand(p.numel()).mul_(1e-3).add_(0.01)
