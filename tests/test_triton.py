@@ -93,7 +93,6 @@ def somewhere(device: str, **changes: object) -> SimpleNamespace:
         (somewhere("mps:0"), True, "mps"),
         (somewhere("cpu"), True, "TRITON_INTERPRET"),
         (somewhere("xpu:0"), True, "float64"),
-        (somewhere("xpu:0"), False, None),
     ],
 )
 def test_what_it_takes_on_a_gpu(monkeypatch, tensor, arithmetic, words):

@@ -17,15 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..bucket import is_dense
-from .addresses import AddressTable
-from .base import Backend, GroupOptions
+from .addresses import AddressBackend, AddressTable
+from .base import GroupOptions
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ITEMSIZES = (1, 2, 4, 8, 16)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether triton's interpreter stands in for a GPU; triton itself decides when the kernels are imported."""
@@ -60,7 +56,10 @@ def _guard(device: torch.device) -> AbstractContextManager[Any]:
 def _capturing(device: torch.device) -> bool:
     """Whether the current stream records a graph rather than running what it is given."""
     module = getattr(torch, device.type)
-    return bool(module.is_current_stream_capturing()) if hasattr(module, "is_current_stream_capturing") else False
+    if not hasattr(module, "is_current_stream_capturing"):
+        return False
+    with _guard(device):
+        return bool(module.is_current_stream_capturing())
 
 
 @cache
@@ -159,30 +158,25 @@ class TritonTable(AddressTable):
         self.programs = max(1, min(len(bucket.chunks), _max_programs(device)))
         self.climb = Upload(device)
         self.targets = Upload(device)
-        self.nothing = bytes(8 * self.num_rows)
 
     def climb_table(self, options: GroupOptions) -> Tensor:
         """Weights, gradients and group options on the device."""
         return self.climb.send(self.weights.tobytes() + self.grads.tobytes() + options.values.tobytes())
 
-    def backup_written(self) -> bool:
-        """Whether the backup that ``saved`` speaks of was written. Waits for the device."""
-        return int(self.written) == self.ticket
-
-    def mark_saved(self, rows: array[int]) -> int:
-        """Note that the rows with an address in ``rows`` are backed up; returns the ticket for the launch that does it."""
+    def mark_saved(self, rows: array[int]) -> tuple[int, int]:
+        """Note that the rows with an address in ``rows`` are backed up; returns the ticket for the launch that does it, and their number."""
         self.ticket += 1
-        self.all_saved = self.num_rows - rows.count(0) == self.occupied
-        if self.all_saved:
+        count = self.num_rows - rows.count(0)
+        if count == self.occupied:
             self.saved[:] = self.weights
         else:
             for row, address in enumerate(rows):
                 if address:
                     self.saved[row] = self.weights[row]
-        return self.ticket
+        return self.ticket, count
 
-    def restore_targets(self) -> bytes:
-        """The addresses of the rows that are saved."""
+    def saved_targets(self) -> bytes:
+        """The present addresses of the rows that are saved."""
         if self.all_saved:
             return self.weights.tobytes()
         return array("Q", [address if saved else 0 for address, saved in zip(self.weights, self.saved, strict=True)]).tobytes()
@@ -193,8 +187,16 @@ class TritonTable(AddressTable):
             if address:
                 self.saved[row] = 0
 
+    def restore_changed(self, changed: list[int], release: bool) -> None:
+        if any(self.saved[row] for row in changed) and int(self.written) != self.ticket:  # waits for the device, but this case is rare
+            if release:
+                for row in changed:
+                    self.saved[row] = 0
+            return
+        super().restore_changed(changed, release)
 
-class TritonBackend(Backend):
+
+class TritonBackend(AddressBackend):
     name = "triton"
 
     def unavailable(self) -> str | None:
@@ -209,19 +211,13 @@ class TritonBackend(Backend):
             return {}
         return {"version": importlib.metadata.version("triton"), "interpreter": "yes (TRITON_INTERPRET=1)" if INTERPRETED else "no"}
 
-    def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
+    def rejects_device(self, tensor: Tensor) -> str | None:
         device = tensor.device
         if INTERPRETED and device.type != "cpu":
             return f"a tensor on {device} (with TRITON_INTERPRET=1 the triton backend takes CPU tensors)"
         if not INTERPRETED and device.type not in ("cuda", "xpu"):
             return f"a tensor on {device} (the triton backend takes tensors on cuda and xpu; on the CPU with TRITON_INTERPRET=1)"
-        if arithmetic and tensor.dtype not in DTYPES:
-            return f"dtype {tensor.dtype} (the triton backend takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)})"
-        if tensor.dtype.itemsize not in ITEMSIZES:
-            return f"dtype {tensor.dtype} of {tensor.dtype.itemsize} bytes"
-        if not is_dense(tensor):
-            return f"a tensor with gaps or overlaps in memory (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
-        if arithmetic and device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
             return f"a tensor on {device}, which has no float64 (the norm is summed in it)"
         return None
 
@@ -235,77 +231,36 @@ class TritonBackend(Backend):
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
         table: TritonTable = bucket.table
         table.climb.begin()
-        return table.collect(options)
+        return super().collect(bucket, options)
 
     def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
         table: TritonTable = bucket.table
         with _guard(bucket.device):
             _kernels("grad_norm").grad_norm(table.chunks, table.climb_table(options), table.num_rows, partials, bucket.dtype)
 
-    def perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+    def launch_perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
         table: TritonTable = bucket.table
+        launch = _kernels("perturb").perturb
         with _guard(bucket.device):
-            _kernels("perturb").perturb(
-                table.programs,
-                table.chunks,
-                table.climb_table(options),
-                table.num_rows,
-                partials,
-                eps,
-                norm,
-                bucket.flat.view(torch.uint8),
-                table.written,
-                table.mark_saved(table.grads),
-                bucket.dtype,
-            )
-        table.release_copies()
+            uploaded = table.climb_table(options)
+            flat = bucket.flat.view(torch.uint8)
+            ticket, count = table.mark_saved(table.grads)
+            launch(table.programs, table.chunks, uploaded, table.num_rows, partials, eps, norm, flat, table.written, ticket, bucket.dtype)
+        return count
 
-    def saved(self, bucket: Bucket) -> list[int] | None:
+    def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
         table: TritonTable = bucket.table
-        return None if table.all_saved else table.saved_rows()
-
-    def restore(self, bucket: Bucket, release: bool = True) -> None:
-        table: TritonTable = bucket.table
-        changed = table.collect_weights()
-        table.targets.begin()
-        targets = table.restore_targets()
-        if targets != table.nothing:
+        targets = table.saved_targets() if restore else table.weights.tobytes()
+        if any(targets):
+            launch = _kernels("copy").restore if restore else _kernels("copy").backup
+            table.targets.begin()
             with _guard(bucket.device):
-                _kernels("copy").restore(
-                    table.programs,
-                    table.chunks,
-                    table.targets.send(targets),
-                    bucket.flat.view(torch.uint8),
-                    table.written,
-                    table.ticket,
-                    bucket.dtype.itemsize,
-                )
-        if release:
+                uploaded = table.targets.send(targets)
+                flat = bucket.flat.view(torch.uint8)
+                ticket = table.ticket if restore else table.mark_saved(table.weights)[0]
+                launch(table.programs, table.chunks, uploaded, flat, table.written, ticket, bucket.dtype.itemsize)
+        if restore and release:
             table.release_saved()
-            table.all_saved = False
-        if any(table.saved[row] for row in changed):
-            if table.backup_written():
-                table.restore_changed(changed, release)
-            elif release:
-                for row in changed:
-                    table.saved[row] = 0
-
-    def save(self, bucket: Bucket) -> bool:
-        table: TritonTable = bucket.table
-        if table.collect_weights():
-            return False
-        table.targets.begin()
-        with _guard(bucket.device):
-            _kernels("copy").backup(
-                table.programs,
-                table.chunks,
-                table.targets.send(table.weights.tobytes()),
-                bucket.flat.view(torch.uint8),
-                table.written,
-                table.mark_saved(table.weights),
-                bucket.dtype.itemsize,
-            )
-        return True
 
 
 BACKEND = TritonBackend()
