@@ -137,6 +137,41 @@ def test_same_bits_as_the_cpu_backend(dtype, adaptive, eps):
 
 
 @interpreter
+@each_dtype
+@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_unmasked_accesses_are_aligned(monkeypatch, dtype, shifts, adaptive):
+    """They are compiled to 16-byte ones, which fault at other addresses; the interpreter would not mind."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    unmasked = []
+
+    def watch(access):
+        def watched(self, pointers, *args):
+            if pointers.data.size > 1:
+                unmasked.append(int(pointers.data.flat[0]))
+            return access(self, pointers, *args)
+
+        return watched
+
+    for name in ("create_load", "create_store"):
+        monkeypatch.setattr(InterpreterBuilder, name, watch(getattr(InterpreterBuilder, name)))
+    size = CHUNK + 2100
+    w, g = (torch.rand(size + 1, dtype=torch.float64).to(dtype)[shift : shift + size] for shift in shifts)
+    w.grad = g
+    bucket = Bucket([w], [0], TRITON)
+    climb(bucket, options(adaptive=adaptive))
+    TRITON.restore(bucket)
+    TRITON.save(bucket)
+    assert all(address % 16 == 0 for address in unmasked)
+    blocks = size // 2048
+    norm, climbed, copied = not shifts[1] and not (adaptive and shifts[0]), not any(shifts), not shifts[0]
+    expected = blocks * (norm * (1 + adaptive) + climbed * 4) + copied * 4 * (size * dtype.itemsize // 8192)
+    # A chunk's last block may be a part of one for the copies.
+    assert expected - 4 <= len(unmasked) <= expected
+
+
+@interpreter
 def test_elements_beyond_two_to_the_31():
     """The kernels walk one chunk far inside a row and the flat buffer; only that part of them exists."""
     chunks = torch.tensor([[0, 0, (1 << 31) + CHUNK, CHUNK - 5, (1 << 31) + 2 * CHUNK]])
