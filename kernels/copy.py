@@ -19,15 +19,17 @@ BLOCK_BYTES = 8192
 def _copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(address, count, BLOCK)
-    backup = tl.multiple_of(flat.to(tl.pointer_type(WORD)) + slot, 16)
+    wide: tl.constexpr = 128 // WORD.primitive_bitwidth
+    backup = flat.to(tl.pointer_type(WORD))
     row = tl.multiple_of(address.to(tl.pointer_type(WORD)) + begin, 16)
     for start in range(0, part, BLOCK):
+        place = tl.multiple_of(slot + start, wide)
         if TO_FLAT:
-            tl.store(backup + start + lanes, tl.load(row + start + lanes))
+            tl.store(backup + place + lanes, tl.load(row + start + lanes))
         else:
-            tl.store(row + start + lanes, tl.load(backup + start + lanes))
+            tl.store(row + start + lanes, tl.load(backup + place + lanes))
     row = address.to(tl.pointer_type(WORD)) + begin
-    backup = flat.to(tl.pointer_type(WORD)) + slot
+    backup += slot
     lanes = tl.arange(0, MASKED_BLOCK)
     for start in range(part, count, MASKED_BLOCK):
         mask = start + lanes < count

@@ -44,14 +44,16 @@ def _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DT
     scale = scale.to(compute)
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(weights | grads, count, BLOCK)
-    backup = tl.multiple_of(flat.to(tl.pointer_type(DTYPE)) + slot, 16)
+    wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    backup = flat.to(tl.pointer_type(DTYPE))
     w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16)
     g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16)
     for start in range(0, part, BLOCK):
-        _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, None, compute, ADAPTIVE)
+        place = tl.multiple_of(slot + start, wide)
+        _move(w + start + lanes, g + start + lanes, backup + place + lanes, eta, scale, climbs, None, compute, ADAPTIVE)
     w = weights.to(tl.pointer_type(DTYPE)) + begin
     g = grads.to(tl.pointer_type(DTYPE)) + begin
-    backup = flat.to(tl.pointer_type(DTYPE)) + slot
+    backup += slot
     lanes = tl.arange(0, MASKED_BLOCK)
     for start in range(part, count, MASKED_BLOCK):
         _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, start + lanes < count, compute, ADAPTIVE)

@@ -19,68 +19,69 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="with TRITON_INTERPRET=1 not
 if not INTERPRETED:
     from sam_fast.kernels import copy, grad_norm, perturb, table
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
-POINTERS = {torch.int64: "*i64", torch.float64: "*fp64", torch.uint8: "*u8"}
 
 each_target = pytest.mark.parametrize("target", TARGETS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
+class Driver:
+    """What Triton's JIT asks of a GPU's driver until it has compiled."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return GPUTarget(*TARGETS[self.target])
+
+
 class Launch:
-    """Stands in for a kernel: notes what the launcher passes, and compiles the kernel for it as Triton's JIT would."""
+    """Stands in for a kernel: what would be launched is only compiled, by Triton's JIT, which looks at the arguments as ever."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.passed: dict[str, Any] = {}
+        self.compiled: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self.note
+        return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
-    def note(self, *args: Any, **kwargs: Any) -> None:
-        self.passed = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
 
-    def compile(self, target: str) -> Any:
-        signature, constants, attributes = {}, {}, {}
-        for parameter in self.kernel.params:
-            value = self.passed[parameter.name]
-            if parameter.is_constexpr:
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = POINTERS[value.dtype]
-                # What the JIT sees: memory of PyTorch's allocators is aligned.
-                if not parameter.do_not_specialize_on_alignment:
-                    attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                assert parameter.annotation_type == "fp64", "Triton passes floats as float32 unless they are annotated"
-                signature[parameter.name] = "fp64"
-            else:
-                assert parameter.do_not_specialize, f"{parameter.name}: a kernel for each kind of value would be compiled"
-                signature[parameter.name] = "i32"
-        options = {name: value for name, value in self.passed.items() if name not in self.kernel.arg_names}
-        return triton.compile(ASTSource(self.kernel, signature, constants, attributes), target=GPUTarget(*TARGETS[target]), options=options)
+OPERATIONS = {"grad_norm": "grad_norm", "perturb": "perturb", "backup": "copy", "restore": "copy"}
+"""Operation -> the module of its kernel."""
+
+
+def launch(operation: str, dtype: torch.dtype, chunks: int = 7, rows: int = 3, offset: int = 0, ticket: int = 5, eps: float = 1e-12) -> None:
+    """Launch with numbers of all kinds; partial sums and norm may lie at any float64."""
+    numbers, floats, flat = torch.zeros(500, dtype=torch.int64), torch.zeros(100, dtype=torch.float64), torch.zeros(64, dtype=torch.uint8)
+    table, partials = numbers[: 5 * chunks].view(-1, 5), floats[offset : offset + rows]
+    if operation == "grad_norm":
+        grad_norm.grad_norm(table, numbers, rows, partials, dtype)
+    elif operation == "perturb":
+        perturb.perturb(7, table, numbers, rows, partials, eps, floats[offset], flat, numbers[:1], ticket, dtype)
+    else:
+        getattr(copy, operation)(7, table, numbers, flat, numbers[:1], ticket, dtype.itemsize)
 
 
 @pytest.fixture
 def compiled(monkeypatch) -> Callable[..., Any]:
-    """``compiled(target, operation, dtype)``: what the backend's launch of an operation compiles to."""
-    numbers, floats, flat = torch.zeros(40, dtype=torch.int64), torch.zeros(4, dtype=torch.float64), torch.zeros(64, dtype=torch.uint8)
-    chunks = numbers.view(8, 5)
+    """``compiled(target, operation, dtype, *numbers)``: the kernels that launches with these :func:`launch` arguments compile to."""
 
-    def compile_for(target: str, operation: str, dtype: torch.dtype) -> Any:
-        module = importlib.import_module(f"sam_fast.kernels.{'copy' if operation in ('backup', 'restore') else operation}")
-        kernel = f"{module.__name__.rpartition('.')[2]}_kernel"
-        launch = Launch(getattr(module, kernel))
-        monkeypatch.setattr(module, kernel, launch)
-        if operation == "grad_norm":
-            grad_norm.grad_norm(chunks, numbers, 3, floats, dtype)
-        elif operation == "perturb":
-            perturb.perturb(7, chunks, numbers, 3, floats, 1e-12, floats[:1], flat, numbers[:1], 5, dtype)
-        else:
-            getattr(copy, operation)(7, chunks, numbers, flat, numbers[:1], 5, dtype.itemsize)
-        monkeypatch.undo()
-        return launch.compile(target)
+    def compile_for(target: str, operation: str, dtype: torch.dtype, *numbers: dict[str, Any]) -> list[Any]:
+        module = importlib.import_module(f"sam_fast.kernels.{OPERATIONS[operation]}")
+        stand_in = Launch(getattr(module, f"{OPERATIONS[operation]}_kernel"))
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.runtime.driver, "_active", Driver(target))
+            patch.setattr(module, f"{OPERATIONS[operation]}_kernel", stand_in)
+            for arguments in numbers or ({},):
+                launch(operation, dtype, **arguments)
+        return stand_in.compiled
 
     return compile_for
 
@@ -122,7 +123,7 @@ def assert_nothing_is_spilled(kernel: Any, target: str, tmp_path: Path) -> None:
 @each_target
 @each_dtype
 def test_grad_norm(compiled, target, dtype, tmp_path):
-    kernel = compiled(target, "grad_norm", dtype)
+    (kernel,) = compiled(target, "grad_norm", dtype)
     text = assembly(kernel)
     # The gradients of SAM, the gradients and weights of ASAM.
     assert wide(text, target)[0] >= 3 * per_block(table.BLOCK * dtype.itemsize, target)
@@ -135,7 +136,7 @@ def test_grad_norm(compiled, target, dtype, tmp_path):
 @each_target
 @each_dtype
 def test_perturb(compiled, target, dtype, tmp_path):
-    kernel = compiled(target, "perturb", dtype)
+    (kernel,) = compiled(target, "perturb", dtype)
     text = assembly(kernel)
     # Two arrays are read and two are written, by SAM and by ASAM.
     expected = 4 * per_block(table.BLOCK * dtype.itemsize, target)
@@ -146,7 +147,7 @@ def test_perturb(compiled, target, dtype, tmp_path):
     if target.startswith("gfx"):
         assert not re.search(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_(?:f16|f32|bf16)", text)
         # Division and square root are made of fused multiply-adds there; the rest is not.
-        scalar = assembly(compiled(target, "perturb", torch.float32))
+        scalar = assembly(*compiled(target, "perturb", torch.float32))
         assert len(re.findall(r"\bv_fmac?_f64", text)) == len(re.findall(r"\bv_fmac?_f64", scalar))
     else:
         assert not re.search(r"\bfma\.", text)
@@ -161,15 +162,32 @@ def test_perturb(compiled, target, dtype, tmp_path):
 @pytest.mark.parametrize("operation", ["backup", "restore"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.float64, torch.complex128], ids=lambda d: f"{d.itemsize}-byte")
 def test_copy(compiled, target, operation, dtype, tmp_path):
-    kernel = compiled(target, operation, dtype)
+    (kernel,) = compiled(target, operation, dtype)
     loads, stores = wide(assembly(kernel), target)
     assert loads >= per_block(copy.BLOCK_BYTES, target)
     assert stores >= per_block(copy.BLOCK_BYTES, target)
     assert_nothing_is_spilled(kernel, target, tmp_path)
 
 
-def test_every_launch_says_whether_multiply_adds_are_fused(compiled):
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_launch_says_whether_multiply_adds_are_fused(compiled, operation):
     """The default changed between Triton versions."""
-    for operation in ("grad_norm", "perturb", "backup", "restore"):
-        compiled_kernel = compiled("sm_90", operation, torch.float32)
-        assert compiled_kernel.metadata.enable_fp_fusion is (operation == "grad_norm")
+    (kernel,) = compiled("sm_90", operation, torch.float32)
+    assert kernel.metadata.enable_fp_fusion is (operation == "grad_norm")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_kernel_whatever_the_numbers(compiled, operation):
+    """Nothing is compiled anew for another size, step, option or model; eps stays a float64."""
+    kernels = compiled(
+        "sm_90",
+        operation,
+        torch.float32,
+        {"chunks": 1, "rows": 1, "ticket": 1, "eps": 0.0},
+        {"chunks": 16, "rows": 16, "ticket": 16, "eps": 1.0},
+        {"chunks": 7, "rows": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1},
+        {"chunks": 32, "rows": 64, "offset": 2, "ticket": 17},
+    )
+    assert len(kernels) == 4
+    assert len({id(kernel) for kernel in kernels}) == 1
+    assert kernels[0].src.signature.get("eps", "fp64") == "fp64"
