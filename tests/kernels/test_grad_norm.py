@@ -9,7 +9,6 @@ import torch
 from cases import DTYPES, INTERPRETED, SIZES, make_params, norm_tolerance
 
 
-
 def oracle(params, adaptive=False, eta=0.0) -> float:
     total = 0.0
     for p in params:
