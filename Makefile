@@ -1,6 +1,6 @@
 # Every target makes its own virtual environment; nothing needs to be installed by hand but Python, make and a C++17 compiler.
 #   make demo    train a small network on Fashion-MNIST with SGD and with SAM, and compare them
-#   make test    all tests: those of the CPU, then those that execute the CUDA kernels without a GPU
+#   make test    all tests: those of the CPU, those that execute the CUDA kernels without a GPU, and the Triton kernels in Triton's interpreter
 #   make bench   the benchmarks
 #   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, sanitizers, benchmarks; under 9 minutes, no network
 #   make lint    ruff, mypy
@@ -13,7 +13,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test test-cuda gpu-check demo bench lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-cuda test-triton gpu-check demo bench lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -29,6 +29,7 @@ $(VENV)/installed: $(SOURCES)
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 	$(MAKE) test-cuda
+	$(MAKE) test-triton
 
 # The CUDA kernels, compiled by the C++ compiler and executed on the CPU (tests/cuda_emulation). The parameters' backend is in the tests' names.
 EMULATION = $(VENV)/emulation
@@ -41,6 +42,10 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 test-cuda: $(EMULATION)/plain/_cuda.so
 	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py \
 		test_batchnorm_training.py -k "(cuda or emulation) and not 100_million"
+
+# A process of its own: Triton decides when the kernels are imported whether they are interpreted.
+test-triton: $(VENV)/installed
+	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest tests/kernels tests/test_triton.py tests/test_weights.py tests/test_protocol.py
 
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo

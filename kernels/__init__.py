@@ -1,1 +1,1 @@
-"""The Triton kernels, installed as ``sam_fast.kernels``. The GPU backends that use them are not in this version."""
+"""The Triton kernels, installed as ``sam_fast.kernels``. Importing this package does not import triton; its modules do."""

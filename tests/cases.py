@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from sam_fast import backends
 from sam_fast.bucket import CHUNK
+
+RESTRICTED = os.environ.get("SAM_FAST_TEST_BACKENDS", "")
+"""Names of backends, comma-separated: only they are tested, and only by tests that take each backend in turn. Empty: all that can be used here."""
+
+BACKENDS = [name for name in backends.available() if not RESTRICTED or name in RESTRICTED.split(",")]
+
+INTERPRETED = backends.triton.INTERPRETED
+"""Whether Triton kernels run in its interpreter: a thousand times slower than a GPU."""
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

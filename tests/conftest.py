@@ -6,11 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import BACKENDS, RESTRICTED
 
-from sam_fast import backends
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Restricted to some backends, leave out what does not take each of them in turn."""
+    if not RESTRICTED:
+        return
+    assert set(RESTRICTED.split(",")) == set(BACKENDS), f"SAM_FAST_TEST_BACKENDS={RESTRICTED}, but only these can be used here: {BACKENDS}"
+    kept = [item for item in items if {"backend", "kernels"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("interpreter")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
-@pytest.fixture(params=backends.available())
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can be used on this machine, by name."""
     return str(request.param)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import cpu, cuda, torch
+from . import cpu, cuda, torch, triton
 from .base import Backend, GroupOptions
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, torch.BACKEND)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, torch.BACKEND)}
 
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch"), "xpu": ("triton", "torch")}
 """Device type -> backends, best first. A device that is not listed takes ``torch``."""
 
 BACKEND_VARIABLE = "SAM_FAST_BACKEND"

@@ -1,0 +1,106 @@
+"""backup and restore: copy a bucket's rows to and from its flat buffer, bit for bit, whatever their dtype."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .table import MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk
+
+WORDS = {1: (tl.int8, 1), 2: (tl.int16, 1), 4: (tl.int32, 1), 8: (tl.int64, 1), 16: (tl.int64, 2)}
+"""Itemsize -> the integer that an element is moved as, and how many of them it is."""
+
+BLOCK_BYTES = 8192
+"""Moved by a program at once: four 16-byte accesses for each of its 128 threads."""
+
+
+@triton.jit
+def _copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    part = aligned_part(address, count, BLOCK)
+    wide: tl.constexpr = 128 // WORD.primitive_bitwidth
+    backup = flat.to(tl.pointer_type(WORD))
+    row = tl.multiple_of(address.to(tl.pointer_type(WORD)) + begin, 16)
+    for start in range(0, part, BLOCK):
+        place = tl.multiple_of(slot + start, wide)
+        if TO_FLAT:
+            tl.store(backup + place + lanes, tl.load(row + start + lanes))
+        else:
+            tl.store(row + start + lanes, tl.load(backup + place + lanes))
+    row = address.to(tl.pointer_type(WORD)) + begin
+    backup += slot
+    lanes = tl.arange(0, MASKED_BLOCK)
+    for start in range(part, count, MASKED_BLOCK):
+        mask = start + lanes < count
+        if TO_FLAT:
+            tl.store(backup + start + lanes, tl.load(row + start + lanes, mask=mask), mask=mask)
+        else:
+            tl.store(row + start + lanes, tl.load(backup + start + lanes, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "ticket"])
+def copy_kernel(
+    chunks,
+    num_chunks,
+    rows,
+    flat,
+    written,
+    ticket,
+    TO_FLAT: tl.constexpr,
+    WORD: tl.constexpr,
+    WORDS_PER_ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if TO_FLAT:
+        if tl.program_id(0) == 0:
+            tl.store(written, ticket)
+        end = num_chunks
+    else:
+        # Without this ticket the backup was never written: the launch before this one did not happen.
+        end = tl.where(tl.load(written) == ticket, num_chunks, 0)
+    for index in range(tl.program_id(0), end, tl.num_programs(0)):
+        row, _group, begin, count, slot = load_chunk(chunks, index)
+        address = tl.load(rows + row)
+        if address != 0:
+            _copy_chunk(address, flat, begin * WORDS_PER_ELEMENT, slot * WORDS_PER_ELEMENT, count * WORDS_PER_ELEMENT, TO_FLAT, WORD, BLOCK)
+
+
+def _launch(
+    programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int, to_flat: bool
+) -> None:
+    word, words_per_element = WORDS[itemsize]
+    copy_kernel[(programs,)](
+        chunks,
+        chunks.shape[0],
+        rows,
+        flat,
+        written,
+        ticket,
+        TO_FLAT=to_flat,
+        WORD=word,
+        WORDS_PER_ELEMENT=words_per_element,
+        BLOCK=BLOCK_BYTES * words_per_element // itemsize,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
+    """Copy the rows to the flat buffer.
+
+    Args:
+        programs: how many programs share the chunks out.
+        chunks: int64 ``[num_chunks, 5]``, the chunk table.
+        rows: int64 ``[num_rows]``: the addresses; rows with address 0 are left out.
+        flat: uint8, the backup's memory; a multiple of 16 bytes.
+        written: int64, one element: receives ``ticket``.
+        ticket: positive.
+        itemsize: bytes per element: 1, 2, 4, 8 or 16.
+    """
+    _launch(programs, chunks, rows, flat, written, ticket, itemsize, True)
+
+
+def restore(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
+    """As :func:`backup`, from the flat buffer to the rows; nothing happens unless ``written`` holds ``ticket``."""
+    _launch(programs, chunks, rows, flat, written, ticket, itemsize, False)

@@ -1,0 +1,70 @@
+"""The per-element formulas of SAM and ASAM, as in csrc/sam_math.h. Compile with ``enable_fp_fusion=False`` where the CPU kernels' bits are wanted."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def asam_t(w, eta):
+    """ASAM's normalization operator T."""
+    return tl.abs(w) + eta
+
+
+@triton.jit
+def norm_term(g):
+    """The term whose square is summed into the squared norm."""
+    return g
+
+
+@triton.jit
+def norm_term_adaptive(w, g, eta):
+    return asam_t(w, eta) * g
+
+
+@triton.jit
+def climb(w, g, scale):
+    """w + e, given scale = rho / (||T g|| + eps)."""
+    return w + g * scale
+
+
+@triton.jit
+def climb_adaptive(w, g, eta, scale):
+    t = asam_t(w, eta)
+    return w + (t * t * g) * scale
+
+
+@triton.jit
+def can_climb(norm):
+    """True if a first pass with this norm may perturb: an infinite or NaN norm has no direction."""
+    return norm < float("inf")
+
+
+@triton.jit
+def climb_scale(norm, rho, eps):
+    """0 where norm and eps are both 0: a zero gradient moves nothing."""
+    divisor = norm + eps
+    return tl.where(divisor > 0.0, rho, 0.0) / tl.where(divisor > 0.0, divisor, 1.0)
+
+
+@triton.jit
+def widen(x, COMPUTE: tl.constexpr):
+    """``x`` in the dtype of the arithmetic; exact."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter's own conversions of bfloat16 are wrong for subnormal numbers, and truncate in the other direction.
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """``x`` in the rows' dtype, rounded to nearest, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)

@@ -1,0 +1,140 @@
+"""perturb: back the weights up and climb, ``w <- w + e``, in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .formulas import can_climb, climb, climb_adaptive, climb_scale, narrow, widen
+from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk, load_group
+
+NORM_BLOCK = 1024
+
+
+@triton.jit
+def _norm_of(partials, num_partials, NORM_BLOCK: tl.constexpr):
+    """The same sum in the same order in every program."""
+    sums = tl.zeros((NORM_BLOCK,), tl.float64)
+    lanes = tl.arange(0, NORM_BLOCK)
+    for start in range(0, num_partials, NORM_BLOCK):
+        sums += tl.load(partials + start + lanes, mask=start + lanes < num_partials, other=0.0)
+    return tl.sqrt(tl.sum(sums))
+
+
+@triton.jit
+def _move(w, g, flat, eta, scale, climbs, mask, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr):
+    """One block: back it up and, if ``climbs``, move it."""
+    stored = tl.load(w, mask=mask)
+    grad = widen(tl.load(g, mask=mask), COMPUTE)
+    tl.store(flat, stored, mask=mask)
+    weight = widen(stored, COMPUTE)
+    if ADAPTIVE:
+        moved = climb_adaptive(weight, grad, eta, scale)
+    else:
+        moved = climb(weight, grad, scale)
+    if climbs:
+        tl.store(w, narrow(moved, stored.dtype), mask=mask)
+
+
+@triton.jit
+def _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
+    compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    eta = eta.to(compute)
+    scale = scale.to(compute)
+    lanes = tl.arange(0, BLOCK)
+    part = aligned_part(weights | grads, count, BLOCK)
+    wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    backup = flat.to(tl.pointer_type(DTYPE))
+    w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16)
+    g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16)
+    for start in range(0, part, BLOCK):
+        place = tl.multiple_of(slot + start, wide)
+        _move(w + start + lanes, g + start + lanes, backup + place + lanes, eta, scale, climbs, None, compute, ADAPTIVE)
+    w = weights.to(tl.pointer_type(DTYPE)) + begin
+    g = grads.to(tl.pointer_type(DTYPE)) + begin
+    backup += slot
+    lanes = tl.arange(0, MASKED_BLOCK)
+    for start in range(part, count, MASKED_BLOCK):
+        _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, start + lanes < count, compute, ADAPTIVE)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_rows", "num_partials", "ticket"], do_not_specialize_on_alignment=["partials", "norm_out"])
+def perturb_kernel(
+    chunks,
+    num_chunks,
+    table,
+    num_rows,
+    partials,
+    num_partials,
+    eps: tl.float64,
+    norm_out,
+    flat,
+    written,
+    ticket,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+):
+    norm = _norm_of(partials, num_partials, NORM_BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(norm_out, norm)
+        tl.store(written, ticket)
+    climbs = can_climb(norm)
+    for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        # Backwards: the gradients that grad_norm read last are the ones still in cache.
+        row, group, begin, count, slot = load_chunk(chunks, num_chunks - 1 - index)
+        weights = tl.load(table + row)
+        grads = tl.load(table + num_rows + row)
+        if grads != 0:
+            rho, eta, adaptive = load_group(table + 2 * num_rows, group)
+            scale = climb_scale(norm, rho, eps)
+            if adaptive != 0.0:
+                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE, True, BLOCK)
+            else:
+                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE, False, BLOCK)
+
+
+def perturb(
+    programs: int,
+    chunks: torch.Tensor,
+    table: torch.Tensor,
+    num_rows: int,
+    partials: torch.Tensor,
+    eps: float,
+    norm: torch.Tensor,
+    flat: torch.Tensor,
+    written: torch.Tensor,
+    ticket: int,
+    dtype: torch.dtype,
+) -> None:
+    """Launch.
+
+    Args:
+        programs: how many programs share the chunks out.
+        chunks, table, num_rows, dtype: as for :func:`sam_fast.kernels.grad_norm.grad_norm`.
+        partials: float64, any number: they sum to the squared norm.
+        eps: added to the norm before it divides rho.
+        norm: float64, one element, written.
+        flat: uint8, the backup's memory; a multiple of 16 bytes.
+        written: int64, one element: receives ``ticket``, the proof for :func:`sam_fast.kernels.copy.restore` that this kernel has run.
+        ticket: positive.
+    """
+    perturb_kernel[(programs,)](
+        chunks,
+        chunks.shape[0],
+        table,
+        num_rows,
+        partials,
+        partials.numel(),
+        eps,
+        norm,
+        flat,
+        written,
+        ticket,
+        DTYPE=DTYPES[dtype],
+        BLOCK=BLOCK,
+        NORM_BLOCK=NORM_BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,52 @@
+"""How the kernels find a bucket's rows: the chunk table, the address tables, and which part of a chunk may be moved 16 bytes at a time.
+
+All tables are int64 in device memory. The chunk table is ``bucket.chunks`` (``struct Chunk`` in csrc/table.h), an address table has one address
+for each row, 0 where the row takes no part, and the group table has ``rho, eta, adaptive`` for each group (``struct Group``), float64.
+
+Launches walk the chunks with a fixed number of programs: program p of P takes the chunks p, p + P, and so on.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""The dtypes that the kernels compute with."""
+
+NUM_WARPS = 4
+
+BLOCK = 2048
+"""Elements that a program moves at once: 16 for each of its 128 threads, so four 16-byte accesses are under way for each float32 array."""
+
+MASKED_BLOCK = tl.constexpr(512)
+"""Elements moved at once where accesses are masked or not aligned. Each of them takes its own address: more would take all the registers.
+
+The pointers and lanes of these accesses are computed anew, without the promise of alignment: shared with the others, they would make the compiler
+order their elements as the wide accesses need it and move them through shared memory.
+"""
+
+
+@triton.jit
+def load_chunk(chunks, index):
+    """The five numbers of a chunk: row, group, first element in the row, count (int32), first element in the flat index space."""
+    chunk = chunks + 5 * index
+    return tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3).to(tl.int32), tl.load(chunk + 4)
+
+
+@triton.jit
+def load_group(groups, group):
+    """``rho, eta, adaptive`` of a group."""
+    entry = groups.to(tl.pointer_type(tl.float64)) + 3 * group
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def aligned_part(addresses, count, BLOCK: tl.constexpr):
+    """How many elements at the front of a chunk can be moved in whole blocks, unmasked and 16 bytes at a time.
+
+    ``addresses``: those of the rows, or-ed together. They decide: a chunk begins a multiple of 16 bytes behind them, and in the flat buffer a
+    multiple of 64 bytes. The compiler learns it from ``tl.multiple_of``; without that, or with a mask, it makes every access a scalar one.
+    """
+    return tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)

@@ -1,0 +1,266 @@
+"""The ``triton`` backend: the kernels of ``sam_fast.kernels`` on NVIDIA, AMD and Intel GPUs; with ``TRITON_INTERPRET=1`` on CPU tensors.
+
+triton is imported when the first bucket is built, not with sam_fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+from array import array
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .addresses import AddressBackend, AddressTable
+from .base import GroupOptions
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether triton's interpreter stands in for a GPU; triton itself decides when the kernels are imported."""
+
+PROGRAMS_PER_MULTIPROCESSOR = 8
+"""With 128 threads each, half of what a multiprocessor holds: enough loads under way, and few partial sums."""
+
+INTERPRETED_PROGRAMS = 4
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _kernels(module: str) -> Any:
+    """The module ``sam_fast.kernels.<module>``."""
+    knobs = importlib.import_module("triton").knobs
+    if bool(knobs.runtime.interpret) is not INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET has changed since sam_fast was imported: set it before")
+    return importlib.import_module(f"sam_fast.kernels.{module}")
+
+
+def _guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device: makes it ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the current stream records a graph rather than running what it is given."""
+    module = getattr(torch, device.type)
+    if not hasattr(module, "is_current_stream_capturing"):
+        return False
+    with _guard(device):
+        return bool(module.is_current_stream_capturing())
+
+
+@cache
+def _max_programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_PROGRAMS
+    properties = getattr(torch, device.type).get_device_properties(device)
+    multiprocessors = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
+    return int(multiprocessors) * PROGRAMS_PER_MULTIPROCESSOR
+
+
+class _Copies(NamedTuple):
+    host: Tensor
+    device: Tensor
+
+
+class Upload:
+    """8-byte numbers that the host keeps, in device memory: copied when they are not those that were sent last.
+
+    A graph replays its copy, from the memory it was captured with to the memory it was captured with. So what a capture uses is used by nothing
+    else and is kept as long as this object; it comes from a spare pair where there is one, because pinned memory should not be allocated while
+    a graph is captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.uploads = 0
+        self._sent: bytes | None = None
+        self._captured = False
+        self._eager: Tensor | None = None
+        self._latest: Tensor | None = None
+        self._spare: _Copies | None = None
+        self._kept: list[_Copies] = []
+
+    def begin(self) -> None:
+        """Start an operation, or several that follow each other on the device: a graph must hold the copy that its kernels read."""
+        capturing = _capturing(self.device)
+        if capturing or self._captured:
+            self._sent = None
+        self._captured = capturing
+
+    def send(self, numbers: bytes) -> Tensor:
+        """An int64 tensor on the device with ``numbers``; they are valid for what is launched after this call."""
+        if numbers != self._sent or self._latest is None:
+            self._sent = None  # if this is interrupted, it is not known what the device has
+            with torch.inference_mode(False):
+                self._latest = self._send_captured(numbers) if self._captured else self._send(numbers)
+            self._sent = numbers
+            self.uploads += 1
+        return self._latest
+
+    def _send(self, numbers: bytes) -> Tensor:
+        count = len(numbers) // 8
+        if self._eager is None or self._eager.numel() != count:
+            self._eager = torch.empty(count, dtype=torch.int64, device=self.device)
+        # A new pinned tensor each time: an earlier copy may still be reading the last one. PyTorch reuses its memory when that is done.
+        self._copy(numbers, _Copies(self._new_host(count), self._eager))
+        if self.device.type != "cpu" and (self._spare is None or self._spare.device.numel() != count):
+            self._spare = self._new(count)
+        return self._eager
+
+    def _send_captured(self, numbers: bytes) -> Tensor:
+        count = len(numbers) // 8
+        spare, self._spare = self._spare, None
+        copies = spare if spare is not None and spare.device.numel() == count else self._new(count)
+        self._kept.append(copies)
+        self._copy(numbers, copies)
+        return copies.device
+
+    def _copy(self, numbers: bytes, copies: _Copies) -> None:
+        copies.host.copy_(torch.frombuffer(bytearray(numbers), dtype=torch.int64))
+        copies.device.copy_(copies.host, non_blocking=True)
+
+    def _new_host(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, pin_memory=self.device.type != "cpu")
+
+    def _new(self, count: int) -> _Copies:
+        return _Copies(self._new_host(count), torch.empty(count, dtype=torch.int64, device=self.device))
+
+
+class TritonTable(AddressTable):
+    """The addresses, their copies on the device, and which backup was written.
+
+    A signal can come between a launch and the note that it was made. So the note, ``saved``, is made before the launch, with a ticket that no
+    launch before had; the kernel that writes the backup leaves the ticket on the device, and ``restore`` does nothing unless it finds it there.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(bucket)
+        device = bucket.device
+        with torch.inference_mode(False):
+            self.chunks = bucket.chunks.to(device)
+            self.written = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ticket = 0
+        self.num_rows = len(bucket.rows)
+        self.programs = max(1, min(len(bucket.chunks), _max_programs(device)))
+        self.climb = Upload(device)
+        self.targets = Upload(device)
+
+    def climb_table(self, options: GroupOptions) -> Tensor:
+        """Weights, gradients and group options on the device."""
+        return self.climb.send(self.weights.tobytes() + self.grads.tobytes() + options.values.tobytes())
+
+    def mark_saved(self, rows: array[int]) -> tuple[int, int]:
+        """Note that the rows with an address in ``rows`` are backed up; returns the ticket for the launch that does it, and their number."""
+        self.ticket += 1
+        count = self.num_rows - rows.count(0)
+        if count == self.occupied:
+            self.saved[:] = self.weights
+        else:
+            for row, address in enumerate(rows):
+                if address:
+                    self.saved[row] = self.weights[row]
+        return self.ticket, count
+
+    def saved_targets(self) -> bytes:
+        """The present addresses of the rows that are saved."""
+        if self.all_saved:
+            return self.weights.tobytes()
+        return array("Q", [address if saved else 0 for address, saved in zip(self.weights, self.saved, strict=True)]).tobytes()
+
+    def release_saved(self) -> None:
+        """Note that the rows that have an address are as they were."""
+        for row, address in enumerate(self.weights):
+            if address:
+                self.saved[row] = 0
+
+    def restore_changed(self, changed: list[int], release: bool) -> None:
+        if any(self.saved[row] for row in changed) and int(self.written) != self.ticket:  # waits for the device, but this case is rare
+            if release:
+                for row in changed:
+                    self.saved[row] = 0
+            return
+        super().restore_changed(changed, release)
+
+
+class TritonBackend(AddressBackend):
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        if not _installed():
+            return "triton is not installed: pip install sam_fast[triton]"
+        if not INTERPRETED and not torch.cuda.is_available() and not torch.xpu.is_available():
+            return "PyTorch finds no GPU that Triton can compile for, and its interpreter is not asked for (TRITON_INTERPRET=1 before the import)"
+        return None
+
+    def build_info(self) -> dict[str, str]:
+        if not _installed():
+            return {}
+        return {"version": importlib.metadata.version("triton"), "interpreter": "yes (TRITON_INTERPRET=1)" if INTERPRETED else "no"}
+
+    def rejects_device(self, tensor: Tensor) -> str | None:
+        device = tensor.device
+        if INTERPRETED and device.type != "cpu":
+            return f"a tensor on {device} (with TRITON_INTERPRET=1 the triton backend takes CPU tensors)"
+        if not INTERPRETED and device.type not in ("cuda", "xpu"):
+            return f"a tensor on {device} (the triton backend takes tensors on cuda and xpu; on the CPU with TRITON_INTERPRET=1)"
+        if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+            return f"a tensor on {device}, which has no float64 (the norm is summed in it)"
+        return None
+
+    def attach(self, bucket: Bucket) -> TritonTable:
+        return TritonTable(bucket)
+
+    def num_partials(self, bucket: Bucket) -> int:
+        table: TritonTable = bucket.table
+        return table.programs
+
+    def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
+        table: TritonTable = bucket.table
+        table.climb.begin()
+        return super().collect(bucket, options)
+
+    def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
+        table: TritonTable = bucket.table
+        with _guard(bucket.device):
+            _kernels("grad_norm").grad_norm(table.chunks, table.climb_table(options), table.num_rows, partials, bucket.dtype)
+
+    def launch_perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
+        table: TritonTable = bucket.table
+        launch = _kernels("perturb").perturb
+        with _guard(bucket.device):
+            uploaded = table.climb_table(options)
+            flat = bucket.flat.view(torch.uint8)
+            ticket, count = table.mark_saved(table.grads)
+            launch(table.programs, table.chunks, uploaded, table.num_rows, partials, eps, norm, flat, table.written, ticket, bucket.dtype)
+        return count
+
+    def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
+        table: TritonTable = bucket.table
+        targets = table.saved_targets() if restore else table.weights.tobytes()
+        if any(targets):
+            launch = _kernels("copy").restore if restore else _kernels("copy").backup
+            table.targets.begin()
+            with _guard(bucket.device):
+                uploaded = table.targets.send(targets)
+                flat = bucket.flat.view(torch.uint8)
+                ticket = table.ticket if restore else table.mark_saved(table.weights)[0]
+                launch(table.programs, table.chunks, uploaded, flat, table.written, ticket, bucket.dtype.itemsize)
+        if restore and release:
+            table.release_saved()
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,392 @@
+"""The triton backend: what it takes, what it uploads and when, interruptions, graphs, and the same bits as the cpu backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import CHUNK, DTYPES, INTERPRETED, SIZES, make_params, same_bits, values
+from torch import nn
+
+from sam_fast import SAM, backends
+from sam_fast.backends import GroupOptions
+from sam_fast.backends import triton as backend
+from sam_fast.bucket import Bucket
+
+TRITON = backends.BACKENDS["triton"]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def interpreter(test):
+    """A test that runs kernels: `make test-triton` does that without a GPU."""
+    return pytest.mark.interpreter(pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test))
+
+
+def options(**changes: object) -> GroupOptions:
+    return GroupOptions([{"rho": 0.05, "adaptive": False, "eta": 0.0, "perturb": True, **changes}])
+
+
+def climb(bucket: Bucket, options: GroupOptions, partials: torch.Tensor | None = None, eps: float = 1e-12) -> float:
+    """grad_norm and perturb, or perturb with other partial sums than its own."""
+    norm = torch.zeros((), dtype=torch.float64)
+    own = torch.zeros(bucket.backend.num_partials(bucket), dtype=torch.float64)
+    _ = bucket.flat
+    assert bucket.backend.collect(bucket, options)
+    bucket.backend.grad_norm(bucket, options, own)
+    bucket.backend.perturb(bucket, options, own if partials is None else partials, eps, norm)
+    return float(norm)
+
+
+# ---- What it takes -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_importing_sam_fast_does_not_import_triton():
+    script = "import sys, sam_fast; sam_fast.backends.available(); sam_fast.backends.why_not(); print('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_missing_triton_is_reported_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(backend, "_installed", lambda: False)
+    assert "pip install sam_fast[triton]" in backends.why_not()["triton"]
+    assert TRITON.build_info() == {}
+    with pytest.raises(RuntimeError, match="not installed"):
+        SAM(make_params([3]), lr=0.1, backend="triton")
+
+
+def test_missing_gpu_is_reported(monkeypatch):
+    monkeypatch.setattr(backend, "_installed", lambda: True)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert "no GPU" in backends.why_not()["triton"]
+    assert "TRITON_INTERPRET" in backends.why_not()["triton"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "triton" in backends.available()
+
+
+def test_the_info_command_shows_its_state(capsys):
+    from sam_fast.__main__ import main
+
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert ("triton: interpreter" in shown) is backend._installed()
+
+
+def somewhere(device: str, **changes: object) -> SimpleNamespace:
+    """What the backend looks at in a tensor on a device that is not here."""
+    dense = torch.zeros(3, 4)
+    facts = {"device": torch.device(device), "dtype": torch.float32, "shape": dense.shape, "stride": dense.stride, "numel": dense.numel}
+    return SimpleNamespace(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "arithmetic", "words"),
+    [
+        (somewhere("cuda:0"), True, None),
+        (somewhere("cuda:0", dtype=torch.complex64), True, "complex64"),
+        (somewhere("cuda:0", dtype=torch.complex64), False, None),
+        (somewhere("cuda:0", dtype=torch.int64), True, "int64"),
+        (somewhere("cuda:0", stride=torch.zeros(4, 6)[:3, :4].stride), True, "gaps"),
+        (somewhere("mps:0"), True, "mps"),
+        (somewhere("cpu"), True, "TRITON_INTERPRET"),
+        (somewhere("xpu:0"), True, "float64"),
+    ],
+)
+def test_what_it_takes_on_a_gpu(monkeypatch, tensor, arithmetic, words):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=False))
+    reason = TRITON.rejects(tensor, arithmetic)
+    assert reason is None if words is None else words in reason
+
+
+def test_in_the_interpreter_it_takes_only_cpu_tensors(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert TRITON.rejects(torch.zeros(3)) is None
+    assert "cuda" in TRITON.rejects(somewhere("cuda:0"))
+
+
+def test_an_xpu_with_float64_is_taken(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=True))
+    assert TRITON.rejects(somewhere("xpu:0")) is None
+
+
+# ---- Bits and sizes ----------------------------------------------------------------------------------------------------------------------
+
+
+@interpreter
+@each_dtype
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("eps", [1e-12, 0.1], ids=str)  # 0.1 is not a float32
+def test_same_bits_as_the_cpu_backend(dtype, adaptive, eps):
+    if "cpu" not in backends.available():
+        pytest.skip("the cpu backend was not built")
+    partials = torch.tensor([0.3, 0.0, 0.7], dtype=torch.float64)
+    moved, norms = [], []
+    for name in ("cpu", "triton"):
+        params = make_params(SIZES, dtype)
+        bucket = Bucket(params, [0] * len(params), backends.BACKENDS[name])
+        norms.append(climb(bucket, options(adaptive=adaptive, eta=0.01, rho=0.3), partials, eps))
+        moved.append(values(params) + values(bucket.flat_rows))
+    assert norms[0] == norms[1]
+    assert same_bits(*moved)
+    assert not same_bits(moved[1][: len(SIZES)], values(make_params(SIZES, dtype)))
+
+
+@interpreter
+@each_dtype
+@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_unmasked_accesses_are_aligned(monkeypatch, dtype, shifts, adaptive):
+    """They are compiled to 16-byte ones, which fault at other addresses; the interpreter would not mind."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    unmasked = []
+
+    def watch(access):
+        def watched(self, pointers, *args):
+            if pointers.data.size > 1:
+                unmasked.append(int(pointers.data.flat[0]))
+            return access(self, pointers, *args)
+
+        return watched
+
+    for name in ("create_load", "create_store"):
+        monkeypatch.setattr(InterpreterBuilder, name, watch(getattr(InterpreterBuilder, name)))
+    size = CHUNK + 2100
+    w, g = (torch.rand(size + 1, dtype=torch.float64).to(dtype)[shift : shift + size] for shift in shifts)
+    w.grad = g
+    bucket = Bucket([w], [0], TRITON)
+    climb(bucket, options(adaptive=adaptive))
+    TRITON.restore(bucket)
+    TRITON.save(bucket)
+    assert all(address % 16 == 0 for address in unmasked)
+    blocks = size // 2048
+    norm, climbed, copied = not shifts[1] and not (adaptive and shifts[0]), not any(shifts), not shifts[0]
+    expected = blocks * (norm * (1 + adaptive) + climbed * 4) + copied * 4 * (size * dtype.itemsize // 8192)
+    # A chunk's last block may be a part of one for the copies.
+    assert expected - 4 <= len(unmasked) <= expected
+
+
+@interpreter
+def test_elements_beyond_two_to_the_31():
+    """The kernels walk one chunk far inside a row and the flat buffer; only that part of them exists."""
+    chunks = torch.tensor([[0, 0, (1 << 31) + CHUNK, CHUNK - 5, (1 << 31) + 2 * CHUNK]])
+    begin, count, slot = chunks[0, 2:].tolist()
+    from sam_fast.kernels import copy, grad_norm, perturb
+
+    w, g = torch.randn(count).bfloat16(), torch.randn(count).bfloat16()
+    flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)  # 4 GiB of addresses; the memory is never touched but for the chunk
+    before, backup = w.clone(), flat.view(torch.bfloat16)[slot : slot + count]
+    group = options(rho=50.0).values.tobytes()
+    table = torch.tensor([t.data_ptr() - 2 * begin for t in (w, g)] + torch.frombuffer(bytearray(group), dtype=torch.int64).tolist())
+    partials, norm, written = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    grad_norm.grad_norm(chunks, table, 1, partials, torch.bfloat16)
+    assert float(partials.sum()) == pytest.approx(float(g.double().square().sum()), rel=1e-12)
+    perturb.perturb(2, chunks, table, 1, partials, 0.0, norm, flat, written, 9, torch.bfloat16)
+    assert same_bits([backup], [before])
+    assert float((w.double() - before.double()).norm()) == pytest.approx(50.0, rel=1e-2)
+    copy.restore(2, chunks, table[:1], flat, written, 9, 2)
+    assert same_bits([w], [before])
+    backup.zero_()
+    copy.backup(2, chunks, table[:1], flat, written, 10, 2)
+    assert same_bits([backup], [before])
+
+
+@interpreter
+def test_programs_without_chunks_write_zero():
+    bucket = Bucket([torch.zeros(0)], [0], TRITON)
+    partials = torch.full((TRITON.num_partials(bucket),), float("nan"), dtype=torch.float64)
+    assert TRITON.collect(bucket, options())
+    TRITON.grad_norm(bucket, options(), partials)
+    assert float(partials.sum()) == 0.0
+    assert climb(bucket, options()) == 0.0
+
+
+# ---- Uploads -----------------------------------------------------------------------------------------------------------------------------
+
+
+@interpreter
+def test_tables_are_uploaded_only_when_they_changed():
+    params = make_params([100, 20_000])
+    optimizer = SAM(params, lr=0.0, backend="triton")
+    (bucket,) = optimizer._perturbation.buckets
+
+    def step() -> tuple[int, int]:
+        before = bucket.table.climb.uploads, bucket.table.targets.uploads
+        optimizer.first_step()
+        optimizer.second_step()
+        return bucket.table.climb.uploads - before[0], bucket.table.targets.uploads - before[1]
+
+    assert step() == (1, 1)
+    assert step() == (0, 0)
+    optimizer.param_groups[0]["rho"] = 0.1
+    assert step() == (1, 0)
+    params[0].grad = params[0].grad.clone()
+    assert step() == (1, 0)
+    params[1].grad = None
+    assert step() == (1, 1)  # one row fewer to restore
+    params[1].grad = torch.ones(20_000)
+    params[1].data = params[1].data.clone()
+    optimizer.first_step()  # builds new buckets only where a row no longer matches: an address alone may change
+    assert optimizer._perturbation.buckets == [bucket]
+    optimizer.restore()
+    assert step() == (0, 0)
+
+
+@interpreter
+def test_saving_again_and_again_uploads_once():
+    bucket = Bucket([torch.randn(10), torch.randn(7)], [0, 0], TRITON)
+    for _ in range(3):
+        assert TRITON.save(bucket)
+        TRITON.restore(bucket)
+    assert bucket.table.targets.uploads == 1
+
+
+def test_a_graph_has_its_own_tables(monkeypatch):
+    """Captured copies are replayed: their memory belongs to the graph, and eager steps use other memory."""
+    capturing = False
+    monkeypatch.setattr(backend, "_capturing", lambda device: capturing)
+    upload = backend.Upload(torch.device("cpu"))
+
+    def send(numbers: bytes) -> torch.Tensor:
+        upload.begin()
+        return upload.send(numbers)
+
+    first, second = b"1" * 16, b"2" * 16
+    eager = send(first)
+    capturing = True
+    captured = send(first)
+    assert upload.send(first) is captured  # what follows in the same operation reads the same copy
+    again = send(first)  # another operation may be in another graph
+    capturing = False
+    assert len({t.data_ptr() for t in (eager, captured, again)}) == 3
+    kept = [(host.clone(), device.clone()) for host, device in upload._kept]
+    assert send(second) is eager
+    assert send(second) is eager
+    assert upload.uploads == 4
+    assert all(torch.equal(a, b) for pair, copies in zip(kept, upload._kept, strict=True) for a, b in zip(pair, copies, strict=True))
+    assert [device.data_ptr() for _, device in upload._kept] == [captured.data_ptr(), again.data_ptr()]
+
+
+def test_an_upload_that_was_interrupted_is_made_again(monkeypatch):
+    upload = backend.Upload(torch.device("cpu"))
+    first, second = b"1" * 16, b"2" * 16
+    upload.begin()
+    upload.send(first)
+    copy = upload._copy
+
+    def interrupted(*args):
+        copy(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload, "_copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upload.send(second)
+    monkeypatch.undo()
+    assert upload.send(first).numpy().tobytes() == first
+
+
+# ---- Interruptions -----------------------------------------------------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch, module: str, when: str) -> None:
+    """The launch of ``module`` raises KeyboardInterrupt, before or after it is made."""
+    kernels = backend._kernels(module)
+    launch = getattr(kernels, f"{module}_kernel")
+
+    class Interrupted:
+        def __getitem__(self, grid):
+            return self.run if when == "after" else self.fail
+
+        def run(self, *args, **kwargs):
+            launch[(1,)](*args, **kwargs)
+            raise KeyboardInterrupt
+
+        def fail(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, f"{module}_kernel", Interrupted())
+
+
+@interpreter
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [False, True], ids=["", "dtype-changes"])
+def test_interrupted_first_step(monkeypatch, when, change):
+    """Moved weights come back; weights that were not moved are not overwritten by a backup that was not written."""
+    params = make_params([100, 20_000])
+    optimizer = SAM(params, lr=0.0, backend="triton")
+    before = values(params)
+    optimizer.first_step()
+    optimizer.second_step()
+    (bucket,) = optimizer._perturbation.buckets
+    bucket.flat.fill_(7.0)  # an old backup
+    if change:  # the weights are given another dtype before the step is undone
+        restore = TRITON.restore
+
+        def changed(bucket, release=True):
+            for p in params:
+                p.data, p.grad = p.data.double(), None
+            restore(bucket, release)
+
+        monkeypatch.setattr(TRITON, "restore", changed)
+    interrupt(monkeypatch, "perturb", when)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.first_step()
+    monkeypatch.undo()
+    assert not optimizer.perturbed
+    assert bucket.table.saved_rows() == []
+    assert all(torch.equal(p, w.to(p.dtype)) for p, w in zip(params, before, strict=True))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    optimizer.second_step()
+    assert all(torch.equal(p, w.to(p.dtype)) for p, w in zip(params, before, strict=True))
+
+
+@interpreter
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_restore_can_be_made_again(monkeypatch, when):
+    params = make_params([100, 20_000])
+    optimizer = SAM(params, lr=0.0, backend="triton")
+    before = values(params)
+    optimizer.first_step()
+    interrupt(monkeypatch, "copy", when)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.restore()
+    assert optimizer.perturbed
+    monkeypatch.undo()
+    optimizer.restore()
+    assert same_bits(values(params), before)
+
+
+@interpreter
+def test_interrupted_save_restores_nothing(monkeypatch):
+    rows = [torch.randn(100)]
+    bucket = Bucket(rows, [0], TRITON)
+    bucket.flat.fill_(7.0)
+    interrupt(monkeypatch, "copy", "before")
+    with pytest.raises(KeyboardInterrupt):
+        TRITON.save(bucket)
+    monkeypatch.undo()
+    before = values(rows)
+    TRITON.restore(bucket)
+    assert same_bits(values(rows), before)
+
+
+@interpreter
+def test_used_first_in_inference_mode():
+    params = [nn.Parameter(torch.randn(100)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    bucket = Bucket(params, [0, 0], TRITON)
+    before = values(params)
+    with torch.inference_mode():
+        TRITON.save(bucket)
+    for p in params:
+        p.data.zero_()
+    TRITON.restore(bucket)
+    assert same_bits(values(params), before)

@@ -1,0 +1,193 @@
+"""The Triton kernels, compiled without a GPU for four architectures: 16-byte accesses, float64 sums, no fused multiply-add where bits count."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, INTERPRETED
+
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install sam_fast[triton]")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="with TRITON_INTERPRET=1 nothing is compiled")
+
+if not INTERPRETED:
+    from sam_fast.kernels import copy, grad_norm, perturb, table
+    from triton.backends.compiler import GPUTarget
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+
+each_target = pytest.mark.parametrize("target", TARGETS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+class Driver:
+    """What Triton's JIT asks of a GPU's driver until it has compiled."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return GPUTarget(*TARGETS[self.target])
+
+
+class Launch:
+    """Stands in for a kernel: what would be launched is only compiled, by Triton's JIT, which looks at the arguments as ever."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+
+
+OPERATIONS = {"grad_norm": "grad_norm", "perturb": "perturb", "backup": "copy", "restore": "copy"}
+"""Operation -> the module of its kernel."""
+
+
+def launch(operation: str, dtype: torch.dtype, chunks: int = 7, rows: int = 3, offset: int = 0, ticket: int = 5, eps: float = 1e-12) -> None:
+    """Launch with numbers of all kinds; partial sums and norm may lie at any float64."""
+    numbers, floats, flat = torch.zeros(500, dtype=torch.int64), torch.zeros(100, dtype=torch.float64), torch.zeros(64, dtype=torch.uint8)
+    table, partials = numbers[: 5 * chunks].view(-1, 5), floats[offset : offset + rows]
+    if operation == "grad_norm":
+        grad_norm.grad_norm(table, numbers, rows, partials, dtype)
+    elif operation == "perturb":
+        perturb.perturb(7, table, numbers, rows, partials, eps, floats[offset], flat, numbers[:1], ticket, dtype)
+    else:
+        getattr(copy, operation)(7, table, numbers, flat, numbers[:1], ticket, dtype.itemsize)
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> Callable[..., Any]:
+    """``compiled(target, operation, dtype, *numbers)``: the kernels that launches with these :func:`launch` arguments compile to."""
+
+    def compile_for(target: str, operation: str, dtype: torch.dtype, *numbers: dict[str, Any]) -> list[Any]:
+        module = importlib.import_module(f"sam_fast.kernels.{OPERATIONS[operation]}")
+        stand_in = Launch(getattr(module, f"{OPERATIONS[operation]}_kernel"))
+        with monkeypatch.context() as patch:
+            patch.setattr(triton.runtime.driver, "_active", Driver(target))
+            patch.setattr(module, f"{OPERATIONS[operation]}_kernel", stand_in)
+            for arguments in numbers or ({},):
+                launch(operation, dtype, **arguments)
+        return stand_in.compiled
+
+    return compile_for
+
+
+def wide(assembly: str, target: str) -> tuple[int, int]:
+    """How many 16-byte loads and stores there are."""
+    if target.startswith("gfx"):
+        return len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)), len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", assembly))
+    loads, stores = (re.findall(rf"\b{op}\.global\.[\w:.]*(?:v4\.[bfu]32|v2\.[bfu]64)\b", assembly) for op in ("ld", "st"))
+    return len(loads), len(stores)
+
+
+def per_block(size: int, target: str) -> int:
+    """16-byte accesses with which one thread moves its part of a block of ``size`` bytes."""
+    return size // 16 // (table.NUM_WARPS * TARGETS[target][2])
+
+
+def assembly(kernel: Any) -> str:
+    return str(kernel.asm.get("ptx") or kernel.asm["amdgcn"])
+
+
+def assert_nothing_is_spilled(kernel: Any, target: str, tmp_path: Path) -> None:
+    if target.startswith("gfx"):
+        assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly(kernel)) == ["0"]
+        assert re.findall(r"\.private_segment_fixed_size:\s*(\d+)", assembly(kernel)) == ["0"]
+        return
+    assert not re.search(r"\b(?:ld|st)\.local", assembly(kernel))
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.is_file():
+        return
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    assert found, usage
+    assert all(stack == "0" and local == "0" for _, stack, local in found), usage
+
+
+@each_target
+@each_dtype
+def test_grad_norm(compiled, target, dtype, tmp_path):
+    (kernel,) = compiled(target, "grad_norm", dtype)
+    text = assembly(kernel)
+    # The gradients of SAM, the gradients and weights of ASAM.
+    assert wide(text, target)[0] >= 3 * per_block(table.BLOCK * dtype.itemsize, target)
+    arithmetic = r"\bv_(?:pk_)?(?:add|mul|fma|fmac)_f{}" if target.startswith("gfx") else r"\b(?:add|mul|fma)[\w.]*\.f{}"
+    assert re.search(arithmetic.format(64), text)
+    assert not re.search(arithmetic.format(32), text)
+    assert_nothing_is_spilled(kernel, target, tmp_path)
+
+
+@each_target
+@each_dtype
+def test_perturb(compiled, target, dtype, tmp_path):
+    (kernel,) = compiled(target, "perturb", dtype)
+    text = assembly(kernel)
+    # Two arrays are read and two are written, by SAM and by ASAM.
+    expected = 4 * per_block(table.BLOCK * dtype.itemsize, target)
+    loads, stores = wide(text, target)
+    assert loads >= expected
+    assert stores >= expected
+    assert ".ftz" not in text
+    if target.startswith("gfx"):
+        assert not re.search(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_(?:f16|f32|bf16)", text)
+        # Division and square root are made of fused multiply-adds there; the rest is not.
+        scalar = assembly(*compiled(target, "perturb", torch.float32))
+        assert len(re.findall(r"\bv_fmac?_f64", text)) == len(re.findall(r"\bv_fmac?_f64", scalar))
+    else:
+        assert not re.search(r"\bfma\.", text)
+        assert "sqrt.rn.f64" in text
+        assert "div.rn.f64" in text
+        if dtype in (torch.bfloat16, torch.float16):
+            assert re.search(r"\bcvt\.rn\.b?f16x2\.f32", text)
+    assert_nothing_is_spilled(kernel, target, tmp_path)
+
+
+@each_target
+@pytest.mark.parametrize("operation", ["backup", "restore"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.float64, torch.complex128], ids=lambda d: f"{d.itemsize}-byte")
+def test_copy(compiled, target, operation, dtype, tmp_path):
+    (kernel,) = compiled(target, operation, dtype)
+    loads, stores = wide(assembly(kernel), target)
+    assert loads >= per_block(copy.BLOCK_BYTES, target)
+    assert stores >= per_block(copy.BLOCK_BYTES, target)
+    assert_nothing_is_spilled(kernel, target, tmp_path)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_launch_says_whether_multiply_adds_are_fused(compiled, operation):
+    """The default changed between Triton versions."""
+    (kernel,) = compiled("sm_90", operation, torch.float32)
+    assert kernel.metadata.enable_fp_fusion is (operation == "grad_norm")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_kernel_whatever_the_numbers(compiled, operation):
+    """Nothing is compiled anew for another size, step, option or model; eps stays a float64."""
+    kernels = compiled(
+        "sm_90",
+        operation,
+        torch.float32,
+        {"chunks": 1, "rows": 1, "ticket": 1, "eps": 0.0},
+        {"chunks": 16, "rows": 16, "ticket": 16, "eps": 1.0},
+        {"chunks": 7, "rows": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1},
+        {"chunks": 32, "rows": 64, "offset": 2, "ticket": 17},
+    )
+    assert len(kernels) == 4
+    assert len({id(kernel) for kernel in kernels}) == 1
+    assert kernels[0].src.signature.get("eps", "fp64") == "fp64"
