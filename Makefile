@@ -31,9 +31,9 @@ test: $(VENV)/installed
 	$(MAKE) test-cuda
 	$(MAKE) test-triton
 
-# The CUDA kernels, compiled by the C++ compiler and executed on the CPU (tests/cuda_emulation). The parameters' backend is in the tests' names.
+# The CUDA kernels, compiled by the C++ compiler and executed on the CPU (tests/cuda_emulation).
 EMULATION = $(VENV)/emulation
-EMULATED = cd tests && OMP_NUM_THREADS=1 SAM_FAST_EMULATED_CUDA=$(abspath $(EMULATION))/$(1)/_cuda.so
+EMULATED = cd tests && OMP_NUM_THREADS=1 SAM_FAST_TEST_BACKENDS=cuda SAM_FAST_EMULATED_CUDA=$(abspath $(EMULATION))/$(1)/_cuda.so
 PYTEST_EMULATED = $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -p cuda_emulation.plugin
 
 $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emulation/*)
@@ -41,7 +41,7 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 
 test-cuda: $(EMULATION)/plain/_cuda.so
 	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py \
-		test_batchnorm_training.py -k "(cuda or emulation) and not 100_million"
+		test_batchnorm_training.py
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
@@ -83,10 +83,9 @@ sanitize-cpu: $(VENV)-sanitize/installed
 # ThreadSanitizer needs certain address ranges, which randomization may take (setarch -R).
 sanitize-cuda: $(EMULATION)/address,undefined/_cuda.so $(EMULATION)/thread/_cuda.so
 	$(call EMULATED,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_EMULATED) --capture=sys kernels cuda_emulation \
-		-k "(cuda or emulation) and not 100_million"
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_EMULATED) --capture=sys kernels cuda_emulation
 	$(call EMULATED,thread) LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
-		setarch -R $(PYTEST_EMULATED) --capture=sys kernels -k "cuda and not 100_million"
+		setarch -R $(PYTEST_EMULATED) --capture=sys kernels
 
 clean:
 	rm -rf $(VENV) $(VENV)-sanitize build dist *.egg-info sam_fast/*.so sam_fast/_build_info.json

@@ -15,16 +15,16 @@ if not torch.cuda.is_available():
 
 def data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Points on two noisy rings; the label says which."""
-    labels = torch.randint(0, 2, (n,))
-    angles = torch.rand(n) * 2 * torch.pi
+    labels, angles = torch.randint(0, 2, (n,)), torch.rand(n) * 2 * torch.pi
     radius = 1.0 + labels + 0.2 * torch.randn(n)
-    return torch.stack([radius * angles.cos(), radius * angles.sin()], dim=1).cuda(), labels.cuda()
+    return torch.stack([radius * angles.cos(), radius * angles.sin()], dim=1), labels
 
 
+torch.set_default_device("cuda")
 torch.manual_seed(0)
 x, y = data(2000)
 test_x, test_y = data(1000)
-model = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2)).cuda()
+model = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
 optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
 batch_x, batch_y = x[:100].clone(), y[:100].clone()  # the graph reads its batch from here
 
@@ -39,8 +39,7 @@ def step() -> torch.Tensor:
     return loss
 
 
-# Everything is allocated in a few eager steps, on a stream of its own as PyTorch asks for. rho and lr are part of the graph: capture it again
-# when they change.
+# A few eager steps allocate everything, on a stream of their own as PyTorch asks for. To change rho or lr, capture the graph anew.
 side = torch.cuda.Stream()
 side.wait_stream(torch.cuda.current_stream())
 with torch.cuda.stream(side):
@@ -52,13 +51,11 @@ with torch.cuda.graph(graph):
     loss = step()
 
 for epoch in range(5):
-    for batch in torch.randperm(len(x), device="cuda").split(100):
+    for batch in torch.randperm(len(x)).split(100):
         batch_x.copy_(x[batch])
         batch_y.copy_(y[batch])
         graph.replay()
 
-    model.eval()
-    accuracy = (model(test_x).argmax(dim=1) == test_y).float().mean()
+    accuracy = (model.eval()(test_x).argmax(dim=1) == test_y).float().mean()
     model.train()
     print(f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {accuracy:.1%}")
-print("done")

@@ -19,6 +19,16 @@ BACKENDS = [name for name in backends.available() if not RESTRICTED or name in R
 INTERPRETED = backends.triton.INTERPRETED
 """Whether Triton kernels run in its interpreter: a thousand times slower than a GPU."""
 
+EMULATED = backends.cuda._cuda is not None and backends.cuda._cuda.device_type == "cpu"
+"""Whether the CUDA kernels are executed on the CPU (tests/cuda_emulation)."""
+
+
+def device_of(backend: str) -> str:
+    """Where the tests of a backend put their tensors."""
+    on_gpu = (backend == "cuda" and not EMULATED) or (backend == "triton" and not INTERPRETED)
+    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 63, 64, 65, 127, 1009, 4099, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 17, 100_003]
@@ -43,15 +53,20 @@ def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
 
 
 def make_params(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, grads: bool = True) -> list[nn.Parameter]:
-    """Parameters with normal values of sd 0.5, and gradients of sd 0.01."""
+    """Parameters with normal values of sd 0.5, and gradients of sd 0.01, on the default device."""
     generator = torch.Generator().manual_seed(seed)
     params = []
     for size in sizes:
-        p = nn.Parameter((torch.randn(size, generator=generator, dtype=torch.float64) * 0.5).to(dtype))
+        p = nn.Parameter((normal(size, generator, torch.float64) * 0.5).to(dtype))
         if grads:
-            p.grad = (torch.randn(size, generator=generator, dtype=torch.float64) * 0.01).to(dtype)
+            p.grad = (normal(size, generator, torch.float64) * 0.01).to(dtype)
         params.append(p)
     return params
+
+
+def normal(size: int | Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal values on the default device, the same on every device."""
+    return torch.randn(size, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
 
 
 def values(params: Sequence[Tensor]) -> list[Tensor]:
@@ -91,6 +106,11 @@ class SmallNet(nn.Module):
 
 
 def batches(steps: int, batch: int = 16, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Batches of 1x8x8 images and labels for :class:`SmallNet`."""
+    """Batches of 1x8x8 images and labels for :class:`SmallNet`, on the default device."""
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(batch, 1, 8, 8, generator=generator), torch.randint(0, 10, (batch,), generator=generator)) for _ in range(steps)]
+    found = []
+    for _ in range(steps):
+        images = normal((batch, 1, 8, 8), generator)
+        labels = torch.randint(0, 10, (batch,), generator=generator, device="cpu")
+        found.append((images, labels.to(images.device)))
+    return found

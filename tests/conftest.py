@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import BACKENDS, RESTRICTED
+from cases import BACKENDS, RESTRICTED, device_of
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -14,15 +15,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not RESTRICTED:
         return
     assert set(RESTRICTED.split(",")) == set(BACKENDS), f"SAM_FAST_TEST_BACKENDS={RESTRICTED}, but only these can be used here: {BACKENDS}"
-    kept = [item for item in items if {"backend", "kernels"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("interpreter")]
+    kept = [item for item in items if {"backend", "kernels"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("stand_in")]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can be used on this machine, by name."""
-    return str(request.param)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] if device_of(name) == "cuda" else []) for name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that can be used on this machine, by name. Tensors that the test makes are on the backend's device."""
+    with on_device_of(request.param):
+        yield request.param
+
+
+@contextmanager
+def on_device_of(name: str) -> Iterator[None]:
+    torch.set_default_device(device_of(name))
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 @pytest.fixture(params=[False, True], ids=["", "flatten"])

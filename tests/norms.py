@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from cases import same_bits
+from cases import normal, same_bits
 from torch import Tensor, nn
 
 
@@ -52,7 +52,7 @@ class Kind:
 
     def batch(self, seed: int, mean: float = 1.0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return (torch.randn(self.shape, generator=generator) * 2.0 + mean).to(self.dtype)
+        return (normal(self.shape, generator) * 2.0 + mean).to(self.dtype)
 
 
 KINDS: dict[str, Kind] = {

@@ -82,6 +82,49 @@ def test_missing_backend_is_reported_once_with_the_reason(monkeypatch):
         SAM(make_params([10]), lr=0.1, backend="cpu")
 
 
+class GpuTensor:
+    """As much of a tensor on a GPU as the choice of a backend looks at."""
+
+    device = torch.device("cuda", 0)
+    dtype = torch.float32
+
+
+def reported_for_a_gpu(monkeypatch) -> list[str]:
+    monkeypatch.setattr(backends, "_warned", set())
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(type(backends.BACKENDS[name]), "unavailable", lambda self: f"no {self.name} here")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert backends.choose(GpuTensor()).name == "torch"
+    return [str(w.message) for w in caught]
+
+
+def test_gpu_without_kernels_is_reported_once_for_each_backend(monkeypatch):
+    messages = reported_for_a_gpu(monkeypatch)
+    assert len(messages) == 2
+    assert "cuda backend" in messages[0]
+    assert "no cuda here" in messages[0]
+    assert "no triton here" in messages[1]
+
+
+def test_on_rocm_the_cuda_backend_is_not_missed(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in backends.why_not()["cuda"]
+    (message,) = reported_for_a_gpu(monkeypatch)
+    assert "no triton here" in message
+
+
+def test_the_best_backend_for_a_gpu_is_cuda_then_triton(monkeypatch):
+    monkeypatch.setattr(backends, "_warned", set())
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(type(backends.BACKENDS[name]), "unavailable", lambda self: None)
+        monkeypatch.setattr(type(backends.BACKENDS[name]), "rejects", lambda self, tensor, arithmetic=True: None)
+    assert backends.choose(GpuTensor()).name == "cuda"
+    monkeypatch.setattr(type(backends.BACKENDS["cuda"]), "rejects", lambda self, tensor, arithmetic=True: "not this one")
+    assert backends.choose(GpuTensor()).name == "triton"
+
+
 def test_old_pytorch_is_reported(monkeypatch):
     monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
     assert "2.10" in backends.why_not()["cpu"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import same_bits
+from cases import normal, same_bits
 from norms import forward_only, statistics, unchanged
 from torch import nn
 
@@ -24,7 +24,7 @@ def model() -> nn.Module:
 
 
 def batch(seed: int) -> torch.Tensor:
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) + 1.0
+    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
 
 
 class Interrupted(Exception):

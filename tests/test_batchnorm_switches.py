@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from cases import normal
 from norms import forward_only, statistics, unchanged
 from torch import nn
 
@@ -33,7 +34,7 @@ def model() -> nn.Sequential:
 
 
 def batch(seed: int) -> torch.Tensor:
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) + 1.0
+    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
 
 
 class Interrupted(Exception):

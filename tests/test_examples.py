@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "examples"
 LEARNING = ["two_calls", "closure", "second_pass", "gradient_accumulation"]
-EXAMPLES = [*LEARNING, "resume"]
+ON_A_GPU = ["cuda_graph"]
+EXAMPLES = [*LEARNING, "resume", *ON_A_GPU]
 
 
 def output_of(name: str, folder: Path) -> str:
@@ -38,6 +40,14 @@ def test_example_learns(name: str, tmp_path: Path) -> None:
     assert float(accuracies[-1]) > 90.0  # guessing gives 50 %
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs it")
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_example_that_needs_a_gpu_says_so(name: str) -> None:
+    done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr == "this example needs an NVIDIA GPU and a PyTorch built for CUDA\n"
+
+
 def test_resume_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert output_of("resume", tmp_path).splitlines()[-1] == "the same bits"
 
@@ -46,7 +56,7 @@ def test_resume_ends_with_the_same_bits(tmp_path: Path) -> None:
 def test_example_is_short_explained_and_needs_torch_alone(name: str) -> None:
     source = (FOLDER / f"{name}.py").read_text()
     tree = ast.parse(source)
-    assert len(source.splitlines()) < 60
+    assert len(source.splitlines()) < 65
     assert f"python examples/{name}.py" in (ast.get_docstring(tree) or "")
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

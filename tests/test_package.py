@@ -16,6 +16,7 @@ import pytest
 import sam_fast
 
 ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin") if os.environ.get("CUDA_HOME") else None)
 
 
 def run(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
@@ -39,7 +40,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """``python -m build``: the sdist, the wheel made from the sdist, and what the build printed."""
     dist = tmp_path_factory.mktemp("dist")
-    output = run(sys.executable, "-m", "build", "--outdir", dist, cwd=checkout)
+    output = run(sys.executable, "-m", "build", "--outdir", dist, cwd=checkout, TORCH_CUDA_ARCH_LIST="9.0+PTX")
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     return sdist, wheel, output
 
@@ -70,7 +71,7 @@ def install(python: Path, wheel: Path, where: Path) -> None:
 def test_wheel_has_no_top_level_kernels(built):
     top_level = {name.split("/")[0] for name in names_in(built[1])}
     assert top_level == {"sam_fast", f"sam_fast-{sam_fast.__version__}.dist-info"}
-    assert "sam_fast/kernels/__init__.py" in names_in(built[1])
+    assert {f"sam_fast/kernels/{name}.py" for name in ("__init__", "grad_norm", "perturb", "copy")} <= set(names_in(built[1]))
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_wheel_has_the_native_module_types_and_licence(built):
     assert "sam_fast/py.typed" in names
     assert "sam_fast/_cpu.pyi" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any("_cuda" in name for name in names)
+    assert any(name.startswith("sam_fast/_cuda.") and name.endswith(".so") for name in names) is (NVCC is not None)
 
 
 @pytest.mark.slow
@@ -92,7 +93,9 @@ def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
         "CMakeLists.txt",
         "csrc/sam_math.h",
         "csrc/cpu/perturb.cpp",
-        "kernels/__init__.py",
+        "csrc/cuda/perturb.cu",
+        "tests/cuda_emulation/cuda_runtime.h",
+        "kernels/perturb.py",
         "tests/conftest.py",
         "LICENSE",
         "Makefile",
@@ -103,7 +106,39 @@ def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
 @pytest.mark.slow
 def test_build_says_what_it_built(built):
     assert "sam_fast._cpu: built" in built[2]
-    assert "sam_fast._cuda: not built" in built[2]
+    assert f"sam_fast._cuda: {'built' if NVCC else 'not built: no nvcc in CUDA_HOME or on the PATH'}" in built[2]
+
+
+def refused(checkout: Path, where: Path, **env: str) -> str:
+    """What a build says that must fail."""
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(where)]
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_cuda_that_is_asked_for_but_cannot_be_built_is_an_error(checkout, tmp_path):
+    output = refused(checkout, tmp_path, SAM_FAST_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert "SAM_FAST_CUDA=1 asks for the CUDA module, but there is no nvcc" in output
+    assert "SAM_FAST_CUDA='yes' is unknown: use 0, 1 or auto" in refused(checkout, tmp_path, SAM_FAST_CUDA="yes")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="NOT CHECKED: there is no nvcc")
+def test_an_architecture_that_is_none_is_an_error(checkout, tmp_path):
+    assert "TORCH_CUDA_ARCH_LIST names 'hopper': use numbers such as 8.0" in refused(checkout, tmp_path, TORCH_CUDA_ARCH_LIST="hopper")
+
+
+@pytest.mark.slow
+def test_an_nvcc_that_does_not_work_is_left_out_with_a_warning(checkout, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    output = run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-v", "-w", tmp_path, cwd=checkout, CUDA_HOME=str(tmp_path))
+    assert "sam_fast: WARNING" in output
+    assert "sam_fast._cpu: built; sam_fast._cuda: not built: the build with" in output
 
 
 @pytest.mark.slow
@@ -149,7 +184,7 @@ print("fine")
 @pytest.mark.slow
 def test_a_build_without_a_compiler_says_what_to_do(checkout, tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path)]
-    done = subprocess.run(command, cwd=checkout, env={**os.environ, "CXX": "/nonexistent/c++"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, "CXX": "/nonexistent/c++", "SAM_FAST_CUDA": "0"}, capture_output=True, text=True)
     assert done.returncode != 0
     assert "SAM_FAST_NATIVE=0" in done.stdout + done.stderr
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, same_bits, values
+from cases import make_params, normal, same_bits, values
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -24,7 +24,7 @@ def gradients(params: list[nn.Parameter], seed: int) -> None:
     """Made-up gradients: the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = normal(p.shape, generator).to(p.dtype)
 
 
 def sam_steps(params: list[nn.Parameter], optimizer: SAM, steps: range) -> None:
@@ -69,7 +69,7 @@ def test_a_run_resumed_from_a_file_goes_on_with_the_same_bits(base: Any, variant
 
     def start() -> tuple[list[nn.Parameter], SAM]:
         generator = torch.Generator().manual_seed(2)
-        params = [nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+        params = [nn.Parameter(normal(size, generator)) for size in sizes]
         return params, SAM(params, base, lr=0.01, flatten=flatten, **variant)
 
     params, optimizer = start()

@@ -22,7 +22,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 
 def interpreter(test):
     """A test that runs kernels: `make test-triton` does that without a GPU."""
-    return pytest.mark.interpreter(pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test))
+    return pytest.mark.stand_in(pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test))
 
 
 def options(**changes: object) -> GroupOptions:

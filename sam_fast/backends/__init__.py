@@ -10,7 +10,7 @@ import os
 import warnings
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, version
 
 from . import cpu, cuda, torch, triton
 from .base import Backend, GroupOptions
@@ -65,6 +65,12 @@ def forced(backend: str | None) -> Backend | None:
     return BACKENDS[name]
 
 
+def _preferred(device_type: str) -> tuple[str, ...]:
+    names = PREFERENCE.get(device_type, ())
+    # PyTorch calls an AMD GPU "cuda" too. That CUDA kernels cannot serve it is no loss to warn of.
+    return tuple(name for name in names if name != "cuda") if version.hip else names
+
+
 def choose(tensor: Tensor, backend: str | None = None, arithmetic: bool = True) -> Backend:
     """The backend for ``tensor``: the forced one, else the best for its device that takes it. See :data:`PREFERENCE`.
 
@@ -80,7 +86,7 @@ def choose(tensor: Tensor, backend: str | None = None, arithmetic: bool = True) 
         if reason is not None:
             raise ValueError(f"backend={wanted.name!r} was forced but does not support {reason}")
         return wanted
-    for name in PREFERENCE.get(tensor.device.type, ()):
+    for name in _preferred(tensor.device.type):
         candidate = BACKENDS[name]
         reason = candidate.unavailable()
         if reason is None and candidate.rejects(tensor, arithmetic) is None:

@@ -48,9 +48,9 @@ class CudaBackend(AddressBackend):
     """perturb walks backwards, so that the gradients that grad_norm read last, which are still in the L2 cache, come first."""
 
     def unavailable(self) -> str | None:
+        if torch.version.hip:
+            return "this PyTorch is built for ROCm; the triton backend serves it"
         if _cuda is None:
-            if torch.version.hip:
-                return "this PyTorch is built for ROCm; the triton backend serves it"
             return f"the native module sam_fast._cuda is missing ({_import_error}): install sam_fast where nvcc is (CUDA_HOME or PATH)"
         if _cuda.device_type == "cuda" and not torch.cuda.is_available():
             return "PyTorch finds no usable CUDA device" if torch.version.cuda else "this PyTorch is built without CUDA"

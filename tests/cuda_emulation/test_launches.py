@@ -20,6 +20,7 @@ if "cuda_emulation.plugin" not in sys.modules:
 
 from cuda_emulation.plugin import PATH
 
+pytestmark = pytest.mark.stand_in
 _library = ctypes.CDLL(PATH)
 launches = ctypes.c_int64.in_dll(_library, "sam_emulation_launches")
 fail_after = ctypes.c_int64.in_dll(_library, "sam_emulation_fail_after")

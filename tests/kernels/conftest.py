@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, device_of
 from torch import Tensor
 
 from sam_fast import backends
@@ -39,12 +39,14 @@ if wanted := os.environ.get("SAM_FAST_EXPECT_SANITIZER"):
     assert importlib.import_module("sam_fast._cpu").sanitizer == wanted
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] if device_of(name) == "cuda" else []) for name in VARIANTS])
 def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """A backend; cpu once per instruction set."""
+    """A backend; cpu once per instruction set. Tensors that the test makes are on the backend's device."""
     name, _, isa = request.param.partition("-")
     if not isa:
+        torch.set_default_device(device_of(name))
         yield backends.BACKENDS[name]
+        torch.set_default_device(None)
         return
     _cpu = importlib.import_module("sam_fast._cpu")
     chosen = _cpu.isa()
