@@ -36,4 +36,26 @@ struct Group {
   double adaptive;  // 0 or 1; a double so that the table is one array of doubles
 };
 
+// The options of one parameter group of torch.optim.SGD. Flags are 0 or 1.
+struct SgdGroup {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  double nesterov;
+  double maximize;
+};
+
+// The options of one parameter group of torch.optim.Adam or AdamW. decoupled: the weight decay is AdamW's.
+struct AdamGroup {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double decoupled;
+  double amsgrad;
+  double maximize;
+};
+
 }  // namespace sam

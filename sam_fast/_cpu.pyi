@@ -35,3 +35,36 @@ def perturb(
 ) -> int: ...
 def backup(itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, threads: int, /) -> None: ...
 def restore(itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, release_saved: bool, threads: int, /) -> None: ...
+def restore_sgd(
+    dtype: int,
+    chunk_table: int,
+    num_chunks: int,
+    num_rows: int,
+    weights: int,
+    grads: int,
+    saved: int,
+    flat: int,
+    grad_scale: float,
+    groups: int,
+    momentum_buffers: int,
+    threads: int,
+    /,
+) -> int: ...
+def restore_adam(
+    dtype: int,
+    chunk_table: int,
+    num_chunks: int,
+    num_rows: int,
+    weights: int,
+    grads: int,
+    saved: int,
+    flat: int,
+    grad_scale: float,
+    groups: int,
+    steps: int,
+    exp_avgs: int,
+    exp_avg_sqs: int,
+    max_exp_avg_sqs: int,
+    threads: int,
+    /,
+) -> int: ...

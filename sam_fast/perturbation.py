@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .backends import BACKENDS, GroupOptions, choose, forced
-from .backends.base import Backend, shape_changed
+from .backends.base import Backend, StateTensors, shape_changed
 from .bucket import Bucket, overlapping
 from .flat import FlatStorage
 
@@ -76,13 +76,16 @@ class Perturbation:
 
     def prepare(self, param_groups: ParamGroups) -> None:
         """Make the buckets fit ``param_groups``; nothing happens if they do."""
+        if not self.fits(param_groups):
+            self._build(param_groups)
+            self._known = [list(group["params"]) for group in param_groups]
+
+    def fits(self, param_groups: ParamGroups) -> bool:
+        """True if the buckets are those of these groups and parameters."""
         known = self._known
-        if len(known) == len(param_groups) and all(
+        return len(known) == len(param_groups) and all(
             len(group["params"]) == len(params) and all(map(is_, group["params"], params)) for group, params in zip(param_groups, known, strict=True)
-        ):
-            return
-        self._build(param_groups)
-        self._known = [list(group["params"]) for group in param_groups]
+        )
 
     def _build(self, param_groups: ParamGroups) -> None:
         """Build buckets. If a parameter is refused, this raises before anything is changed."""
@@ -204,6 +207,18 @@ class Perturbation:
         self.active = error is not None and bool(self._saved_params())  # a kernel that could not be launched has restored nothing
         if error is not None:
             raise error
+
+    def restore_and_step(self, operation: str, states: Sequence[StateTensors], grad_scale: float) -> None:
+        """Run ``restore_sgd`` or ``restore_adam`` on every bucket; ``states`` have been collected, one for each."""
+        stepped = [p for bucket in self.buckets for p in bucket.all_params if p.grad is not None]
+        touched = self._touched or self._saved_params()
+        try:
+            for bucket, state in zip(self.buckets, states, strict=True):
+                getattr(bucket.backend, operation)(bucket, state, grad_scale)
+        finally:
+            increment_version([*touched, *stepped])
+        self._touched = []
+        self.active = False
 
     def _saved_params(self) -> list[Tensor]:
         params: list[Tensor] = []

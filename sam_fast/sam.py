@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .backends import forced
 from .batchnorm import frozen_running_stats
+from .fused_step import fused_step
 from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
 
@@ -282,8 +283,9 @@ class SAM(Optimizer):
 
     def _update(self) -> None:
         self._random_state = None  # a first pass that nobody replayed ends with its step
-        self._perturbation.restore()
-        self.base_optimizer.step()
+        if not fused_step(self._perturbation, self.base_optimizer):
+            self._perturbation.restore()
+            self.base_optimizer.step()
 
     def restore(self) -> None:
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""

@@ -183,7 +183,7 @@ def test_a_restore_that_was_interrupted_is_finished_by_the_next(make: Make, monk
 
     monkeypatch.setattr(type(first.backend), "restore", restore)
     with pytest.raises(KeyboardInterrupt):
-        optimizer.second_step()
+        optimizer.restore()
     assert optimizer.perturbed
     optimizer.restore()
     assert not optimizer.perturbed

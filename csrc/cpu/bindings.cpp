@@ -22,6 +22,12 @@ sam::Chunks chunks(uint64_t address, int64_t size) {
   return {pointer<const sam::Chunk>(address), size};
 }
 
+sam::UpdateArgs update(int dtype, uint64_t chunk_table, int64_t num_chunks, int64_t num_rows, uint64_t weights, uint64_t grads, uint64_t saved,
+                       uint64_t flat, double grad_scale, int threads) {
+  return {static_cast<sam::DType>(dtype), chunks(chunk_table, num_chunks), num_rows, pointer<const uint64_t>(weights),
+          pointer<const uint64_t>(grads), pointer<uint64_t>(saved), pointer<const void>(flat), grad_scale, threads};
+}
+
 py::list as_list(const std::vector<int64_t>& rows) {
   py::list list;
   for (int64_t row : rows) list.append(row);
@@ -86,6 +92,22 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     active->restore({itemsize, chunks(chunk_table, num_chunks), pointer<const uint64_t>(rows), pointer<uint64_t>(saved), pointer<void>(flat),
                      release_saved, threads});
+  });
+
+  m.def("restore_sgd", [](int dtype, uint64_t chunk_table, int64_t num_chunks, int64_t num_rows, uint64_t weights, uint64_t grads, uint64_t saved,
+                          uint64_t flat, double grad_scale, uint64_t groups, uint64_t momentum_buffers, int threads) {
+    py::gil_scoped_release release;
+    return active->restore_sgd({update(dtype, chunk_table, num_chunks, num_rows, weights, grads, saved, flat, grad_scale, threads),
+                                pointer<const sam::SgdGroup>(groups), pointer<const uint64_t>(momentum_buffers)});
+  });
+
+  m.def("restore_adam", [](int dtype, uint64_t chunk_table, int64_t num_chunks, int64_t num_rows, uint64_t weights, uint64_t grads, uint64_t saved,
+                           uint64_t flat, double grad_scale, uint64_t groups, uint64_t steps, uint64_t exp_avgs, uint64_t exp_avg_sqs,
+                           uint64_t max_exp_avg_sqs, int threads) {
+    py::gil_scoped_release release;
+    return active->restore_adam({update(dtype, chunk_table, num_chunks, num_rows, weights, grads, saved, flat, grad_scale, threads),
+                                 pointer<const sam::AdamGroup>(groups), pointer<const uint64_t>(steps), pointer<const uint64_t>(exp_avgs),
+                                 pointer<const uint64_t>(exp_avg_sqs), pointer<const uint64_t>(max_exp_avg_sqs)});
   });
 
   m.def("isa", [] { return active->isa; }, "The instruction set in use: baseline, avx2 or avx512.");

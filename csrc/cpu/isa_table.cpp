@@ -12,9 +12,12 @@ void grad_norm(const GradNormArgs&);
 int64_t perturb(const PerturbArgs&);
 void backup(const CopyArgs&);
 void restore(const CopyArgs&);
+int64_t restore_sgd(const RestoreSgdArgs&);
+int64_t restore_adam(const RestoreAdamArgs&);
 }  // namespace SAM_ISA
 
 extern const Kernels SAM_CONCAT(kernels_, SAM_ISA);
-const Kernels SAM_CONCAT(kernels_, SAM_ISA) = {SAM_STRING(SAM_ISA), grad_norm, perturb, backup, restore};
+const Kernels SAM_CONCAT(kernels_, SAM_ISA) = {SAM_STRING(SAM_ISA), grad_norm, perturb, backup, restore,
+                                               restore_sgd, restore_adam};
 
 }  // namespace sam

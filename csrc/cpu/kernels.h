@@ -51,12 +51,45 @@ struct CopyArgs {
   int threads;
 };
 
+// The second step in one pass: w as it was backed up (or as it is, for a row that was not), updated with the gradient as torch.optim does it.
+// Rows without a gradient are left alone, saved or not; those that were updated are not saved any more. Returns how many rows still are.
+// state addresses are 0 where the group's options need none. Gradients are multiplied by grad_scale first.
+struct UpdateArgs {
+  DType dtype;
+  Chunks chunks;
+  int64_t num_rows;
+  const uint64_t* weights;
+  const uint64_t* grads;
+  uint64_t* saved;
+  const void* flat;
+  double grad_scale;
+  int threads;
+};
+
+struct RestoreSgdArgs {
+  UpdateArgs update;
+  const SgdGroup* groups;
+  const uint64_t* momentum_buffers;
+};
+
+// Adds 1 to the step counters (float32) of the rows that it updates.
+struct RestoreAdamArgs {
+  UpdateArgs update;
+  const AdamGroup* groups;
+  const uint64_t* steps;
+  const uint64_t* exp_avgs;
+  const uint64_t* exp_avg_sqs;
+  const uint64_t* max_exp_avg_sqs;
+};
+
 struct Kernels {
   const char* isa;
   void (*grad_norm)(const GradNormArgs&);
   int64_t (*perturb)(const PerturbArgs&);
   void (*backup)(const CopyArgs&);
   void (*restore)(const CopyArgs&);
+  int64_t (*restore_sgd)(const RestoreSgdArgs&);
+  int64_t (*restore_adam)(const RestoreAdamArgs&);
 };
 
 // The fastest kernels this processor can run; null if `isa` is given and is unknown or not supported here.

@@ -15,7 +15,7 @@ const Kernels* select_kernels(const char* isa) {
   auto chosen = [&](const Kernels& kernels) { return isa == nullptr || std::strcmp(isa, kernels.isa) == 0; };
 #ifdef SAM_X86_64
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (avx512 && chosen(kernels_avx512)) return &kernels_avx512;

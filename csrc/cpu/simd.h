@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -72,6 +73,65 @@ inline Vec<double, N> to_double(Vec<float, N> v) {
   if constexpr (N == 4) return bit_cast<Vec<double, N>>(_mm256_cvtps_pd(bit_cast<__m128>(v)));
 #endif
   return __builtin_convertvector(v, Vec<double, N>);
+}
+
+// ---- Elementwise functions ------------------------------------------------------------------------------------------------------------
+
+// a * b + c, rounded once where the instruction set can (as PyTorch's own kernels do there), else twice.
+struct MultiplyAdd {
+  template <class V>
+  static inline V madd(V a, V b, V c) {
+    using Element = std::remove_reference_t<decltype(a[0])>;
+    [[maybe_unused]] constexpr bool single = std::is_same_v<Element, float>;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && single) return bit_cast<V>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+    if constexpr (sizeof(V) == 64 && !single) return bit_cast<V>(_mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
+#endif
+#if defined(__FMA__)
+    if constexpr (sizeof(V) == 32 && single) return bit_cast<V>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+    if constexpr (sizeof(V) == 32 && !single) return bit_cast<V>(_mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b), bit_cast<__m256d>(c)));
+#endif
+#if defined(__aarch64__)
+    V sum;
+    for (size_t i = 0; i < sizeof(V) / sizeof(Element); ++i) {
+      if constexpr (single) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
+      else sum[i] = __builtin_fma(a[i], b[i], c[i]);
+    }
+    return sum;
+#else
+    return a * b + c;
+#endif
+  }
+};
+
+// The correctly rounded square root, as the hardware gives it.
+template <int N>
+inline Vec<float, N> root(Vec<float, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bit_cast<Vec<float, N>>(_mm512_maskz_sqrt_ps(0xffff, bit_cast<__m512>(v)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return bit_cast<Vec<float, N>>(_mm256_sqrt_ps(bit_cast<__m256>(v)));
+#endif
+#if defined(__x86_64__)
+  if constexpr (N == 4) return bit_cast<Vec<float, N>>(_mm_sqrt_ps(bit_cast<__m128>(v)));
+#endif
+  for (int i = 0; i < N; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+template <int N>
+inline Vec<double, N> root(Vec<double, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 8) return bit_cast<Vec<double, N>>(_mm512_maskz_sqrt_pd(0xff, bit_cast<__m512d>(v)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 4) return bit_cast<Vec<double, N>>(_mm256_sqrt_pd(bit_cast<__m256d>(v)));
+#endif
+#if defined(__x86_64__)
+  if constexpr (N == 2) return bit_cast<Vec<double, N>>(_mm_sqrt_pd(bit_cast<__m128d>(v)));
+#endif
+  for (int i = 0; i < N; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
 }
 
 // ---- 16-bit formats <-> float, N lanes at a time -------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from array import array
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..bucket import is_dense
-from .base import Backend, GroupOptions, check_dense_gradient, shape_changed, signature
+from .base import Backend, GroupOptions, StateTensors, check_dense_gradient, shape_changed, signature
 
 try:
     from .. import _cpu
@@ -60,6 +61,40 @@ def make_gather(rows: list[Tensor]) -> Any:
     return _cpu.Gather(exchange, torch.Tensor.grad, rows)
 
 
+class StateTable:
+    """The addresses of one kind of the base optimizer's state: for every row a tensor like it, or a float32 number (``scalar``)."""
+
+    def __init__(self, rows: list[Tensor], scalar: bool) -> None:
+        self.rows = rows
+        self.scalar = scalar
+        self.addresses = array("Q", bytes(8 * len(rows)))
+        self.address = self.addresses.buffer_info()[0]
+        self._tensors: list[Tensor | None] = []
+        self._gather: Any = None
+
+    def collect(self, tensors: list[Tensor | None]) -> bool:
+        """Read the addresses, 0 for None. False if a tensor is not what a kernel takes."""
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+            if not all(tensor is None or self._fits(tensor, row) for tensor, row in zip(tensors, self.rows, strict=True)):
+                return False
+            self._tensors = list(tensors)
+            self._gather = make_gather([row if tensor is None else tensor for tensor, row in zip(tensors, self.rows, strict=True)])
+            self._missing = [i for i, tensor in enumerate(tensors) if tensor is None]
+        if self._gather.weights(self.addresses):
+            self._tensors = []
+            return False
+        for i in self._missing:
+            self.addresses[i] = 0
+        return True
+
+    def _fits(self, tensor: Tensor, row: Tensor) -> bool:
+        if tensor.layout != torch.strided:
+            return False
+        if self.scalar:
+            return tensor.dtype == torch.float32 and tensor.numel() == 1 and tensor.device.type == "cpu"
+        return signature(tensor) == signature(row)
+
+
 class AddressTable:
     """For every row of a bucket the address of its weight, its gradient and, while it has a backup, its address then; 0 where there is none.
 
@@ -77,6 +112,7 @@ class AddressTable:
         self.occupied = sum(row.numel() > 0 for row in bucket.rows)
         self.all_saved = False
         self.copies: dict[int, Tensor] = {}
+        self.states: dict[str, StateTable] = {}
         # An array that is never resized stays where it is.
         self.weights_address = self.weights.buffer_info()[0]
         self.grads_address = self.grads.buffer_info()[0]
@@ -110,6 +146,23 @@ class AddressTable:
         check_dense_gradient(grad)
         self.copies[index] = torch.empty_like(row, requires_grad=False).copy_(grad.detach())
         return self.copies[index]
+
+    def collect_step(self, state: StateTensors) -> bool:
+        """See :meth:`sam_fast.backends.base.Backend.collect_step`."""
+        if self.collect_weights():
+            return False
+        self.copies.clear()
+        for row in self.gather.grads(self.grads):
+            grad = self.bucket.rows[row].grad
+            if grad is None or grad.layout != torch.strided:
+                return False  # sparse, in a group that is not perturbed
+            self.grads[row] = self._like_row(row).data_ptr()
+        return all(self._state_table(name).collect(tensors) for name, tensors in state.tensors.items())
+
+    def _state_table(self, name: str) -> StateTable:
+        if name not in self.states:
+            self.states[name] = StateTable(self.bucket.rows, scalar=name == "step")
+        return self.states[name]
 
     def release_copies(self) -> None:
         """Free the gradients that had to be copied: the kernels are done with them."""
@@ -175,6 +228,10 @@ class AddressBackend(Backend):
         rows = self.launch_perturb(bucket, options, partials, eps, norm)
         table.all_saved = rows == table.occupied
         table.release_copies()
+
+    def collect_step(self, bucket: Bucket, state: StateTensors) -> bool:
+        table: AddressTable = bucket.table
+        return table.collect_step(state)
 
     def saved(self, bucket: Bucket) -> list[int] | None:
         table: AddressTable = bucket.table

@@ -57,6 +57,18 @@ def check_dense_gradient(grad: Tensor) -> None:
         )
 
 
+class StateTensors:
+    """The base optimizer's state of a bucket's rows, for a fused second step.
+
+    ``tensors[name][i]`` is the state called ``name`` of row i, in torch.optim's own format, or None where the row takes no step or its group's
+    options need none. ``groups`` is a float64 table, one ``struct SgdGroup`` or ``struct AdamGroup`` (csrc/table.h) for each group.
+    """
+
+    def __init__(self, tensors: dict[str, list[Tensor | None]], groups: array[float]) -> None:
+        self.tensors = tensors
+        self.groups = groups
+
+
 class Backend(ABC):
     """One way to run the operations. Every operation works on a whole bucket; none allocates after its first use, none waits for a device."""
 
@@ -118,3 +130,22 @@ class Backend(ABC):
     @abstractmethod
     def save(self, bucket: Bucket) -> bool:
         """Back all rows up without moving them, for a later ``restore``. False if a row is no longer what the bucket was built for."""
+
+    fused_steps: frozenset[str] = frozenset()
+    """Which of ``restore_sgd`` and ``restore_adam`` this backend has."""
+
+    def collect_step(self, bucket: Bucket, state: StateTensors) -> bool:
+        """Look up where rows, gradients and state are now, for a fused second step. False if it must be done by the base optimizer: a row or its
+        state is not laid out as the bucket's row was."""
+        raise NotImplementedError(f"the {self.name} backend has no fused second step")
+
+    def restore_sgd(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
+        """After ``collect_step``: put the saved rows back and step as torch.optim.SGD does, with the gradients multiplied by ``grad_scale``.
+
+        State: ``momentum_buffer``. Rows without a gradient are only put back. Afterwards nothing is saved.
+        """
+        raise NotImplementedError(f"the {self.name} backend has no restore_sgd")
+
+    def restore_adam(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
+        """As ``restore_sgd``, for torch.optim.Adam and AdamW. State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``."""
+        raise NotImplementedError(f"the {self.name} backend has no restore_adam")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .addresses import DTYPE_CODES, AddressBackend, AddressTable
-from .base import GroupOptions
+from .base import GroupOptions, StateTensors
 
 try:
     from .. import _cpu
@@ -109,6 +110,35 @@ class CpuBackend(AddressBackend):
             _cpu.restore(*common, release, torch.get_num_threads())
         else:
             _cpu.backup(*common, torch.get_num_threads())
+
+    fused_steps = frozenset({"restore_sgd", "restore_adam"})
+
+    def restore_sgd(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
+        self._restore_and_step(_cpu.restore_sgd, bucket, state, grad_scale, ("momentum_buffer",))
+
+    def restore_adam(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
+        self._restore_and_step(_cpu.restore_adam, bucket, state, grad_scale, ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+
+    def _restore_and_step(self, kernel: Callable[..., int], bucket: Bucket, state: StateTensors, grad_scale: float, names: tuple[str, ...]) -> None:
+        table: CpuTable = bucket.table
+        left = kernel(
+            DTYPE_CODES[bucket.dtype],
+            table.chunks_address,
+            table.num_chunks,
+            len(bucket.rows),
+            table.weights_address,
+            table.grads_address,
+            table.saved_address,
+            bucket.flat.data_ptr(),
+            grad_scale,
+            state.groups.buffer_info()[0],
+            *(table.states[name].address for name in names),
+            torch.get_num_threads(),
+        )
+        table.all_saved = False
+        table.release_copies()
+        if left:  # rows whose gradient vanished between the passes
+            self.launch_copy(bucket, True, True)
 
 
 BACKEND = CpuBackend()

@@ -1,0 +1,228 @@
+"""restore_sgd and restore_adam: against the formulas in float64, for every size and dtype; nothing outside the rows touched; the same bits always."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+import torch
+from cases import DTYPES, EPSILON, SIZES, make_params, normal, same_bits, values
+from torch import Tensor
+
+from sam_fast.backends.base import StateTensors
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+LR, MOMENTUM, DAMPENING, DECAY = 0.1, 0.9, 0.25, 0.01
+BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
+
+SGD = {
+    "plain": (LR, 0.0, 0.0, 0.0, 0, 0),
+    "momentum": (LR, MOMENTUM, DAMPENING, DECAY, 0, 0),
+    "nesterov": (LR, MOMENTUM, 0.0, DECAY, 1, 1),
+}
+ADAM = {
+    "adam": (LR, BETA1, BETA2, EPS, DECAY, 0, 0, 0),
+    "adamw": (LR, BETA1, BETA2, EPS, DECAY, 1, 0, 0),
+    "amsgrad": (LR, BETA1, BETA2, EPS, 0.0, 0, 1, 1),
+}
+CASES = [("restore_sgd", name) for name in SGD] + [("restore_adam", name) for name in ADAM]
+cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
+
+
+@pytest.fixture(autouse=True)
+def _has_the_operation(kernels) -> None:
+    if not kernels.fused_steps:
+        pytest.skip(f"the {kernels.name} backend has no fused second step")
+
+
+def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5) -> dict[str, list[Tensor | None]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def like(row: Tensor, positive: bool = False) -> Tensor:
+        x = normal(row.shape, generator, torch.float64) * 0.01
+        # Second moments far from zero: m / sqrt(v) would otherwise magnify the rounding of m, and 16 bits could not hold v.
+        return (x.square() + 1e-4 if positive else x).to(row.dtype)
+
+    if operation == "restore_sgd":
+        return {"momentum_buffer": [like(row) if SGD[name][1] else None for row in rows]}
+    return {
+        "step": [torch.tensor(float(3 + i % 4)) for i in range(len(rows))],
+        "exp_avg": [like(row) for row in rows],
+        "exp_avg_sq": [like(row, True) for row in rows],
+        "max_exp_avg_sq": [like(row, True) if ADAM[name][6] else None for row in rows],
+    }
+
+
+def expected(operation: str, name: str, w: Tensor, g: Tensor, state: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The new weight and state in float64, as torch.optim's documentation has it."""
+    w, g = w.double(), g.double()
+    if operation == "restore_sgd":
+        lr, momentum, dampening, decay, nesterov, maximize = SGD[name]
+        d = (-g if maximize else g) + decay * w
+        if momentum == 0.0:
+            return w - lr * d, {}
+        assert state["momentum_buffer"] is not None
+        m = momentum * state["momentum_buffer"].double() + (1 - dampening) * d
+        return w - lr * (d + momentum * m if nesterov else m), {"momentum_buffer": m}
+    lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize = ADAM[name]
+    assert all(state[key] is not None for key in ("step", "exp_avg", "exp_avg_sq"))
+    g = -g if maximize else g
+    if decoupled:
+        w = w * (1 - lr * decay)
+    else:
+        g = g + decay * w
+    t = float(state["step"]) + 1
+    m = beta1 * state["exp_avg"].double() + (1 - beta1) * g
+    v = beta2 * state["exp_avg_sq"].double() + (1 - beta2) * g * g
+    new = {"step": torch.tensor(t), "exp_avg": m, "exp_avg_sq": v}
+    if amsgrad:
+        new["max_exp_avg_sq"] = v = torch.maximum(state["max_exp_avg_sq"].double(), v)
+    denominator = (v / (1 - beta2**t)).sqrt() + eps
+    return w - lr / (1 - beta1**t) * m / denominator, new
+
+
+def take(s, operation: str, name: str, state: dict[str, list[Tensor | None]], grad_scale: float = 1.0) -> None:
+    groups = array("d", map(float, (SGD if operation == "restore_sgd" else ADAM)[name]))
+    tensors = StateTensors(state, groups)
+    assert s.backend.collect_step(s.bucket, tensors)
+    getattr(s.backend, operation)(s.bucket, tensors, grad_scale)
+
+
+def row_state(state: dict[str, list[Tensor | None]], i: int) -> dict[str, Tensor | None]:
+    return {key: None if tensors[i] is None else tensors[i].clone() for key, tensors in state.items()}
+
+
+def assert_stepped(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float) -> None:
+    """Half a unit for storing the result, and a few roundings in the arithmetic's type of terms up to ``scale``."""
+    arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    tiny = torch.finfo(torch.float16).tiny if dtype == torch.float16 else 0.0
+    bound = 0.5 * EPSILON[dtype] * want.abs() + 16 * arithmetic * (want.abs() + scale) + tiny
+    assert bool(((got.double() - want).abs() <= bound).all())
+
+
+@dtypes
+@cases
+def test_against_float64(step, operation, name, dtype):
+    params = make_params(SIZES, dtype)
+    start = values(params)
+    state = make_state(operation, name, params)
+    before = [row_state(state, i) for i in range(len(params))]
+    s = step(params)
+    s.climb()
+    for i, p in enumerate(params):
+        p.grad = make_params([p.numel()], dtype, seed=100 + i)[0].grad
+    take(s, operation, name, state)
+    assert not s.backend.saved(s.bucket)
+    for i, (p, w) in enumerate(zip(params, start, strict=True)):
+        want, new = expected(operation, name, w, p.grad, before[i])
+        assert_stepped(p.detach(), want, dtype, 0.2)
+        for key, tensor in new.items():
+            if key == "step":
+                assert float(state["step"][i]) == float(tensor) or p.numel() == 0
+            else:
+                assert_stepped(state[key][i], tensor, dtype, 0.01)
+
+
+@cases
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("size", [1, 15, 17, 16_385, 300_001])
+def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
+    """Weight, gradient and state in the middle of guarded tensors, at addresses of every alignment, small and large enough for streaming stores."""
+
+    def guarded(value: Tensor) -> tuple[Tensor, Tensor]:
+        around = torch.full((shift + size + 64,), 9.0)
+        around[shift : shift + size] = value
+        return around, around[shift : shift + size]
+
+    p = make_params([size])[0]
+    all_around = []
+    around, row = guarded(p.detach())
+    grad_around, row.grad = guarded(p.grad)
+    all_around += [around, grad_around]
+    state = make_state(operation, name, [row])
+    for tensors in state.values():
+        if tensors[0] is not None and tensors[0].dim() == 1:
+            state_around, tensors[0] = guarded(tensors[0])
+            all_around.append(state_around)
+    before = row_state(state, 0)
+    s = step([row])
+    s.climb()
+    take(s, operation, name, state)
+    want, _ = expected(operation, name, p.detach(), p.grad, before)
+    assert_stepped(row, want, torch.float32, 0.2)
+    for tensor in all_around:
+        assert bool((tensor[:shift] == 9.0).all())
+        assert bool((tensor[shift + size :] == 9.0).all())
+
+
+@cases
+def test_rows_without_a_gradient_are_put_back_and_rows_never_saved_are_stepped(step, operation, name):
+    params = make_params([100, 40_000, 300])
+    start = values(params)
+    params[2].grad = None
+    state = make_state(operation, name, params)
+    before = [row_state(state, i) for i in range(3)]
+    s = step(params)
+    s.climb()
+    gradient = params[1].grad.clone()
+    params[0].grad = None
+    params[2].grad = make_params([300], seed=3)[0].grad
+    take(s, operation, name, state)
+    assert same_bits([params[0]], [start[0]])
+    for key in state:
+        if before[0][key] is not None:
+            assert torch.equal(state[key][0], before[0][key])
+    for i, g in ((1, gradient), (2, params[2].grad)):
+        assert_stepped(params[i].detach(), expected(operation, name, start[i], g, before[i])[0], torch.float32, 0.2)
+    assert not s.backend.saved(s.bucket)
+
+
+@cases
+def test_gradients_are_scaled(step, operation, name):
+    results = []
+    for factor in (1.0, 1024.0):  # a power of two: exact
+        params = make_params([1009, 40_000])
+        state = make_state(operation, name, params)
+        s = step(params)
+        s.climb()
+        for p in params:
+            p.grad.mul_(factor)
+        take(s, operation, name, state, 1.0 / factor)
+        results.append(values(params))
+    assert same_bits(*results)
+
+
+@dtypes
+@cases
+def test_same_bits_whatever_the_number_of_threads_and_the_instruction_set(operation, name, dtype):
+    from conftest import VARIANTS, Step
+
+    from sam_fast import backends
+
+    _cpu = pytest.importorskip("sam_fast._cpu")
+    chosen, results = _cpu.isa(), {}
+    for variant in (v for v in VARIANTS if v.startswith("cpu-")):
+        isa = variant.removeprefix("cpu-")
+        for threads in (1, 3):
+            _cpu.use_isa(isa)
+            torch.set_num_threads(threads)
+            params = make_params([3, 100_003, 17, 64_000], dtype)
+            state = make_state(operation, name, params)
+            s = Step(backends.BACKENDS["cpu"], params)
+            s.climb()
+            take(s, operation, name, state)
+            result = [*values(params), *(t for tensors in state.values() for t in tensors if t is not None)]
+            # The baseline has no fused multiply-add, as PyTorch has none on a processor without it: bits of its own.
+            assert same_bits(results.setdefault(isa == "baseline", result), result)
+    _cpu.use_isa(chosen)
+
+
+def test_state_that_is_not_laid_out_as_its_row_is_refused(step):
+    params = make_params([100, 7])
+    s = step(params)
+    s.climb()
+    groups = array("d", map(float, SGD["momentum"]))
+    for odd in (torch.zeros(200)[::2], torch.zeros(100, dtype=torch.float64), torch.zeros(99), torch.zeros(100).to_sparse()):
+        assert not s.backend.collect_step(s.bucket, StateTensors({"momentum_buffer": [odd, torch.zeros(7)]}, groups))
+    assert s.backend.collect_step(s.bucket, StateTensors({"momentum_buffer": [torch.zeros(100), torch.zeros(7)]}, groups))

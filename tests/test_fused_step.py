@@ -1,0 +1,338 @@
+"""The second step in one pass: the same as restore and the base optimizer's own step, and used only where it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, EPSILON, SIZES, make_params, normal, same_bits, values
+from torch import nn
+
+from sam_fast import SAM, sam
+from sam_fast.fused_step import fused_step
+
+SGD_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.01},
+    "momentum": {"momentum": 0.9},
+    "momentum-decay": {"momentum": 0.9, "weight_decay": 0.01},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "nesterov-decay-maximize": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "maximize": True},
+    "dampening": {"momentum": 0.8, "dampening": 0.3},
+}
+ADAM_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True},
+    "amsgrad-decay-maximize": {"amsgrad": True, "weight_decay": 0.1, "maximize": True},
+    "betas": {"betas": (0.5, 0.9), "eps": 1e-3},
+}
+CASES = [
+    *((torch.optim.SGD, options) for options in SGD_OPTIONS.values()),
+    *((torch.optim.Adam, options) for options in ADAM_OPTIONS.values()),
+    *((torch.optim.AdamW, options) for options in ADAM_OPTIONS.values()),
+]
+IDS = [*(f"SGD-{name}" for name in SGD_OPTIONS), *(f"{base}-{name}" for base in ("Adam", "AdamW") for name in ADAM_OPTIONS)]
+bases = pytest.mark.parametrize(("base", "options"), CASES, ids=IDS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every second step whether it was the fused one."""
+    answers: list[bool] = []
+
+    def spy(*args: Any, **options: Any) -> bool:
+        answers.append(fused_step(*args, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(sam, "fused_step", spy)
+    return answers
+
+
+def two_groups(params: list[nn.Parameter], base: type[torch.optim.Optimizer], **options: Any) -> SAM:
+    half = len(params) // 2
+    return SAM([{"params": params[:half]}, {"params": params[half:], "lr": 3e-3, "rho": 0.2}], base, lr=1e-2, **options)
+
+
+def give_gradients(params: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (normal(p.shape, generator) * 0.01).to(p.dtype)
+
+
+def run(optimizer: SAM, params: list[nn.Parameter], steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        give_gradients(params, 2 * step)
+        optimizer.first_step()
+        give_gradients(params, 2 * step + 1)
+        if step % 5 == 4:
+            params[2].grad = None  # its weights are put back, its state stays
+        optimizer.second_step()
+        assert not optimizer.perturbed
+
+
+def without(optimizer: SAM) -> SAM:
+    """The same optimizer with a hook that does nothing: it takes restore and the base optimizer's step."""
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
+    return optimizer
+
+
+@dtypes
+@bases
+def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, taken):
+    """SGD in float32 and float64: the same bits, weights and state. Adam: PyTorch's square root is MKL's, not always rounded correctly. With 16 bits
+    PyTorch's default rounds every intermediate result to 16 bits; its fused step computes in float32, as this one, but in another order."""
+    steps, sizes = 100, [5, 0, 17, 4003]
+    params = make_params(sizes, dtype)
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    options = {**options, "fused": True} if narrow else options
+    optimizer = two_groups(params, base, **options)
+    run(optimizer, params, steps)
+    assert sum(taken) >= steps - 1  # the base optimizer makes its state in the first step
+    twin = make_params(sizes, dtype)
+    oracle = without(two_groups(twin, base, **options))
+    run(oracle, twin, steps)
+    if base is torch.optim.SGD and not narrow:
+        assert same_bits(values(params), values(twin))
+        buffers = [[own.state[p].get("momentum_buffer", p) for p in ps] for own, ps in ((optimizer, params), (oracle, twin))]
+        assert same_bits(*buffers)
+        return
+    lr, eps = 1e-2, EPSILON[dtype]
+    # Each step rounds w once more (half a unit each in both runs) and moves it by at most a few lr.
+    bound = (100 if narrow else 4) * eps * 1.0 + 64 * eps * lr * steps
+    for p, q in zip(params, twin, strict=True):
+        assert torch.allclose(p.double(), q.double(), rtol=0.0, atol=bound)
+        state, expected = optimizer.state[p], oracle.state[q]
+        assert state.keys() == expected.keys()
+        for name in state:
+            if name == "step":
+                assert torch.equal(state[name], expected[name])
+            elif not narrow:
+                assert torch.allclose(state[name], expected[name], rtol=200 * eps, atol=200 * eps * 1e-2)
+
+
+@pytest.mark.parametrize(("base", "options"), CASES[len(SGD_OPTIONS) :], ids=IDS[len(SGD_OPTIONS) :])
+def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, options, taken):
+    """From the same weights, gradients and state, in float32."""
+    params, twin = make_params(SIZES), make_params(SIZES)
+    optimizer, oracle = two_groups(params, base, **options), without(two_groups(twin, base, **options))
+    for each, own in ((optimizer, params), (oracle, twin)):
+        give_gradients(own, 1)
+        each.first_step()
+        each.second_step()
+    assert same_bits(values(params), values(twin))  # the base optimizer's own step, which makes the state
+    before = values(params)
+    for each, own in ((optimizer, params), (oracle, twin)):
+        give_gradients(own, 2)
+        each.first_step()
+        give_gradients(own, 3)
+        each.second_step()
+    assert taken[-2:] == [True, False]
+    for p, q, w in zip(params, twin, before, strict=True):
+        assert all(torch.equal(optimizer.state[p][name], oracle.state[q][name]) for name in optimizer.state[p])
+        # A unit of the square root is at most 2^-23 of it, and so of the step, which is at most 0.03 long; then it is rounded to w's units.
+        assert bool(((p - q).abs() <= 2.0**-22 * 0.03 + 2.0**-23 * w.abs()).all())
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_checkpoints_move_between_sam_and_its_base(base, taken):
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    params = make_params([100, 7, 3])
+    optimizer = SAM(params, base, lr=0.1, **options)
+    run(optimizer, params, 3)
+    plain_params = make_params([100, 7, 3])
+    plain = base(plain_params, lr=0.1, **options)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, q in zip(params, plain_params, strict=True):
+        assert all(torch.equal(optimizer.state[p][name], plain.state[q][name]) for name in optimizer.state[p])
+    for q in plain_params:
+        q.grad = torch.ones_like(q)
+    plain.step()
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    taken.clear()
+    run(optimizer, params, 1, first=10)
+    assert taken == [True]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_resumed_run_continues_with_the_same_bits(base, taken):
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    whole, parts = make_params([100, 7, 3000]), make_params([100, 7, 3000])
+    run(SAM(whole, base, lr=0.1, **options), whole, 7)
+    first = SAM(parts, base, lr=0.1, **options)
+    run(first, parts, 4)
+    second = SAM(parts, base, lr=0.1, **options)
+    second.load_state_dict(first.state_dict())
+    taken.clear()
+    run(second, parts, 3, first=4)
+    assert taken == [True] * 3
+    assert same_bits(values(parts), values(whole))
+
+
+def test_a_gradient_that_vanishes_or_appears_between_the_passes(taken):
+    params = make_params([100, 40_000, 300, 50])
+    before = values(params)
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
+    params[1].grad = None
+    optimizer.first_step()
+    params[0].grad = None
+    params[1].grad = torch.ones_like(params[1])
+    optimizer.second_step()
+    assert taken == [True]
+    assert same_bits([params[0]], [before[0]])
+    assert torch.equal(params[1], before[1] - 0.1)
+    for i in (2, 3):
+        assert torch.allclose(params[i], before[i] - 0.1 * params[i].grad, rtol=0, atol=1e-7)
+
+
+def test_a_group_that_is_not_perturbed_steps_too(taken):
+    params = make_params([100, 200])
+    before = values(params)
+    optimizer = SAM([{"params": params[:1], "perturb": False}, {"params": params[1:]}], torch.optim.SGD, lr=0.1)
+    optimizer.first_step()
+    optimizer.second_step()
+    assert taken == [True]
+    for p, w in zip(params, before, strict=True):
+        assert torch.allclose(p, w - 0.1 * p.grad, rtol=0, atol=1e-7)
+
+
+def test_gradients_of_another_layout(taken):
+    p = nn.Parameter(torch.randn(30, 40))
+    before = p.detach().clone()
+    optimizer = SAM([p], torch.optim.SGD, lr=0.1)
+    p.grad = torch.randn(40, 30).t()
+    optimizer.first_step()
+    optimizer.second_step()
+    assert taken == [True]
+    assert torch.allclose(p, before - 0.1 * p.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_a_norm_that_is_not_finite_makes_it_an_ordinary_step(taken):
+    params = make_params([100, 200])
+    before = values(params)
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
+    params[0].grad[3] = float("nan")
+    optimizer.first_step()
+    give_gradients(params, 5)
+    optimizer.second_step()
+    assert taken == [True]
+    for p, w in zip(params, before, strict=True):
+        assert torch.allclose(p, w - 0.1 * p.grad, rtol=0, atol=1e-7)
+
+
+def test_options_are_read_anew_in_every_step(taken):
+    params = make_params([100])
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: [1.0, 0.0, 0.5][epoch])
+    moved = []
+    for _ in range(3):
+        before = params[0].detach().clone()
+        optimizer.first_step()
+        optimizer.second_step()
+        moved.append(not torch.equal(before, params[0]))
+        scheduler.step() if len(moved) < 3 else None
+    assert moved == [True, False, True]
+    assert taken == [False, True, True]
+
+
+def test_a_learning_rate_in_a_tensor(taken):
+    params, twin = make_params([1000]), make_params([1000])
+    for own, lr in ((params, torch.tensor(0.1, dtype=torch.float64)), (twin, 0.1)):
+        optimizer = SAM(own, torch.optim.SGD, lr=lr)
+        optimizer.first_step()
+        optimizer.second_step()
+    assert taken == [True, True]
+    assert same_bits(values(params), values(twin))
+
+
+def test_writing_weights_is_visible_to_autograd():
+    p = make_params([10])[0]
+    optimizer = SAM([p], torch.optim.SGD, lr=0.1)
+    optimizer.first_step()
+    version = p._version
+    loss = (p * p).sum()
+    optimizer.second_step()
+    assert p._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class MySgd(torch.optim.SGD):
+    pass
+
+
+def refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[SAM, list[nn.Parameter]]:
+    """An optimizer whose second step must not be the fused one, after a first step that made its state."""
+    params = make_params([100, 7])
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    base = {"subclass": MySgd, "rmsprop": torch.optim.RMSprop}.get(kind, torch.optim.SGD)
+    optimizer = SAM(params, base, flatten=kind == "flatten", backend="torch" if kind == "backend" else None, **options)
+    optimizer.first_step()
+    optimizer.second_step()
+    if kind == "pre hook":
+        optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
+    elif kind == "post hook":
+        optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
+    elif kind == "replaced step":
+        optimizer.base_optimizer.step = optimizer.base_optimizer.step
+    elif kind == "lr with gradient":
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
+    elif kind == "state layout":
+        optimizer.state[params[0]]["momentum_buffer"] = torch.zeros(200)[::2]
+    elif kind == "state dtype":
+        optimizer.state[params[0]]["momentum_buffer"] = torch.zeros(100, dtype=torch.float64)
+    elif kind == "no state":
+        optimizer.state.pop(params[1])
+    return optimizer, params
+
+
+KINDS = ["subclass", "rmsprop", "flatten", "backend", "pre hook", "post hook", "replaced step", "lr with gradient"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "state layout", "no state"])
+def test_what_the_kernels_do_not_do_is_the_base_optimizers_step(kind, taken, monkeypatch):
+    optimizer, params = refused(kind, monkeypatch)
+    twin_optimizer, twin = refused(kind, monkeypatch)
+    taken.clear()
+    optimizer.first_step()
+    optimizer.second_step()
+    assert taken == [False]
+    twin_optimizer.first_step()
+    twin_optimizer.restore()
+    with torch.no_grad() if kind != "lr with gradient" else torch.enable_grad():
+        twin_optimizer.base_optimizer.step()
+    assert same_bits(values(params), values(twin))
+
+
+def test_parameters_that_moved_between_the_passes(taken):
+    """Given other memory between the passes: put back and stepped there, by way of PyTorch."""
+    params = make_params([100, 7])
+    before = values(params)
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
+    optimizer.first_step()
+    params[0].data = params[0].data.double()
+    params[0].grad = torch.ones(100, dtype=torch.float64)
+    optimizer.second_step()
+    assert taken == [False]
+    assert torch.allclose(params[0], before[0].double() - 0.1, rtol=0, atol=1e-12)
+
+
+def test_an_interrupted_step_can_be_repeated(monkeypatch):
+    params = make_params([100, 7])
+    before = values(params)
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
+    optimizer.first_step()
+    backend = type(optimizer._perturbation.buckets[0].backend)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "restore_sgd", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.second_step()
+    assert optimizer.perturbed
+    optimizer.restore()
+    assert same_bits(values(params), before)
