@@ -31,20 +31,22 @@ class Scaling:
     found_inf: Tensor | None
 
 
-def scaling_of(optimizer: Optimizer, norm: Tensor) -> Scaling:
+def scaling_of(optimizer: Optimizer, norm: Tensor | None) -> Scaling:
     """The scaling of the step that a GradScaler has just called, as tensors on the device: nothing waits for it.
 
     Args:
         optimizer: the optimizer that the scaler was given.
-        norm: the first pass's norm. It is not finite if one of the gradients that it covers is not.
+        norm: the first pass's norm, which is not finite if one of the gradients that it covers is not; None if that must not count.
     """
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is None:
         return Scaling(grad_scale, None)
     if not isinstance(found_inf, Tensor):
-        found_inf = torch.zeros((), device=norm.device)  # the scaler found no gradients and added nothing up
-    overflow = ~norm.isfinite().to(found_inf.device) | (found_inf != 0)
+        found_inf = torch.tensor(float(found_inf))  # the scaler found no gradients, and added nothing up
+    overflow = found_inf != 0
+    if norm is not None:
+        overflow |= ~norm.isfinite().to(overflow.device)
     return Scaling(grad_scale, overflow.to(torch.float32))  # exactly 0 or 1: fused optimizers subtract it from their step counters
 
 

@@ -85,7 +85,7 @@ class SAM(Optimizer):
         _check_base(base)
         self.base_optimizer = base
         self.defaults = {**base.defaults, **self._sam_defaults}
-        self._random_state: RandomState | None = None
+        self._forget_first_pass()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
         self._prepare()
 
@@ -178,7 +178,7 @@ class SAM(Optimizer):
         state = dict(state)
         settings = state.pop("_perturbation")
         super().__setstate__(state)
-        self._random_state = None
+        self._forget_first_pass()
         self._perturbation = Perturbation(*settings)
         self._prepare()
 
@@ -311,17 +311,23 @@ class SAM(Optimizer):
         return second_loss if first_pass_done else loss
 
     def _update(self) -> None:
-        self._random_state = None  # a first pass that nobody replayed ends with its step
-        scaling = scaling_of(self, self._perturbation.norm)
+        # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
+        scaling = scaling_of(self, None if self._own_gradient else self._perturbation.norm)
+        self._forget_first_pass()
         self._perturbation.restore()
         step_base(self.base_optimizer, scaling)
         tell_scaler(self, scaling)
 
     def restore(self) -> None:
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
-        self._random_state = None
+        self._forget_first_pass()
         if self._perturbation.active:
             self._perturbation.restore()
+
+    def _forget_first_pass(self) -> None:
+        """What ``first_pass`` was told holds for one step, replayed or not."""
+        self._random_state: RandomState | None = None
+        self._own_gradient = False  # the gradient of this rank alone
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
@@ -353,15 +359,17 @@ class SAM(Optimizer):
             model: the model, as it is called (the DDP wrapper where there is one).
             replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to start from, so that dropout
                 draws the same masks in both passes.
-            sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient).
+            sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient). With a
+                GradScaler, only the second pass then decides whether the update is skipped, since the ranks must agree.
         """
         self._require_restored("first_pass")
         self._random_state = RandomState.capture(self._devices()) if replay_rng else None
+        self._own_gradient = not sync
         try:
             with nullcontext() if sync else without_gradient_sync(model):
                 yield
         except BaseException:
-            self._random_state = None
+            self._forget_first_pass()
             raise
 
     @contextmanager
