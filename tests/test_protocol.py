@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -376,6 +377,21 @@ def test_replay_in_a_closure_is_the_two_passes():
         twin()
     twin.optimizer.second_step()
     assert same_bits(list(dropping.model.parameters()), list(twin.model.parameters()))
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["", "raises"])
+def test_the_stream_goes_on_where_a_closures_first_pass_ended_whatever_the_second_has_drawn(raises):
+    dropping = Dropping(raises=2 if raises else 0)
+
+    def closure() -> None:
+        if dropping.masks:
+            torch.rand(7)
+        dropping()
+
+    with contextlib.suppress(RuntimeError):
+        dropping.optimizer.step(closure, replay_rng=True)
+    assert len(dropping.masks) == 2
+    assert torch.equal(torch.get_rng_state(), after_passes(1))
 
 
 @pytest.mark.parametrize("raises", [1, 2], ids=["first-pass", "second-pass"])
