@@ -40,7 +40,7 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 	$(BIN)/python tests/cuda_emulation/build.py $@ $(if $(filter-out plain,$*),--sanitize $*)
 
 test-cuda: $(EMULATION)/plain/_cuda.so
-	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py \
+	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py test_amp.py \
 		test_batchnorm_training.py
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from .amp import Scaling
 from .backends.base import StateTensors
 from .bucket import Bucket
 from .perturbation import Perturbation
@@ -71,18 +72,21 @@ RULES: dict[type[Optimizer], Rule] = {
 """Exact class of the base optimizer -> its rule."""
 
 
-def fused_step(perturbation: Perturbation, base: Optimizer, grad_scale: float = 1.0) -> bool:
+def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling) -> bool:
     """Restore the weights and take the base optimizer's step in one pass. False if that cannot be done: then nothing has been changed.
 
     Args:
         perturbation: the weights are at ``w + e``; afterwards they are not.
         base: the base optimizer, whose options and state are used.
-        grad_scale: what gradients are multiplied by.
+        scaling: what a GradScaler has done to the gradients. They stay scaled, unlike after the base optimizer's own step.
     """
     rule = RULES.get(type(base))
     if rule is None or perturbation.flatten or _is_watched(base) or not perturbation.fits(base.param_groups):
         return False
     if not all(rule.operation in bucket.backend.fused_steps for bucket in perturbation.buckets):
+        return False
+    grad_factor = _grad_factor(scaling, perturbation)
+    if grad_factor is None:
         return False
     table = array("d")
     for group in base.param_groups:
@@ -98,12 +102,27 @@ def fused_step(perturbation: Perturbation, base: Optimizer, grad_scale: float = 
         states.append(StateTensors(tensors, table))
     if not all(bucket.backend.collect_step(bucket, state) for bucket, state in zip(perturbation.buckets, states, strict=True)):
         return False
-    perturbation.restore_and_step(rule.operation, states, grad_scale)
+    perturbation.restore_and_step(rule.operation, states, grad_factor)
     for bucket, state in zip(perturbation.buckets, states, strict=True):
         for row, step in zip(bucket.rows, state.tensors.get("step", ()), strict=False):
             if step is not None and row.numel() == 0:
                 step += 1  # the kernels never come to a row without elements
     return True
+
+
+def _grad_factor(scaling: Scaling, perturbation: Perturbation) -> float | None:
+    """What gradients must be multiplied by; None if there must be no step, or if the base optimizer must see to it."""
+    if scaling.grad_scale is None and scaling.found_inf is None:
+        return 1.0
+    if any(tensor is not None and tensor.device.type != "cpu" for tensor in (scaling.grad_scale, scaling.found_inf)):
+        return None  # reading them would wait for the device
+    if scaling.found_inf is not None and float(scaling.found_inf) != 0.0:
+        return None
+    if scaling.grad_scale is None:
+        return 1.0
+    if any(bucket.dtype == torch.float16 for bucket in perturbation.buckets):
+        return None  # refused, see amp.step_base
+    return float(scaling.grad_scale.double().reciprocal().float())  # rounded as GradScaler does it
 
 
 def _is_watched(base: Optimizer) -> bool:

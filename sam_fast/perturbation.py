@@ -43,6 +43,12 @@ def exchange_sums(sums: Sequence[NormSum]) -> None:
             receiver.partials[slot].copy_(total, non_blocking=True)
 
 
+def _announce(written: list[Tensor]) -> None:
+    """Let autograd know of weights that kernels have written, and autocast, which keeps casts of the old ones while a region lasts."""
+    increment_version(written)
+    torch.clear_autocast_cache()
+
+
 class Perturbation:
     """Climbs to ``w + e`` and comes back to ``w``, over all parameters of all groups.
 
@@ -182,7 +188,7 @@ class Perturbation:
             for bucket, _, sums in self._bucket_sums:
                 bucket.backend.perturb(bucket, options, sums.partials, self.eps, sums.norm)
             self._touched = self._saved_params()
-            increment_version(self._touched)
+            _announce(self._touched)
         except BaseException:
             self.restore()
             raise
@@ -202,7 +208,7 @@ class Perturbation:
             lost = [text for flat in self.flats for text in flat.write_back(ids)]
             if lost:
                 error = error or shape_changed(lost)
-        increment_version(touched)
+        _announce(touched)
         self._touched = []
         self.active = error is not None and bool(self._saved_params())  # a kernel that could not be launched has restored nothing
         if error is not None:
@@ -216,7 +222,7 @@ class Perturbation:
             for bucket, state in zip(self.buckets, states, strict=True):
                 getattr(bucket.backend, operation)(bucket, state, grad_scale)
         finally:
-            increment_version([*touched, *stepped])
+            _announce([*touched, *stepped])
         self._touched = []
         self.active = False
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .amp import forget, scaling_of, step_base, tell_scaler
 from .backends import forced
 from .batchnorm import frozen_running_stats
 from .fused_step import fused_step
@@ -57,6 +58,7 @@ class SAM(Optimizer):
     """
 
     base_optimizer: Optimizer
+    _step_supports_amp_scaling = True  # a GradScaler calls step() even after an overflow: the weights must come back
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class SAM(Optimizer):
         _check_base(base)
         self.base_optimizer = base
         self.defaults = {**base.defaults, **self._sam_defaults}
-        self._random_state: RandomState | None = None
+        self._forget_first_pass()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
         self._prepare()
 
@@ -177,7 +179,7 @@ class SAM(Optimizer):
         state = dict(state)
         settings = state.pop("_perturbation")
         super().__setstate__(state)
-        self._random_state = None
+        self._forget_first_pass()
         self._perturbation = Perturbation(*settings)
         self._prepare()
 
@@ -216,6 +218,8 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb from w to ``w + e`` along the gradients of the first pass.
 
+        The gradients may be multiplied by any scale, as a GradScaler does: it cancels, but for ``perturb_eps``. Never unscale them here.
+
         Parameters without a gradient stay where they are. If the norm is not finite no parameter moves (the second pass is then an ordinary
         one at w); this is decided on the device.
 
@@ -245,34 +249,60 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, replay_rng: bool = False) -> Any:  # type: ignore[override]
         """The second step; or, with a closure, a whole SAM step.
 
-        Without a closure, while perturbed: restore w and step the base optimizer.
+        Without a closure, while perturbed: restore w and step the base optimizer. Called by a ``torch.amp.GradScaler``, the gradients are
+        unscaled first, and there is no step of the base optimizer if a gradient of either pass was not finite.
 
-        With a closure (which computes the loss, calls backward and returns the loss): if there are gradients that no step with a closure has
-        used and ``zero_grad`` has not zeroed, they are the first pass, and the closure is the second; otherwise the closure is called for both.
+        With a closure: if there are gradients that no step with a closure has used and ``zero_grad`` has not zeroed, they are the first pass,
+        and the closure is the second; otherwise the closure is called for both.
+
+        Args:
+            closure: computes the loss, calls backward and returns the loss.
+            replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the random state afterwards is
+                that after the first call.
 
         Returns:
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
 
         Raises:
-            RuntimeError: no closure and no first_step before; or a closure while perturbed. If the closure raises, w is restored.
+            RuntimeError: no closure and no first_step before; or a closure while perturbed, or from a GradScaler. If the closure raises, w is
+                restored.
+            ValueError: ``replay_rng`` where the closure would not be called for both passes.
         """
-        if closure is None:
-            self._require_perturbed("step() without a closure")
-            self._update()
-            return None
+        try:
+            return self._step_without_closure(replay_rng) if closure is None else self._step_with_closure(closure, replay_rng)
+        except BaseException:
+            forget(self)  # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
+            raise
+
+    def _step_without_closure(self, replay_rng: bool) -> None:
+        if replay_rng:
+            raise ValueError("step(replay_rng=True) needs a closure: without one use first_pass(model, replay_rng=True) and second_pass(model)")
+        self._require_perturbed("step() without a closure")
+        self._update()
+
+    def _step_with_closure(self, closure: Callable[[], Any], replay_rng: bool) -> Any:
         self._require_restored("step(closure)")
+        if hasattr(self, "found_inf"):
+            raise RuntimeError("GradScaler.step with a closure would not check the second gradient: use first_step() and scaler.step(optimizer)")
+        first_pass_done = self._has_new_gradients()
+        if replay_rng and first_pass_done:
+            raise ValueError(
+                "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not seen. Call zero_grad() to "
+                "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
+            )
+        random_state = RandomState.capture(self._devices()) if replay_rng else None
         with torch.enable_grad():
             loss = None
-            first_pass_done = self._has_new_gradients()
             try:
                 if not first_pass_done:
                     self.zero_grad()
                     loss = closure()
                 self.first_step(zero_grad=True)
-                second_loss = closure()
+                with random_state.replayed() if random_state is not None else nullcontext():
+                    second_loss = closure()
             except BaseException:
                 self.restore()
                 self._mark_spent()  # they belong to a step that was given up
@@ -282,16 +312,24 @@ class SAM(Optimizer):
         return second_loss if first_pass_done else loss
 
     def _update(self) -> None:
-        self._random_state = None  # a first pass that nobody replayed ends with its step
-        if not fused_step(self._perturbation, self.base_optimizer):
+        # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
+        scaling = scaling_of(self, None if self._own_gradient else self._perturbation.norm)
+        self._forget_first_pass()
+        if not fused_step(self._perturbation, self.base_optimizer, scaling):
             self._perturbation.restore()
-            self.base_optimizer.step()
+            step_base(self.base_optimizer, scaling)
+        tell_scaler(self, scaling)
 
     def restore(self) -> None:
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
-        self._random_state = None
+        self._forget_first_pass()
         if self._perturbation.active:
             self._perturbation.restore()
+
+    def _forget_first_pass(self) -> None:
+        """What ``first_pass`` was told holds for one step, replayed or not."""
+        self._random_state: RandomState | None = None
+        self._own_gradient = False  # the gradient of this rank alone
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
@@ -323,15 +361,17 @@ class SAM(Optimizer):
             model: the model, as it is called (the DDP wrapper where there is one).
             replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to start from, so that dropout
                 draws the same masks in both passes.
-            sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient).
+            sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient). With a
+                GradScaler, only the second pass then decides whether the update is skipped, since the ranks must agree.
         """
         self._require_restored("first_pass")
         self._random_state = RandomState.capture(self._devices()) if replay_rng else None
+        self._own_gradient = not sync
         try:
             with nullcontext() if sync else without_gradient_sync(model):
                 yield
         except BaseException:
-            self._random_state = None
+            self._forget_first_pass()
             raise
 
     @contextmanager

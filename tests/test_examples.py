@@ -13,7 +13,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "examples"
-LEARNING = ["two_calls", "closure", "second_pass", "gradient_accumulation"]
+LEARNING = ["two_calls", "closure", "second_pass", "gradient_accumulation", "mixed_precision"]
 ON_A_GPU = ["cuda_graph"]
 EXAMPLES = [*LEARNING, "resume", *ON_A_GPU]
 

@@ -336,3 +336,39 @@ def test_an_interrupted_step_can_be_repeated(monkeypatch):
     assert optimizer.perturbed
     optimizer.restore()
     assert same_bits(values(params), before)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
+    """A power of two changes no bit; an overflow in the second pass leaves weights and state as they were."""
+    params, twin = make_params([100, 3000]), make_params([100, 3000])
+    optimizer = SAM(params, torch.optim.AdamW, lr=0.1, perturb_eps=0.0)
+    plain = SAM(twin, torch.optim.AdamW, lr=0.1, perturb_eps=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+    scaler.scale(torch.ones(()))  # the scaler makes its scale when it is first used
+    for step in range(5):
+        overflows = step == 3
+        for each, own in ((plain, twin), (optimizer, params)):
+            if each is plain and overflows:
+                continue
+            factor = scaler.get_scale() if each is optimizer else 1.0
+            for seed, take in ((2 * step, "first"), (2 * step + 1, "second")):
+                give_gradients(own, seed)
+                for p in own:
+                    p.grad.mul_(factor)
+                if take == "first":
+                    each.first_step()
+            if each is plain:
+                each.second_step()
+                continue
+            if overflows:
+                own[1].grad[7] = float("inf")
+            scaler.step(each)
+            scaler.update()
+            assert not each.perturbed
+    assert scaler.get_scale() == scale / 2
+    # The first step of each is the base optimizer's, which makes the state; the one that overflowed is none.
+    assert taken == [False, False, True, True, True, True, False, True, True]
+    assert same_bits(values(params), values(twin))
+    for p, q in zip(params, twin, strict=True):
+        assert all(torch.equal(optimizer.state[p][name], plain.state[q][name]) for name in plain.state[q])

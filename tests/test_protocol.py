@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -317,6 +318,129 @@ def test_replay_draws_the_same_masks_and_the_stream_goes_on_as_if_nothing_had_be
 def test_without_replay_the_masks_differ():
     first, second, _ = dropout_masks(replay=False)
     assert not torch.equal(first, second)
+
+
+class Dropping:
+    """A closure that keeps its dropout masks, and raises in the call that it is told."""
+
+    def __init__(self, raises: int = 0) -> None:
+        torch.manual_seed(5)
+        self.model = nn.Sequential(nn.Linear(20, 50), nn.Dropout(0.5))
+        self.optimizer = SAM(self.model.parameters(), lr=0.1)
+        self.masks: list[torch.Tensor] = []
+        self.raises = raises
+
+    def __call__(self) -> None:
+        out = self.model(torch.ones(4, 20))
+        out.sum().backward()
+        self.masks.append(out == 0)
+        if len(self.masks) == self.raises:
+            raise RuntimeError("closure failed")
+
+
+def after_passes(passes: int) -> torch.Tensor:
+    """The random state after so many passes."""
+    with torch.random.fork_rng():
+        dropping = Dropping()
+        for _ in range(passes):
+            dropping()
+        return torch.get_rng_state()
+
+
+def test_replay_in_a_closure_draws_the_same_masks_in_both_passes_and_others_in_the_next_step():
+    dropping = Dropping()
+    for steps in range(1, 4):
+        dropping.optimizer.step(dropping, replay_rng=True)
+        assert torch.equal(torch.get_rng_state(), after_passes(steps))
+    masks = dropping.masks
+    assert all(torch.equal(masks[2 * i], masks[2 * i + 1]) for i in range(3))
+    assert not any(torch.equal(masks[2 * i], masks[2 * j]) for i in range(3) for j in range(i))
+
+
+def test_without_replay_a_closures_masks_differ():
+    dropping = Dropping()
+    dropping.optimizer.step(dropping)
+    assert not torch.equal(*dropping.masks)
+    assert torch.equal(torch.get_rng_state(), after_passes(2))
+
+
+def test_replay_in_a_closure_is_the_two_passes():
+    dropping, twin = Dropping(), Dropping()
+    twin.model.load_state_dict(dropping.model.state_dict())
+    torch.manual_seed(6)
+    dropping.optimizer.step(dropping, replay_rng=True)
+    torch.manual_seed(6)
+    with twin.optimizer.first_pass(twin.model, replay_rng=True):
+        twin()
+    twin.optimizer.first_step(zero_grad=True)
+    with twin.optimizer.second_pass(twin.model):
+        twin()
+    twin.optimizer.second_step()
+    assert same_bits(list(dropping.model.parameters()), list(twin.model.parameters()))
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["", "raises"])
+def test_the_stream_goes_on_where_a_closures_first_pass_ended_whatever_the_second_has_drawn(raises):
+    dropping = Dropping(raises=2 if raises else 0)
+
+    def closure() -> None:
+        if dropping.masks:
+            torch.rand(7)
+        dropping()
+
+    with contextlib.suppress(RuntimeError):
+        dropping.optimizer.step(closure, replay_rng=True)
+    assert len(dropping.masks) == 2
+    assert torch.equal(torch.get_rng_state(), after_passes(1))
+
+
+@pytest.mark.parametrize("raises", [1, 2], ids=["first-pass", "second-pass"])
+def test_a_closure_that_raises_leaves_the_stream_after_its_first_pass(raises):
+    dropping = Dropping(raises)
+    with pytest.raises(RuntimeError, match="closure failed"):
+        dropping.optimizer.step(dropping, replay_rng=True)
+    assert torch.equal(torch.get_rng_state(), after_passes(1))
+    dropping.optimizer.step(dropping)  # nothing of the step that was given up is replayed
+    assert not any(torch.equal(mask, dropping.masks[0]) for mask in dropping.masks[raises:])
+
+
+def test_replay_is_refused_where_the_first_pass_was_not_seen(flatten):
+    dropping = Dropping()
+    optimizer = SAM(dropping.model.parameters(), lr=0.1, flatten=flatten)
+    optimizer.zero_grad()
+    dropping()
+    before, state = values(list(dropping.model.parameters())), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"not seen.*first_pass\(model, replay_rng=True\)"):
+        optimizer.step(dropping, replay_rng=True)
+    assert len(dropping.masks) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same_bits(values(list(dropping.model.parameters())), before)
+    optimizer.step(dropping)  # the gradients are still there, and still the first pass
+    assert len(dropping.masks) == 2
+
+
+@pytest.mark.parametrize("perturbed", [True, False])
+def test_replay_without_a_closure_is_refused(perturbed):
+    dropping = Dropping()
+    dropping()
+    if perturbed:
+        dropping.optimizer.first_step()
+    with pytest.raises(ValueError, match="needs a closure"):
+        dropping.optimizer.step(replay_rng=True)
+    assert dropping.optimizer.perturbed is perturbed
+
+
+def test_replay_passes_through_schedulers_hooks_the_profiler_and_a_disabled_scaler():
+    dropping, seen = Dropping(), []
+    lr_scheduler.ConstantLR(dropping.optimizer)
+    dropping.optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(kwargs))
+    with torch.profiler.profile():
+        dropping.optimizer.step(dropping, replay_rng=True)
+        torch.amp.GradScaler("cpu", enabled=False).step(dropping.optimizer, dropping, replay_rng=True)
+    assert seen == [{"replay_rng": True}] * 2
+    masks = dropping.masks
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[2], masks[3])
 
 
 @pytest.mark.parametrize("end", ["second_step", "restore"])

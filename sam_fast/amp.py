@@ -1,0 +1,136 @@
+"""Mixed precision: a step whose gradients torch.amp.GradScaler has scaled, and which is skipped if either pass overflowed."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+ATTRIBUTES = ("grad_scale", "found_inf")
+"""What a GradScaler sets on an optimizer whose step knows what to do with scaled gradients, and removes after the step."""
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What the second step has to know about its gradients. Both are None without a scaler.
+
+    Args:
+        grad_scale: what the gradients are multiplied by (0-d, on a device), or None if they are not scaled (any more).
+        found_inf: 1.0 if there must be no update, because the gradients of either pass are not finite, else 0.0 (0-d float32, on a device).
+    """
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+def scaling_of(optimizer: Optimizer, norm: Tensor | None) -> Scaling:
+    """The scaling of the step that a GradScaler has just called, as tensors on the device: nothing waits for it.
+
+    Args:
+        optimizer: the optimizer that the scaler was given.
+        norm: the first pass's norm, which is not finite if one of the gradients that it covers is not; None if that must not count.
+    """
+    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is None:
+        return Scaling(grad_scale, None)
+    if not isinstance(found_inf, Tensor):
+        found_inf = torch.tensor(float(found_inf))  # the scaler found no gradients, and added nothing up
+    overflow = found_inf != 0
+    if norm is not None:
+        overflow |= ~norm.isfinite().to(overflow.device)
+    return Scaling(grad_scale, overflow.to(torch.float32))  # exactly 0 or 1: fused optimizers subtract it from their step counters
+
+
+def step_base(base: Optimizer, scaling: Scaling) -> None:
+    """Step the base optimizer with gradients that are scaled like this, unless there must be no update; its state is then untouched.
+
+    A base optimizer that can decide on the device (``fused=True``) does so, once it has its state. Otherwise the host reads ``found_inf``.
+
+    Raises:
+        ValueError: gradients in float16, where unscaling would lose the small ones, for a base optimizer that does not unscale them itself.
+    """
+    if scaling.grad_scale is None and scaling.found_inf is None:
+        base.step()
+        return
+    decides = getattr(base, "_step_supports_amp_scaling", False)
+    # A fused step that is skipped while it makes its state would leave one behind; SGD's momentum would be memory that nobody has written.
+    on_host = not decides or _lacks_state(base)
+    if on_host and scaling.found_inf is not None and scaling.found_inf.item():
+        return
+    if not decides:
+        if scaling.grad_scale is not None:
+            _unscale(base, scaling.grad_scale)
+        base.step()
+        return
+    try:
+        for name in ATTRIBUTES:
+            setattr(base, name, getattr(scaling, name))
+        base.step()
+    finally:
+        forget(base)
+
+
+def _lacks_state(base: Optimizer) -> bool:
+    # SGD without momentum never has any.
+    return any(p.grad is not None and not base.state.get(p) for group in base.param_groups if group.get("momentum") != 0 for p in group["params"])
+
+
+def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
+    """Divide the gradients by the scale, with the operation and the bits of GradScaler.unscale_."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for group in base.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                alike.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
+    if any(dtype == torch.float16 for _, dtype in alike):
+        raise ValueError("gradients in float16 are too small to be unscaled: keep float32 parameters and use autocast")
+    # The reciprocal in float64, as GradScaler takes it; MPS has none.
+    inverse = grad_scale.reciprocal() if grad_scale.device.type == "mps" else grad_scale.double().reciprocal().float()
+    for (device, _), grads in alike.items():
+        checked = torch.zeros((), device=device)  # the operation also looks for overflows: the scaler has done so already
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, checked, inverse.to(device))
+
+
+def tell_scaler(optimizer: Optimizer, scaling: Scaling) -> None:
+    """Let the next ``GradScaler.update()`` hear of an overflow in the first pass, which no gradient shows any more. Nothing waits for the device.
+
+    A scaler gives the optimizer the sum of what it has found, neither the tensors that update() reads nor itself. But it is up the call
+    stack; schedulers, hooks and profilers may lie between. If it is not to be found there, one warning says so.
+    """
+    found_inf = scaling.found_inf
+    if found_inf is None:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), GradScaler):
+            break
+        frame = frame.f_back
+    else:
+        _warn_once("step() was not called by torch.amp.GradScaler")
+        return
+    try:
+        scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"][found_inf.device] = found_inf
+    except (AttributeError, KeyError, TypeError) as error:
+        _warn_once(f"this version of {type(scaler).__name__} has other internals ({type(error).__name__}: {error})")
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        text = f"the gradient scaler cannot be told when only the first pass of SAM overflows, and will not reduce its scale then: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def forget(optimizer: Optimizer) -> None:
+    """Remove what a scaler has set."""
+    for name in ATTRIBUTES:
+        optimizer.__dict__.pop(name, None)
