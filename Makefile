@@ -26,6 +26,9 @@ $(VENV)/installed: $(SOURCES)
 	@sed -n 's/^ *sam_fast: /built: /p' $(VENV)/install.log | sort -u
 	touch $@
 
+# One thread, unless something else is asked for: the tensors are small, and idle OpenMP threads spin. The tests that need more set their number.
+test test-triton sanitize-cpu: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 	$(MAKE) test-cuda
