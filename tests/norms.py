@@ -9,6 +9,8 @@ import torch
 from cases import normal, same_bits
 from torch import Tensor, nn
 
+from sam_fast.passes import RandomState
+
 
 class MovingNorm(nn.Module):
     """A norm of somebody's own, with TensorFlow's names, that updates its statistics in place. No torch class but nn.Module in its family."""
@@ -95,12 +97,13 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.initial = copy.deepcopy(model)
-        self.passes: list[tuple[list[Tensor], Tensor, Tensor]] = []
+        self.passes: list[tuple[list[Tensor], Tensor, RandomState]] = []
 
     def first_pass(self, x: Tensor) -> None:
         """Call before every first pass."""
         # With the random state: a statistic behind dropout depends on its masks.
-        self.passes.append(([p.detach().clone() for p in self.model.parameters()], x, torch.get_rng_state()))
+        devices = {p.device for p in self.model.parameters()}
+        self.passes.append(([p.detach().clone() for p in self.model.parameters()], x, RandomState.capture(devices)))
 
     def replay(self) -> list[Tensor]:
         """Only the first passes, one after the other, in plain PyTorch."""
@@ -109,6 +112,6 @@ class Recorder:
             with torch.no_grad():
                 for p, w in zip(twin.parameters(), weights, strict=True):
                     p.copy_(w)
-            torch.set_rng_state(random_state)
+            random_state.apply()
             twin(x)
         return statistics(twin)

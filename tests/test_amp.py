@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,15 @@ BASES: dict[str, dict[str, Any]] = {
     "adamw-fused": {"base_optimizer": AdamW, "fused": True},
 }
 
-BATCHES = batches(20)
+
+@functools.cache
+def _batches(device: str) -> list[tuple[Tensor, Tensor]]:
+    return batches(20)
+
+
+def batch_of(i: int) -> tuple[Tensor, Tensor]:
+    """Batch i, on the default device."""
+    return _batches(str(torch.get_default_device()))[i]
 
 
 @pytest.fixture(params=BASES)
@@ -67,9 +76,9 @@ class Run:
 
     def step(self, batch: int, first: float | None = None, second: float | None = None) -> float:
         """One step with this batch; ``first`` and ``second`` are planted in the gradients of their pass. Returns the first loss."""
-        loss = self.backward(*BATCHES[batch], first)
+        loss = self.backward(*batch_of(batch), first)
         self.optimizer.first_step(zero_grad=True)
-        self.backward(*BATCHES[batch], second)
+        self.backward(*batch_of(batch), second)
         if self.clip:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), 0.5)
@@ -128,9 +137,9 @@ def test_unscale_is_gradscalers_own_to_the_bit(make: Make) -> None:
     """A base optimizer that is not fused sees the gradients as ``unscale_`` leaves them, at any scale."""
     runs = [make(BASES["sgd"], scaler_with(1000.0)) for _ in range(2)]
     for run in runs:
-        run.backward(*BATCHES[0], None)
+        run.backward(*batch_of(0), None)
         run.optimizer.first_step(zero_grad=True)
-        run.backward(*BATCHES[0], None)
+        run.backward(*batch_of(0), None)
     runs[1].scaler.unscale_(runs[1].optimizer)
     for run in runs:
         run.scaler.step(run.optimizer)
@@ -217,7 +226,7 @@ def test_without_gradient_synchronisation_only_the_second_pass_decides(make: Mak
     for run, plant in zip(runs, (INF, None), strict=True):
         run.step(0)
         with run.optimizer.first_pass(run.model, sync=False):
-            run.backward(*BATCHES[1], plant)
+            run.backward(*batch_of(1), plant)
         run.optimizer.first_step(zero_grad=True)
         run.model.zero_grad()
         for p in run.model.parameters():
@@ -285,9 +294,9 @@ def test_two_optimizers_share_a_scaler() -> None:
     scaler = scaler_with()
     runs = [Run(BASES["sgd"], scaler) for _ in range(2)]
     for run, plant in zip(runs, (INF, None), strict=True):
-        run.backward(*BATCHES[0], plant)
+        run.backward(*batch_of(0), plant)
         run.optimizer.first_step(zero_grad=True)
-        run.backward(*BATCHES[0], None)
+        run.backward(*batch_of(0), None)
     before = runs[0].weights
     for run in runs:
         scaler.step(run.optimizer)
@@ -321,9 +330,9 @@ def test_a_scaler_that_cannot_be_told_gets_one_warning_and_still_no_update(kind:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for plant in (INF, INF, None):
-            run.backward(*BATCHES[0], plant)
+            run.backward(*batch_of(0), plant)
             run.optimizer.first_step(zero_grad=True)
-            run.backward(*BATCHES[0], None)
+            run.backward(*batch_of(0), None)
             foreign.step(run.optimizer)
             run.optimizer.zero_grad()
             assert same_bits(run.weights, before) is (plant is not None)
@@ -355,11 +364,11 @@ def test_a_fused_base_optimizer_decides_on_the_device_once_it_has_its_state(
     monkeypatch.setattr(sam, "fused_step", lambda *_: False)
     run, reads = make(BASES[name], scaler_with()), []
     for plant in (None, None, INF):
-        run.backward(*BATCHES[0], plant)
+        run.backward(*batch_of(0), plant)
         with Reads() as reading:
             run.optimizer.first_step(zero_grad=True)
         assert reading.count == 0
-        run.backward(*BATCHES[0], None)
+        run.backward(*batch_of(0), None)
         with Reads() as reading:
             run.scaler.step(run.optimizer)
             run.scaler.update()
@@ -375,14 +384,14 @@ def test_a_disabled_scaler_is_no_scaler(make: Make, base: dict[str, Any]) -> Non
     run = make(base)
     run.step(0)
     assert not run.scaler.is_enabled()
-    run.scaler.step(run.optimizer, lambda: run.backward(*BATCHES[1], None))
+    run.scaler.step(run.optimizer, lambda: run.backward(*batch_of(1), None))
     assert not run.optimizer.perturbed
 
 
 def test_a_closure_is_refused_and_nothing_is_left_behind() -> None:
     plain, run = Run(BASES["sgd"]), Run(BASES["sgd"], scaler_with())
     before = run.weights
-    run.backward(*BATCHES[0], None)
+    run.backward(*batch_of(0), None)
     with pytest.raises(RuntimeError, match=r"first_step\(\) and scaler\.step"):
         run.scaler.step(run.optimizer, lambda: None)
     with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
@@ -397,7 +406,7 @@ def test_a_closure_is_refused_and_nothing_is_left_behind() -> None:
 
 def test_a_step_without_first_step_says_so_and_leaves_no_scale_behind(make: Make, base: dict[str, Any]) -> None:
     plain, run = make(base), make(base, scaler_with())
-    run.backward(*BATCHES[0], None)
+    run.backward(*batch_of(0), None)
     with pytest.raises(RuntimeError, match="first_step"):
         run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -409,7 +418,7 @@ def test_a_step_without_first_step_says_so_and_leaves_no_scale_behind(make: Make
 
 def test_unscale_before_first_step_and_again_is_refused_by_torch() -> None:
     run = Run(BASES["sgd"], scaler_with(), clip=True)
-    run.backward(*BATCHES[0], None)
+    run.backward(*batch_of(0), None)
     run.scaler.unscale_(run.optimizer)
     run.optimizer.first_step(zero_grad=True)
     with pytest.raises(RuntimeError, match="already been called"):
@@ -453,7 +462,7 @@ def test_gradients_in_float16_are_refused_as_by_torch(backend: str) -> None:
 def test_no_gradient_in_the_second_pass(base: dict[str, Any], first: float | None) -> None:
     run = Run(base, scaler_with())
     before = run.weights
-    run.backward(*BATCHES[0], first)
+    run.backward(*batch_of(0), first)
     run.optimizer.first_step(zero_grad=True)
     run.scaler.step(run.optimizer)
     run.scaler.update()

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,17 +40,19 @@ needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="NOT CHECKED: the
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """Every operation compiled for every architecture, warnings being errors."""
     folder = tmp_path_factory.mktemp("cubins")
-    found = {}
-    for architecture in ARCHITECTURES:
-        for operation in OPERATIONS:
-            out = folder / f"{operation}_{architecture}.cubin"
-            command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
-            done = subprocess.run(
-                [*command, "-cubin", str(CSRC / "cuda" / f"{operation}.cu"), "-o", str(out)], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            found[operation, architecture] = out
-    return found
+
+    def compile_one(case: tuple[str, str]) -> Path:
+        operation, architecture = case
+        out = folder / f"{operation}_{architecture}.cubin"
+        command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
+        command += ["-cubin", str(CSRC / "cuda" / f"{operation}.cu"), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return out
+
+    cases = [(operation, architecture) for architecture in ARCHITECTURES for operation in OPERATIONS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(cases, pool.map(compile_one, cases), strict=True))
 
 
 def dump(cubin: Path, *options: str) -> str:

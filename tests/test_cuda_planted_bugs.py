@@ -63,7 +63,7 @@ def test_a_planted_bug_is_caught(tmp_path, sanitizer, file, right, wrong, report
     source = (csrc / "cuda" / file).read_text()
     assert source.count(right) == 1
     (csrc / "cuda" / file).write_text(source.replace(right, wrong))
-    module = emulation.build(tmp_path / "_cuda.so", {"tsan": "thread", "asan": "address"}[sanitizer], csrc)
+    module = emulation.build(tmp_path / "_cuda.so", {"tsan": "thread", "asan": "address"}[sanitizer], csrc, optimize=0)
     done = run_kernel_tests(module, sanitizer, "test_one_tensor and (1009 or 100003) and float32")
     assert done.returncode != 0
     assert report in done.stdout + done.stderr

@@ -32,7 +32,8 @@ def test_the_measuring_program_runs_and_its_figures_are_written(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     measured = json.loads(figures.read_text())
     groups = {figure["group"] for figure in measured["figures"]}
-    assert groups == {"first_step", "host time of first_step", "grad_norm", "perturb", "restore", "first_step + restore + SGD"}
+    operations = {"grad_norm", "perturb", "restore"}
+    assert groups == {"first_step", "first_step with its launches", "host time of first_step", *operations, "first_step + restore + SGD"}
     path = gpu_check.write_results(tmp_path / "results", MACHINE, [gpu_check.Step("build", "passed", 3.0, "fine")], measured)
     assert path.name == "nvidia-test-80gb.json"
     saved = json.loads(path.read_text())
@@ -43,16 +44,18 @@ def test_the_measuring_program_runs_and_its_figures_are_written(tmp_path):
     assert "order of perturb: not run" in table
 
 
-def test_steps_end_as_passed_failed_or_not_run_with_the_reason():
-    check = gpu_check.Check(minutes=1)
+def test_steps_end_as_passed_failed_or_not_run_with_the_reason(tmp_path):
+    check = gpu_check.Check(1, tmp_path, ["good", "bad", "missing", "slow", "late"])
     assert check.run("good", [sys.executable, "-c", "print('well')"], 30).state == "passed"
     bad = check.run("bad", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"], 30)
     assert (bad.state, bad.detail) == ("failed", "why")
     missing = check.run("missing", ["no-such-tool-anywhere"], 30)
     assert (missing.state, missing.detail) == ("not run", "no-such-tool-anywhere is not installed")
-    slow = check.run("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 6)
+    slow = check.run("slow", [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"], 6)
     assert slow.state == "failed"
     assert "stopped after 6 s" in slow.detail
+    assert check.run("other", [sys.executable], 30).detail == "not asked for (--only)"
+    assert (tmp_path / "bad.log").read_text() == "why\n"
     check.deadline = 0.0
     assert check.run("late", [sys.executable, "-c", ""], 30).detail == "the time was up"
 

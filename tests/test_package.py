@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -130,15 +131,32 @@ def test_an_architecture_that_is_none_is_an_error(checkout, tmp_path):
     assert "TORCH_CUDA_ARCH_LIST names 'hopper': use numbers such as 8.0" in refused(checkout, tmp_path, TORCH_CUDA_ARCH_LIST="hopper")
 
 
-@pytest.mark.slow
-def test_an_nvcc_that_does_not_work_is_left_out_with_a_warning(checkout, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\nexit 1\n")
-    nvcc.chmod(0o755)
-    output = run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-v", "-w", tmp_path, cwd=checkout, CUDA_HOME=str(tmp_path))
-    assert "sam_fast: WARNING" in output
-    assert "sam_fast._cpu: built; sam_fast._cuda: not built: the build with" in output
+def test_an_nvcc_that_does_not_work_is_left_out_with_a_warning(tmp_path, monkeypatch, capsys):
+    """setup.py itself, with CMake replaced: it fails where it is to build the CUDA module."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    command = setup["CMakeBuild"](setuptools.Distribution({"ext_modules": [setuptools.Extension("sam_fast._cpu", sources=[])]}))
+    command.extensions = [setuptools.Extension("sam_fast._cpu", sources=[])]
+    command.get_ext_fullpath = lambda _: str(tmp_path / "sam_fast" / "_cpu.so")
+    calls = []
+
+    def cmake(target: Path, options: list[str]) -> None:
+        calls.append(options)
+        if options:
+            raise subprocess.CalledProcessError(1, "cmake")
+
+    command.cmake = cmake
+    monkeypatch.setitem(setup["CMakeBuild"].run.__globals__, "NVCC", "/somewhere/nvcc")
+    command.run()
+    output = capsys.readouterr().out
+    assert "WARNING: /somewhere/nvcc was found, but building with it failed" in output
+    assert "sam_fast._cpu: built; sam_fast._cuda: not built: the build with /somewhere/nvcc failed" in output
+    assert "-DSAM_FAST_CUDA=ON" in calls[0]
+    assert calls[1] == []
+    monkeypatch.setitem(setup["CMakeBuild"].run.__globals__, "CUDA", "1")
+    with pytest.raises(SystemExit, match="SAM_FAST_CUDA=0 leaves the CUDA kernels out"):
+        command.run()
 
 
 @pytest.mark.slow

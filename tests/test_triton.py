@@ -390,3 +390,11 @@ def test_used_first_in_inference_mode():
         p.data.zero_()
     TRITON.restore(bucket)
     assert same_bits(values(params), before)
+
+
+def test_what_is_uploaded_is_on_the_host_whatever_the_default_device():
+    torch.set_default_device("meta")
+    try:
+        assert backend.Upload(torch.device("cpu"))._new_host(3).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)

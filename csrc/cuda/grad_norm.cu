@@ -82,6 +82,7 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile& tile, double eta)
     if constexpr (Adaptive) w_vectors[k] = load_vector<false>(w + k * kThreads * kSize);
   }
   Compute sums[kVectorsPerThread];
+  bool zero = true;
 #pragma unroll
   for (int k = 0; k < kVectorsPerThread; ++k) {
     Compute squares[kSize];
@@ -89,7 +90,9 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile& tile, double eta)
     for (int i = 0; i < kSize; ++i) {
       Compute weight{};
       if constexpr (Adaptive) weight = T::widen(w_vectors[k].element[i]);
-      squares[i] = squared_term<Compute, Adaptive>(weight, T::widen(g_vectors[k].element[i]), static_cast<Compute>(eta));
+      const Compute grad = T::widen(g_vectors[k].element[i]);
+      zero = zero && grad == Compute{};
+      squares[i] = squared_term<Compute, Adaptive>(weight, grad, static_cast<Compute>(eta));
     }
 #pragma unroll
     for (int half = kSize / 2; half > 0; half /= 2)
@@ -101,7 +104,9 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile& tile, double eta)
   for (int half = kVectorsPerThread / 2; half > 0; half /= 2)
 #pragma unroll
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  const bool trusted = sizeof(Compute) == sizeof(double) || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
+  // A sum of zero is right where every gradient is: rows that took no part in the loss are common, and not worth a second look.
+  const bool nothing = zero && sums[0] == Compute{};
+  const bool trusted = sizeof(Compute) == sizeof(double) || nothing || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
   return trusted ? static_cast<double>(sums[0]) : sum_in_float64<T, Adaptive>(w, g, eta);
 }
 

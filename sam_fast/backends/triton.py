@@ -134,7 +134,7 @@ class Upload:
         copies.device.copy_(copies.host, non_blocking=True)
 
     def _new_host(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.int64, pin_memory=self.device.type != "cpu")
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
 
     def _new(self, count: int) -> _Copies:
         return _Copies(self._new_host(count), torch.empty(count, dtype=torch.int64, device=self.device))

@@ -28,3 +28,12 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
     if name not in GPU_BACKENDS:
         pytest.skip(f"NOT CHECKED: the {name} backend cannot be used here: {backends.why_not().get(name)}")
     return name
+
+
+@pytest.fixture(params=["cuda", "triton", "torch"])
+def gpu_backend_or_torch(request: pytest.FixtureRequest) -> str:
+    """As ``gpu_backend``, and the torch backend, which serves parameters that share memory or have gaps."""
+    name = str(request.param)
+    if name != "torch" and name not in GPU_BACKENDS:
+        pytest.skip(f"NOT CHECKED: the {name} backend cannot be used here: {backends.why_not().get(name)}")
+    return name

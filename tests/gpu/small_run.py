@@ -30,11 +30,21 @@ def main() -> None:
             if gradient == "nan":
                 params[3].grad[0] = float("nan")
             if gradient == "none":
+                params[3].grad[0] = 0.0
                 for p in params[::2]:
                     p.grad = None
             optimizer.first_step()
             optimizer.restore()
             assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    for number in (130, 820):  # kernel arguments of 32 KB, and more rows than fit into them
+        many = [torch.nn.Parameter(torch.randn(1 + 67 * i % 5000, device="cuda")) for i in range(number)]
+        for p in many:
+            p.grad = torch.randn_like(p)
+        before = [p.detach().clone() for p in many]
+        optimizer = SAM(many, lr=0.0, backend="cuda")
+        optimizer.first_step()
+        optimizer.restore()
+        assert all(torch.equal(p, w) for p, w in zip(many, before, strict=True))
     model = torch.nn.Sequential(*(torch.nn.BatchNorm1d(n) for n in (1, 17, 300))).cuda()
     snapshot = BatchNormSnapshot(model)
     snapshot.save()
