@@ -13,7 +13,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test test-main test-stand-ins test-cuda test-triton gpu-check demo bench lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-main test-cuda test-triton gpu-check demo bench lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -30,17 +30,14 @@ $(VENV)/installed: $(SOURCES)
 # One thread, unless something else is asked for: the tensors are small, and idle OpenMP threads spin. The tests that need more set their number.
 test-main test-triton sanitize-cpu: export OMP_NUM_THREADS ?= 1
 
-# Two processes side by side, each target's output in one piece.
 test: $(VENV)/installed
-	$(MAKE) --no-print-directory -j2 -Otarget test-main test-stand-ins
-
-test-main: $(VENV)/installed
-	$(BIN)/python -m pytest
-
-# What stands in for a GPU.
-test-stand-ins: $(VENV)/installed
+	$(MAKE) --no-print-directory test-main
 	$(MAKE) --no-print-directory test-cuda
 	$(MAKE) --no-print-directory test-triton
+
+# Files share out over two processes.
+test-main: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The CUDA kernels, compiled by the C++ compiler and executed on the CPU (tests/cuda_emulation).
 EMULATION = $(VENV)/emulation
@@ -51,12 +48,12 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 	$(BIN)/python tests/cuda_emulation/build.py $@ $(if $(filter-out plain,$*),--sanitize $*)
 
 test-cuda: $(EMULATION)/plain/_cuda.so
-	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py test_amp.py \
+	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py \
 		test_batchnorm_training.py
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
-	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest tests/kernels tests/test_triton.py tests/test_weights.py tests/test_protocol.py
+	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/test_triton.py tests/test_weights.py tests/test_protocol.py
 
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo
@@ -84,8 +81,7 @@ $(VENV)-sanitize/installed: $(SOURCES) $(shell find sam_fast -name '*.py')
 # Preloaded into an ordinary Python: the runtime libraries of g++'s sanitizers.
 RUNTIME = $(shell $(or $(CXX),g++) -print-file-name=lib$(1).so)
 
-sanitize: $(VENV)/installed
-	$(MAKE) --no-print-directory -j2 -Otarget sanitize-cpu sanitize-cuda
+sanitize: sanitize-cpu sanitize-cuda
 
 sanitize-cpu: $(VENV)-sanitize/installed
 	cd tests && LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
