@@ -71,11 +71,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A second environment whose native module is instrumented; Python itself is not, so the runtime library is preloaded.
-$(VENV)-sanitize/installed: $(SOURCES) $(shell find sam_fast -name '*.py')
-	$(PYTHON) -m venv $(VENV)-sanitize
-	$(VENV)-sanitize/bin/python $(PIP_INSTALL) --quiet torch pytest numpy
-	SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=address,undefined $(VENV)-sanitize/bin/python $(PIP_INSTALL) --quiet .
+# A second copy of the package, whose native module is instrumented; it goes before the installed one (PYTHONPATH). Python itself is not
+# instrumented, so the runtime library is preloaded.
+SANITIZED = $(abspath $(VENV))/sanitized
+$(VENV)/sanitized/installed: $(VENV)/installed $(SOURCES) $(shell find sam_fast -name '*.py')
+	rm -rf $(SANITIZED)
+	SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=address,undefined $(BIN)/python $(PIP_INSTALL) --quiet --no-deps --target $(SANITIZED) .
 	touch $@
 
 # Preloaded into an ordinary Python: the runtime libraries of g++'s sanitizers.
@@ -83,10 +84,10 @@ RUNTIME = $(shell $(or $(CXX),g++) -print-file-name=lib$(1).so)
 
 sanitize: sanitize-cpu sanitize-cuda
 
-sanitize-cpu: $(VENV)-sanitize/installed
-	cd tests && LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
+sanitize-cpu: $(VENV)/sanitized/installed
+	cd tests && PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SAM_FAST_EXPECT_SANITIZER=address,undefined \
-		../$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider --capture=sys kernels
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys kernels
 
 # ThreadSanitizer needs certain address ranges, which randomization may take (setarch -R). It sees float32 only: races do not depend on the dtype,
 # and it takes its time. PYTEST_THREADS= runs everything under it.
@@ -98,4 +99,4 @@ sanitize-cuda: $(EMULATION)/address,undefined/_cuda.so $(EMULATION)/thread/_cuda
 		setarch -R $(PYTEST_EMULATED) --capture=sys kernels $(PYTEST_THREADS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-sanitize build dist *.egg-info sam_fast/*.so sam_fast/_build_info.json
+	rm -rf $(VENV) build dist *.egg-info sam_fast/*.so sam_fast/_build_info.json
