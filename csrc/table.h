@@ -58,4 +58,10 @@ struct AdamGroup {
   double maximize;
 };
 
+// How new weights in a 16-bit format are rounded: to nearest, or stochastically (rounding.h).
+struct Rounding {
+  bool stochastic;
+  uint32_t key;
+};
+
 }  // namespace sam

@@ -30,6 +30,14 @@ class Scaling:
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
+    def grad_factor(self) -> float:
+        """What gradients must be multiplied by. Waits for the device."""
+        return 1.0 if self.grad_scale is None else float(inverse_scale(self.grad_scale))
+
+    def on(self, device: torch.device) -> Scaling:
+        """The same on another device; nothing waits."""
+        return Scaling(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.grad_scale, self.found_inf)))
+
 
 def scaling_of(optimizer: Optimizer, norm: Tensor | None) -> Scaling:
     """The scaling of the step that a GradScaler has just called, as tensors on the device: nothing waits for it.
@@ -79,6 +87,11 @@ def step_base(base: Optimizer, scaling: Scaling) -> None:
         forget(base)
 
 
+def inverse_scale(grad_scale: Tensor) -> Tensor:
+    """The reciprocal, in float64 as GradScaler takes it (MPS has none), then float32."""
+    return grad_scale.reciprocal() if grad_scale.device.type == "mps" else grad_scale.double().reciprocal().float()
+
+
 def _lacks_state(base: Optimizer) -> bool:
     # SGD without momentum never has any.
     return any(p.grad is not None and not base.state.get(p) for group in base.param_groups if group.get("momentum") != 0 for p in group["params"])
@@ -93,8 +106,7 @@ def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
                 alike.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
     if any(dtype == torch.float16 for _, dtype in alike):
         raise ValueError("gradients in float16 are too small to be unscaled: keep float32 parameters and use autocast")
-    # The reciprocal in float64, as GradScaler takes it; MPS has none.
-    inverse = grad_scale.reciprocal() if grad_scale.device.type == "mps" else grad_scale.double().reciprocal().float()
+    inverse = inverse_scale(grad_scale)
     for (device, _), grads in alike.items():
         checked = torch.zeros((), device=device)  # the operation also looks for overflows: the scaler has done so already
         torch._amp_foreach_non_finite_check_and_unscale_(grads, checked, inverse.to(device))

@@ -69,9 +69,17 @@ class Bucket:
         groups: for each row the index of its parameter group; ascending.
         backend: the kernels that serve the bucket. Its ``attach`` adds ``table``, whatever that backend needs to find the rows.
         params: for each row the parameters it stands for; by default the row itself. Their version counters follow the row's.
+        backup: another bucket with the same elements in the same slots, whose backup is this one's too.
     """
 
-    def __init__(self, rows: Sequence[Tensor], groups: Sequence[int], backend: Backend, params: Sequence[list[Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Tensor],
+        groups: Sequence[int],
+        backend: Backend,
+        params: Sequence[list[Tensor]] | None = None,
+        backup: Bucket | None = None,
+    ) -> None:
         self.rows = list(rows)
         self.groups = list(groups)
         self.backend = backend
@@ -86,6 +94,7 @@ class Bucket:
         self._layouts = [dense_layout(row) for row in self.rows]
         self.params = [[row] for row in self.rows] if params is None else list(params)
         self.all_params = [p for row in self.params for p in row]
+        self._backup = backup
         self.table: Any = backend.attach(self)
 
     @cached_property
@@ -113,8 +122,15 @@ class Bucket:
     @cached_property
     def flat(self) -> Tensor:
         """The backup: ``numel`` elements, allocated at first use and kept."""
+        if self._backup is not None:
+            return self._backup.flat
         with torch.inference_mode(False):  # first used in inference mode, it must still be writable outside
             return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+
+    def by_parameter(self) -> Bucket:
+        """A bucket whose rows are the parameters that this one's rows stand for, with this one's backup."""
+        groups = [group for group, params in zip(self.groups, self.params, strict=True) for _ in params]
+        return Bucket(self.all_params, groups, self.backend, backup=self)
 
     @cached_property
     def flat_rows(self) -> list[Tensor]:

@@ -1,14 +1,16 @@
 """The second step in one pass: put the weights back and step as SGD, Adam or AdamW does, for base optimizers that are exactly these.
 
 The state stays the base optimizer's own, in its format, so that checkpoints move freely between SAM(AdamW) and AdamW. Whatever a kernel does not
-do goes through ``restore`` and ``base_optimizer.step()``: other optimizers and their subclasses, hooks, the options listed below, ``flatten=True``,
-and the steps in which the base optimizer has yet to make a parameter's state.
+do goes through ``restore`` and ``base_optimizer.step()``: other optimizers and their subclasses, hooks, ``differentiable=True``, and the steps in
+which the base optimizer has yet to make a parameter's state.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,57 +74,47 @@ RULES: dict[type[Optimizer], Rule] = {
 """Exact class of the base optimizer -> its rule."""
 
 
-def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling) -> bool:
+def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, rounding_key: int | None = None) -> bool:
     """Restore the weights and take the base optimizer's step in one pass. False if that cannot be done: then nothing has been changed.
 
     Args:
         perturbation: the weights are at ``w + e``; afterwards they are not.
         base: the base optimizer, whose options and state are used.
         scaling: what a GradScaler has done to the gradients. They stay scaled, unlike after the base optimizer's own step.
+        rounding_key: that of the new weights' stochastic rounding (:mod:`sam_fast.rounding`), or None.
     """
     rule = RULES.get(type(base))
-    if rule is None or perturbation.flatten or _is_watched(base) or not perturbation.fits(base.param_groups):
+    if rule is None or _is_watched(base) or not perturbation.fits(base.param_groups):
         return False
-    if not all(rule.operation in bucket.backend.fused_steps for bucket in perturbation.buckets):
+    buckets = perturbation.step_buckets()
+    if buckets is None or not all(rule.operation in bucket.backend.fused_steps for bucket in buckets):
         return False
-    grad_factor = _grad_factor(scaling, perturbation)
-    if grad_factor is None:
+    ready = _on_host(scaling, buckets)
+    if ready is None or (ready.found_inf is not None and not all(bucket.backend.decides_on_device for bucket in buckets)):
         return False
-    table = array("d")
-    for group in base.param_groups:
-        values = rule.options(group)
-        if group.get("differentiable") or group.get("capturable") or not all(map(_is_number, values)):
-            return False
-        table.extend(map(float, values))
     states = []
-    for bucket in perturbation.buckets:
-        tensors = _state_of(bucket, base, rule)
-        if tensors is None:
+    for bucket in buckets:
+        state = _state_of(bucket, base, rule, rounding_key)
+        if state is None or (ready.found_inf is not None and "step" in state.tensors and not state.device_steps):
             return False
-        states.append(StateTensors(tensors, table))
-    if not all(bucket.backend.collect_step(bucket, state) for bucket, state in zip(perturbation.buckets, states, strict=True)):
+        states.append(state)
+    if not all(bucket.backend.collect_step(bucket, state) for bucket, state in zip(buckets, states, strict=True)):
         return False
-    perturbation.restore_and_step(rule.operation, states, grad_factor)
-    for bucket, state in zip(perturbation.buckets, states, strict=True):
+    perturbation.restore_and_step(rule.operation, buckets, states, ready)
+    for bucket, state in zip(buckets, states, strict=True):
         for row, step in zip(bucket.rows, state.tensors.get("step", ()), strict=False):
-            if step is not None and row.numel() == 0:
+            if step is not None and row.numel() == 0 and not state.device_steps:
                 step += 1  # the kernels never come to a row without elements
     return True
 
 
-def _grad_factor(scaling: Scaling, perturbation: Perturbation) -> float | None:
-    """What gradients must be multiplied by; None if there must be no step, or if the base optimizer must see to it."""
-    if scaling.grad_scale is None and scaling.found_inf is None:
-        return 1.0
-    if any(tensor is not None and tensor.device.type != "cpu" for tensor in (scaling.grad_scale, scaling.found_inf)):
-        return None  # reading them would wait for the device
-    if scaling.found_inf is not None and float(scaling.found_inf) != 0.0:
-        return None
-    if scaling.grad_scale is None:
-        return 1.0
-    if any(bucket.dtype == torch.float16 for bucket in perturbation.buckets):
+def _on_host(scaling: Scaling, buckets: Sequence[Bucket]) -> Scaling | None:
+    """The scaling as the kernels take it: what is on the host is decided here. None if there must be no step, or if the base must see to it."""
+    if scaling.grad_scale is not None and any(bucket.dtype == torch.float16 for bucket in buckets):
         return None  # refused, see amp.step_base
-    return float(scaling.grad_scale.double().reciprocal().float())  # rounded as GradScaler does it
+    if scaling.found_inf is None or scaling.found_inf.device.type != "cpu":
+        return scaling
+    return None if float(scaling.found_inf) != 0.0 else Scaling(scaling.grad_scale, None)
 
 
 def _is_watched(base: Optimizer) -> bool:
@@ -138,8 +130,34 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _state_of(bucket: Bucket, base: Optimizer, rule: Rule) -> dict[str, list[Tensor | None]] | None:
-    """The state of every row that has a gradient; None if one of them has no complete state yet."""
+def _options_of(bucket: Bucket, base: Optimizer, rule: Rule) -> tuple[array[float], list[Tensor | None]] | None:
+    """The table of all groups' options, and the learning rates that are on the bucket's device; None if a kernel cannot take one."""
+    table = array("d")
+    learning_rates: list[Tensor | None] = []
+    present = set(bucket.groups)
+    for index, group in enumerate(base.param_groups):
+        lr, *others = rule.options(group)
+        if index not in present:
+            learning_rates.append(None)
+            table.extend([math.nan] * (1 + len(others)))
+            continue
+        if group.get("differentiable") or (group.get("capturable") and bucket.device.type == "cpu") or not all(map(_is_number, others)):
+            return None
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        if on_device and (lr.device != bucket.device or lr.numel() != 1 or lr.requires_grad or lr.dtype not in (torch.float32, torch.float64)):
+            return None
+        if not on_device and not _is_number(lr):
+            return None
+        learning_rates.append(lr if on_device else None)
+        table.extend((math.nan if on_device else float(lr), *map(float, others)))
+    return table, learning_rates if any(lr is not None for lr in learning_rates) else []
+
+
+def _state_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | None) -> StateTensors | None:
+    """The options, and the state of every row that has a gradient; None if one of them has no complete state yet."""
+    options = _options_of(bucket, base, rule)
+    if options is None:
+        return None
     names = [rule.state_names(group) for group in base.param_groups]
     found: dict[str, list[Tensor | None]] = {name: [None] * len(bucket.rows) for name in rule.all_names}
     for index, (row, group) in enumerate(zip(bucket.rows, bucket.groups, strict=True)):
@@ -151,4 +169,11 @@ def _state_of(bucket: Bucket, base: Optimizer, rule: Rule) -> dict[str, list[Ten
             if not isinstance(tensor, Tensor):
                 return None
             found[name][index] = tensor
-    return found
+    on_host = {step.device.type == "cpu" for step in found.get("step", ()) if step is not None}
+    if len(on_host) > 1:
+        return None
+    device_steps = False in on_host
+    if True in on_host and bucket.device.type == "cuda":
+        base._cuda_graph_capture_health_check()  # a counter on the host would stand still in a graph: raises, as base.step() does
+    table, learning_rates = options
+    return StateTensors(found, table, learning_rates, device_steps, rounding_key)

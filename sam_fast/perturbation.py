@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from .amp import Scaling
 from .backends import BACKENDS, GroupOptions, choose, forced
 from .backends.base import Backend, StateTensors, shape_changed
 from .bucket import Bucket, overlapping
@@ -70,6 +71,7 @@ class Perturbation:
         self._known: list[list[Tensor]] = []
         self._touched: list[Tensor] = []
         self.measured = False
+        self._by_parameter: dict[Bucket, Bucket] = {}
 
     @property
     def norm(self) -> Tensor:
@@ -77,6 +79,10 @@ class Perturbation:
         for found in self._sums.values():
             return found.norm
         return torch.zeros((), dtype=torch.float64)
+
+    def holds(self, dtypes: Sequence[torch.dtype]) -> bool:
+        """Whether there are parameters of one of these dtypes."""
+        return any(bucket.dtype in dtypes for bucket in self.buckets)
 
     # ---- Buckets ---------------------------------------------------------------------------------------------------------------------
 
@@ -143,6 +149,16 @@ class Perturbation:
         self.flats = kept
         self.buckets = [Bucket(flat.rows, flat.row_groups, choose(flat.rows[0], self.backend), flat.row_params) for flat in kept]
 
+    def step_buckets(self) -> list[Bucket] | None:
+        """For each bucket the one that a fused second step works on, whose rows are parameters; None if parameters have left their flat buffer."""
+        if not self.flatten:
+            return self.buckets
+        if not all(flat.intact() for flat in self.flats):
+            return None
+        if list(self._by_parameter) != self.buckets:
+            self._by_parameter = {bucket: bucket.by_parameter() for bucket in self.buckets}
+        return list(self._by_parameter.values())
+
     def _build_sums(self) -> None:
         counts: dict[torch.device, int] = {}
         for bucket in self.buckets:
@@ -169,10 +185,15 @@ class Perturbation:
             flat.collect_grads()
         return all(bucket.backend.collect(bucket, options) for bucket in self.buckets)
 
-    def climb(self, param_groups: ParamGroups) -> None:
-        """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were."""
+    def climb(self, param_groups: ParamGroups, rounding_key: int | None = None) -> None:
+        """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were.
+
+        Args:
+            param_groups: those of the optimizer.
+            rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
+        """
         self.prepare(param_groups)
-        options = GroupOptions(param_groups)
+        options = GroupOptions(param_groups, rounding_key)
         if not self._collect(options):
             # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they are now.
             self._build(param_groups)
@@ -214,13 +235,17 @@ class Perturbation:
         if error is not None:
             raise error
 
-    def restore_and_step(self, operation: str, states: Sequence[StateTensors], grad_scale: float) -> None:
-        """Run ``restore_sgd`` or ``restore_adam`` on every bucket; ``states`` have been collected, one for each."""
-        stepped = [p for bucket in self.buckets for p in bucket.all_params if p.grad is not None]
+    def restore_and_step(self, operation: str, buckets: Sequence[Bucket], states: Sequence[StateTensors], scaling: Scaling) -> None:
+        """Run ``restore_sgd`` or ``restore_adam`` on every one of ``step_buckets()``; they and ``states`` have been collected."""
+        stepped = [p for bucket in buckets for p in bucket.all_params if p.grad is not None]
         touched = self._touched or self._saved_params()
         try:
-            for bucket, state in zip(self.buckets, states, strict=True):
-                getattr(bucket.backend, operation)(bucket, state, grad_scale)
+            for source, bucket, state in zip(self.buckets, buckets, states, strict=True):
+                if bucket is not source:
+                    bucket.backend.share_saved(bucket, source)
+                getattr(bucket.backend, operation)(bucket, state, scaling.on(bucket.device))
+                if bucket is not source:
+                    source.backend.release(source)
         finally:
             _announce([*touched, *stepped])
         self._touched = []

@@ -18,9 +18,16 @@ from .batchnorm import frozen_running_stats
 from .fused_step import fused_step
 from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
+from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 
 OPTIONS = ("rho", "adaptive", "eta", "perturb")
 """The options that SAM adds to every parameter group."""
+
+ROUNDING_STEP = "rounding_step"
+"""Entry of every parameter group where weights are rounded stochastically: the number of first_steps so far, from which the rounding is drawn."""
+
+STOCHASTIC_ROUNDING_DEFAULT = False
+"""What ``stochastic_rounding=None`` means."""
 
 SPENT = "_sam_fast_spent"
 """Attribute of a gradient tensor: its version when it was last used or zeroed. A gradient that still has that version is not a new one."""
@@ -49,6 +56,8 @@ class SAM(Optimizer):
         perturb_eps: added to the norm; at least 0.
         flatten: make parameters and gradients views of flat buffers. Faster for many small parameters; gradients are then zero, not None.
         backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each parameter.
+        stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e`` right on average, and with
+            a fused second step the new weights too; False rounds to nearest, which loses most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -71,6 +80,7 @@ class SAM(Optimizer):
         perturb_eps: float = 1e-12,
         flatten: bool = False,
         backend: str | None = None,
+        stochastic_rounding: bool | None = None,
         **base_kwargs: Any,
     ) -> None:
         if not callable(base_optimizer):
@@ -78,6 +88,9 @@ class SAM(Optimizer):
         _check_at_least_zero("perturb_eps", perturb_eps)
         forced(backend)
         groups = _as_groups(params)
+        if stochastic_rounding not in (None, True, False):
+            raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
+        self._stochastic_rounding = stochastic_rounding
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
         self._fill_in_options(groups)
         # Sets up hooks and the step's instrumentation. There is no base optimizer yet, so state and param_groups go nowhere (see below).
@@ -172,6 +185,7 @@ class SAM(Optimizer):
             "defaults": self.defaults,
             "base_optimizer": self.base_optimizer,
             "_sam_defaults": self._sam_defaults,
+            "_stochastic_rounding": self._stochastic_rounding,
             "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
         }
 
@@ -231,7 +245,10 @@ class SAM(Optimizer):
         """
         if self._perturbation.active:
             raise RuntimeError("first_step() was called twice: finish with second_step(), or call restore() to give this step up")
-        self._perturbation.climb(self.param_groups)
+        rounds = self._rounds_stochastically()
+        self._perturbation.climb(self.param_groups, rounding_key(self._rounding_step(), PERTURB) if rounds else None)
+        if rounds:
+            self._count_rounding_step()
         if zero_grad:
             self.zero_grad()
 
@@ -315,10 +332,24 @@ class SAM(Optimizer):
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
         scaling = scaling_of(self, None if self._own_gradient else self._perturbation.norm)
         self._forget_first_pass()
-        if not fused_step(self._perturbation, self.base_optimizer, scaling):
+        key = rounding_key(self._rounding_step(), UPDATE) if self._rounds_stochastically() else None
+        if not fused_step(self._perturbation, self.base_optimizer, scaling, key):
             self._perturbation.restore()
             step_base(self.base_optimizer, scaling)
         tell_scaler(self, scaling)
+
+    def _rounds_stochastically(self) -> bool:
+        wanted = STOCHASTIC_ROUNDING_DEFAULT if self._stochastic_rounding is None else self._stochastic_rounding
+        return wanted and self._perturbation.holds(ROUNDED)
+
+    def _rounding_step(self) -> int:
+        return int(self.param_groups[0].get(ROUNDING_STEP, 0))
+
+    def _count_rounding_step(self) -> None:
+        """The count is an entry of the groups, so that a run that resumes from a checkpoint goes on as it would have."""
+        step = self._rounding_step() + 1
+        for group in self.param_groups:
+            group[ROUNDING_STEP] = step
 
     def restore(self) -> None:
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""

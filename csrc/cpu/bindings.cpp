@@ -1,6 +1,8 @@
 // sam_fast._cpu: addresses, sizes and dtype codes come in; sam_fast/backends/cpu.py has checked them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -22,10 +24,14 @@ sam::Chunks chunks(uint64_t address, int64_t size) {
   return {pointer<const sam::Chunk>(address), size};
 }
 
+sam::Rounding rounding(std::optional<uint32_t> key) {
+  return {key.has_value(), key.value_or(0)};
+}
+
 sam::UpdateArgs update(int dtype, uint64_t chunk_table, int64_t num_chunks, int64_t num_rows, uint64_t weights, uint64_t grads, uint64_t saved,
-                       uint64_t flat, double grad_scale, int threads) {
+                       uint64_t flat, double grad_scale, std::optional<uint32_t> rounding_key, int threads) {
   return {static_cast<sam::DType>(dtype), chunks(chunk_table, num_chunks), num_rows, pointer<const uint64_t>(weights),
-          pointer<const uint64_t>(grads), pointer<uint64_t>(saved), pointer<const void>(flat), grad_scale, threads};
+          pointer<const uint64_t>(grads), pointer<uint64_t>(saved), pointer<const void>(flat), grad_scale, rounding(rounding_key), threads};
 }
 
 py::list as_list(const std::vector<int64_t>& rows) {
@@ -74,11 +80,12 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("perturb", [](int dtype, uint64_t chunk_table, int64_t num_chunks, uint64_t weights, uint64_t grads, uint64_t saved, uint64_t groups,
-                      uint64_t partials, int64_t num_partials, double eps, uint64_t norm, uint64_t flat, int threads) {
+                      uint64_t partials, int64_t num_partials, double eps, uint64_t norm, uint64_t flat, std::optional<uint32_t> rounding_key, int threads) {
     py::gil_scoped_release release;
     return active->perturb({static_cast<sam::DType>(dtype), chunks(chunk_table, num_chunks), pointer<const uint64_t>(weights),
                      pointer<const uint64_t>(grads), pointer<uint64_t>(saved), pointer<const sam::Group>(groups),
-                     pointer<const double>(partials), num_partials, eps, pointer<double>(norm), pointer<void>(flat), threads});
+                     pointer<const double>(partials), num_partials, eps, pointer<double>(norm), pointer<void>(flat), rounding(rounding_key),
+                     threads});
   });
 
   m.def("backup", [](int64_t itemsize, uint64_t chunk_table, int64_t num_chunks, uint64_t rows, uint64_t saved, uint64_t flat, int threads) {
@@ -95,17 +102,18 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("restore_sgd", [](int dtype, uint64_t chunk_table, int64_t num_chunks, int64_t num_rows, uint64_t weights, uint64_t grads, uint64_t saved,
-                          uint64_t flat, double grad_scale, uint64_t groups, uint64_t momentum_buffers, int threads) {
+                          uint64_t flat, double grad_scale, std::optional<uint32_t> rounding_key, uint64_t groups, uint64_t momentum_buffers,
+                          int threads) {
     py::gil_scoped_release release;
-    return active->restore_sgd({update(dtype, chunk_table, num_chunks, num_rows, weights, grads, saved, flat, grad_scale, threads),
+    return active->restore_sgd({update(dtype, chunk_table, num_chunks, num_rows, weights, grads, saved, flat, grad_scale, rounding_key, threads),
                                 pointer<const sam::SgdGroup>(groups), pointer<const uint64_t>(momentum_buffers)});
   });
 
   m.def("restore_adam", [](int dtype, uint64_t chunk_table, int64_t num_chunks, int64_t num_rows, uint64_t weights, uint64_t grads, uint64_t saved,
-                           uint64_t flat, double grad_scale, uint64_t groups, uint64_t steps, uint64_t exp_avgs, uint64_t exp_avg_sqs,
+                           uint64_t flat, double grad_scale, std::optional<uint32_t> rounding_key, uint64_t groups, uint64_t steps, uint64_t exp_avgs, uint64_t exp_avg_sqs,
                            uint64_t max_exp_avg_sqs, int threads) {
     py::gil_scoped_release release;
-    return active->restore_adam({update(dtype, chunk_table, num_chunks, num_rows, weights, grads, saved, flat, grad_scale, threads),
+    return active->restore_adam({update(dtype, chunk_table, num_chunks, num_rows, weights, grads, saved, flat, grad_scale, rounding_key, threads),
                                  pointer<const sam::AdamGroup>(groups), pointer<const uint64_t>(steps), pointer<const uint64_t>(exp_avgs),
                                  pointer<const uint64_t>(exp_avg_sqs), pointer<const uint64_t>(max_exp_avg_sqs)});
   });

@@ -23,7 +23,7 @@ struct GradNormArgs {
 };
 
 // norm = sqrt(sum of partials); flat = w; saved = address of w; w = w + rho / (norm + eps) * T^2 g, left alone if the norm is not finite.
-// Returns the number of rows with elements that it saved.
+// w is rounded as `rounding` says. Returns the number of rows with elements that it saved.
 struct PerturbArgs {
   DType dtype;
   Chunks chunks;
@@ -36,6 +36,7 @@ struct PerturbArgs {
   double eps;
   double* norm;
   void* flat;
+  Rounding rounding;
   int threads;
 };
 
@@ -63,6 +64,7 @@ struct UpdateArgs {
   uint64_t* saved;
   const void* flat;
   double grad_scale;
+  Rounding rounding;
   int threads;
 };
 

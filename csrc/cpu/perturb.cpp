@@ -16,8 +16,8 @@ struct Climb {
   using B = Vec<Bits, kWidth>;
   using C = Vec<Compute, kWidth>;
 
-  template <bool Adaptive, bool Stream>
-  static inline void vector(Bits* w, const Bits* g, Bits* flat, C eta, C scale) {
+  template <bool Adaptive, bool Stream, bool Stochastic>
+  static inline void vector(Bits* w, const Bits* g, Bits* flat, C eta, C scale, [[maybe_unused]] const Dice& dice) {
     const B bits = load<B>(w);
     if constexpr (Stream) stream(flat, bits);
     else store(flat, bits);
@@ -26,24 +26,25 @@ struct Climb {
     C moved;
     if constexpr (Adaptive) moved = climb_adaptive(weight, grad, eta, scale);
     else moved = climb(weight, grad, scale);
-    store(w, Storage<T>::template narrow<kWidth>(moved));
+    if constexpr (Stochastic) store(w, Storage<T>::template narrow<kWidth>(moved, dice));
+    else store(w, Storage<T>::template narrow<kWidth>(moved));
   }
 
-  template <bool Adaptive, bool Stream>
-  static void run(Bits* w, const Bits* g, Bits* flat, int64_t n, double eta_value, double scale_value) {
+  template <bool Adaptive, bool Stream, bool Stochastic>
+  static void run(Bits* w, const Bits* g, Bits* flat, int64_t n, double eta_value, double scale_value, const Dice& dice) {
     const C eta = C{} + static_cast<Compute>(eta_value);
     const C scale = C{} + static_cast<Compute>(scale_value);
     int64_t i = 0;
     for (; i + 4 * kWidth <= n; i += 4 * kWidth)
       for (int k = 0; k < 4; ++k)
-        vector<Adaptive, Stream>(w + i + k * kWidth, g + i + k * kWidth, flat + i + k * kWidth, eta, scale);
-    for (; i + kWidth <= n; i += kWidth) vector<Adaptive, Stream>(w + i, g + i, flat + i, eta, scale);
+        vector<Adaptive, Stream, Stochastic>(w + i + k * kWidth, g + i + k * kWidth, flat + i + k * kWidth, eta, scale, dice.at(i + k * kWidth));
+    for (; i + kWidth <= n; i += kWidth) vector<Adaptive, Stream, Stochastic>(w + i, g + i, flat + i, eta, scale, dice.at(i));
     if (i < n) {
       const size_t bytes = static_cast<size_t>(n - i) * sizeof(Bits);
       Bits w_tail[kWidth] = {}, g_tail[kWidth] = {}, flat_tail[kWidth];
       std::memcpy(w_tail, w + i, bytes);
       std::memcpy(g_tail, g + i, bytes);
-      vector<Adaptive, false>(w_tail, g_tail, flat_tail, eta, scale);
+      vector<Adaptive, false, Stochastic>(w_tail, g_tail, flat_tail, eta, scale, dice.at(i));
       std::memcpy(w + i, w_tail, bytes);
       std::memcpy(flat + i, flat_tail, bytes);
     }
@@ -60,7 +61,7 @@ double norm_of(const double* partials, int64_t n) {
   return __builtin_sqrt((sums[0] + sums[2]) + (sums[1] + sums[3]));
 }
 
-template <class T, bool Stream>
+template <class T, bool Stream, bool Stochastic>
 void perturb_of(const PerturbArgs& a, double norm) {
   using Bits = typename Storage<T>::Bits;
   const bool climbs = can_climb(norm);
@@ -74,12 +75,21 @@ void perturb_of(const PerturbArgs& a, double norm) {
       Bits* flat = static_cast<Bits*>(a.flat) + c.slot;
       const Group& group = a.groups[c.group];
       const double scale = climb_scale(norm, group.rho, a.eps);
+      const Dice dice{a.rounding.key, static_cast<uint32_t>(c.slot)};
       if (!climbs) std::memcpy(flat, w, static_cast<size_t>(c.count) * sizeof(Bits));
-      else if (group.adaptive != 0.0) Climb<T>::template run<true, Stream>(w, g, flat, c.count, group.eta, scale);
-      else Climb<T>::template run<false, Stream>(w, g, flat, c.count, 0.0, scale);
+      else if (group.adaptive != 0.0) Climb<T>::template run<true, Stream, Stochastic>(w, g, flat, c.count, group.eta, scale, dice);
+      else Climb<T>::template run<false, Stream, Stochastic>(w, g, flat, c.count, 0.0, scale, dice);
     }
     if constexpr (Stream) stream_fence();
   });
+}
+
+template <class T, bool Stream>
+void perturb_of(const PerturbArgs& a, double norm) {
+  if constexpr (kRounded<T>) {
+    if (a.rounding.stochastic) return perturb_of<T, Stream, true>(a, norm);
+  }
+  perturb_of<T, Stream, false>(a, norm);
 }
 
 template <class T>

@@ -37,8 +37,7 @@ struct AdamStep {
 
   static constexpr int kStates = AmsGrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
 
-  template <bool Stream>
-  inline void apply(const Bits* from, Bits* to, const Bits* g, const States<T, kStates>& states) const {
+  inline C apply(const Bits* from, const Bits* g, const States<T, kStates>& states) const {
     C weight = L::read(from);
     C grad = L::read(g) * scale;
     if constexpr (D == Decay::coupled) grad = decayed_gradient<MultiplyAdd>(weight, grad, decay);
@@ -52,15 +51,13 @@ struct AdamStep {
       v = before > v || before != before ? before : v;  // as torch.maximum: NaN stays
       L::write(states[2], v);
     }
-    const C stepped = adam_step(weight, m, root<L::kWidth>(v), minus_step_size, root_correction, eps);
-    if constexpr (Stream) L::write_past_caches(to, stepped);
-    else L::write(to, stepped);
+    return adam_step(weight, m, root<L::kWidth>(v), minus_step_size, root_correction, eps);
   }
 };
 
 template <class T, Decay D, bool AmsGrad>
 void step_chunk(const RestoreAdamArgs& a, const Corrections& row, const Chunk& c, const typename Lanes<T>::Bits* from, typename Lanes<T>::Bits* to,
-                const typename Lanes<T>::Bits* g, bool streams) {
+                const typename Lanes<T>::Bits* g, const Output& output) {
   using Bits = typename Lanes<T>::Bits;
   using Step = AdamStep<T, D, AmsGrad>;
   const Step step(a.groups[c.group], row, a.update.grad_scale);
@@ -68,25 +65,24 @@ void step_chunk(const RestoreAdamArgs& a, const Corrections& row, const Chunk& c
   states[0] = reinterpret_cast<Bits*>(a.exp_avgs[c.row]) + c.begin;
   states[1] = reinterpret_cast<Bits*>(a.exp_avg_sqs[c.row]) + c.begin;
   if constexpr (AmsGrad) states[2] = reinterpret_cast<Bits*>(a.max_exp_avg_sqs[c.row]) + c.begin;
-  if (streams) for_vectors<T, true, Step::kStates>(c.count, step, from, to, g, states);
-  else for_vectors<T, false, Step::kStates>(c.count, step, from, to, g, states);
+  for_vectors<T, Step::kStates>(c.count, step, from, to, g, states, output);
 }
 
 template <class T, Decay D>
 void step_chunk(const RestoreAdamArgs& a, const Corrections& row, const Chunk& c, const typename Lanes<T>::Bits* from, typename Lanes<T>::Bits* to,
-                const typename Lanes<T>::Bits* g, bool streams) {
-  if (a.groups[c.group].amsgrad != 0.0) step_chunk<T, D, true>(a, row, c, from, to, g, streams);
-  else step_chunk<T, D, false>(a, row, c, from, to, g, streams);
+                const typename Lanes<T>::Bits* g, const Output& output) {
+  if (a.groups[c.group].amsgrad != 0.0) step_chunk<T, D, true>(a, row, c, from, to, g, output);
+  else step_chunk<T, D, false>(a, row, c, from, to, g, output);
 }
 
 template <class T>
 void restore_adam_of(const RestoreAdamArgs& a, const std::vector<Corrections>& corrections) {
-  for_updated_chunks<T>(a.update, [&](const Chunk& c, const auto* from, auto* to, const auto* g, bool streams) {
+  for_updated_chunks<T>(a.update, [&](const Chunk& c, const auto* from, auto* to, const auto* g, const Output& output) {
     const AdamGroup& group = a.groups[c.group];
     const Corrections& row = corrections[static_cast<size_t>(c.row)];
-    if (group.weight_decay == 0.0) step_chunk<T, Decay::none>(a, row, c, from, to, g, streams);
-    else if (group.decoupled == 0.0) step_chunk<T, Decay::coupled>(a, row, c, from, to, g, streams);
-    else step_chunk<T, Decay::decoupled>(a, row, c, from, to, g, streams);
+    if (group.weight_decay == 0.0) step_chunk<T, Decay::none>(a, row, c, from, to, g, output);
+    else if (group.decoupled == 0.0) step_chunk<T, Decay::coupled>(a, row, c, from, to, g, output);
+    else step_chunk<T, Decay::decoupled>(a, row, c, from, to, g, output);
   });
 }
 

@@ -23,8 +23,7 @@ struct SgdStep {
 
   static constexpr int kStates = M == Momentum::none ? 0 : 1;
 
-  template <bool Stream>
-  inline void apply(const Bits* from, Bits* to, const Bits* g, const States<T, kStates>& states) const {
+  inline C apply(const Bits* from, const Bits* g, const States<T, kStates>& states) const {
     const C weight = L::read(from);
     C direction = L::read(g) * scale;
     if constexpr (Decay) direction = decayed_gradient<MultiplyAdd>(weight, direction, decay);
@@ -33,39 +32,36 @@ struct SgdStep {
       L::write(states[0], buffer);
       direction = M == Momentum::nesterov ? sgd_nesterov<MultiplyAdd>(direction, buffer, momentum) : buffer;
     }
-    const C stepped = sgd_step<MultiplyAdd>(weight, direction, minus_lr);
-    if constexpr (Stream) L::write_past_caches(to, stepped);
-    else L::write(to, stepped);
+    return sgd_step<MultiplyAdd>(weight, direction, minus_lr);
   }
 };
 
 template <class T, Momentum M, bool Decay>
 void step_chunk(const SgdGroup& group, double grad_scale, const Chunk& c, const typename Lanes<T>::Bits* from, typename Lanes<T>::Bits* to,
-                const typename Lanes<T>::Bits* g, uint64_t buffer, bool streams) {
+                const typename Lanes<T>::Bits* g, uint64_t buffer, const Output& output) {
   const SgdStep<T, M, Decay> step(group, grad_scale);
   constexpr int K = SgdStep<T, M, Decay>::kStates;
   States<T, K> states{};
   if constexpr (K == 1) states[0] = reinterpret_cast<typename Lanes<T>::Bits*>(buffer) + c.begin;
-  if (streams) for_vectors<T, true, K>(c.count, step, from, to, g, states);
-  else for_vectors<T, false, K>(c.count, step, from, to, g, states);
+  for_vectors<T, K>(c.count, step, from, to, g, states, output);
 }
 
 template <class T>
 void restore_sgd_of(const RestoreSgdArgs& a) {
-  for_updated_chunks<T>(a.update, [&](const Chunk& c, const auto* from, auto* to, const auto* g, bool streams) {
+  for_updated_chunks<T>(a.update, [&](const Chunk& c, const auto* from, auto* to, const auto* g, const Output& output) {
     const SgdGroup& group = a.groups[c.group];
     const uint64_t m = a.momentum_buffers[c.row];
     const double scale = a.update.grad_scale;
     const bool decay = group.weight_decay != 0.0;
     if (group.momentum == 0.0) {
-      if (decay) step_chunk<T, Momentum::none, true>(group, scale, c, from, to, g, m, streams);
-      else step_chunk<T, Momentum::none, false>(group, scale, c, from, to, g, m, streams);
+      if (decay) step_chunk<T, Momentum::none, true>(group, scale, c, from, to, g, m, output);
+      else step_chunk<T, Momentum::none, false>(group, scale, c, from, to, g, m, output);
     } else if (group.nesterov == 0.0) {
-      if (decay) step_chunk<T, Momentum::plain, true>(group, scale, c, from, to, g, m, streams);
-      else step_chunk<T, Momentum::plain, false>(group, scale, c, from, to, g, m, streams);
+      if (decay) step_chunk<T, Momentum::plain, true>(group, scale, c, from, to, g, m, output);
+      else step_chunk<T, Momentum::plain, false>(group, scale, c, from, to, g, m, output);
     } else {
-      if (decay) step_chunk<T, Momentum::nesterov, true>(group, scale, c, from, to, g, m, streams);
-      else step_chunk<T, Momentum::nesterov, false>(group, scale, c, from, to, g, m, streams);
+      if (decay) step_chunk<T, Momentum::nesterov, true>(group, scale, c, from, to, g, m, output);
+      else step_chunk<T, Momentum::nesterov, false>(group, scale, c, from, to, g, m, output);
     }
   });
 }

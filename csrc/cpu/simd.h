@@ -7,6 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../rounding.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -223,6 +225,21 @@ inline Vec<uint16_t, N> narrow_f16(Vec<float, N> f) {
   return to_uint16<N>(value | (sign >> 16));
 }
 
+// ---- Stochastic rounding --------------------------------------------------------------------------------------------------------------
+
+// The random bits of N neighbouring elements, the first of which is number `index` in the bucket.
+struct Dice {
+  uint32_t key;
+  uint32_t index;
+  Dice at(int64_t i) const { return {key, index + static_cast<uint32_t>(i)}; }
+  template <int N>
+  Vec<uint32_t, N> roll(Vec<uint32_t, N> value) const {
+    Vec<uint32_t, N> places;
+    for (int i = 0; i < N; ++i) places[i] = index + static_cast<uint32_t>(i);
+    return random_bits(places, value, key);
+  }
+};
+
 // ---- Storage: how a dtype lies in memory and in which type it is computed ------------------------------------------------------------
 
 // Compute: the type of the per-element arithmetic. widen / narrow: N stored elements <-> N Compute lanes.
@@ -257,6 +274,11 @@ struct Storage<bf16> {
   static Vec<float, N> widen(Vec<uint16_t, N> v) { return widen_bf16<N>(v); }
   template <int N>
   static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_bf16<N>(v); }
+  template <int N>
+  static Vec<uint16_t, N> narrow(Vec<float, N> v, const Dice& dice) {
+    const auto value = bit_cast<Vec<uint32_t, N>>(v);
+    return to_uint16<N>(round_bf16(value, dice.template roll<N>(value)));
+  }
 };
 
 template <>
@@ -267,7 +289,15 @@ struct Storage<f16> {
   static Vec<float, N> widen(Vec<uint16_t, N> v) { return widen_f16<N>(v); }
   template <int N>
   static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_f16<N>(v); }
+  template <int N>
+  static Vec<uint16_t, N> narrow(Vec<float, N> v, const Dice& dice) {
+    const auto value = bit_cast<Vec<uint32_t, N>>(v);
+    return to_uint16<N>(round_f16(value, dice.template roll<N>(value)));
+  }
 };
+
+template <class T>
+constexpr bool kRounded = std::is_same_v<T, bf16> || std::is_same_v<T, f16>;
 
 // ---- Streaming stores ----------------------------------------------------------------------------------------------------------------
 

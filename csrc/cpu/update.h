@@ -20,18 +20,34 @@ struct Lanes {
   using C = Vec<Compute, kWidth>;
   static inline C read(const Bits* p) { return Storage<T>::template widen<kWidth>(load<Vec<Bits, kWidth>>(p)); }
   static inline void write(Bits* p, C v) { store(p, Storage<T>::template narrow<kWidth>(v)); }
-  static inline void write_past_caches(Bits* p, C v) { stream(p, Storage<T>::template narrow<kWidth>(v)); }
+  // Past: past the caches. Stochastic: rounded with `dice`.
+  template <bool Past, bool Stochastic>
+  static inline void write_weight(Bits* p, C v, [[maybe_unused]] const Dice& dice) {
+    Vec<Bits, kWidth> bits;
+    if constexpr (Stochastic) bits = Storage<T>::template narrow<kWidth>(v, dice);
+    else bits = Storage<T>::template narrow<kWidth>(v);
+    if constexpr (Past) stream(p, bits);
+    else store(p, bits);
+  }
   static inline C all(double value) { return C{} + static_cast<Compute>(value); }
 };
 
 template <class T, int K>
 using States = std::array<typename Lanes<T>::Bits*, K>;
 
-// step.apply<Stream>(from, to, g, states) on every vector of n elements: reads the weight at `from` and the gradient, writes the weight to `to`,
-// past the caches if Stream; reads and writes the K arrays of the base optimizer's state.
-template <class T, bool Stream, int K, class Step>
+// How a chunk's new weights are stored.
+struct Output {
+  bool past_caches;
+  bool stochastic;
+  Dice dice;  // of the chunk's first element
+};
+
+// step.apply(from, g, states) on every vector of n elements gives its new weight, from the weight at `from` and the gradient, and updates the K arrays of
+// the base optimizer's state.
+template <class T, bool Past, bool Stochastic, int K, class Step>
 inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bits* from, typename Lanes<T>::Bits* to,
-                        const typename Lanes<T>::Bits* g, const States<T, K>& states) {
+                        const typename Lanes<T>::Bits* g, const States<T, K>& states, const Dice& dice) {
+  using L = Lanes<T>;
   using Bits = typename Lanes<T>::Bits;
   constexpr int kWidth = Lanes<T>::kWidth;
   const auto at = [&states](int64_t i) {
@@ -43,9 +59,9 @@ inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bi
   for (; i + 2 * kWidth <= n; i += 2 * kWidth)
     for (int k = 0; k < 2; ++k) {
       const int64_t j = i + k * kWidth;
-      step.template apply<Stream>(from + j, to + j, g + j, at(j));
+      L::template write_weight<Past, Stochastic>(to + j, step.apply(from + j, g + j, at(j)), dice.at(j));
     }
-  for (; i + kWidth <= n; i += kWidth) step.template apply<Stream>(from + i, to + i, g + i, at(i));
+  for (; i + kWidth <= n; i += kWidth) L::template write_weight<Past, Stochastic>(to + i, step.apply(from + i, g + i, at(i)), dice.at(i));
   if (i == n) return;
   const size_t bytes = static_cast<size_t>(n - i) * sizeof(Bits);
   Bits tails[K + 3][kWidth] = {};
@@ -56,12 +72,26 @@ inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bi
     std::memcpy(tails[s], states[s] + i, bytes);
     state_tails[s] = tails[s];
   }
-  step.template apply<false>(tails[K], tails[K + 2], tails[K + 1], state_tails);
+  L::template write_weight<false, Stochastic>(tails[K + 2], step.apply(tails[K], tails[K + 1], state_tails), dice.at(i));
   std::memcpy(to + i, tails[K + 2], bytes);
   for (int s = 0; s < K; ++s) std::memcpy(states[s] + i, tails[s], bytes);
 }
 
-// work(chunk, from, to, g, streams) for every chunk of a row with a gradient. streams: `to` may be written past the caches.
+template <class T, int K, class Step>
+inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bits* from, typename Lanes<T>::Bits* to,
+                        const typename Lanes<T>::Bits* g, const States<T, K>& states, const Output& output) {
+  if constexpr (kRounded<T>) {
+    if (output.stochastic) {
+      if (output.past_caches) for_vectors<T, true, true, K>(n, step, from, to, g, states, output.dice);
+      else for_vectors<T, false, true, K>(n, step, from, to, g, states, output.dice);
+      return;
+    }
+  }
+  if (output.past_caches) for_vectors<T, true, false, K>(n, step, from, to, g, states, output.dice);
+  else for_vectors<T, false, false, K>(n, step, from, to, g, states, output.dice);
+}
+
+// work(chunk, from, to, g, output) for every chunk of a row with a gradient.
 template <class T, class Work>
 inline void for_updated_chunks(const UpdateArgs& a, const Work& work) {
   using Bits = typename Lanes<T>::Bits;
@@ -77,7 +107,7 @@ inline void for_updated_chunks(const UpdateArgs& a, const Work& work) {
       const Bits* from = a.saved[c.row] != 0 ? static_cast<const Bits*>(a.flat) + c.slot : to;
       // Only the backup is read from: what is written here need not be read before.
       const bool aligned = reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
-      work(c, from, to, g, large && aligned && from != to);
+      work(c, from, to, g, Output{large && aligned && from != to, a.rounding.stochastic, Dice{a.rounding.key, static_cast<uint32_t>(c.slot)}});
     }
     if (large) stream_fence();
   });

@@ -62,7 +62,7 @@ def make_gather(rows: list[Tensor]) -> Any:
 
 
 class StateTable:
-    """The addresses of one kind of the base optimizer's state: for every row a tensor like it, or a float32 number (``scalar``)."""
+    """The addresses of one kind of the base optimizer's state: for every row a tensor like it, or a step counter (``scalar``, float32)."""
 
     def __init__(self, rows: list[Tensor], scalar: bool) -> None:
         self.rows = rows
@@ -72,10 +72,10 @@ class StateTable:
         self._tensors: list[Tensor | None] = []
         self._gather: Any = None
 
-    def collect(self, tensors: list[Tensor | None]) -> bool:
-        """Read the addresses, 0 for None. False if a tensor is not what a kernel takes."""
+    def collect(self, tensors: list[Tensor | None], device_steps: bool = False) -> bool:
+        """Read the addresses, 0 for None. False if a tensor is not what a kernel takes; counters are on the host, or on the rows' device."""
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-            if not all(tensor is None or self._fits(tensor, row) for tensor, row in zip(tensors, self.rows, strict=True)):
+            if not all(tensor is None or self._fits(tensor, row, device_steps) for tensor, row in zip(tensors, self.rows, strict=True)):
                 return False
             self._tensors = list(tensors)
             self._gather = make_gather([row if tensor is None else tensor for tensor, row in zip(tensors, self.rows, strict=True)])
@@ -87,11 +87,12 @@ class StateTable:
             self.addresses[i] = 0
         return True
 
-    def _fits(self, tensor: Tensor, row: Tensor) -> bool:
+    def _fits(self, tensor: Tensor, row: Tensor, device_steps: bool) -> bool:
         if tensor.layout != torch.strided:
             return False
         if self.scalar:
-            return tensor.dtype == torch.float32 and tensor.numel() == 1 and tensor.device.type == "cpu"
+            device = row.device if device_steps else torch.device("cpu")
+            return tensor.dtype == torch.float32 and tensor.numel() == 1 and tensor.device == device
         return signature(tensor) == signature(row)
 
 
@@ -157,7 +158,21 @@ class AddressTable:
             if grad is None or grad.layout != torch.strided:
                 return False  # sparse, in a group that is not perturbed
             self.grads[row] = self._like_row(row).data_ptr()
-        return all(self._state_table(name).collect(tensors) for name, tensors in state.tensors.items())
+        return all(self._state_table(name).collect(tensors, state.device_steps) for name, tensors in state.tensors.items())
+
+    def share_saved(self, source: AddressTable) -> None:
+        """See :meth:`sam_fast.backends.base.Backend.share_saved`."""
+        row = 0
+        for address, params in zip(source.saved, source.bucket.params, strict=True):
+            for _ in params:
+                self.saved[row] = self.weights[row] if address else 0
+                row += 1
+
+    def release(self) -> None:
+        """Note that nothing is saved any more."""
+        self.all_saved = False
+        for row in range(len(self.saved)):
+            self.saved[row] = 0
 
     def _state_table(self, name: str) -> StateTable:
         if name not in self.states:
@@ -232,6 +247,14 @@ class AddressBackend(Backend):
     def collect_step(self, bucket: Bucket, state: StateTensors) -> bool:
         table: AddressTable = bucket.table
         return table.collect_step(state)
+
+    def share_saved(self, bucket: Bucket, source: Bucket) -> None:
+        table: AddressTable = bucket.table
+        table.share_saved(source.table)
+
+    def release(self, bucket: Bucket) -> None:
+        table: AddressTable = bucket.table
+        table.release()
 
     def saved(self, bucket: Bucket) -> list[int] | None:
         table: AddressTable = bucket.table

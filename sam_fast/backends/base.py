@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..amp import Scaling
     from ..bucket import Bucket
 
 
@@ -18,10 +20,12 @@ class GroupOptions:
     """The options of all parameter groups, read once per step.
 
     ``values`` is a float64 table with ``rho, eta, adaptive`` for each group, as ``struct Group`` in csrc/table.h; rho is negative in a group
-    whose objective is maximized. ``perturb[i]`` says whether group i takes part at all.
+    whose objective is maximized. ``perturb[i]`` says whether group i takes part at all. ``rounding_key`` is that of stochastic rounding for the
+    16-bit formats (csrc/rounding.h), None for rounding to nearest.
     """
 
-    def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, param_groups: Iterable[dict[str, Any]], rounding_key: int | None = None) -> None:
+        self.rounding_key = rounding_key
         self.values = array("d")
         self.perturb: list[bool] = []
         for group in param_groups:
@@ -57,16 +61,25 @@ def check_dense_gradient(grad: Tensor) -> None:
         )
 
 
+@dataclass
 class StateTensors:
-    """The base optimizer's state of a bucket's rows, for a fused second step.
+    """The base optimizer's options, and its state of a bucket's rows, for a fused second step.
 
-    ``tensors[name][i]`` is the state called ``name`` of row i, in torch.optim's own format, or None where the row takes no step or its group's
-    options need none. ``groups`` is a float64 table, one ``struct SgdGroup`` or ``struct AdamGroup`` (csrc/table.h) for each group.
+    Args:
+        tensors: ``tensors[name][i]`` is the state called ``name`` of row i, in torch.optim's own format, or None where the row takes no step or
+            its group's options need none.
+        groups: a float64 table, one ``struct SgdGroup`` or ``struct AdamGroup`` (csrc/table.h) for each group.
+        learning_rates: for each group its learning rate as a tensor (one element, float32 or float64) on the bucket's device, which a kernel
+            reads there, or None where ``groups`` has it. Empty is short for None everywhere.
+        device_steps: Adam's step counters are on the bucket's device (``capturable=True`` or ``fused=True``), not on the host.
+        rounding_key: as in :class:`GroupOptions`, for the weights.
     """
 
-    def __init__(self, tensors: dict[str, list[Tensor | None]], groups: array[float]) -> None:
-        self.tensors = tensors
-        self.groups = groups
+    tensors: dict[str, list[Tensor | None]]
+    groups: array[float]
+    learning_rates: list[Tensor | None] = field(default_factory=list)
+    device_steps: bool = False
+    rounding_key: int | None = None
 
 
 class Backend(ABC):
@@ -134,18 +147,33 @@ class Backend(ABC):
     fused_steps: frozenset[str] = frozenset()
     """Which of ``restore_sgd`` and ``restore_adam`` this backend has."""
 
+    decides_on_device = False
+    """Whether they take a ``found_inf`` that is not known on the host."""
+
+    def share_saved(self, bucket: Bucket, source: Bucket) -> None:
+        """Note for each row of ``bucket``, which is ``source.by_parameter()`` and has been collected, whether it is saved in ``source``."""
+        raise NotImplementedError(f"the {self.name} backend has no fused second step")
+
+    def release(self, bucket: Bucket) -> None:
+        """Note that nothing is saved any more."""
+        raise NotImplementedError(f"the {self.name} backend has no fused second step")
+
     def collect_step(self, bucket: Bucket, state: StateTensors) -> bool:
         """Look up where rows, gradients and state are now, for a fused second step. False if it must be done by the base optimizer: a row or its
         state is not laid out as the bucket's row was."""
         raise NotImplementedError(f"the {self.name} backend has no fused second step")
 
-    def restore_sgd(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
-        """After ``collect_step``: put the saved rows back and step as torch.optim.SGD does, with the gradients multiplied by ``grad_scale``.
+    def restore_sgd(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        """After ``collect_step``: put the saved rows back and step as torch.optim.SGD does. State: ``momentum_buffer``.
 
-        State: ``momentum_buffer``. Rows without a gradient are only put back. Afterwards nothing is saved.
+        Rows without a gradient are only put back. Afterwards nothing is saved. Gradients are divided by ``scaling.grad_scale``, which is on the
+        bucket's device; where ``scaling.found_inf`` (also there) is not 0, all rows are only put back and the state stays as it was.
         """
         raise NotImplementedError(f"the {self.name} backend has no restore_sgd")
 
-    def restore_adam(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
-        """As ``restore_sgd``, for torch.optim.Adam and AdamW. State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``."""
+    def restore_adam(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        """As ``restore_sgd``, for torch.optim.Adam and AdamW. State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``.
+
+        ``scaling.found_inf`` needs ``state.device_steps``: a counter on the host has to know beforehand whether there is a step.
+        """
         raise NotImplementedError(f"the {self.name} backend has no restore_adam")

@@ -21,6 +21,7 @@ except ImportError as error:
     _import_error = error
 
 if TYPE_CHECKING:
+    from ..amp import Scaling
     from ..bucket import Bucket
 
 ISA_VARIABLE = "SAM_FAST_CPU_ISA"
@@ -93,6 +94,7 @@ class CpuBackend(AddressBackend):
             eps,
             norm.data_ptr(),
             bucket.flat.data_ptr(),
+            options.rounding_key,
             torch.get_num_threads(),
         )
 
@@ -113,28 +115,32 @@ class CpuBackend(AddressBackend):
 
     fused_steps = frozenset({"restore_sgd", "restore_adam"})
 
-    def restore_sgd(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
-        self._restore_and_step(_cpu.restore_sgd, bucket, state, grad_scale, ("momentum_buffer",))
+    def restore_sgd(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        self._restore_and_step(_cpu.restore_sgd, bucket, state, scaling, ("momentum_buffer",))
 
-    def restore_adam(self, bucket: Bucket, state: StateTensors, grad_scale: float) -> None:
-        self._restore_and_step(_cpu.restore_adam, bucket, state, grad_scale, ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+    def restore_adam(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        self._restore_and_step(_cpu.restore_adam, bucket, state, scaling, ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
 
-    def _restore_and_step(self, kernel: Callable[..., int], bucket: Bucket, state: StateTensors, grad_scale: float, names: tuple[str, ...]) -> None:
+    def _restore_and_step(self, kernel: Callable[..., int], bucket: Bucket, state: StateTensors, scaling: Scaling, names: tuple[str, ...]) -> None:
         table: CpuTable = bucket.table
-        left = kernel(
-            DTYPE_CODES[bucket.dtype],
-            table.chunks_address,
-            table.num_chunks,
-            len(bucket.rows),
-            table.weights_address,
-            table.grads_address,
-            table.saved_address,
-            bucket.flat.data_ptr(),
-            grad_scale,
-            state.groups.buffer_info()[0],
-            *(table.states[name].address for name in names),
-            torch.get_num_threads(),
-        )
+        if scaling.found_inf is not None and float(scaling.found_inf) != 0.0:
+            left = len(bucket.rows)
+        else:
+            left = kernel(
+                DTYPE_CODES[bucket.dtype],
+                table.chunks_address,
+                table.num_chunks,
+                len(bucket.rows),
+                table.weights_address,
+                table.grads_address,
+                table.saved_address,
+                bucket.flat.data_ptr(),
+                scaling.grad_factor(),
+                state.rounding_key,
+                state.groups.buffer_info()[0],
+                *(table.states[name].address for name in names),
+                torch.get_num_threads(),
+            )
         table.all_saved = False
         table.release_copies()
         if left:  # rows whose gradient vanished between the passes

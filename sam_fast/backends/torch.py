@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
-from .base import Backend, GroupOptions, check_dense_gradient, shape_changed, signature
+from ..amp import inverse_scale
+from ..rounding import ROUNDED, round_stochastically
+from .base import Backend, GroupOptions, StateTensors, check_dense_gradient, shape_changed, signature
 
 if TYPE_CHECKING:
+    from ..amp import Scaling
     from ..bucket import Bucket
 
 
@@ -108,8 +114,19 @@ class TorchBackend(Backend):
             moved = torch._foreach_add(rows, e)
             # Chosen on the device: reading `finite` here would wait for it.
             chosen = [torch.where(finite, m, row) for m, row in zip(moved, rows, strict=True)]
-            torch._foreach_copy_([bucket.rows[i].detach() for i in indices], chosen)
+            torch._foreach_copy_([bucket.rows[i].detach() for i in indices], self._rounded(bucket, indices, chosen, options.rounding_key))
         table.grads = [None] * len(bucket.rows)
+
+    def _rounded(self, bucket: Bucket, indices: list[int], values: list[Tensor], rounding_key: int | None) -> list[Tensor]:
+        """New weights for the rows ``indices``, stochastically rounded if they are to be; else the copy into the row rounds them to nearest."""
+        if rounding_key is None or bucket.dtype not in ROUNDED:
+            return values
+        rounded = []
+        for i, value in zip(indices, values, strict=True):
+            backup, slot = bucket.flat_rows[i], bucket.slots[i]
+            index = torch.arange(slot, slot + backup.numel(), device=bucket.device).to(torch.int32).as_strided(backup.shape, backup.stride())
+            rounded.append(round_stochastically(value.contiguous(), bucket.dtype, index.contiguous(), rounding_key))
+        return rounded
 
     def saved(self, bucket: Bucket) -> list[int]:
         table: TensorTable = bucket.table
@@ -143,6 +160,81 @@ class TorchBackend(Backend):
         torch._foreach_copy_(bucket.flat_rows, [row.detach() for row in bucket.rows])
         table.saved = [True] * len(bucket.rows)
         return True
+
+    fused_steps = frozenset({"restore_sgd", "restore_adam"})
+
+    def share_saved(self, bucket: Bucket, source: Bucket) -> None:
+        table: TensorTable = bucket.table
+        saved: list[bool] = source.table.saved
+        table.saved = [was_saved for was_saved, params in zip(saved, source.params, strict=True) for _ in params]
+
+    def release(self, bucket: Bucket) -> None:
+        table: TensorTable = bucket.table
+        table.saved = [False] * len(bucket.rows)
+
+    def collect_step(self, bucket: Bucket, state: StateTensors) -> bool:
+        table: TensorTable = bucket.table
+        if state.learning_rates or state.device_steps or [signature(row) for row in bucket.rows] != table.expected:
+            return False
+        if any(row.grad is not None and row.grad.layout != torch.strided for row in bucket.rows):
+            return False
+        for name, tensors in state.tensors.items():
+            for tensor, row in zip(tensors, bucket.rows, strict=True):
+                if tensor is not None and name != "step" and (tensor.shape, tensor.dtype, tensor.device) != (row.shape, row.dtype, row.device):
+                    return False
+        return True
+
+    def restore_sgd(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        def step(options: Sequence[float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]]) -> None:
+            lr, momentum, dampening, weight_decay, nesterov, maximize = options
+            buffers = list(states.get("momentum_buffer") or [None] * len(w))
+            rates = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+            sgd(w, g, buffers, has_sparse_grad=False, nesterov=bool(nesterov), maximize=bool(maximize), **rates)
+
+        self._restore_and_step(bucket, state, scaling, 6, step)
+
+    def restore_adam(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        def step(options: Sequence[float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]]) -> None:
+            lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = options
+            largest = states.get("max_exp_avg_sq", [])
+            rates = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+            flags = {
+                "decoupled_weight_decay": bool(decoupled),
+                "amsgrad": bool(amsgrad),
+                "maximize": bool(maximize),
+                "has_complex": w[0].is_complex(),
+            }
+            adam(w, g, states["exp_avg"], states["exp_avg_sq"], largest, states["step"], **flags, **rates)
+
+        self._restore_and_step(bucket, state, scaling, 8, step)
+
+    @torch.no_grad()
+    def _restore_and_step(self, bucket: Bucket, state: StateTensors, scaling: Scaling, width: int, step: Callable[..., None]) -> None:
+        """Restore, then ``step`` group by group, with that group's ``width`` options; in float32 for the 16-bit formats."""
+        self.restore(bucket)
+        dtype = _compute_dtype(bucket.dtype)
+        members: dict[int, list[int]] = {}
+        for index, (row, group) in enumerate(zip(bucket.rows, bucket.groups, strict=True)):
+            if row.grad is not None:
+                members.setdefault(group, []).append(index)
+        for group, indices in members.items():
+            own = {name: [tensors[i] for i in indices] for name, tensors in state.tensors.items()}
+            present = {name: [t for t in tensors if t is not None] for name, tensors in own.items()}
+            weights = [bucket.rows[i].detach() for i in indices]
+            grads = [grad.detach().to(dtype) for i in indices if (grad := bucket.rows[i].grad) is not None]
+            if scaling.grad_scale is not None:
+                grads = list(torch._foreach_mul(grads, inverse_scale(scaling.grad_scale).to(bucket.device)))
+            options = state.groups[width * group : width * (group + 1)]
+            if dtype == bucket.dtype:
+                step(options, weights, grads, {name: tensors for name, tensors in present.items() if tensors})
+                continue
+            wide = {name: tensors if name == "step" else [t.to(dtype) for t in tensors] for name, tensors in present.items() if tensors}
+            moved = [w.to(dtype) for w in weights]
+            step(options, moved, grads, wide)
+            for name, tensors in wide.items():
+                if name != "step":
+                    torch._foreach_copy_(present[name], tensors)
+            torch._foreach_copy_(weights, self._rounded(bucket, indices, moved, state.rounding_key))
 
 
 def _asam_t(rows: list[Tensor], eta: float) -> list[Tensor]:

@@ -9,7 +9,10 @@ import torch
 from cases import DTYPES, EPSILON, SIZES, make_params, normal, same_bits, values
 from torch import Tensor
 
+from sam_fast.amp import Scaling
 from sam_fast.backends.base import StateTensors
+
+UNSCALED = Scaling(None, None)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -82,11 +85,11 @@ def expected(operation: str, name: str, w: Tensor, g: Tensor, state: dict[str, T
     return w - lr / (1 - beta1**t) * m / denominator, new
 
 
-def take(s, operation: str, name: str, state: dict[str, list[Tensor | None]], grad_scale: float = 1.0) -> None:
+def take(s, operation: str, name: str, state: dict[str, list[Tensor | None]], scaling: Scaling = UNSCALED) -> None:
     groups = array("d", map(float, (SGD if operation == "restore_sgd" else ADAM)[name]))
     tensors = StateTensors(state, groups)
     assert s.backend.collect_step(s.bucket, tensors)
-    getattr(s.backend, operation)(s.bucket, tensors, grad_scale)
+    getattr(s.backend, operation)(s.bucket, tensors, scaling)
 
 
 def row_state(state: dict[str, list[Tensor | None]], i: int) -> dict[str, Tensor | None]:
@@ -188,7 +191,7 @@ def test_gradients_are_scaled(step, operation, name):
         s.climb()
         for p in params:
             p.grad.mul_(factor)
-        take(s, operation, name, state, 1.0 / factor)
+        take(s, operation, name, state, Scaling(torch.tensor(factor), None))
         results.append(values(params))
     assert same_bits(*results)
 
@@ -223,6 +226,9 @@ def test_state_that_is_not_laid_out_as_its_row_is_refused(step):
     s = step(params)
     s.climb()
     groups = array("d", map(float, SGD["momentum"]))
-    for odd in (torch.zeros(200)[::2], torch.zeros(100, dtype=torch.float64), torch.zeros(99), torch.zeros(100).to_sparse()):
+    odd_ones = [torch.zeros(100, dtype=torch.float64), torch.zeros(99), torch.zeros(100).to_sparse()]
+    if s.backend.name != "torch":  # it takes any strides
+        odd_ones.append(torch.zeros(200)[::2])
+    for odd in odd_ones:
         assert not s.backend.collect_step(s.bucket, StateTensors({"momentum_buffer": [odd, torch.zeros(7)]}, groups))
     assert s.backend.collect_step(s.bucket, StateTensors({"momentum_buffer": [torch.zeros(100), torch.zeros(7)]}, groups))
