@@ -30,6 +30,7 @@ def perturb(
     eps: float,
     norm: int,
     flat: int,
+    rounding_key: int | None,
     threads: int,
     /,
 ) -> int: ...
@@ -45,6 +46,7 @@ def restore_sgd(
     saved: int,
     flat: int,
     grad_scale: float,
+    rounding_key: int | None,
     groups: int,
     momentum_buffers: int,
     threads: int,
@@ -60,6 +62,7 @@ def restore_adam(
     saved: int,
     flat: int,
     grad_scale: float,
+    rounding_key: int | None,
     groups: int,
     steps: int,
     exp_avgs: int,

@@ -187,24 +187,41 @@ class TorchBackend(Backend):
     def restore_sgd(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
         def step(options: Sequence[float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]]) -> None:
             lr, momentum, dampening, weight_decay, nesterov, maximize = options
-            buffers = list(states.get("momentum_buffer") or [None] * len(w))
-            rates = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-            sgd(w, g, buffers, has_sparse_grad=False, nesterov=bool(nesterov), maximize=bool(maximize), **rates)
+            buffers: list[Tensor | None] = list(states["momentum_buffer"]) or [None] * len(w)
+            sgd(
+                w,
+                g,
+                buffers,
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=bool(nesterov),
+                maximize=bool(maximize),
+            )
 
         self._restore_and_step(bucket, state, scaling, 6, step)
 
     def restore_adam(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
         def step(options: Sequence[float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]]) -> None:
             lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = options
-            largest = states.get("max_exp_avg_sq", [])
-            rates = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-            flags = {
-                "decoupled_weight_decay": bool(decoupled),
-                "amsgrad": bool(amsgrad),
-                "maximize": bool(maximize),
-                "has_complex": w[0].is_complex(),
-            }
-            adam(w, g, states["exp_avg"], states["exp_avg_sq"], largest, states["step"], **flags, **rates)
+            adam(
+                w,
+                g,
+                states["exp_avg"],
+                states["exp_avg_sq"],
+                states["max_exp_avg_sq"],
+                states["step"],
+                has_complex=w[0].is_complex(),
+                decoupled_weight_decay=bool(decoupled),
+                amsgrad=bool(amsgrad),
+                beta1=beta1,
+                beta2=beta2,
+                lr=lr,
+                weight_decay=weight_decay,
+                eps=eps,
+                maximize=bool(maximize),
+            )
 
         self._restore_and_step(bucket, state, scaling, 8, step)
 
@@ -218,22 +235,21 @@ class TorchBackend(Backend):
             if row.grad is not None:
                 members.setdefault(group, []).append(index)
         for group, indices in members.items():
-            own = {name: [tensors[i] for i in indices] for name, tensors in state.tensors.items()}
-            present = {name: [t for t in tensors if t is not None] for name, tensors in own.items()}
+            states = {name: [t for i in indices if (t := tensors[i]) is not None] for name, tensors in state.tensors.items()}
             weights = [bucket.rows[i].detach() for i in indices]
             grads = [grad.detach().to(dtype) for i in indices if (grad := bucket.rows[i].grad) is not None]
             if scaling.grad_scale is not None:
                 grads = list(torch._foreach_mul(grads, inverse_scale(scaling.grad_scale).to(bucket.device)))
             options = state.groups[width * group : width * (group + 1)]
             if dtype == bucket.dtype:
-                step(options, weights, grads, {name: tensors for name, tensors in present.items() if tensors})
+                step(options, weights, grads, states)
                 continue
-            wide = {name: tensors if name == "step" else [t.to(dtype) for t in tensors] for name, tensors in present.items() if tensors}
+            wide = {name: tensors if name == "step" else [t.to(dtype) for t in tensors] for name, tensors in states.items()}
             moved = [w.to(dtype) for w in weights]
             step(options, moved, grads, wide)
             for name, tensors in wide.items():
-                if name != "step":
-                    torch._foreach_copy_(present[name], tensors)
+                if name != "step" and tensors:
+                    torch._foreach_copy_(states[name], tensors)
             torch._foreach_copy_(weights, self._rounded(bucket, indices, moved, state.rounding_key))
 
 
