@@ -372,3 +372,81 @@ def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
     assert same_bits(values(params), values(twin))
     for p, q in zip(params, twin, strict=True):
         assert all(torch.equal(optimizer.state[p][name], plain.state[q][name]) for name in plain.state[q])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_flattened_parameters_take_the_same_step(base, backend, taken):
+    results = []
+    for flatten in (False, True):
+        params = make_params([5, 0, 17, 4003, 1, 100])
+        options: dict[str, Any] = {"momentum": 0.9} if base is torch.optim.SGD else {}
+        groups = [{"params": params[:2]}, {"params": params[2:5], "lr": 3e-3}, {"params": params[5:], "perturb": False}]
+        optimizer = SAM(groups, base, lr=1e-2, flatten=flatten, backend=backend, **options)
+        for step in range(6):
+            for seed, advance in ((2 * step, optimizer.first_step), (2 * step + 1, optimizer.second_step)):
+                give_gradients(params, seed)
+                if step == 4 and advance == optimizer.second_step:
+                    params[3].grad = None  # put back, but not stepped
+                advance()
+        state = [t for p in params for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)]
+        results.append([*values(params), *state])
+        assert taken == [False, True, True, True, True, True]
+        taken.clear()
+    assert same_bits(*results)
+
+
+def test_flattened_parameters_that_moved_take_the_base_optimizers_step(taken):
+    params = make_params([100, 7])
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, flatten=True)
+    for _ in range(2):
+        give_gradients(params, 1)
+        optimizer.first_step()
+        optimizer.second_step()
+    before = values(params)
+    give_gradients(params, 2)
+    optimizer.first_step()
+    params[0].data = params[0].data.clone()
+    give_gradients(params, 3)
+    optimizer.restore()
+    assert same_bits(values(params), before)
+    optimizer.first_step()
+    params[1].data = params[1].data.clone()
+    optimizer.second_step()
+    assert taken[-1] is False
+    assert not optimizer.perturbed
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
+    results = []
+    for rate in (0.01, torch.tensor(0.01, dtype=torch.float64)):
+        params = make_params([100, 7])
+        optimizer = SAM(params, base, lr=rate)
+        for step in range(4):
+            give_gradients(params, step)
+            optimizer.first_step()
+            optimizer.second_step()
+            if isinstance(rate, torch.Tensor):
+                rate.mul_(0.5)
+            else:
+                optimizer.param_groups[0]["lr"] *= 0.5
+        results.append(values(params))
+        assert taken[1:] == [True, True, True]
+        taken.clear()
+    assert all(torch.allclose(x, y, rtol=1e-6, atol=1e-8) for x, y in zip(*results, strict=True))
+
+
+def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
+    """A parameter with gaps in memory goes through the torch backend, in the same step."""
+    results = []
+    for fused in (True, False):
+        odd = nn.Parameter(torch.linspace(-1, 1, 60).reshape(6, 10)[:, ::2])
+        params = [*make_params([100, 4003]), odd]
+        optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
+        if not fused:
+            without(optimizer)
+        run(optimizer, params, 3)
+        results.append(values(params))
+    assert taken == [False, True, True, False, False, False]
+    assert same_bits(*results)

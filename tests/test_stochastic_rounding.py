@@ -56,7 +56,7 @@ def test_e_is_right_on_average_and_restore_is_exact(dtype):
     # An upper bound of the distance between neighbours, at most twice too large; and of the probability of the less likely one.
     unit = torch.finfo(dtype).eps * (torch.cat(start).double().abs() + e.abs()).clamp(min=torch.finfo(dtype).smallest_normal)
     rare = (2 * e.abs() / unit).clamp(min=0.01, max=0.5)
-    # Eight standard deviations (where only a few of the coins fall, their number has a long tail), and 2^-12 units for the random numbers' resolution.
+    # Eight standard deviations (where few coins fall their number has a long tail), and 2^-12 units for the random numbers' resolution.
     assert bool(((mean - e).abs() <= 8 * unit * (rare * (1 - rare) / rounds).sqrt() + unit * 2.0**-12).all())
     # Along e the noise averages out over the elements as well: its standard deviation is below 1 % here.
     assert float(mean @ e / (e @ e)) == pytest.approx(1.0, abs=0.05)

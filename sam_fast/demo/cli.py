@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import DemoError
-from .settings import BASES, DATASETS, OPTIMIZERS, RHO, RHO_ADAPTIVE, Settings
+from .settings import BASES, DATASETS, OPTIMIZERS, RHO, RHO_ADAPTIVE, WEIGHTS, Settings
 
 REQUIRED = ("matplotlib", "numpy", "tabulate", "tqdm")
 BOTH = ("sgd", "sam")
+ROUNDING = {"nearest": False, "stochastic": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_integer(2), default=128, metavar="N", help="default: %(default)s")
     add("--lr", type=_positive, metavar="LR", help=f"initial learning rate, for all optimizers (default: {lrs})")
     add("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="folder for the picture and the figures (default: %(default)s)")
+    add(
+        "--weights",
+        choices=list(WEIGHTS),
+        default="float32",
+        help="format that weight matrices are kept in; arithmetic is float32 (default: %(default)s)",
+    )
+    add("--rounding", choices=list(ROUNDING), help="how SAM rounds weights in a 16-bit format (default: SAM's own)")
     add("--threads", type=_integer(1), metavar="N", help="default: torch's")
 
 
@@ -85,6 +93,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         seeds=tuple(dict.fromkeys(arguments.seed)),
         output=arguments.output,
         threads=arguments.threads,
+        weights=arguments.weights,
+        stochastic_rounding=ROUNDING.get(arguments.rounding),
     )
 
 

@@ -33,11 +33,11 @@ def random_direction(model: nn.Module, generator: torch.Generator) -> dict[str, 
     for name, p in model.named_parameters():
         with torch.no_grad():
             if p.dim() < 2:
-                direction[name] = torch.zeros_like(p)
+                direction[name] = torch.zeros(p.shape)
                 continue
             draw = torch.randn(p.shape, generator=generator)
             rows = tuple(range(1, p.dim()))
-            own = torch.linalg.vector_norm(p, dim=rows, keepdim=True)
+            own = torch.linalg.vector_norm(p.float(), dim=rows, keepdim=True)
             drawn = torch.linalg.vector_norm(draw, dim=rows, keepdim=True)
             direction[name] = draw * (own / drawn)
     return direction
@@ -60,7 +60,7 @@ def loss_along(model: nn.Module, images: Tensor, labels: Tensor, *, directions: 
             direction = random_direction(model, generator)
             along = []
             for step in steps:
-                moved = {name: p + step * direction[name] for name, p in params.items()}
+                moved = {name: p.float() + step * direction[name] for name, p in params.items()}
                 total = sum(
                     float(cross_entropy(functional_call(model, moved, (x,)), y, reduction="sum"))
                     for x, y in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True)

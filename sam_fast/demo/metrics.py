@@ -69,12 +69,12 @@ def sharpness(
     with evaluating(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             loss = loss_fn(model(x), y)
-            grads = torch.autograd.grad(loss, list(params.values()))
+            grads = [g.float() for g in torch.autograd.grad(loss, list(params.values()))]
             with torch.no_grad():
-                scales = [p.abs() + eta if adaptive else torch.ones(()) for p in params.values()]
+                scales = [p.float().abs() + eta if adaptive else torch.ones(()) for p in params.values()]
                 norm = torch.stack([(t * g).norm() for t, g in zip(scales, grads, strict=True)]).norm()
                 if norm == 0:
                     continue
-                worst = {name: p + rho * t * t * g / norm for (name, p), t, g in zip(params.items(), scales, grads, strict=True)}
+                worst = {name: p.float() + rho * t * t * g / norm for (name, p), t, g in zip(params.items(), scales, grads, strict=True)}
                 total += float(loss_fn(functional_call(model, worst, (x,)), y) - loss) * len(y)
     return total / len(labels)

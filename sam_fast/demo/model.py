@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 WIDTHS = (16, 32, 64, 128)
 
@@ -23,6 +24,29 @@ class Standardise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
+
+
+class StoredIn(nn.Module):
+    """A network whose weights are kept in a format that the arithmetic is not done in: they widen to float32 whenever they are used.
+
+    Weights with fewer than two dimensions (biases, normalisation) stay in float32, as mixed-precision recipes have it.
+
+    Args:
+        network: its weights are converted in place.
+        dtype: the format.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        for p in network.parameters():
+            if p.dim() >= 2:
+                p.data = p.data.to(dtype)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        wide = {name: p.float() for name, p in self.network.named_parameters()}
+        logits: Tensor = functional_call(self.network, wide, (images,))
+        return logits
 
 
 def build_model(classes: int, mean: float, std: float, seed: int) -> nn.Sequential:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class OptimizerChoice:
@@ -48,6 +50,7 @@ DATASETS: dict[str, DatasetDefaults] = {
     "fashion-mnist": DatasetDefaults("Fashion-MNIST", train_size=10_000, epochs=12),
     "digits": DatasetDefaults("scikit-learn digits", train_size=1_000, epochs=20),
 }
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RHO = 0.05
 RHO_ADAPTIVE = 0.5  # ASAM's ball is measured relative to the weights, so its radius is about ten times larger
 
@@ -58,7 +61,7 @@ class Settings:
 
     Sizes count images. ``lr`` None means each base optimizer's own default. ``noise_levels`` are standard deviations in units of the full pixel
     range (0 = black, 1 = white). The landscape is sampled at ``landscape_points`` equally spaced steps in [-``landscape_span``, ``landscape_span``]
-    along ``landscape_directions`` random directions.
+    along ``landscape_directions`` random directions. ``weights`` names the format that weight matrices are kept in, a key of ``WEIGHTS``.
     """
 
     dataset: str
@@ -74,6 +77,8 @@ class Settings:
     seeds: tuple[int, ...]
     output: Path
     threads: int | None
+    weights: str = "float32"
+    stochastic_rounding: bool | None = None
     noise_levels: tuple[float, ...] = (0.25, 0.5)
     sharpness_images: int = 1_000
     landscape_images: int = 1_000

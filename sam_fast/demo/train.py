@@ -19,8 +19,8 @@ from sam_fast import SAM
 from .data import Split
 from .errors import DemoError
 from .metrics import evaluate
-from .model import build_model
-from .settings import BASES, OPTIMIZERS, Settings
+from .model import StoredIn, build_model
+from .settings import BASES, OPTIMIZERS, WEIGHTS, Settings
 
 
 @dataclass
@@ -57,7 +57,8 @@ def build_optimizer(name: str, model: nn.Module, settings: Settings) -> torch.op
     base_class: Any = getattr(torch.optim, base.cls)
     options: dict[str, Any] = {"lr": settings.lr_of(choice.base), **base.options}
     if choice.sam:
-        return SAM(model.parameters(), base_class, rho=settings.rho, adaptive=settings.adaptive, **options)
+        sam_options: dict[str, Any] = {"rho": settings.rho, "adaptive": settings.adaptive, "stochastic_rounding": settings.stochastic_rounding}
+        return SAM(model.parameters(), base_class, **sam_options, **options)
     optimizer: torch.optim.Optimizer = base_class(model.parameters(), **options)
     return optimizer
 
@@ -77,7 +78,9 @@ def train(name: str, split: Split, settings: Settings, seed: int) -> tuple[nn.Mo
     Raises:
         DemoError: the loss became infinite or NaN.
     """
-    model = build_model(split.classes, split.mean, split.std, seed)
+    model: nn.Module = build_model(split.classes, split.mean, split.std, seed)
+    if settings.weights != "float32":
+        model = StoredIn(model, WEIGHTS[settings.weights])
     optimizer = build_optimizer(name, model, settings)
     order = torch.Generator().manual_seed(seed)
     steps = settings.epochs * (len(split.train_labels) // min(settings.batch_size, len(split.train_labels)))
