@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,6 +29,9 @@ ROUNDING_STEP = "rounding_step"
 
 STOCHASTIC_ROUNDING_DEFAULT = False
 """What ``stochastic_rounding=None`` means."""
+
+OLD_WEIGHTS = "old_p"
+"""Where the reference implementation keeps its backup, in the state that it saves."""
 
 SPENT = "_sam_fast_spent"
 """Attribute of a gradient tensor: its version when it was last used or zeroed. A gradient that still has that version is not a new one."""
@@ -156,6 +160,9 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's values.
 
+        A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base optimizer: the copy is left
+        out, and a warning says that the base optimizer starts anew.
+
         Raises:
             RuntimeError: the weights are perturbed.
             ValueError: the groups do not fit.
@@ -166,6 +173,7 @@ class SAM(Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
             _check_options(group)
+        state_dict["state"] = _without_old_weights(state_dict["state"])
         self.base_optimizer.load_state_dict(state_dict)
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -436,6 +444,19 @@ class SAM(Optimizer):
     def _require_restored(self, what: str) -> None:
         if self._perturbation.active:
             raise RuntimeError(f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this step up")
+
+
+def _without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
+    """The state of a reference implementation's checkpoint, without the copy of the weights in it."""
+    if not any(OLD_WEIGHTS in entry for entry in state.values() if isinstance(entry, dict)):
+        return state
+    warnings.warn(
+        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: its momentum starts anew",
+        UserWarning,
+        stacklevel=3,
+    )
+    kept = {key: {name: value for name, value in entry.items() if name != OLD_WEIGHTS} for key, entry in state.items()}
+    return {key: entry for key, entry in kept.items() if entry}
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
