@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,21 +14,16 @@ from .amp import forget, scaling_of, step_base, tell_scaler
 from .backends import forced
 from .batchnorm import frozen_running_stats
 from .fused_step import fused_step
+from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, without_old_weights
 from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
-
-OPTIONS = ("rho", "adaptive", "eta", "perturb")
-"""The options that SAM adds to every parameter group."""
 
 ROUNDING_STEP = "rounding_step"
 """Entry of every parameter group where weights are rounded stochastically: the number of first_steps so far, from which the rounding is drawn."""
 
 STOCHASTIC_ROUNDING_DEFAULT = False
 """What ``stochastic_rounding=None`` means."""
-
-OLD_WEIGHTS = "old_p"
-"""Where the reference implementation keeps its backup, in the state that it saves."""
 
 SPENT = "_sam_fast_spent"
 """Attribute of a gradient tensor: its version when it was last used or zeroed. A gradient that still has that version is not a new one."""
@@ -89,9 +81,9 @@ class SAM(Optimizer):
     ) -> None:
         if not callable(base_optimizer):
             raise TypeError(f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}")
-        _check_at_least_zero("perturb_eps", perturb_eps)
+        check_at_least_zero("perturb_eps", perturb_eps)
         forced(backend)
-        groups = _as_groups(params)
+        groups = as_groups(params)
         if stochastic_rounding not in (None, True, False):
             raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
         self._stochastic_rounding = stochastic_rounding
@@ -100,7 +92,7 @@ class SAM(Optimizer):
         # Sets up hooks and the step's instrumentation. There is no base optimizer yet, so state and param_groups go nowhere (see below).
         super().__init__(groups, {})
         base = base_optimizer(groups, **base_kwargs)
-        _check_base(base)
+        check_base(base)
         self.base_optimizer = base
         self.defaults = {**base.defaults, **self._sam_defaults}
         self._forget_first_pass()
@@ -172,8 +164,8 @@ class SAM(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         for group in state_dict["param_groups"]:
-            _check_options(group)
-        state_dict["state"] = _without_old_weights(state_dict["state"])
+            check_options(group)
+        state_dict["state"] = without_old_weights(state_dict["state"])
         self.base_optimizer.load_state_dict(state_dict)
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -209,7 +201,7 @@ class SAM(Optimizer):
         for group in groups:
             for name in OPTIONS:
                 group.setdefault(name, self._sam_defaults[name])
-            _check_options(group)
+            check_options(group)
 
     def _prepare(self) -> None:
         """Build the buckets. With flatten=True parameters get a gradient of zeros here: it is none that a backward pass has computed."""
@@ -444,56 +436,3 @@ class SAM(Optimizer):
     def _require_restored(self, what: str) -> None:
         if self._perturbation.active:
             raise RuntimeError(f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this step up")
-
-
-def _without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
-    """The state of a reference implementation's checkpoint, without the copy of the weights in it."""
-    if not any(OLD_WEIGHTS in entry for entry in state.values() if isinstance(entry, dict)):
-        return state
-    warnings.warn(
-        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: its momentum starts anew",
-        UserWarning,
-        stacklevel=3,
-    )
-    kept = {key: {name: value for name, value in entry.items() if name != OLD_WEIGHTS} for key, entry in state.items()}
-    return {key: entry for key, entry in kept.items() if entry}
-
-
-def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, named tensors or parameter groups, got a tensor: wrap it in a list")
-    entries = list(params)
-    if not entries:
-        raise ValueError("params is empty: SAM got no parameters to optimize")
-    if isinstance(entries[0], dict):
-        return [dict(group) for group in entries]
-    return [{"params": entries}]
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    for name in ("rho", "eta"):
-        if name in group:
-            _check_at_least_zero(name, group[name])
-
-
-def _check_at_least_zero(name: str, value: Any) -> None:
-    try:
-        number = float(value) if not isinstance(value, str) else math.nan
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def _check_base(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
-    collisions = [name for name in OPTIONS if name in base.defaults]
-    if collisions:
-        raise ValueError(
-            f"{type(base).__name__} has options of its own with the names of SAM's ({', '.join(collisions)}): "
-            "one group entry cannot hold both, so it cannot be SAM's base optimizer"
-        )
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{type(base).__name__}.step needs a closure to evaluate the loss again: it cannot be SAM's base optimizer")
