@@ -88,7 +88,7 @@ sanitize: sanitize-cpu sanitize-cuda
 sanitize-cpu: $(VENV)/sanitized/installed
 	cd tests && PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SAM_FAST_EXPECT_SANITIZER=address,undefined \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --capture=sys kernels
+		$(abspath $(BIN))/python -m pytest -q -n 2 --dist load -p no:cacheprovider --capture=sys kernels
 
 # ThreadSanitizer needs certain address ranges, which randomization may take (setarch -R). It sees float32 only: races do not depend on the dtype,
 # and it takes its time. PYTEST_THREADS= runs everything under it.

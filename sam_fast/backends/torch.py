@@ -180,7 +180,9 @@ class TorchBackend(Backend):
             return False
         for name, tensors in state.tensors.items():
             for tensor, row in zip(tensors, bucket.rows, strict=True):
-                if tensor is not None and name != "step" and (tensor.shape, tensor.dtype, tensor.device) != (row.shape, row.dtype, row.device):
+                if tensor is None or name == "step":
+                    continue
+                if (tensor.layout, tensor.shape, tensor.dtype, tensor.device) != (torch.strided, row.shape, row.dtype, row.device):
                     return False
         return True
 
