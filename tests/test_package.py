@@ -41,7 +41,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """``python -m build``: the sdist, the wheel made from the sdist, and what the build printed. Without CUDA: nvcc takes minutes, and the environment
+    """``python -m build``: the sdist, the wheel made from the sdist, and what the build printed. Without CUDA: nvcc is slow, and the environment
     that runs these tests was built by the same setup.py with it where it is."""
     dist = tmp_path_factory.mktemp("dist")
     output = run(sys.executable, "-m", "build", "--outdir", dist, cwd=checkout, SAM_FAST_CUDA="0")
