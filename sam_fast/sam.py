@@ -23,7 +23,7 @@ ROUNDING_STEP = "rounding_step"
 """Entry of every parameter group where weights are rounded stochastically: the number of first_steps so far, from which the rounding is drawn."""
 
 STOCHASTIC_ROUNDING_DEFAULT = False
-"""What ``stochastic_rounding=None`` means."""
+"""What ``stochastic_rounding=None`` means; docs/guide.md has the measurement."""
 
 SPENT = "_sam_fast_spent"
 """Attribute of a gradient tensor: its version when it was last used or zeroed. A gradient that still has that version is not a new one."""
