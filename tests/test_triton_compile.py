@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="with TRITON_INTERPRET=1 nothing is compiled")
 
 if not INTERPRETED:
-    from sam_fast.kernels import copy, grad_norm, perturb, table
+    from sam_fast.kernels import copy, grad_norm, perturb, restore_adam, restore_sgd, table, update
     from triton.backends.compiler import GPUTarget
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -53,18 +53,44 @@ class Launch:
         return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
 
-OPERATIONS = {"grad_norm": "grad_norm", "perturb": "perturb", "backup": "copy", "restore": "copy"}
+OPERATIONS = {
+    "grad_norm": "grad_norm",
+    "perturb": "perturb",
+    "backup": "copy",
+    "restore": "copy",
+    "restore_sgd": "restore_sgd",
+    "restore_adam": "restore_adam",
+}
 """Operation -> the module of its kernel."""
 
 
-def launch(operation: str, dtype: torch.dtype, chunks: int = 7, rows: int = 3, offset: int = 0, ticket: int = 5, eps: float = 1e-12) -> None:
-    """Launch with numbers of all kinds; partial sums and norm may lie at any float64."""
+def launch(
+    operation: str,
+    dtype: torch.dtype,
+    chunks: int = 7,
+    rows: int = 3,
+    offset: int = 0,
+    ticket: int = 5,
+    eps: float = 1e-12,
+    key: int | None = None,
+    scaled: bool = False,
+    device_steps: bool = False,
+) -> None:
+    """Launch with numbers of all kinds; partial sums, norm and what a scaler has on the device may lie at any address."""
     numbers, floats, flat = torch.zeros(500, dtype=torch.int64), torch.zeros(100, dtype=torch.float64), torch.zeros(64, dtype=torch.uint8)
     table, partials = numbers[: 5 * chunks].view(-1, 5), floats[offset : offset + rows]
     if operation == "grad_norm":
         grad_norm.grad_norm(table, numbers, rows, partials, dtype)
     elif operation == "perturb":
-        perturb.perturb(7, table, numbers, rows, partials, eps, floats[offset], flat, numbers[:1], ticket, dtype)
+        perturb.perturb(7, table, numbers, rows, partials, eps, floats[offset], flat, numbers[:1], ticket, key, dtype)
+    elif operation in ("restore_sgd", "restore_adam"):
+        scalars = torch.ones(4)
+        scaling = (scalars[offset], scalars[offset + 1]) if scaled else (None, None)
+        common = (7, table, numbers, rows, numbers, flat, numbers[:1], ticket, *scaling, key, dtype)
+        if operation == "restore_sgd":
+            restore_sgd.restore_sgd(*common)
+        else:
+            restore_adam.restore_adam(*common, device_steps)
     else:
         getattr(copy, operation)(7, table, numbers, flat, numbers[:1], ticket, dtype.itemsize)
 
