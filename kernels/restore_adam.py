@@ -171,13 +171,15 @@ def _step_chunk(
 
 
 @triton.jit
-def _corrections(numbers, row, steps, beta1, beta2, DEVICE_STEPS: tl.constexpr):
-    """``1 - beta1^t`` and ``sqrt(1 - beta2^t)`` of one row: from the host, or computed from its counter, which does not have this step yet."""
+def _corrections(numbers, row, steps, DEVICE_STEPS: tl.constexpr):
+    """``1 - beta1^t`` and ``sqrt(1 - beta2^t)`` of one row."""
+    first = tl.load(numbers + 2 * row)
+    second = tl.load(numbers + 2 * row + 1)
     if DEVICE_STEPS:
         t = (tl.load(steps.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
-        return bias_correction(beta1, t), tl.sqrt(bias_correction(beta2, t))
-    else:
-        return tl.load(numbers + 2 * row), tl.load(numbers + 2 * row + 1)
+        first = bias_correction(first, t)
+        second = tl.sqrt(bias_correction(second, t))
+    return first, second
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_rows", "ticket", "key"], do_not_specialize_on_alignment=["grad_scale", "found_inf"])
@@ -222,7 +224,7 @@ def restore_adam_kernel(
                 largest = tl.load(entry + 6 * num_rows)
                 options = numbers + 2 * num_rows + 8 * group
                 lr = learning_rate(table + 7 * num_rows, group, tl.load(options))
-                c1, c2 = _corrections(numbers, row, steps, tl.load(options + 1), tl.load(options + 2), DEVICE_STEPS)
+                c1, c2 = _corrections(numbers, row, steps, DEVICE_STEPS)
                 if tl.load(options + 6) != 0.0:
                     _step_chunk(
                         source, weights, grads, m, v, largest, begin, slot, count, options, lr, c1, c2, factor, key, DTYPE, BLOCK, True, STOCHASTIC
@@ -253,10 +255,10 @@ def restore_adam(
 
     Args:
         table: int64 ``[7 * num_rows + 2 * num_groups]``; the states are the step counter, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``.
-        numbers: int64 ``[2 * num_rows + 8 * num_groups]``, float64 bits: ``1 - beta1^t`` and ``sqrt(1 - beta2^t)`` for each row, t being the number
-            of this step, and ``struct AdamGroup`` (csrc/table.h) for each group.
-        device_steps: the table has addresses of counters (float32) that have not counted this step yet; the corrections are computed from them,
-            within a few units of 2^-53, and not read.
+        numbers: int64 ``[2 * num_rows + 8 * num_groups]``, float64 bits: for each row ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number
+            of this step, and for each group ``struct AdamGroup`` (csrc/table.h).
+        device_steps: ``numbers`` has ``log2(beta1)`` and ``log2(beta2)`` for each row instead, and the table the addresses of counters (float32) that
+            have not counted this step yet. The kernel computes the corrections, within about 2^-52.
     """
     key, stochastic = signed_key(rounding_key, dtype)
     restore_adam_kernel[(programs,)](

@@ -1,8 +1,8 @@
 """What the fused second steps have in common: where a chunk's weights come from, how gradients are scaled, when there is no step.
 
-Their address table (int64) has for each row the addresses of its weight, its gradient, its weight again if it is saved, else 0, and of each state of the
-base optimizer; then for each group the address of a learning rate on the device, 0 without one, and its size in bytes. What changes with every step is
-in a table of its own.
+Their address table (int64) has for each row the address of its weight, of its gradient, of its weight again if it is saved, else 0, and of each
+state of the base optimizer; then for each group the address of a learning rate on the device, 0 without one, and its size in bytes. What may
+change with every step is in a table of its own.
 """
 
 from __future__ import annotations

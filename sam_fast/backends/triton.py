@@ -305,7 +305,7 @@ class TritonBackend(AddressBackend):
         # A row without elements has no address, but a counter.
         rows = [row for row, p in enumerate(bucket.rows) if table.grads[row] or (state.device_steps and p.numel() == 0 and steps[row] is not None)]
         counters = [step for row in rows if (step := steps[row]) is not None]
-        corrections = array("d", bytes(16 * table.num_rows)) if state.device_steps else _bias_corrections(bucket, state, rows)
+        corrections = _bias_corrections(bucket, state, rows)
         names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         groups = len(state.groups) // 8
         self._restore_and_step("restore_adam", bucket, state, scaling, names, corrections + state.groups, groups, state.device_steps)
@@ -350,18 +350,25 @@ class TritonBackend(AddressBackend):
 
 
 def _bias_corrections(bucket: Bucket, state: StateTensors, rows: list[int]) -> array[float]:
-    """For every row ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come, from counters on the host."""
+    """For every row ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device knows t."""
     corrections = array("d", bytes(16 * len(bucket.rows)))
     known: dict[tuple[int, float], tuple[float, float]] = {}
     for row in rows:
         step = state.tensors["step"][row]
         assert step is not None
-        group, t = bucket.groups[row], step.item() + 1.0
+        group, t = bucket.groups[row], 0.0 if state.device_steps else step.item() + 1.0
         if (group, t) not in known:
             beta1, beta2 = state.groups[8 * group + 1 : 8 * group + 3]
-            known[group, t] = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
+            if state.device_steps:
+                known[group, t] = _log2(beta1), _log2(beta2)
+            else:
+                known[group, t] = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
         corrections[2 * row], corrections[2 * row + 1] = known[group, t]
     return corrections
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0.0 else -math.inf
 
 
 BACKEND = TritonBackend()
