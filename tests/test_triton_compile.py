@@ -95,6 +95,15 @@ def launch(
         getattr(copy, operation)(7, table, numbers, flat, numbers[:1], ticket, dtype.itemsize)
 
 
+UPDATED = [
+    *(("sm_90", dtype) for dtype in DTYPES),
+    *(("gfx942", dtype) for dtype in DTYPES),
+    ("sm_80", torch.float32),
+    ("sm_100", torch.bfloat16),
+]
+"""For which targets and dtypes the fused second steps are compiled: not for all, it takes a second or two each."""
+
+
 @pytest.fixture
 def compiled(monkeypatch) -> Callable[..., Any]:
     """``compiled(target, operation, dtype, *numbers)``: the kernels that launches with these :func:`launch` arguments compile to."""
@@ -195,6 +204,40 @@ def test_copy(compiled, target, operation, dtype, tmp_path):
     assert_nothing_is_spilled(kernel, target, tmp_path)
 
 
+@pytest.mark.parametrize("operation", ["restore_sgd", "restore_adam"])
+@pytest.mark.parametrize(("target", "dtype"), UPDATED, ids=lambda x: str(x).removeprefix("torch."))
+def test_updates(compiled, target, operation, dtype, tmp_path):
+    """With all that they can do: scaled gradients, counters on the device and, for the 16-bit formats, stochastic rounding."""
+    rounded = dtype.itemsize == 2
+    (kernel,) = compiled(target, operation, dtype, {"scaled": True, "device_steps": True, "key": 7 if rounded else None})
+    text = assembly(kernel)
+    # Arrays that are read and written, with and without what is optional, and by the copy of a step that is skipped.
+    reads, writes = (3 + 2 + 1, 2 + 1 + 1) if operation == "restore_sgd" else (5 + 4 + 1, 4 + 3 + 1)
+    loads, stores = wide(text, target)
+    block = per_block(update.BLOCK_BYTES, target)
+    assert block >= 1
+    assert loads >= reads * block
+    assert stores >= writes * block
+    if target.startswith("gfx"):
+        assert re.search(rf"\bv_(?:pk_)?fmac?_f{64 if dtype == torch.float64 else 32}", text)
+        assert "v_div_fixup_f64" in text
+    else:
+        assert "div.rn.f64" in text
+        assert not re.search(r"\b(?:div|sqrt)\.(?:full|approx)", text)
+        assert re.search(rf"\bfma\.rn\.f{64 if dtype == torch.float64 else 32}", text)
+        if operation == "restore_adam":
+            bits = 64 if dtype == torch.float64 else 32
+            assert f"div.rn.f{bits}" in text
+            assert f"sqrt.rn.f{bits}" in text
+    assert_nothing_is_spilled(kernel, target, tmp_path)
+
+
+def test_updates_keep_subnormal_numbers(compiled):
+    """Without the power in float64, in whose code .ftz does no harm."""
+    for operation in ("restore_sgd", "restore_adam"):
+        assert ".ftz" not in assembly(*compiled("sm_90", operation, torch.float32))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_launch_says_whether_multiply_adds_are_fused(compiled, operation):
     """The default changed between Triton versions."""
@@ -208,11 +251,11 @@ def test_one_kernel_whatever_the_numbers(compiled, operation):
     kernels = compiled(
         "sm_90",
         operation,
-        torch.float32,
-        {"chunks": 1, "rows": 1, "ticket": 1, "eps": 0.0},
-        {"chunks": 16, "rows": 16, "ticket": 16, "eps": 1.0},
-        {"chunks": 7, "rows": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1},
-        {"chunks": 32, "rows": 64, "offset": 2, "ticket": 17},
+        torch.bfloat16,
+        {"chunks": 1, "rows": 1, "ticket": 1, "eps": 0.0, "key": 1, "scaled": True},
+        {"chunks": 16, "rows": 16, "ticket": 16, "eps": 1.0, "key": 16, "scaled": True},
+        {"chunks": 7, "rows": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1, "key": (1 << 32) - 1, "scaled": True},
+        {"chunks": 32, "rows": 64, "offset": 2, "ticket": 17, "key": 1 << 31, "scaled": True},
     )
     assert len(kernels) == 4
     assert len({id(kernel) for kernel in kernels}) == 1
