@@ -56,7 +56,7 @@ def place_of(slot, start, lanes):
 
 @triton.jit
 def narrow_weight(x, DTYPE: tl.constexpr, index, key, STOCHASTIC: tl.constexpr):
-    """A new weight in the rows' dtype; ``STOCHASTIC``: by the random bits for ``key`` and the element's ``index`` (uint32, its place in the bucket)."""
+    """A new weight in the rows' dtype; ``STOCHASTIC``: by the random bits for ``key`` and ``index`` (uint32, the element's place in the bucket)."""
     if STOCHASTIC:
         value = x.to(tl.uint32, bitcast=True)
         random = _mixed(index ^ (value * 0x9E3779B9) ^ key)
