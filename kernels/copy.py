@@ -16,7 +16,7 @@ BLOCK_BYTES = 8192
 
 
 @triton.jit
-def _copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(address, count, BLOCK)
     wide: tl.constexpr = 128 // WORD.primitive_bitwidth
@@ -63,7 +63,7 @@ def copy_kernel(
         row, _group, begin, count, slot = load_chunk(chunks, index)
         address = tl.load(rows + row)
         if address != 0:
-            _copy_chunk(address, flat, begin * WORDS_PER_ELEMENT, slot * WORDS_PER_ELEMENT, count * WORDS_PER_ELEMENT, TO_FLAT, WORD, BLOCK)
+            copy_chunk(address, flat, begin * WORDS_PER_ELEMENT, slot * WORDS_PER_ELEMENT, count * WORDS_PER_ELEMENT, TO_FLAT, WORD, BLOCK)
 
 
 def _launch(

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import can_climb, climb, climb_adaptive, climb_scale, narrow, widen
+from .formulas import can_climb, climb, climb_adaptive, climb_scale, widen
+from .rounding import narrow_weight, place_of, signed_key
 from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk, load_group
 
 NORM_BLOCK = 1024
@@ -23,7 +24,7 @@ def _norm_of(partials, num_partials, NORM_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _move(w, g, flat, eta, scale, climbs, mask, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr):
+def _move(w, g, flat, eta, scale, climbs, mask, place, key, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """One block: back it up and, if ``climbs``, move it."""
     stored = tl.load(w, mask=mask)
     grad = widen(tl.load(g, mask=mask), COMPUTE)
@@ -34,11 +35,26 @@ def _move(w, g, flat, eta, scale, climbs, mask, COMPUTE: tl.constexpr, ADAPTIVE:
     else:
         moved = climb(weight, grad, scale)
     if climbs:
-        tl.store(w, narrow(moved, stored.dtype), mask=mask)
+        tl.store(w, narrow_weight(moved, stored.dtype, place, key, STOCHASTIC), mask=mask)
 
 
 @triton.jit
-def _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
+def _move_chunk(
+    weights,
+    grads,
+    flat,
+    begin,
+    slot,
+    count,
+    eta,
+    scale,
+    climbs,
+    key,
+    DTYPE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     eta = eta.to(compute)
     scale = scale.to(compute)
@@ -49,17 +65,21 @@ def _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DT
     w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16)
     g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16)
     for start in range(0, part, BLOCK):
-        place = tl.multiple_of(slot + start, wide)
-        _move(w + start + lanes, g + start + lanes, backup + place + lanes, eta, scale, climbs, None, compute, ADAPTIVE)
+        at = start + lanes
+        place = place_of(slot, start, lanes)
+        to = backup + tl.multiple_of(slot + start, wide) + lanes
+        _move(w + at, g + at, to, eta, scale, climbs, None, place, key, compute, ADAPTIVE, STOCHASTIC)
     w = weights.to(tl.pointer_type(DTYPE)) + begin
     g = grads.to(tl.pointer_type(DTYPE)) + begin
     backup += slot
     lanes = tl.arange(0, MASKED_BLOCK)
     for start in range(part, count, MASKED_BLOCK):
-        _move(w + start + lanes, g + start + lanes, backup + start + lanes, eta, scale, climbs, start + lanes < count, compute, ADAPTIVE)
+        at = start + lanes
+        place = place_of(slot, start, lanes)
+        _move(w + at, g + at, backup + at, eta, scale, climbs, at < count, place, key, compute, ADAPTIVE, STOCHASTIC)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_rows", "num_partials", "ticket"], do_not_specialize_on_alignment=["partials", "norm_out"])
+@triton.jit(do_not_specialize=["num_chunks", "num_rows", "num_partials", "ticket", "key"], do_not_specialize_on_alignment=["partials", "norm_out"])
 def perturb_kernel(
     chunks,
     num_chunks,
@@ -72,7 +92,9 @@ def perturb_kernel(
     flat,
     written,
     ticket,
+    key,
     DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM_BLOCK: tl.constexpr,
 ):
@@ -81,6 +103,7 @@ def perturb_kernel(
         tl.store(norm_out, norm)
         tl.store(written, ticket)
     climbs = can_climb(norm)
+    key = key.to(tl.uint32, bitcast=True)
     for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         # Backwards: the gradients that grad_norm read last are the ones still in cache.
         row, group, begin, count, slot = load_chunk(chunks, num_chunks - 1 - index)
@@ -90,9 +113,9 @@ def perturb_kernel(
             rho, eta, adaptive = load_group(table + 2 * num_rows, group)
             scale = climb_scale(norm, rho, eps)
             if adaptive != 0.0:
-                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE, True, BLOCK)
+                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, key, DTYPE, True, STOCHASTIC, BLOCK)
             else:
-                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, DTYPE, False, BLOCK)
+                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, key, DTYPE, False, STOCHASTIC, BLOCK)
 
 
 def perturb(
@@ -106,6 +129,7 @@ def perturb(
     flat: torch.Tensor,
     written: torch.Tensor,
     ticket: int,
+    rounding_key: int | None,
     dtype: torch.dtype,
 ) -> None:
     """Launch.
@@ -119,7 +143,9 @@ def perturb(
         flat: uint8, the backup's memory; a multiple of 16 bytes.
         written: int64, one element: receives ``ticket``, the proof for :func:`sam_fast.kernels.copy.restore` that this kernel has run.
         ticket: positive.
+        rounding_key: 32 bits, for the stochastic rounding of 16-bit weights, or None.
     """
+    key, stochastic = signed_key(rounding_key, dtype)
     perturb_kernel[(programs,)](
         chunks,
         chunks.shape[0],
@@ -132,7 +158,9 @@ def perturb(
         flat,
         written,
         ticket,
+        key,
         DTYPE=DTYPES[dtype],
+        STOCHASTIC=stochastic,
         BLOCK=BLOCK,
         NORM_BLOCK=NORM_BLOCK,
         num_warps=NUM_WARPS,

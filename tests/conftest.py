@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import BACKENDS, RESTRICTED, device_of
+from cases import BACKENDS, INTERPRETED, RESTRICTED, device_of
+
+if INTERPRETED:
+    import interpreter  # noqa: F401  (makes it faster)
 
 # On a GPU: full float32, and the same bits in every run, as the tests expect of what is not ours.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

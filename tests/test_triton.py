@@ -186,7 +186,7 @@ def test_elements_beyond_two_to_the_31():
     partials, norm, written = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     grad_norm.grad_norm(chunks, table, 1, partials, torch.bfloat16)
     assert float(partials.sum()) == pytest.approx(float(g.double().square().sum()), rel=1e-12)
-    perturb.perturb(2, chunks, table, 1, partials, 0.0, norm, flat, written, 9, torch.bfloat16)
+    perturb.perturb(2, chunks, table, 1, partials, 0.0, norm, flat, written, 9, None, torch.bfloat16)
     assert same_bits([backup], [before])
     assert float((w.double() - before.double()).norm()) == pytest.approx(50.0, rel=1e-2)
     copy.restore(2, chunks, table[:1], flat, written, 9, 2)
@@ -211,30 +211,36 @@ def test_programs_without_chunks_write_zero():
 
 @interpreter
 def test_tables_are_uploaded_only_when_they_changed():
-    params = make_params([100, 20_000])
+    params = make_params([100, 3000])
     optimizer = SAM(params, lr=0.0, backend="triton")
     (bucket,) = optimizer._perturbation.buckets
+    uploads = (bucket.table.climb, bucket.table.addresses, bucket.table.numbers, bucket.table.targets)
 
-    def step() -> tuple[int, int]:
-        before = bucket.table.climb.uploads, bucket.table.targets.uploads
+    def step() -> tuple[int, ...]:
+        before = [upload.uploads for upload in uploads]
         optimizer.first_step()
         optimizer.second_step()
-        return bucket.table.climb.uploads - before[0], bucket.table.targets.uploads - before[1]
+        return tuple(upload.uploads - count for upload, count in zip(uploads, before, strict=True))
 
-    assert step() == (1, 1)
-    assert step() == (0, 0)
+    assert step() == (1, 1, 1, 0)
+    assert step() == (0, 0, 0, 0)
     optimizer.param_groups[0]["rho"] = 0.1
-    assert step() == (1, 0)
+    assert step() == (1, 0, 0, 0)
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert step() == (0, 0, 1, 0)
     params[0].grad = params[0].grad.clone()
-    assert step() == (1, 0)
+    assert step() == (1, 1, 0, 0)
+    optimizer.first_step()
     params[1].grad = None
-    assert step() == (1, 1)  # one row fewer to restore
-    params[1].grad = torch.ones(20_000)
+    before = [upload.uploads for upload in uploads]
+    optimizer.second_step()  # one row is stepped, the other one put back
+    assert [upload.uploads - count for upload, count in zip(uploads, before, strict=True)] == [0, 1, 0, 1]
+    params[1].grad = torch.ones(3000)
     params[1].data = params[1].data.clone()
     optimizer.first_step()  # builds new buckets only where a row no longer matches: an address alone may change
     assert optimizer._perturbation.buckets == [bucket]
     optimizer.restore()
-    assert step() == (0, 0)
+    assert step() == (0, 1, 0, 0)
 
 
 @interpreter

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="with TRITON_INTERPRET=1 nothing is compiled")
 
 if not INTERPRETED:
-    from sam_fast.kernels import copy, grad_norm, perturb, table
+    from sam_fast.kernels import copy, grad_norm, perturb, restore_adam, restore_sgd, table, update
     from triton.backends.compiler import GPUTarget
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -53,20 +53,55 @@ class Launch:
         return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
 
-OPERATIONS = {"grad_norm": "grad_norm", "perturb": "perturb", "backup": "copy", "restore": "copy"}
+OPERATIONS = {
+    "grad_norm": "grad_norm",
+    "perturb": "perturb",
+    "backup": "copy",
+    "restore": "copy",
+    "restore_sgd": "restore_sgd",
+    "restore_adam": "restore_adam",
+}
 """Operation -> the module of its kernel."""
 
 
-def launch(operation: str, dtype: torch.dtype, chunks: int = 7, rows: int = 3, offset: int = 0, ticket: int = 5, eps: float = 1e-12) -> None:
-    """Launch with numbers of all kinds; partial sums and norm may lie at any float64."""
+def launch(
+    operation: str,
+    dtype: torch.dtype,
+    chunks: int = 7,
+    rows: int = 3,
+    offset: int = 0,
+    ticket: int = 5,
+    eps: float = 1e-12,
+    key: int | None = None,
+    scaled: bool = False,
+    device_steps: bool = False,
+) -> None:
+    """Launch with numbers of all kinds; partial sums, norm and what a scaler has on the device may lie at any address."""
     numbers, floats, flat = torch.zeros(500, dtype=torch.int64), torch.zeros(100, dtype=torch.float64), torch.zeros(64, dtype=torch.uint8)
     table, partials = numbers[: 5 * chunks].view(-1, 5), floats[offset : offset + rows]
     if operation == "grad_norm":
         grad_norm.grad_norm(table, numbers, rows, partials, dtype)
     elif operation == "perturb":
-        perturb.perturb(7, table, numbers, rows, partials, eps, floats[offset], flat, numbers[:1], ticket, dtype)
+        perturb.perturb(7, table, numbers, rows, partials, eps, floats[offset], flat, numbers[:1], ticket, key, dtype)
+    elif operation in ("restore_sgd", "restore_adam"):
+        scalars = torch.ones(4)
+        scaling = (scalars[offset], scalars[offset + 1]) if scaled else (None, None)
+        common = (7, table, numbers, rows, numbers, flat, numbers[:1], ticket, *scaling, key, dtype)
+        if operation == "restore_sgd":
+            restore_sgd.restore_sgd(*common)
+        else:
+            restore_adam.restore_adam(*common, device_steps)
     else:
         getattr(copy, operation)(7, table, numbers, flat, numbers[:1], ticket, dtype.itemsize)
+
+
+UPDATED = [
+    *(("sm_90", dtype) for dtype in DTYPES),
+    *(("gfx942", dtype) for dtype in DTYPES),
+    ("sm_80", torch.float32),
+    ("sm_100", torch.bfloat16),
+]
+"""For which targets and dtypes the fused second steps are compiled: not for all, it takes a second or two each."""
 
 
 @pytest.fixture
@@ -169,6 +204,39 @@ def test_copy(compiled, target, operation, dtype, tmp_path):
     assert_nothing_is_spilled(kernel, target, tmp_path)
 
 
+@pytest.mark.parametrize("operation", ["restore_sgd", "restore_adam"])
+@pytest.mark.parametrize(("target", "dtype"), UPDATED, ids=lambda x: str(x).removeprefix("torch."))
+def test_updates(compiled, target, operation, dtype, tmp_path):
+    """With all that they can do: scaled gradients, counters on the device and, for the 16-bit formats, stochastic rounding."""
+    rounded = dtype.itemsize == 2
+    (kernel,) = compiled(target, operation, dtype, {"scaled": True, "device_steps": True, "key": 7 if rounded else None})
+    text = assembly(kernel)
+    # Arrays that are read and written, with and without what is optional, and by the copy of a step that is skipped.
+    reads, writes = (3 + 2 + 1, 2 + 1 + 1) if operation == "restore_sgd" else (5 + 4 + 1, 4 + 3 + 1)
+    loads, stores = wide(text, target)
+    block = per_block(update.BLOCK_BYTES, target)
+    assert block >= 1
+    assert loads >= reads * block
+    assert stores >= writes * block
+    bits = 64 if dtype == torch.float64 else 32
+    if target.startswith("gfx"):
+        assert re.search(rf"\bv_(?:pk_)?fmac?_f{bits}", text)
+        assert f"v_div_fixup_f{bits if operation == 'restore_adam' else 32}" in text
+    else:
+        assert re.search(rf"\bfma\.rn\.f{bits}", text)
+        assert not re.search(r"\b(?:div|sqrt)\.(?:full|approx)", text)
+        if operation == "restore_adam":
+            assert f"div.rn.f{bits}" in text
+            assert f"sqrt.rn.f{bits}" in text
+    assert_nothing_is_spilled(kernel, target, tmp_path)
+
+
+def test_updates_keep_subnormal_numbers(compiled):
+    """Without the power in float64, in whose code .ftz does no harm."""
+    for operation in ("restore_sgd", "restore_adam"):
+        assert ".ftz" not in assembly(*compiled("sm_90", operation, torch.float32))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_launch_says_whether_multiply_adds_are_fused(compiled, operation):
     """The default changed between Triton versions."""
@@ -182,11 +250,11 @@ def test_one_kernel_whatever_the_numbers(compiled, operation):
     kernels = compiled(
         "sm_90",
         operation,
-        torch.float32,
-        {"chunks": 1, "rows": 1, "ticket": 1, "eps": 0.0},
-        {"chunks": 16, "rows": 16, "ticket": 16, "eps": 1.0},
-        {"chunks": 7, "rows": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1},
-        {"chunks": 32, "rows": 64, "offset": 2, "ticket": 17},
+        torch.bfloat16,
+        {"chunks": 1, "rows": 1, "ticket": 1, "eps": 0.0, "key": 1, "scaled": True},
+        {"chunks": 16, "rows": 16, "ticket": 16, "eps": 1.0, "key": 16, "scaled": True},
+        {"chunks": 7, "rows": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1, "key": (1 << 32) - 1, "scaled": True},
+        {"chunks": 32, "rows": 64, "offset": 2, "ticket": 17, "key": 1 << 31, "scaled": True},
     )
     assert len(kernels) == 4
     assert len({id(kernel) for kernel in kernels}) == 1

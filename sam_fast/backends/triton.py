@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import os
 from array import array
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .addresses import AddressBackend, AddressTable
-from .base import GroupOptions
+from .base import GroupOptions, StateTensors
 
 if TYPE_CHECKING:
+    from ..amp import Scaling
     from ..bucket import Bucket
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -158,6 +160,8 @@ class TritonTable(AddressTable):
         self.programs = max(1, min(len(bucket.chunks), _max_programs(device)))
         self.climb = Upload(device)
         self.targets = Upload(device)
+        self.addresses = Upload(device)
+        self.numbers = Upload(device)
 
     def climb_table(self, options: GroupOptions) -> Tensor:
         """Weights, gradients and group options on the device."""
@@ -186,6 +190,31 @@ class TritonTable(AddressTable):
         for row, address in enumerate(self.weights):
             if address:
                 self.saved[row] = 0
+
+    def share_saved(self, source: AddressTable) -> None:
+        super().share_saved(source)
+        assert isinstance(source, TritonTable)
+        self.written, self.ticket = source.written, source.ticket  # the proof goes with the backup
+
+    def step_table(self, state: StateTensors, names: tuple[str, ...], num_groups: int) -> Tensor:
+        """The address table of a fused second step (kernels/update.py) on the device."""
+        parts = [self.weights.tobytes(), self.grads.tobytes(), self.saved_targets()]
+        for name in names:
+            on_host = name == "step" and not state.device_steps
+            parts.append(bytes(8 * self.num_rows) if on_host else self.states[name].addresses.tobytes())
+        rates = array("Q")
+        for lr in state.learning_rates or [None] * num_groups:
+            rates.extend((0, 0) if lr is None else (lr.data_ptr(), lr.element_size()))
+        return self.addresses.send(b"".join([*parts, rates.tobytes()]))
+
+    def release_stepped(self) -> bool:
+        """Note that the rows with a gradient are as the step left them; returns whether others are still saved."""
+        self.all_saved = False
+        for row, address in enumerate(self.grads):
+            if address:
+                self.saved[row] = 0
+        self.release_copies()
+        return any(self.saved)
 
     def restore_changed(self, changed: list[int], release: bool) -> None:
         if any(self.saved[row] for row in changed) and int(self.written) != self.ticket:  # waits for the device, but this case is rare
@@ -245,7 +274,8 @@ class TritonBackend(AddressBackend):
             uploaded = table.climb_table(options)
             flat = bucket.flat.view(torch.uint8)
             ticket, count = table.mark_saved(table.grads)
-            launch(table.programs, table.chunks, uploaded, table.num_rows, partials, eps, norm, flat, table.written, ticket, bucket.dtype)
+            key = options.rounding_key
+            launch(table.programs, table.chunks, uploaded, table.num_rows, partials, eps, norm, flat, table.written, ticket, key, bucket.dtype)
         return count
 
     def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
@@ -261,6 +291,84 @@ class TritonBackend(AddressBackend):
                 launch(table.programs, table.chunks, uploaded, flat, table.written, ticket, bucket.dtype.itemsize)
         if restore and release:
             table.release_saved()
+
+    fused_steps = frozenset({"restore_sgd", "restore_adam"})
+
+    decides_on_device = True
+
+    def restore_sgd(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        self._restore_and_step("restore_sgd", bucket, state, scaling, ("momentum_buffer",), state.groups, len(state.groups) // 6)
+
+    def restore_adam(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        table: TritonTable = bucket.table
+        steps = state.tensors["step"]
+        # A row without elements has no address, but a counter.
+        rows = [row for row, p in enumerate(bucket.rows) if table.grads[row] or (state.device_steps and p.numel() == 0 and steps[row] is not None)]
+        counters = [step for row in rows if (step := steps[row]) is not None]
+        corrections = _bias_corrections(bucket, state, rows)
+        names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        groups = len(state.groups) // 8
+        self._restore_and_step("restore_adam", bucket, state, scaling, names, corrections + state.groups, groups, state.device_steps)
+        # After the launch: one that fails has counted nothing.
+        if counters:
+            torch._foreach_add_(counters, 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(()))
+
+    def _restore_and_step(
+        self,
+        operation: str,
+        bucket: Bucket,
+        state: StateTensors,
+        scaling: Scaling,
+        names: tuple[str, ...],
+        numbers: array[float],
+        num_groups: int,
+        *more: bool,
+    ) -> None:
+        table: TritonTable = bucket.table
+        if any(table.grads):
+            launch = getattr(_kernels(operation), operation)
+            table.addresses.begin()
+            table.numbers.begin()
+            with _guard(bucket.device):
+                launch(
+                    table.programs,
+                    table.chunks,
+                    table.step_table(state, names, num_groups),
+                    table.num_rows,
+                    table.numbers.send(numbers.tobytes()),
+                    bucket.flat.view(torch.uint8),
+                    table.written,
+                    table.ticket,
+                    scaling.grad_scale,
+                    scaling.found_inf,
+                    state.rounding_key,
+                    bucket.dtype,
+                    *more,
+                )
+        if table.release_stepped():  # rows whose gradient vanished between the passes
+            self.launch_copy(bucket, True, True)
+
+
+def _bias_corrections(bucket: Bucket, state: StateTensors, rows: list[int]) -> array[float]:
+    """For every row ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device knows t."""
+    corrections = array("d", bytes(16 * len(bucket.rows)))
+    known: dict[tuple[int, float], tuple[float, float]] = {}
+    for row in rows:
+        step = state.tensors["step"][row]
+        assert step is not None
+        group, t = bucket.groups[row], 0.0 if state.device_steps else step.item() + 1.0
+        if (group, t) not in known:
+            beta1, beta2 = state.groups[8 * group + 1 : 8 * group + 3]
+            if state.device_steps:
+                known[group, t] = _log2(beta1), _log2(beta2)
+            else:
+                known[group, t] = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
+        corrections[2 * row], corrections[2 * row + 1] = known[group, t]
+    return corrections
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0.0 else -math.inf
 
 
 BACKEND = TritonBackend()

@@ -1,0 +1,352 @@
+"""The triton backend's fused second step: the bits of the cpu backend, what is decided on the device, and what an interruption leaves behind."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CHUNK, DTYPES, INTERPRETED, make_params, same_bits, values
+from conftest import Step
+from test_restore_step import ADAM, CASES, SGD, make_state, row_state
+from torch import Tensor
+
+from sam_fast import SAM, backends
+from sam_fast.amp import Scaling
+from sam_fast.backends import triton as backend
+from sam_fast.backends.base import StateTensors
+from sam_fast.bucket import Bucket
+from sam_fast.rounding import round_stochastically
+
+pytestmark = [pytest.mark.stand_in, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")]
+
+TRITON = backends.BACKENDS["triton"]
+KEY = 0xDEADBEEF
+cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
+one_of_each = pytest.mark.parametrize(("operation", "name"), [("restore_sgd", "momentum"), ("restore_adam", "amsgrad")], ids=["sgd", "adam"])
+
+
+def take(s: Step, operation: str, name: str, state: dict[str, list[Tensor | None]], scaling: Scaling | None = None, **more: Any) -> None:
+    groups = array("d", map(float, (SGD if operation == "restore_sgd" else ADAM)[name]))
+    tensors = StateTensors(state, groups, **more)
+    assert s.backend.collect_step(s.bucket, tensors)
+    getattr(s.backend, operation)(s.bucket, tensors, scaling or Scaling(None, None))
+
+
+def all_of(params: list[Any], state: dict[str, list[Tensor | None]]) -> list[Tensor]:
+    return [*values(params), *(t.clone() for tensors in state.values() for t in tensors if t is not None)]
+
+
+def stepped(name: str, operation: str, case: str, sizes: list[int], dtype: torch.dtype = torch.float32, key: int | None = None) -> list[Tensor]:
+    """Weights and state after a step in which gradients are scaled, one row has no gradient and one is not saved."""
+    params = make_params([*sizes, 40, CHUNK + 50 if dtype == torch.float32 else 50], dtype)
+    late = params[-1].grad
+    params[-1].grad = None
+    state = make_state(operation, case, params)
+    s = Step(backends.BACKENDS[name], params)
+    s.options.rounding_key = key
+    s.grad_norm()
+    s.partials.fill_(0.0)
+    s.partials[0] = 0.25
+    s.perturb()
+    moved = values(params)
+    params[-1].grad, params[-2].grad = late, None
+    take(s, operation, case, state, Scaling(torch.tensor(3.0), None), rounding_key=key)
+    return moved + all_of(params, state)
+
+
+# ---- Bits --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@cases
+def test_same_bits_as_the_cpu_backend(operation, name, dtype):
+    """Triton's interpreter rounds a fused multiply-add once, as the AVX2 and AVX-512 kernels do."""
+    if "cpu" not in backends.available() or backends.cpu._cpu.isa() == "baseline":
+        pytest.skip("needs the cpu backend on a processor with AVX2")
+    sizes = [17, 3 * 512 + 5, 4100]
+    assert same_bits(stepped("cpu", operation, name, sizes, dtype), stepped("triton", operation, name, sizes, dtype))
+    if dtype.itemsize == 2:
+        rounded = [stepped(backend, operation, name, sizes, dtype, KEY) for backend in ("cpu", "triton")]
+        assert same_bits(*rounded)
+        assert not same_bits(rounded[0], stepped("triton", operation, name, sizes, dtype))
+
+
+@one_of_each
+def test_rounding_beyond_two_to_the_31_elements(operation, name):
+    """The element's place counts modulo 2^32. Only one chunk of the row and of the backup exists."""
+    from sam_fast.kernels import restore_adam, restore_sgd
+
+    begin, count, slot = (1 << 31) + CHUNK, 2500, (1 << 31) + 2 * CHUNK
+    chunks = torch.tensor([[0, 0, begin, count, slot]])
+    flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)  # 4 GiB of addresses; the memory is never touched but for the chunk
+    (w,) = make_params([count], torch.bfloat16)
+    state = make_state(operation, name, [w])
+    addresses = [t.data_ptr() - 2 * begin for t in (w, w.grad)] + [1]
+    flat.view(torch.bfloat16)[slot : slot + count] = w.detach()
+    written = torch.tensor([9])
+    if operation == "restore_sgd":
+        options = array("d", [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+        wanted = round_stochastically(w.detach().float() - w.grad.float(), w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY)
+        addresses += [0, 0, 0]
+    else:
+        # No gradient, m = 2^-9 and v = 0: the step is lr 2^-10, to the bit.
+        options = array("d", [0.25, 0.5, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0])
+        state["exp_avg"][0].fill_(0.0)
+        state["exp_avg_sq"][0].fill_(0.0)
+        w.grad.fill_(0.0)
+        state["exp_avg"][0].fill_(2.0**-9)
+        wanted = round_stochastically(w.detach().float() - 0.25 * 2.0**-10, w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY)
+        addresses += [0] + [state[key][0].data_ptr() - 2 * begin for key in ("exp_avg", "exp_avg_sq")] + [0, 0, 0]
+        options = array("d", [1.0, 1.0]) + options
+    numbers = torch.frombuffer(bytearray(options.tobytes()), dtype=torch.int64)
+    common = (2, chunks, torch.tensor(addresses), 1, numbers, flat, written, 9, None, None, KEY, torch.bfloat16)
+    if operation == "restore_sgd":
+        restore_sgd.restore_sgd(*common)
+    else:
+        restore_adam.restore_adam(*common, False)
+    assert same_bits([w], [wanted])
+
+
+@pytest.mark.parametrize("shifted", [None, "weight", "gradient", "state"])
+@one_of_each
+def test_unmasked_accesses_are_aligned(monkeypatch, operation, name, shifted):
+    """They are compiled to 16-byte ones, which fault at other addresses; the interpreter would not mind."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    size = CHUNK + 1100
+    (p,) = make_params([size])
+
+    def moved(tensor: Tensor, what: str) -> Tensor:
+        shift = int(what == shifted)
+        return torch.cat([torch.zeros(shift), tensor.detach()])[shift:]
+
+    w = moved(p, "weight")
+    w.grad = moved(p.grad, "gradient")
+    state = make_state(operation, name, [w])
+    last = "momentum_buffer" if operation == "restore_sgd" else "max_exp_avg_sq"
+    state[last][0] = moved(state[last][0], "state")
+    s = Step(TRITON, [w])
+    s.climb()
+    unmasked = []
+
+    def watch(access: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(self, pointers, *args):
+            if pointers.data.size > 1:
+                unmasked.append(int(pointers.data.flat[0]))
+            return access(self, pointers, *args)
+
+        return watched
+
+    for access in ("create_load", "create_store"):
+        monkeypatch.setattr(InterpreterBuilder, access, watch(getattr(InterpreterBuilder, access)))
+    take(s, operation, name, state)
+    assert all(address % 16 == 0 for address in unmasked)
+    assert len(unmasked) == (0 if shifted else size // 1024 * (5 if operation == "restore_sgd" else 9))
+
+
+# ---- Decided on the device ---------------------------------------------------------------------------------------------------------------
+
+
+@one_of_each
+@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("grad_scale", [None, 3.0])
+def test_found_inf_is_decided_on_the_device(monkeypatch, operation, name, found, grad_scale):
+    params = make_params([17, 1500, 40, 50])
+    late, params[3].grad = params[3].grad, None
+    start = values(params)
+    state = make_state(operation, name, params)
+    before = all_of([], state)
+    s = Step(TRITON, params)
+    s.climb()
+    params[3].grad, params[2].grad = late, None
+    if found:
+        params[0].grad[0] = math.inf
+    scaling = Scaling(None if grad_scale is None else torch.tensor(grad_scale), torch.tensor(found))
+    for read in ("__bool__", "__float__", "item", "tolist"):
+        monkeypatch.setattr(Tensor, read, lambda self: pytest.fail("read on the host"))
+    take(s, operation, name, state, scaling, device_steps=operation == "restore_adam")
+    monkeypatch.undo()
+    assert s.backend.saved(s.bucket) == []
+    assert same_bits([params[2]], [start[2]])
+    stays = same_bits(values(params), start)
+    assert stays is bool(found)
+    assert same_bits(all_of([], state), before) is bool(found)
+    for i, count in enumerate([1, 1, 0, 1]):
+        if operation == "restore_adam":
+            assert float(state["step"][i]) == 3 + i % 4 + (0 if found else count)
+
+
+@one_of_each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_learning_rates_on_the_device(operation, name, dtype):
+    """Two groups, one of them with its learning rate in a tensor; another one in the next step, whose address is as it was."""
+    results = []
+    lr = torch.tensor(0.0, dtype=dtype)
+    for on_device in (False, True):
+        params = make_params([600, 30])
+        state = make_state(operation, name, params)
+        s = Step(TRITON, params, [0, 1], [{}, {}])
+        _, *others = (SGD if operation == "restore_sgd" else ADAM)[name]
+        s.climb()
+        for value in (0.1, 0.3):
+            rate = float(lr.fill_(value))
+            groups = array("d", [0.05, *map(float, others), math.nan if on_device else rate, *map(float, others)])
+            tensors = StateTensors(state, groups, [None, lr] if on_device else [])
+            assert s.backend.collect_step(s.bucket, tensors)
+            getattr(s.backend, operation)(s.bucket, tensors, Scaling(None, None))
+        results.append(all_of(params, state))
+    assert same_bits(*results)
+    if operation == "restore_sgd":
+        assert s.bucket.table.numbers.uploads == 1
+    assert s.bucket.table.addresses.uploads == 2  # in the second step nothing is saved
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)], ids=str)
+def test_bias_corrections_from_counters_on_the_device(betas):
+    """In float64 and for every number of steps: what the host computes, but for 2^-51 in 1 - beta^t. Counters of empty rows count too."""
+    counts = [0.0, 1.0, 9.0, 1000.0, 1e6, 2.0**24]
+    results = []
+    for on_device in (False, True):
+        params = make_params([*[3] * len(counts), 0], torch.float64)
+        state = make_state("restore_adam", "adamw", params)
+        state["step"] = [torch.tensor(t) for t in [*counts, 5.0]]
+        before = row_state(state, 0)
+        s = Step(TRITON, params)
+        s.climb()
+        groups = array("d", [0.1, *betas, 1e-8, 0.01, 1.0, 0.0, 0.0])
+        tensors = StateTensors(state, groups, device_steps=on_device)
+        assert s.backend.collect_step(s.bucket, tensors)
+        s.backend.restore_adam(s.bucket, tensors, Scaling(None, None))
+        assert [float(t) for t in state["step"]] == [*(float(torch.tensor(t) + 1) for t in counts), 6.0 if on_device else 5.0]
+        assert float(before["step"]) == 0.0
+        results.append(values(params))
+    for t, host, device in zip(counts, *results, strict=False):
+        smallest = min(1.0 - beta ** (t + 1) for beta in betas)
+        assert torch.allclose(host, device, rtol=1e-15, atol=2.0**-51 / smallest)
+
+
+# ---- Which backup --------------------------------------------------------------------------------------------------------------------------
+
+
+@one_of_each
+def test_a_backup_that_was_not_written_is_not_read(operation, name):
+    """A signal can come between the note that rows are saved and the launch."""
+    results = []
+    for noted in (False, True):
+        params = make_params([700, 30])
+        state = make_state(operation, name, params)
+        s = Step(TRITON, params)  # its backup is NaN
+        assert s.backend.collect(s.bucket, s.options)
+        if noted:
+            s.bucket.table.mark_saved(s.bucket.table.grads)
+        take(s, operation, name, state)
+        results.append(all_of(params, state))
+    assert same_bits(*results)
+    assert not any(t.isnan().any() for t in results[0])
+
+
+@one_of_each
+def test_rows_of_a_flat_buffer_are_stepped_from_its_backup(operation, name):
+    """The step's rows are the parameters; the proof that their backup was written is the flat rows'."""
+    results = []
+    for flat in (False, True):
+        params = make_params([64, 704])  # slots without gaps
+        state = make_state(operation, name, params)
+        if flat:
+            row = torch.cat([p.detach() for p in params])
+            row.grad = torch.cat([p.grad for p in params])
+            for p, place in zip(params, (slice(64), slice(64, None)), strict=True):
+                p.data = row[place]
+            source = Bucket([row], [0], TRITON, [params])
+            s = Step(TRITON, params)
+            s.bucket = source.by_parameter()
+            climber = Step(TRITON, [row])
+            climber.bucket = source
+        else:
+            s = climber = Step(TRITON, params)
+        climber.grad_norm()
+        climber.partials.zero_()
+        climber.partials[0] = 0.25
+        climber.perturb()
+        groups = array("d", map(float, (SGD if operation == "restore_sgd" else ADAM)[name]))
+        tensors = StateTensors(state, groups)
+        assert TRITON.collect_step(s.bucket, tensors)
+        if flat:
+            TRITON.share_saved(s.bucket, source)
+        getattr(TRITON, operation)(s.bucket, tensors, Scaling(None, None))
+        results.append(all_of(params, state))
+    assert same_bits(*results)
+
+
+def test_a_flat_backup_that_was_not_written_is_not_read():
+    params = make_params([64, 704])
+    row = torch.cat([p.detach() for p in params])
+    row.grad = torch.cat([p.grad for p in params])
+    for p, place in zip(params, (slice(64), slice(64, None)), strict=True):
+        p.data = row[place]
+    params[0].grad = None
+    source = Bucket([row], [0], TRITON, [params])
+    source.flat.fill_(math.nan)
+    s = Step(TRITON, params)
+    s.bucket = source.by_parameter()
+    assert TRITON.collect(source, s.options)
+    source.table.mark_saved(source.table.grads)
+    tensors = StateTensors({"momentum_buffer": [None, None]}, array("d", map(float, SGD["plain"])))
+    assert TRITON.collect_step(s.bucket, tensors)
+    TRITON.share_saved(s.bucket, source)
+    TRITON.restore_sgd(s.bucket, tensors, Scaling(None, None))  # the first parameter would be put back, the other one stepped
+    assert not row.isnan().any()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_second_step(monkeypatch, base, when):
+    """The weights can still be restored; a counter has counted only what was launched and finished."""
+    operation = "restore_sgd" if base is torch.optim.SGD else "restore_adam"
+    params = make_params([100, 1500])
+    optimizer = SAM(params, base, backend="triton", lr=0.1)
+    for _ in range(2):
+        optimizer.first_step()
+        optimizer.second_step()
+    before = values(params)
+    optimizer.first_step()
+    kernels = backend._kernels(operation)
+    launch = getattr(kernels, f"{operation}_kernel")
+
+    class Interrupted:
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                if when == "after":
+                    launch[grid](*args, **kwargs)
+                raise KeyboardInterrupt
+
+            return run
+
+    monkeypatch.setattr(kernels, f"{operation}_kernel", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.second_step()
+    monkeypatch.undo()
+    assert optimizer.perturbed
+    optimizer.restore()
+    assert same_bits(values(params), before)
+    if operation == "restore_adam":
+        assert all(float(state["step"]) == 2.0 for state in optimizer.state.values())
+    optimizer.first_step()
+    optimizer.second_step()
+    assert not same_bits(values(params), before)
+
+
+def test_a_graph_has_its_own_tables(monkeypatch):
+    """Captured copies are replayed: each captured step keeps the memory of both of its tables."""
+    monkeypatch.setattr(backend, "_capturing", lambda device: True)
+    params = make_params([30])
+    state = make_state("restore_sgd", "momentum", params)
+    s = Step(TRITON, params)
+    for steps in (1, 2):
+        s.climb()
+        take(s, "restore_sgd", "momentum", state)
+        assert len(s.bucket.table.addresses._kept) == len(s.bucket.table.numbers._kept) == steps
