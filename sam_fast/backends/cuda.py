@@ -60,7 +60,7 @@ class CudaTable(AddressTable):
 
 
 class CudaBackend(AddressBackend):
-    """Every operation is asynchronous, and one launch: grad_norm, perturb and restore for each 800 rows, restore_sgd for 700, restore_adam for 448."""
+    """Every operation is asynchronous. It is one launch for each 800 rows, restore_sgd for each 700 and restore_adam for each 448."""
 
     name = "cuda"
     reverse = True
