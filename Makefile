@@ -50,6 +50,7 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 test-cuda: $(EMULATION)/plain/_cuda.so
 	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py test_passes.py \
 		test_batchnorm_training.py
+	$(subst SAM_FAST_TEST_BACKENDS,SAM_FAST_BACKEND,$(call EMULATED,plain)) $(PYTEST_EMULATED) test_fused_step.py -k "not hundred and not one_odd"
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed

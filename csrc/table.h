@@ -58,6 +58,12 @@ struct AdamGroup {
   double maximize;
 };
 
+// Where a group's learning rate is on the device, one float32 or float64; address 0: the options have it.
+struct LearningRate {
+  uint64_t address;
+  int64_t dtype;
+};
+
 // How new weights in a 16-bit format are rounded: to nearest, or stochastically (rounding.h).
 struct Rounding {
   bool stochastic;

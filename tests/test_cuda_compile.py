@@ -15,8 +15,11 @@ import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ["80", "90", "100"]
-OPERATIONS = ["grad_norm", "perturb", "copy"]
+OPERATIONS = ["grad_norm", "perturb", "copy", "restore_sgd", "restore_adam"]
 DTYPES = {"float32": "Native<float>", "float64": "Native<double>", "bfloat16": "bf16", "float16": "f16"}
+
+KERNELS = {"copy": 4, "grad_norm": 8}
+"""How many there are: dtypes, or directions, by two sizes of arguments. The others: also with stochastic rounding, for the 16-bit dtypes."""
 
 MAX_REGISTERS = 80
 """3 blocks of 256 threads on a multiprocessor of 65,536 registers: what kBlocksPerProcessor in csrc/cuda/rows.h promises."""
@@ -72,7 +75,7 @@ each = pytest.mark.parametrize(("operation", "architecture"), [(o, a) for a in A
 def test_no_spills_and_few_registers(cubins, operation, architecture):
     usage = dump(cubins[operation, architecture], "--dump-resource-usage")
     found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert len(found) == (4 if operation == "copy" else 8), usage  # dtypes, or directions, by two sizes of arguments
+    assert len(found) == KERNELS.get(operation, 12), usage
     for registers, stack, local in found:
         assert (int(stack), int(local)) == (0, 0)
         assert int(registers) <= MAX_REGISTERS
@@ -98,7 +101,10 @@ def wide(found: Counter[str], kind: str) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
-    """perturb: 4 vectors of w and 4 of g in, 4 of the backup and 4 of w out, for SAM and once more for ASAM. grad_norm: 4 of g, and 4 of g and w."""
+    """perturb: 4 vectors of w and 4 of g in, 4 of the backup and 4 of w out, for SAM and once more for ASAM. grad_norm: 4 of g, and 4 of g and w.
+
+    restore_sgd: 2 of the backup, of g and of the momentum in, 2 of w and of the momentum out. restore_adam: 1 each of five in, of four out.
+    """
     for name, code in functions(cubins["perturb", architecture]).items():
         if DTYPES[dtype] in name:
             found = accesses(code)
@@ -107,6 +113,12 @@ def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
     for name, code in functions(cubins["grad_norm", architecture]).items():
         if DTYPES[dtype] in name:
             assert wide(accesses(code), "LDG") >= 12
+    for operation, loads in (("restore_sgd", 6), ("restore_adam", 5)):
+        for name, code in functions(cubins[operation, architecture]).items():
+            if DTYPES[dtype] in name:
+                found = accesses(code)
+                assert wide(found, "LDG") >= loads, found
+                assert wide(found, "STG") >= 4, found
 
 
 @needs_cuobjdump
@@ -122,8 +134,11 @@ def test_copies_move_sixteen_bytes_at_a_time(cubins, architecture):
 @pytest.mark.slow
 @each
 def test_memory_is_reached_by_global_accesses_and_nothing_is_fused(cubins, operation, architecture):
-    """Generic and local accesses are slower. A fused multiply-add would make the result differ from the CPU's (float64 divisions use it inside)."""
+    """Generic and local accesses are slower. A fused multiply-add where none is written would make the result differ from the CPU's (float64
+    divisions use it inside). In restore_* it is written, as on the CPU."""
     for name, code in functions(cubins[operation, architecture]).items():
         assert not [access for access in accesses(code) if access.startswith(("LD.", "ST.", "LDL", "STL"))]
+        if operation.startswith("restore_") and "Native<double>" not in name:
+            assert re.search(r"\bFFMA\b", code), name
         if operation == "perturb" and "double" not in re.sub(r"double (?:const)?\*|, double,", "", name):
             assert not re.search(r"\bFFMA\b", code), name

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../rounding.h"
+#include "../table.h"
+
 namespace sam::cuda {
 
 template <class Float>
@@ -25,6 +28,7 @@ struct bf16 {
   using Compute = float;
   static __device__ __forceinline__ Compute widen(Bits b) { return __bfloat162float(__ushort_as_bfloat16(b)); }
   static __device__ __forceinline__ Bits narrow(Compute x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  static __device__ __forceinline__ Bits round(uint32_t value, uint32_t random) { return static_cast<Bits>(round_bf16(value, random)); }
 };
 
 struct f16 {
@@ -32,7 +36,45 @@ struct f16 {
   using Compute = float;
   static __device__ __forceinline__ Compute widen(Bits b) { return __half2float(__ushort_as_half(b)); }
   static __device__ __forceinline__ Bits narrow(Compute x) { return __half_as_ushort(__float2half_rn(x)); }
+  static __device__ __forceinline__ Bits round(uint32_t value, uint32_t random) { return static_cast<Bits>(round_f16(value, random)); }
 };
+
+// A 16-bit format into which new weights are rounded stochastically; all else is as in the format itself.
+template <class Format>
+struct Stochastic : Format {};
+
+template <class T>
+constexpr bool kStochastic = false;
+template <class Format>
+constexpr bool kStochastic<Stochastic<Format>> = true;
+
+// Where a run of elements begins in the bucket, and the operation's key: what the random bits are made of.
+struct Dice {
+  uint32_t key;
+  uint32_t index;
+};
+
+// The bits of a new weight, element i of the run.
+template <class T>
+__device__ __forceinline__ typename T::Bits narrow_weight(typename T::Compute x, [[maybe_unused]] const Dice& dice, [[maybe_unused]] int i) {
+  if constexpr (kStochastic<T>) {
+    const uint32_t value = __float_as_uint(x);
+    return T::round(value, random_bits(dice.index + static_cast<uint32_t>(i), value, dice.key));
+  } else {
+    return T::narrow(x);
+  }
+}
+
+// call(T{}) for the format of a dtype, and of the rounding of its new weights.
+template <class Call>
+auto with_format(DType dtype, const Rounding& rounding, const Call& call) {
+  switch (dtype) {
+    case DType::f64: return call(f64{});
+    case DType::bf16: return rounding.stochastic ? call(Stochastic<bf16>{}) : call(bf16{});
+    case DType::f16: return rounding.stochastic ? call(Stochastic<f16>{}) : call(f16{});
+    default: return call(f32{});
+  }
+}
 
 constexpr int kVectorBytes = 16;  // the widest access that every architecture has
 

@@ -26,10 +26,10 @@ __device__ __forceinline__ double as_double(typename T::Bits bits) {
 
 // A thread's part of a tile that is cut off or lies askew, element by element and in float64.
 template <class T, bool Adaptive>
-__device__ __forceinline__ double sum_of_odd_tile(const Tile& tile, double eta) {
+__device__ __forceinline__ double sum_of_odd_tile(const Tile<kStates>& tile, double eta) {
   using Bits = typename T::Bits;
-  const Bits* w = reinterpret_cast<const Bits*>(tile.weights);
-  const Bits* g = reinterpret_cast<const Bits*>(tile.grads);
+  const Bits* w = reinterpret_cast<const Bits*>(tile.address[kWeights]);
+  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]);
   const int count = static_cast<int>(tile.count);
   double sum = 0.0;
 #pragma unroll 1
@@ -69,12 +69,12 @@ __device__ __forceinline__ double sum_in_float64(const typename T::Bits* w, cons
 // every element would make this kernel compute-bound where float64 units are few. That is at most six roundings of 2^-24 in a sum of
 // squares, so under 2e-7 in the norm.
 template <class T, bool Adaptive>
-__device__ __forceinline__ double sum_of_full_tile(const Tile& tile, double eta) {
+__device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, double eta) {
   using Bits = typename T::Bits;
   using Compute = typename T::Compute;
   constexpr int kSize = Vector<Bits>::kSize;
-  const Bits* w = reinterpret_cast<const Bits*>(tile.weights) + threadIdx.x * kSize;
-  const Bits* g = reinterpret_cast<const Bits*>(tile.grads) + threadIdx.x * kSize;
+  const Bits* w = reinterpret_cast<const Bits*>(tile.address[kWeights]) + threadIdx.x * kSize;
+  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]) + threadIdx.x * kSize;
   Vector<Bits> w_vectors[kVectorsPerThread], g_vectors[kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < kVectorsPerThread; ++k) {
@@ -111,10 +111,9 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile& tile, double eta)
 }
 
 template <class T, bool Adaptive>
-__device__ __forceinline__ double sum_of_squares(const Tile& tile, double eta) {
-  const bool aligned = ((tile.grads | (Adaptive ? tile.weights : 0)) % kVectorBytes) == 0;
-  const bool full = tile.count == kTileBytes / static_cast<int>(sizeof(typename T::Bits));
-  return full && aligned ? sum_of_full_tile<T, Adaptive>(tile, eta) : sum_of_odd_tile<T, Adaptive>(tile, eta);
+__device__ __forceinline__ double sum_of_squares(const Tile<kStates>& tile, double eta) {
+  const bool aligned = ((tile.address[kGrads] | (Adaptive ? tile.address[kWeights] : 0)) % kVectorBytes) == 0;
+  return tile.full<typename T::Bits>() && aligned ? sum_of_full_tile<T, Adaptive>(tile, eta) : sum_of_odd_tile<T, Adaptive>(tile, eta);
 }
 
 template <class T, class Table>
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) grad_norm_kerne
   double sum = 0.0;
   const uint32_t tiles = rows.num_tiles();
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = rows.tile(index, sizeof(typename T::Bits));
+    const auto tile = rows.tile(index, sizeof(typename T::Bits));
     const Group group = rows.groups[tile.group];
     sum += group.adaptive != 0.0 ? sum_of_squares<T, true>(tile, group.eta) : sum_of_squares<T, false>(tile, 0.0);
   }
@@ -131,21 +130,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) grad_norm_kerne
 }
 
 template <class T>
-void grad_norm_of(const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
+void grad_norm_of(const Bucket<Group>& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
   bool add = false;  // a further launch adds to what the one before it left
-  for_launches(bucket, place, static_cast<int>(sizeof(typename T::Bits)), weights, grads, true, false, [&](int64_t row) { return grads[row] != 0; },
-               [&](const auto& table, const std::vector<int64_t>&) {
-                 using Table = std::decay_t<decltype(table)>;
-                 launch("grad_norm", grad_norm_kernel<T, Table>, static_cast<unsigned>(blocks), kThreads, place.stream, table, partials, add);
-                 add = true;
-               });
+  for_launches<PlainTables>(
+      bucket, place, static_cast<int>(sizeof(typename T::Bits)), {weights, grads}, true, false, [&](int64_t row) { return grads[row] != 0; },
+      [&](const auto& table, const std::vector<int64_t>&) {
+        using Table = std::decay_t<decltype(table)>;
+        launch("grad_norm", grad_norm_kernel<T, Table>, static_cast<unsigned>(blocks), kThreads, place.stream, table, partials, add);
+        add = true;
+      });
 }
 
 template <class T>
 int blocks_of(const Row* rows, int64_t num_rows) {
   int64_t tiles = 0;
   for (int64_t i = 0; i < num_rows; ++i) tiles += tiles_of(rows[i].numel, static_cast<int>(sizeof(typename T::Bits)));
-  return static_cast<int>(blocks_for(grad_norm_kernel<T, LargeRows>, tiles));
+  return static_cast<int>(blocks_for(grad_norm_kernel<T, PlainTables::Large>, tiles));
 }
 
 }  // namespace
@@ -160,7 +160,7 @@ int grad_norm_blocks(DType dtype, const Row* rows, int64_t num_rows) {
   return 0;
 }
 
-void grad_norm(DType dtype, const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
+void grad_norm(DType dtype, const Bucket<Group>& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
   switch (dtype) {
     case DType::f32: return grad_norm_of<f32>(bucket, weights, grads, partials, blocks, place);
     case DType::f64: return grad_norm_of<f64>(bucket, weights, grads, partials, blocks, place);

@@ -12,6 +12,8 @@
 
 namespace sam::cuda {
 
+// The rows, and what a kernel has to know of the group that each is in.
+template <class Group>
 struct Bucket {
   const Row* rows;
   int64_t num_rows;
@@ -28,15 +30,55 @@ struct Place {
 int grad_norm_blocks(DType dtype, const Row* rows, int64_t num_rows);
 
 // partials[0 .. blocks) = partial sums of (T g)^2 over all rows with a gradient, in float64.
-void grad_norm(DType dtype, const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place);
+void grad_norm(DType dtype, const Bucket<Group>& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place);
 
 // As sam::PerturbArgs in csrc/cpu/kernels.h. Every block sums the partials itself. `saved` (host memory) is written launch by launch.
 // reverse: walk the tiles backwards, so that the gradients that grad_norm read last come first.
-int64_t perturb(DType dtype, const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, uint64_t* saved, const double* partials,
-                int num_partials, double eps, double* norm, void* flat, bool reverse, Place place);
+int64_t perturb(DType dtype, const Bucket<Group>& bucket, const uint64_t* weights, const uint64_t* grads, uint64_t* saved, const double* partials,
+                int num_partials, double eps, double* norm, void* flat, bool reverse, Rounding rounding, Place place);
 
 // As sam::CopyArgs in csrc/cpu/kernels.h.
-void backup(int itemsize, const Bucket& bucket, const uint64_t* rows, uint64_t* saved, void* flat, Place place);
-void restore(int itemsize, const Bucket& bucket, const uint64_t* rows, uint64_t* saved, const void* flat, bool release, Place place);
+void backup(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, uint64_t* saved, void* flat, Place place);
+void restore(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, uint64_t* saved, const void* flat, bool release, Place place);
+
+// As sam::UpdateArgs in csrc/cpu/kernels.h, and what only the device knows. `saved` (host memory) is written launch by launch.
+// grad_scale: gradients are divided by it; null: by 1. found_inf: where it is not 0, weights are only put back and the state stays; null: it is 0.
+// learning_rates: one for each group, or null.
+struct UpdateArgs {
+  DType dtype;
+  const Row* rows;
+  int64_t num_rows;
+  const uint64_t* weights;
+  const uint64_t* grads;
+  uint64_t* saved;
+  const void* flat;
+  const float* grad_scale;
+  const float* found_inf;
+  const LearningRate* learning_rates;
+  Rounding rounding;
+  Place place;
+};
+
+struct RestoreSgdArgs {
+  UpdateArgs update;
+  const SgdGroup* groups;
+  const uint64_t* momentum_buffers;
+};
+
+// steps: addresses of step counters (float32) that this step is to be added to. In host memory they are counted here; found_inf is then not looked
+// at for them. On the device (device_steps) they are only read: whoever calls this counts them, afterwards and on the same stream.
+struct RestoreAdamArgs {
+  UpdateArgs update;
+  const AdamGroup* groups;
+  bool device_steps;
+  const uint64_t* steps;
+  const uint64_t* exp_avgs;
+  const uint64_t* exp_avg_sqs;
+  const uint64_t* max_exp_avg_sqs;
+};
+
+// Return how many rows are still saved: those without a gradient.
+int64_t restore_sgd(const RestoreSgdArgs& a);
+int64_t restore_adam(const RestoreAdamArgs& a);
 
 }  // namespace sam::cuda

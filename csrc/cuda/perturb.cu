@@ -10,19 +10,22 @@ namespace {
 // hold: back up only, where the norm is not finite.
 enum class Mode { hold, climb, climb_adaptive };
 
+// The new bits of element i of a tile.
 template <class T, Mode M>
-__device__ __forceinline__ typename T::Bits moved(typename T::Bits w, typename T::Bits g, typename T::Compute eta, typename T::Compute scale) {
-  if constexpr (M == Mode::climb) return T::narrow(climb(T::widen(w), T::widen(g), scale));
-  else if constexpr (M == Mode::climb_adaptive) return T::narrow(climb_adaptive(T::widen(w), T::widen(g), eta, scale));
+__device__ __forceinline__ typename T::Bits moved(typename T::Bits w, typename T::Bits g, typename T::Compute eta, typename T::Compute scale,
+                                                  const Dice& dice, int i) {
+  if constexpr (M == Mode::climb) return narrow_weight<T>(climb(T::widen(w), T::widen(g), scale), dice, i);
+  else if constexpr (M == Mode::climb_adaptive) return narrow_weight<T>(climb_adaptive(T::widen(w), T::widen(g), eta, scale), dice, i);
   else return w;
 }
 
 // A tile that is cut off or lies askew, element by element.
 template <class T, Mode M>
-__device__ __forceinline__ void climb_odd_tile(const Tile& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale) {
+__device__ __forceinline__ void climb_odd_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
+                                               const Dice& dice) {
   using Bits = typename T::Bits;
-  Bits* w = reinterpret_cast<Bits*>(tile.weights);
-  const Bits* g = reinterpret_cast<const Bits*>(tile.grads);
+  Bits* w = reinterpret_cast<Bits*>(tile.address[kWeights]);
+  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]);
   const int count = static_cast<int>(tile.count);
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x); first < count; first += kElementsPerBatch<Bits> * kThreads) {
@@ -37,19 +40,20 @@ __device__ __forceinline__ void climb_odd_tile(const Tile& tile, typename T::Bit
     for (int k = 0; k < kElementsPerBatch<Bits>; ++k) {
       const int i = first + k * kThreads;
       if (i < count) store<true>(saved + i, weights[k]);
-      if (i < count) store<false>(w + i, moved<T, M>(weights[k], grads[k], eta, scale));
+      if (i < count) store<false>(w + i, moved<T, M>(weights[k], grads[k], eta, scale, dice, i));
     }
   }
 }
 
 template <class T, Mode M>
-__device__ __forceinline__ void climb_full_tile(const Tile& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale) {
+__device__ __forceinline__ void climb_full_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
+                                                const Dice& dice) {
   using Bits = typename T::Bits;
   constexpr int kSize = Vector<Bits>::kSize;
   constexpr int kStride = kThreads * kSize;
   const int first = static_cast<int>(threadIdx.x) * kSize;
-  Bits* w = reinterpret_cast<Bits*>(tile.weights) + first;
-  const Bits* g = reinterpret_cast<const Bits*>(tile.grads) + first;
+  Bits* w = reinterpret_cast<Bits*>(tile.address[kWeights]) + first;
+  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]) + first;
   Vector<Bits> w_vectors[kVectorsPerThread], g_vectors[kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < kVectorsPerThread; ++k) {
@@ -60,23 +64,25 @@ __device__ __forceinline__ void climb_full_tile(const Tile& tile, typename T::Bi
   for (int k = 0; k < kVectorsPerThread; ++k) {
     store_vector<true>(saved + first + k * kStride, w_vectors[k]);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) w_vectors[k].element[i] = moved<T, M>(w_vectors[k].element[i], g_vectors[k].element[i], eta, scale);
+    for (int i = 0; i < kSize; ++i)
+      w_vectors[k].element[i] =
+          moved<T, M>(w_vectors[k].element[i], g_vectors[k].element[i], eta, scale, dice, first + k * kStride + i);
     store_vector<false>(w + k * kStride, w_vectors[k]);
   }
 }
 
 template <class T, Mode M>
-__device__ __forceinline__ void climb_tile(const Tile& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale) {
-  const bool aligned = (tile.weights | tile.grads) % kVectorBytes == 0;
-  const bool full = tile.count == kTileBytes / static_cast<int>(sizeof(typename T::Bits));
-  if (full && aligned) climb_full_tile<T, M>(tile, saved, eta, scale);
-  else climb_odd_tile<T, M>(tile, saved, eta, scale);
+__device__ __forceinline__ void climb_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
+                                           const Dice& dice) {
+  const bool aligned = (tile.address[kWeights] | tile.address[kGrads]) % kVectorBytes == 0;
+  if (tile.full<typename T::Bits>() && aligned) climb_full_tile<T, M>(tile, saved, eta, scale, dice);
+  else climb_odd_tile<T, M>(tile, saved, eta, scale, dice);
 }
 
 template <class T, class Table>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     perturb_kernel(const __grid_constant__ Table rows, const double* __restrict__ partials, int num_partials, double eps, double* __restrict__ norm_out,
-                   char* __restrict__ flat, bool reverse) {
+                   char* __restrict__ flat, bool reverse, uint32_t rounding_key) {
   using Compute = typename T::Compute;
   __shared__ Compute scales[Table::kMaxGroups];
   double sum = 0.0;
@@ -92,42 +98,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const bool moves = can_climb(norm);
   const uint32_t tiles = rows.num_tiles();
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const Tile tile = rows.tile(reverse ? tiles - 1 - index : index, sizeof(typename T::Bits));
+    const auto tile = rows.tile(reverse ? tiles - 1 - index : index, sizeof(typename T::Bits));
     const Group group = rows.groups[tile.group];
     auto* saved = reinterpret_cast<typename T::Bits*>(flat + tile.slot);
     const Compute eta = static_cast<Compute>(group.eta), scale = scales[tile.group];
-    if (!moves) climb_odd_tile<T, Mode::hold>(tile, saved, eta, scale);
-    else if (group.adaptive != 0.0) climb_tile<T, Mode::climb_adaptive>(tile, saved, eta, scale);
-    else climb_tile<T, Mode::climb>(tile, saved, eta, scale);
+    const Dice dice = dice_of<T>(tile, rounding_key);
+    if (!moves) climb_odd_tile<T, Mode::hold>(tile, saved, eta, scale, dice);
+    else if (group.adaptive != 0.0) climb_tile<T, Mode::climb_adaptive>(tile, saved, eta, scale, dice);
+    else climb_tile<T, Mode::climb>(tile, saved, eta, scale, dice);
   }
-}
-
-template <class T>
-int64_t perturb_of(const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, uint64_t* saved, const double* partials, int num_partials,
-                   double eps, double* norm, void* flat, bool reverse, Place place) {
-  int64_t rows = 0;
-  for_launches(bucket, place, static_cast<int>(sizeof(typename T::Bits)), weights, grads, true, reverse, [&](int64_t row) { return grads[row] != 0; },
-               [&](const auto& table, const std::vector<int64_t>& members) {
-                 using Table = std::decay_t<decltype(table)>;
-                 launch("perturb", perturb_kernel<T, Table>, blocks_for(perturb_kernel<T, Table>, table.num_tiles()), kThreads, place.stream, table,
-                        partials, num_partials, eps, norm, static_cast<char*>(flat), reverse);
-                 for (const int64_t row : members) saved[row] = weights[row];
-                 rows += static_cast<int64_t>(members.size());
-               });
-  return rows;
 }
 
 }  // namespace
 
-int64_t perturb(DType dtype, const Bucket& bucket, const uint64_t* weights, const uint64_t* grads, uint64_t* saved, const double* partials,
-                int num_partials, double eps, double* norm, void* flat, bool reverse, Place place) {
-  switch (dtype) {
-    case DType::f32: return perturb_of<f32>(bucket, weights, grads, saved, partials, num_partials, eps, norm, flat, reverse, place);
-    case DType::f64: return perturb_of<f64>(bucket, weights, grads, saved, partials, num_partials, eps, norm, flat, reverse, place);
-    case DType::bf16: return perturb_of<bf16>(bucket, weights, grads, saved, partials, num_partials, eps, norm, flat, reverse, place);
-    case DType::f16: return perturb_of<f16>(bucket, weights, grads, saved, partials, num_partials, eps, norm, flat, reverse, place);
-  }
-  return 0;
+int64_t perturb(DType dtype, const Bucket<Group>& bucket, const uint64_t* weights, const uint64_t* grads, uint64_t* saved, const double* partials,
+                int num_partials, double eps, double* norm, void* flat, bool reverse, Rounding rounding, Place place) {
+  int64_t rows = 0;
+  with_format(dtype, rounding, [&](auto format) {
+    using T = decltype(format);
+    for_launches<PlainTables>(
+        bucket, place, static_cast<int>(sizeof(typename T::Bits)), {weights, grads}, true, reverse, [&](int64_t row) { return grads[row] != 0; },
+        [&](const auto& table, const std::vector<int64_t>& members) {
+          using Table = std::decay_t<decltype(table)>;
+          launch("perturb", perturb_kernel<T, Table>, blocks_for(perturb_kernel<T, Table>, table.num_tiles()), kThreads, place.stream, table, partials,
+                 num_partials, eps, norm, static_cast<char*>(flat), reverse, rounding.key);
+          for (const int64_t row : members) saved[row] = weights[row];
+          rows += static_cast<int64_t>(members.size());
+        });
+  });
+  return rows;
 }
 
 }  // namespace sam::cuda

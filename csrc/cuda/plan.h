@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -32,6 +33,10 @@ unsigned blocks_for(Kernel kernel, int64_t tiles) {
   return static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(tiles, resident)));
 }
 
+// For each row its addresses, as csrc/cpu/kernels.h has them: an array for each kind, or null.
+template <int Addresses>
+using RowAddresses = std::array<const uint64_t*, Addresses>;
+
 inline int64_t tiles_of(int64_t numel, int itemsize) {
   const int64_t elements = kTileBytes / itemsize;
   return (numel + elements - 1) / elements;
@@ -39,28 +44,29 @@ inline int64_t tiles_of(int64_t numel, int itemsize) {
 
 // Fills `table` with the rows from `next` on that take part, as many as fit, and moves `next` behind them. Adds their numbers to `members`.
 template <class Table, class TakesPart>
-void fill(Table& table, const Bucket& bucket, int itemsize, const uint64_t* weights, const uint64_t* grads, const TakesPart& takes_part,
-          int64_t& next, std::vector<int64_t>& members) {
+void fill(Table& table, const Bucket<typename Table::Group>& bucket, int itemsize, const RowAddresses<Table::kAddresses>& addresses,
+          const TakesPart& takes_part, int64_t& next, std::vector<int64_t>& members) {
   table.num_rows = 0;
   table.num_groups = 0;
-  int64_t group = -1;  // rows ascend by group
+  std::vector<int64_t> groups;  // their numbers in the bucket
   uint32_t tiles = 0;
   for (; next < bucket.num_rows && table.num_rows < Table::kMaxRows; ++next) {
     const Row& row = bucket.rows[next];
     if (row.numel == 0 || !takes_part(next)) continue;
-    if (row.group != group) {
+    size_t group = groups.size() - 1;  // mostly that of the row before
+    if (groups.empty() || groups[group] != row.group) group = static_cast<size_t>(std::find(groups.begin(), groups.end(), row.group) - groups.begin());
+    if (group == groups.size()) {
       if (table.num_groups == Table::kMaxGroups) return;
-      group = row.group;
-      table.groups[table.num_groups++] = bucket.groups == nullptr ? Group{} : bucket.groups[group];
+      groups.push_back(row.group);
+      table.groups[table.num_groups++] = bucket.groups == nullptr ? typename Table::Group{} : bucket.groups[row.group];
     }
     const int i = table.num_rows++;
     tiles += static_cast<uint32_t>(tiles_of(row.numel, itemsize));
-    table.weights[i] = weights[next];
-    table.grads[i] = grads == nullptr ? 0 : grads[next];
+    for (int k = 0; k < Table::kAddresses; ++k) table.address[k][i] = addresses[k] == nullptr ? 0 : addresses[k][next];
     table.numel[i] = row.numel;
     table.slot[i] = static_cast<uint32_t>(row.slot * itemsize / kSlotBytes);
     table.last_tile[i] = tiles;
-    table.group[i] = static_cast<uint16_t>(table.num_groups - 1);
+    table.group[i] = static_cast<uint16_t>(group);
     members.push_back(next);
   }
 }
@@ -68,8 +74,8 @@ void fill(Table& table, const Bucket& bucket, int itemsize, const uint64_t* weig
 // Calls launch_rows(table, members) for one table after the other until all rows that take part are served; at least once, then without rows,
 // if `always`. `members` are the table's rows by number. backwards: the last rows first.
 template <class Table, class TakesPart, class LaunchRows>
-void for_tables(const Bucket& bucket, int itemsize, const uint64_t* weights, const uint64_t* grads, bool always, bool backwards,
-                const TakesPart& takes_part, const LaunchRows& launch_rows) {
+void for_tables(const Bucket<typename Table::Group>& bucket, int itemsize, const RowAddresses<Table::kAddresses>& addresses, bool always,
+                bool backwards, const TakesPart& takes_part, const LaunchRows& launch_rows) {
   struct Filled {
     Table table;
     std::vector<int64_t> members;
@@ -78,7 +84,7 @@ void for_tables(const Bucket& bucket, int itemsize, const uint64_t* weights, con
   int64_t next = 0;
   while (next < bucket.num_rows) {
     filled.emplace_back(new Filled);  // not make_unique: that would write 32 KB of zeros
-    fill(filled.back()->table, bucket, itemsize, weights, grads, takes_part, next, filled.back()->members);
+    fill(filled.back()->table, bucket, itemsize, addresses, takes_part, next, filled.back()->members);
     if (filled.back()->members.empty()) filled.pop_back();
   }
   if (filled.empty() && always) {
@@ -90,12 +96,15 @@ void for_tables(const Bucket& bucket, int itemsize, const uint64_t* weights, con
 }
 
 // for_tables with the smallest kernel arguments that hold all rows, else with the largest that the device takes.
-template <class... Rest>
-void for_launches(const Bucket& bucket, Place place, const Rest&... rest) {
-  const bool few = bucket.num_rows <= SmallRows::kMaxRows &&
-                   (bucket.num_rows == 0 || bucket.rows[bucket.num_rows - 1].group < SmallRows::kMaxGroups);
-  if (few || !place.large_arguments) for_tables<SmallRows>(bucket, rest...);
-  else for_tables<LargeRows>(bucket, rest...);
+template <class Tables, class... Rest>
+void for_launches(const Bucket<typename Tables::Small::Group>& bucket, Place place, int itemsize,
+                  const RowAddresses<Tables::Small::kAddresses>& addresses, const Rest&... rest) {
+  using Small = typename Tables::Small;
+  const bool few = bucket.num_rows <= Small::kMaxRows && std::all_of(bucket.rows, bucket.rows + bucket.num_rows, [](const Row& row) {
+    return row.group < Small::kMaxGroups;
+  });
+  if (few || !place.large_arguments) for_tables<Small>(bucket, itemsize, addresses, rest...);
+  else for_tables<typename Tables::Large>(bucket, itemsize, addresses, rest...);
 }
 
 }  // namespace sam::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../table.h"
+#include "format.h"
 
 namespace sam::cuda {
 
@@ -18,24 +19,41 @@ constexpr int kBlocksPerProcessor = 3;  // what the registers must allow: 98 KB 
 constexpr int kTileBytes = kThreads * kVectorsPerThread * 16;
 constexpr int kSlotBytes = 64;  // every slot starts on such a line: sam_fast.bucket.ALIGNMENT
 
+// Which of a row's addresses is which; those of its state follow.
+constexpr int kWeights = 0, kGrads = 1, kStates = 2;
+
 // A tile is kTileBytes of one row, or what is left at the row's end. Blocks take tiles in turn.
+template <int Addresses>
 struct Tile {
-  uint64_t weights;  // address of the tile's first element
-  uint64_t grads;
-  int64_t slot;   // bytes from the start of the flat buffer
-  int64_t count;  // elements
-  int group;      // index into Rows::groups
+  uint64_t address[Addresses];  // of the tile's first element; 0 where the row has none
+  int64_t slot;                 // bytes from the start of the flat buffer
+  int64_t count;                // elements
+  int group;                    // index into Rows::groups
+  int row;                      // index into the tables of Rows
+
+  // Whether it is as long as tiles are.
+  template <class Bits>
+  __device__ __forceinline__ bool full() const {
+    return count == kTileBytes / static_cast<int>(sizeof(Bits));
+  }
 };
+
+// The dice of a tile of elements of the format T.
+template <class T, int Addresses>
+__device__ __forceinline__ Dice dice_of(const Tile<Addresses>& tile, uint32_t key) {
+  return {key, static_cast<uint32_t>(tile.slot / static_cast<int64_t>(sizeof(typename T::Bits)))};
+}
 
 // Kernel arguments are as large as CUDA allows: 4 KB everywhere, 32 KB with driver 530 (CUDA 12.1) and compute capability 7.0. A bucket
 // with more rows takes several launches.
-template <int MaxRows, int MaxGroups>
+template <class GroupOptions, int Addresses, int MaxRows, int MaxGroups>
 struct Rows {
+  using Group = GroupOptions;
+  static constexpr int kAddresses = Addresses;
   static constexpr int kMaxRows = MaxRows;
   static constexpr int kMaxGroups = MaxGroups;
 
-  uint64_t weights[MaxRows];
-  uint64_t grads[MaxRows];
+  uint64_t address[Addresses][MaxRows];
   int64_t numel[MaxRows];
   Group groups[MaxGroups];
   uint32_t slot[MaxRows];        // in lines of kSlotBytes
@@ -47,7 +65,7 @@ struct Rows {
   __host__ __device__ __forceinline__ uint32_t num_tiles() const { return num_rows == 0 ? 0 : last_tile[num_rows - 1]; }
 
   // Tile `index` of num_tiles(), for elements of `itemsize` bytes.
-  __device__ __forceinline__ Tile tile(uint32_t index, int itemsize) const {
+  __device__ __forceinline__ Tile<Addresses> tile(uint32_t index, int itemsize) const {
     int low = 0, high = num_rows - 1;  // the first row whose tiles reach beyond `index`
     while (low < high) {
       const int middle = (low + high) / 2;
@@ -57,20 +75,33 @@ struct Rows {
     const int64_t elements = kTileBytes / itemsize;
     const int64_t begin = (index - (low == 0 ? 0 : last_tile[low - 1])) * elements;
     const int64_t rest = numel[low] - begin;
-    return {weights[low] + static_cast<uint64_t>(begin * itemsize), grads[low] == 0 ? 0 : grads[low] + static_cast<uint64_t>(begin * itemsize),
-            static_cast<int64_t>(slot[low]) * kSlotBytes + begin * itemsize, rest < elements ? rest : elements, group[low]};
+    Tile<Addresses> tile;
+#pragma unroll
+    for (int i = 0; i < Addresses; ++i) tile.address[i] = address[i][low] == 0 ? 0 : address[i][low] + static_cast<uint64_t>(begin * itemsize);
+    tile.slot = static_cast<int64_t>(slot[low]) * kSlotBytes + begin * itemsize;
+    tile.count = rest < elements ? rest : elements;
+    tile.group = group[low];
+    tile.row = low;
+    return tile;
   }
 };
 
-using SmallRows = Rows<96, 24>;
-#if CUDART_VERSION >= 12010
-using LargeRows = Rows<800, 224>;
-#else
-using LargeRows = SmallRows;
-#endif
-
 constexpr size_t kOtherArguments = 96;  // an upper bound of what the kernels take beside the rows
-static_assert(sizeof(SmallRows) + kOtherArguments <= 4096);
-static_assert(sizeof(LargeRows) + kOtherArguments <= 32764);
+
+// The two sizes of an operation's rows.
+template <class SmallRows, class LargeRows>
+struct Tables {
+  using Small = SmallRows;
+#if CUDART_VERSION >= 12010
+  using Large = LargeRows;
+#else
+  using Large = SmallRows;
+#endif
+  static_assert(sizeof(SmallRows) + kOtherArguments <= 4096);
+  static_assert(sizeof(LargeRows) + kOtherArguments <= 32764);
+};
+
+// Of grad_norm, perturb and copy.
+using PlainTables = Tables<Rows<Group, 2, 96, 24>, Rows<Group, 2, 800, 224>>;
 
 }  // namespace sam::cuda

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .addresses import DTYPE_CODES, AddressBackend, AddressTable
-from .base import GroupOptions
+from .base import GroupOptions, StateTensors
 
 try:
     from .. import _cuda
@@ -19,6 +21,7 @@ except ImportError as error:
     _import_error = error
 
 if TYPE_CHECKING:
+    from ..amp import Scaling
     from ..bucket import Bucket
 
 
@@ -26,6 +29,22 @@ def _current_stream(device: torch.device) -> int:
     """The stream's handle; the default stream's is 0."""
     # The public torch.cuda.current_stream() makes an object each time, at several times the cost.
     return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+
+
+def _learning_rates(state: StateTensors) -> array[int]:
+    """``struct LearningRate`` (csrc/table.h) for each group; empty if none is on the device."""
+    table = array("q")
+    for lr in state.learning_rates:
+        table.extend((0, 0) if lr is None else (lr.data_ptr(), DTYPE_CODES[lr.dtype]))
+    return table
+
+
+def _count_steps(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Add 1 to the counters unless ``found_inf``, which is 0 or 1. After the kernels, which read them as they were."""
+    if steps:
+        torch._foreach_add_(steps, 1.0)
+        if found_inf is not None:
+            torch._foreach_add_(steps, found_inf, alpha=-1.0)
 
 
 class CudaTable(AddressTable):
@@ -41,7 +60,7 @@ class CudaTable(AddressTable):
 
 
 class CudaBackend(AddressBackend):
-    """Every operation is asynchronous: grad_norm, perturb and restore are one launch each for up to 800 rows, and one for each further 800."""
+    """Every operation is asynchronous. It is one launch for each 800 rows, restore_sgd for each 700 and restore_adam for each 448."""
 
     name = "cuda"
     reverse = True
@@ -102,6 +121,7 @@ class CudaBackend(AddressBackend):
             norm.data_ptr(),
             bucket.flat.data_ptr(),
             self.reverse,
+            options.rounding_key,
         )
 
     def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
@@ -120,6 +140,45 @@ class CudaBackend(AddressBackend):
             _cuda.restore(*common, release)
         else:
             _cuda.backup(*common)
+
+    fused_steps = frozenset({"restore_sgd", "restore_adam"})
+    decides_on_device = True
+
+    def restore_sgd(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        table: CudaTable = bucket.table
+        self._restore_and_step(_cuda.restore_sgd, bucket, state, scaling, table.states["momentum_buffer"].address)
+
+    def restore_adam(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
+        table: CudaTable = bucket.table
+        addresses = [table.states[name].address for name in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
+        self._restore_and_step(_cuda.restore_adam, bucket, state, scaling, state.device_steps, *addresses)
+        if state.device_steps:
+            _count_steps([step for step in state.tensors["step"] if step is not None], scaling.found_inf)
+
+    def _restore_and_step(self, kernel: Callable[..., int], bucket: Bucket, state: StateTensors, scaling: Scaling, *of_operation: Any) -> None:
+        table: CudaTable = bucket.table
+        learning_rates = _learning_rates(state)
+        left = kernel(
+            table.device_index,
+            _current_stream(bucket.device),
+            DTYPE_CODES[bucket.dtype],
+            table.rows_address,
+            table.num_rows,
+            table.weights_address,
+            table.grads_address,
+            table.saved_address,
+            bucket.flat.data_ptr(),
+            0 if scaling.grad_scale is None else scaling.grad_scale.data_ptr(),
+            0 if scaling.found_inf is None else scaling.found_inf.data_ptr(),
+            learning_rates.buffer_info()[0] if learning_rates else 0,
+            state.rounding_key,
+            state.groups.buffer_info()[0],
+            *of_operation,
+        )
+        table.all_saved = False
+        table.release_copies()
+        if left:  # rows whose gradient vanished between the passes
+            self.launch_copy(bucket, True, True)
 
 
 BACKEND = CudaBackend()

@@ -16,7 +16,7 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu")
+SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu", "restore_sgd.cu", "restore_adam.cu")
 
 
 def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -> Path:

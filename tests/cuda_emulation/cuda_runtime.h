@@ -183,4 +183,11 @@ void __stcg(T* p, T value) {
   *p = value;
 }
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+using std::pow;
 using std::sqrt;

@@ -150,6 +150,65 @@ def test_a_backup_that_fails_is_no_backup():
     assert bucket.backend.saved(bucket) == []
 
 
+FUSED = [(torch.optim.SGD, {"momentum": 0.9}, 700, 76), (torch.optim.AdamW, {}, 448, 48)]
+fused = pytest.mark.parametrize(("base", "options", "rows", "small_rows"), FUSED, ids=["sgd", "adamw"])
+
+
+def second_steps(number: int, backend: str, base, **options) -> tuple[SAM, list[torch.nn.Parameter]]:
+    """After a step that made the base optimizer's state, and the first half of another."""
+    params = make_params([1 + i % 70 for i in range(number)])
+    optimizer = SAM(params, base, lr=0.1, perturb_eps=0.0, backend=backend, **options)
+    optimizer.first_step()
+    optimizer.second_step()
+    optimizer.first_step()
+    return optimizer, params
+
+
+@fused
+@pytest.mark.parametrize("large", [True, False], ids=["32KB", "4KB"])
+def test_one_launch_for_a_fused_second_step(base, options, rows, small_rows, large):
+    backends.cuda._cuda.use_large_arguments(large)
+    fit = rows if large else small_rows
+    optimizer, params = second_steps(fit, "cuda", base, **options)
+    assert count(optimizer.second_step) == 1
+    optimizer, params = second_steps(fit + 1, "cuda", base, **options)
+    assert count(optimizer.second_step) == 2
+    twin_optimizer, twin = second_steps(fit + 1, "cpu", base, **options)
+    twin_optimizer.second_step()
+    for p, q in zip(params, twin, strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-6)  # the norms have been summed in another order
+
+
+@fused
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_fused_second_step_that_fails_has_stepped_whole_rows_or_not_at_all(base, options, rows, small_rows, failing):
+    backends.cuda._cuda.use_large_arguments(False)
+    optimizer, params = second_steps(small_rows + 5, "cuda", base, **options)
+    optimizer.restore()
+    start = values(params)
+    optimizer.first_step()
+    fail_after.value = failing
+    with pytest.raises(RuntimeError, match=r"CUDA error in restore_\w+: unspecified launch failure"):
+        optimizer.second_step()
+    assert optimizer.perturbed
+    optimizer.restore()
+    for index, (p, w) in enumerate(zip(params, start, strict=True)):
+        stepped = failing == 1 and index < small_rows
+        assert torch.equal(p, w) != stepped
+        if base is torch.optim.AdamW:
+            assert float(optimizer.state[p]["step"]) == 1.0 + stepped
+
+
+def test_a_fused_second_step_takes_no_launch_for_rows_it_need_not_touch():
+    optimizer, params = make([100] * 10)
+    before = values(params)
+    optimizer.first_step()
+    for p in params:
+        p.grad = None
+    assert count(optimizer.second_step) == 1  # which puts them back
+    assert same_bits(values(params), before)
+
+
 def test_both_orders_of_perturb_give_the_same_bits(monkeypatch):
     results = []
     for reverse in (False, True):

@@ -45,6 +45,16 @@ def main() -> None:
         optimizer.first_step()
         optimizer.restore()
         assert all(torch.equal(p, w) for p, w in zip(many, before, strict=True))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for base, options in (
+            (torch.optim.SGD, {"momentum": 0.9}),
+            (torch.optim.AdamW, {"amsgrad": True}),
+            (torch.optim.AdamW, {"capturable": True}),
+        ):
+            optimizer = SAM(rows(dtype), base, lr=0.01, weight_decay=0.1, stochastic_rounding=True, backend="cuda", **options)
+            for _ in range(3):  # the first step is the base optimizer's
+                optimizer.first_step()
+                optimizer.second_step()
     model = torch.nn.Sequential(*(torch.nn.BatchNorm1d(n) for n in (1, 17, 300))).cuda()
     snapshot = BatchNormSnapshot(model)
     snapshot.save()

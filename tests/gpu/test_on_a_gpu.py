@@ -11,7 +11,7 @@ from cases import SmallNet, batches, make_params, norm_tolerance, same_bits, val
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sam_fast import SAM
+from sam_fast import SAM, backends
 
 
 def on_gpu(sizes: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
@@ -84,11 +84,88 @@ def test_two_launches_for_the_first_step_and_one_to_restore(gpu_backend, number)
     assert len(restored) == 1, restored
 
 
-def trained(gpu_backend: str, with_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """SmallNet after 8 steps on one batch after the other: its state and the losses."""
+def fused_steps(gpu_backend: str) -> None:
+    if not backends.BACKENDS[gpu_backend].fused_steps:
+        pytest.skip(f"the {gpu_backend} backend has no fused second step")
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
+@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})], ids=["sgd", "adamw"])
+def test_one_launch_for_a_fused_second_step(gpu_backend, base, options, flatten):
+    fused_steps(gpu_backend)
+    optimizer = SAM(on_gpu([1 + 37 * i for i in range(161)]), base, lr=0.1, flatten=flatten, backend=gpu_backend, **options)
+    for _ in range(2):  # the first one makes the state
+        optimizer.first_step()
+        optimizer.second_step()
+    optimizer.first_step()
+    found = kernels_of(optimizer.second_step)
+    assert len(found) == 1, found
+    assert "restore_" in found[0]
+
+
+@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"capturable": True})], ids=["sgd", "adamw"])
+def test_a_gradient_scaler_does_not_make_the_step_wait(gpu_backend, base, options):
+    """With an overflow in the third step, which is then none, and as a step without a scaler otherwise."""
+    fused_steps(gpu_backend)
+    params, twin = on_gpu([100, 70_000, 3]), on_gpu([100, 70_000, 3])
+    optimizer = SAM(params, base, lr=0.1, perturb_eps=0.0, backend=gpu_backend, **options)
+    plain = SAM(twin, base, lr=0.1, perturb_eps=0.0, backend=gpu_backend, **options)
+    for each in (optimizer, plain):  # makes the state
+        each.first_step()
+        each.second_step()
+    assert same_bits(values(params), values(twin))
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    scaler.scale(torch.ones((), device="cuda"))
+    for p in params:
+        p.grad.mul_(1024.0)
+    for step in range(4):
+        if step == 2:
+            finite = params[1].grad.clone()
+            params[1].grad[7] = float("inf")
+        with synchronizing_is_an_error():
+            optimizer.first_step()
+            scaler.step(optimizer)
+            scaler.update(1024.0)
+        if step == 2:
+            params[1].grad.copy_(finite)
+        else:
+            plain.first_step()
+            plain.second_step()
+        assert same_bits(values(params), values(twin))
+    for p, q in zip(params, twin, strict=True):
+        assert all(torch.equal(optimizer.state[p][name], plain.state[q][name]) for name in plain.state[q])
+
+
+def test_adams_counters_and_learning_rate_on_the_device_give_torchs_step(gpu_backend):
+    """Against AdamW on the CPU in float64: PyTorch's own capturable step has its bias corrections in float32."""
+    fused_steps(gpu_backend)
+    params = on_gpu([100, 70_000, 3])
+    lr = torch.tensor(0.01, device="cuda")
+    optimizer = SAM(params, torch.optim.AdamW, lr=lr, weight_decay=0.1, rho=0.0, capturable=True, backend=gpu_backend)
+    twin = [nn.Parameter(p.detach().cpu().double()) for p in params]
+    oracle = torch.optim.AdamW(twin, lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        lr.fill_(0.01 / (step + 1))
+        oracle.param_groups[0]["lr"] = float(lr)
+        for p, q in zip(params, twin, strict=True):
+            p.grad = torch.full_like(p, 0.5**step)
+            q.grad = p.grad.cpu().double()
+        optimizer.first_step()
+        optimizer.second_step()
+        oracle.step()
+    assert {float(optimizer.state[p]["step"]) for p in params} == {5.0}
+    for p, q in zip(params, twin, strict=True):
+        # Five steps of at most 0.01, each rounded a few times, and the rounding of the weights.
+        assert torch.allclose(p.detach().cpu().double(), q, rtol=5 * 2.0**-23, atol=5e-7)
+
+
+def trained(gpu_backend: str, with_graph: bool, base: type[torch.optim.Optimizer] = torch.optim.SGD) -> tuple[list[Tensor], list[Tensor]]:
+    """SmallNet after 8 steps on one batch after the other, with a learning rate that falls: its state and the losses."""
     torch.manual_seed(0)
     model = SmallNet().cuda()
-    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, backend=gpu_backend)
+    lr = torch.tensor(0.05, device="cuda")
+    options: dict[str, object] = {"momentum": 0.9} if base is torch.optim.SGD else {"capturable": True}
+    optimizer = SAM(model.parameters(), base, lr=lr, backend=gpu_backend, **options)
     data = [(x.cuda(), y.cuda()) for x, y in batches(8)]
     batch_x, batch_y = data[0][0].clone(), data[0][1].clone()
 
@@ -117,15 +194,17 @@ def trained(gpu_backend: str, with_graph: bool) -> tuple[list[Tensor], list[Tens
     for x, y in data:
         batch_x.copy_(x)
         batch_y.copy_(y)
+        lr.mul_(0.9)
         loss = run()
         losses.append((replayed if with_graph else loss).clone())
     return [t.detach().clone() for t in model.state_dict().values()], losses
 
 
-def test_a_captured_step_replays_the_bits_of_the_eager_one(gpu_backend):
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_captured_step_replays_the_bits_of_the_eager_one(gpu_backend, base):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        eager, graph = trained(gpu_backend, False), trained(gpu_backend, True)
+        eager, graph = trained(gpu_backend, False, base), trained(gpu_backend, True, base)
     finally:
         torch.use_deterministic_algorithms(False)
     assert same_bits(eager[1], graph[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from cases import CHUNK, DTYPES, EPSILON, INTERPRETED, SIZES, make_params, norma
 from torch import Tensor
 
 from sam_fast.amp import Scaling
-from sam_fast.backends.base import StateTensors
+from sam_fast.backends.base import Backend, StateTensors
+from sam_fast.rounding import ROUNDED
 
 UNSCALED = Scaling(None, None)
 
@@ -39,7 +41,7 @@ def _has_the_operation(kernels) -> None:
         pytest.skip(f"the {kernels.name} backend has no fused second step")
 
 
-def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5) -> dict[str, list[Tensor | None]]:
+def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5, device_steps: bool = False) -> dict[str, list[Tensor | None]]:
     generator = torch.Generator().manual_seed(seed)
 
     def like(row: Tensor, positive: bool = False) -> Tensor:
@@ -50,7 +52,7 @@ def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5) -> 
     if operation == "restore_sgd":
         return {"momentum_buffer": [like(row) if SGD[name][1] else None for row in rows]}
     return {
-        "step": [torch.tensor(float(3 + i % 4)) for i in range(len(rows))],
+        "step": [torch.tensor(float(3 + i % 4), device=None if device_steps else "cpu") for i in range(len(rows))],
         "exp_avg": [like(row) for row in rows],
         "exp_avg_sq": [like(row, True) for row in rows],
         "max_exp_avg_sq": [like(row, True) if ADAM[name][6] else None for row in rows],
@@ -85,9 +87,11 @@ def expected(operation: str, name: str, w: Tensor, g: Tensor, state: dict[str, T
     return w - lr / (1 - beta1**t) * m / denominator, new
 
 
-def take(s, operation: str, name: str, state: dict[str, list[Tensor | None]], scaling: Scaling = UNSCALED) -> None:
-    groups = array("d", map(float, (SGD if operation == "restore_sgd" else ADAM)[name]))
-    tensors = StateTensors(state, groups)
+def take(s, operation: str, name: str, state: dict[str, list[Tensor | None]], scaling: Scaling = UNSCALED, lr: float = LR, **more: Any) -> None:
+    """The operation; every group has the case's options, but the first has ``lr``."""
+    options = (SGD if operation == "restore_sgd" else ADAM)[name]
+    groups = array("d", map(float, (lr, *options[1:], *options * max(s.bucket.groups))))
+    tensors = StateTensors(state, groups, **more)
     assert s.backend.collect_step(s.bucket, tensors)
     getattr(s.backend, operation)(s.bucket, tensors, scaling)
 
@@ -195,6 +199,124 @@ def test_gradients_are_scaled(step, operation, name):
         take(s, operation, name, state, Scaling(torch.tensor(factor), None))
         results.append(values(params))
     assert same_bits(*results)
+
+
+@pytest.fixture
+def _on_device(kernels) -> None:
+    """For what only backends have whose kernels read on the device what others know on the host."""
+    if not kernels.decides_on_device:
+        pytest.skip(f"the {kernels.name} backend decides on the host")
+
+
+def whole(params: list[Tensor], state: dict[str, list[Tensor | None]]) -> list[Tensor]:
+    """Copies of weights and state."""
+    return values([*params, *(t for tensors in state.values() for t in tensors if t is not None)])
+
+
+@dtypes
+@cases
+@pytest.mark.usefixtures("_on_device")
+def test_an_overflow_is_decided_upon_on_the_device(step, operation, name, dtype):
+    """Rows that are saved are put back, a row that never was stays, and so does the state."""
+    params = make_params([100, 20_000, 300, 50], dtype)
+    state = make_state(operation, name, params, device_steps=True)
+    before = whole(params, state)
+    gradient, params[2].grad = params[2].grad, None
+    s = step(params)
+    s.climb()
+    params[1].grad[77] = float("inf")
+    params[2].grad = gradient
+    params[3].grad = None
+    take(s, operation, name, state, Scaling(torch.tensor(8.0), torch.tensor(1.0)), device_steps=True)
+    assert same_bits(whole(params, state), before)
+    assert not s.backend.saved(s.bucket)
+
+
+@cases
+@pytest.mark.usefixtures("_on_device")
+def test_no_overflow_is_an_ordinary_step(step, operation, name):
+    results = []
+    for scaling in (UNSCALED, Scaling(torch.tensor(1.0), torch.tensor(0.0))):
+        params = make_params([1009, 20_000])
+        state = make_state(operation, name, params, device_steps=True)
+        s = step(params)
+        s.climb()
+        take(s, operation, name, state, scaling, device_steps=True)
+        results.append(whole(params, state))
+    assert same_bits(*results)
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.usefixtures("_on_device")
+def test_learning_rates_on_the_device(step, operation, name, dtype):
+    """One group has it there, the other among its options."""
+    lr = torch.tensor(0.3, dtype=dtype)
+    results = []
+    for on_device in (False, True):
+        params = make_params([100, 5000, 7])
+        state = make_state(operation, name, params)
+        s = step(params, groups=[0, 0, 1], options=[{}, {}])
+        s.climb()
+        if on_device:
+            take(s, operation, name, state, lr=float("nan"), learning_rates=[lr, None])
+        else:
+            take(s, operation, name, state, lr=float(lr))
+        results.append(whole(params, state))
+    assert same_bits(*results)
+
+
+@dtypes
+@pytest.mark.parametrize("name", ADAM)
+@pytest.mark.usefixtures("_on_device")
+def test_step_counters_on_the_device(step, name, dtype):
+    """Neighbouring rows have taken different numbers of steps, and one block serves many of them."""
+    params = make_params([3, 100, 5000, 9000, 7, 20_000, 1, 33], dtype)
+    start = values(params)
+    state = make_state("restore_adam", name, params, device_steps=True)
+    before = [row_state(state, i) for i in range(len(params))]
+    s = step(params)
+    s.climb()
+    params[4].grad = None
+    state["step"][4] = None
+    take(s, "restore_adam", name, state, device_steps=True)
+    for i, (p, w) in enumerate(zip(params, start, strict=True)):
+        if i == 4:
+            assert same_bits([p], [w])
+            continue
+        want, new = expected("restore_adam", name, w, p.grad, before[i])
+        assert_stepped(p.detach(), want, dtype, 0.2)
+        assert float(state["step"][i]) == float(new["step"])
+
+
+@dtypes
+@cases
+def test_the_bits_of_the_cpu_kernels(kernels, operation, name, dtype):
+    """With a scale whose reciprocal must be rounded, an odd address, and both kinds of rounding."""
+    from conftest import Step
+
+    from sam_fast import backends
+
+    _cpu = pytest.importorskip("sam_fast._cpu")
+    if kernels.name != "cuda" or _cpu.isa() == "baseline":
+        pytest.skip("only the cuda backend and processors with a fused multiply-add have the same arithmetic")
+
+    def run(backend: Backend, key: int | None) -> list[Tensor]:
+        params = make_params([1, 17, 4099, 20_001], dtype)
+        params[3].data = params[3].data[1:]
+        params[3].grad = params[3].grad[1:]
+        state = make_state(operation, name, params)
+        s = Step(backend, params)
+        assert s.backend.save(s.bucket)
+        for p in params:
+            p.data.add_(0.5)
+        take(s, operation, name, state, Scaling(torch.tensor(3.0), None), rounding_key=key)
+        return [t.cpu() for t in whole(params, state)]
+
+    for key in (None, 0x9ABCDEF0) if dtype in ROUNDED else (None,):
+        got = run(kernels, key)
+        with torch.device("cpu"):
+            assert same_bits(got, run(backends.BACKENDS["cpu"], key))
 
 
 @dtypes
