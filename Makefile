@@ -56,6 +56,7 @@ test-cuda: $(EMULATION)/plain/_cuda.so
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/test_triton.py \
 		tests/test_weights.py tests/test_protocol.py tests/test_passes.py
+	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_fused_step.py -k "not hundred and not adams_state"
 
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo
