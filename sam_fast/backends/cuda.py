@@ -158,6 +158,8 @@ class CudaBackend(AddressBackend):
     def _restore_and_step(self, kernel: Callable[..., int], bucket: Bucket, state: StateTensors, scaling: Scaling, *of_operation: Any) -> None:
         table: CudaTable = bucket.table
         learning_rates = _learning_rates(state)
+        # A GradScaler's are float32 already.
+        grad_scale, found_inf = (None if tensor is None else tensor.float() for tensor in (scaling.grad_scale, scaling.found_inf))
         left = kernel(
             table.device_index,
             _current_stream(bucket.device),
@@ -168,8 +170,8 @@ class CudaBackend(AddressBackend):
             table.grads_address,
             table.saved_address,
             bucket.flat.data_ptr(),
-            0 if scaling.grad_scale is None else scaling.grad_scale.data_ptr(),
-            0 if scaling.found_inf is None else scaling.found_inf.data_ptr(),
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
             learning_rates.buffer_info()[0] if learning_rates else 0,
             state.rounding_key,
             state.groups.buffer_info()[0],
