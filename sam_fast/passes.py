@@ -54,11 +54,17 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
     For any other model there is none to leave out.
 
     Raises:
-        ValueError: an FSDP2 module is sharded over all processes, so that no process has a gradient of its own.
+        ValueError: an FSDP2 module is sharded over all processes, so that no process has a gradient of its own; or a DDP module with a static
+            graph has not had a pass with synchronisation yet.
     """
     with ExitStack() as stack:
         for module in model.modules() if isinstance(model, nn.Module) else [model]:
             if hasattr(type(module), "no_sync"):
+                if getattr(module, "static_graph", False) and not getattr(module, "_static_graph_delay_allreduce_enqueued", True):
+                    raise ValueError(
+                        "first_pass(model, sync=False) cannot be the first pass of DistributedDataParallel(static_graph=True), which learns the "
+                        "graph in a backward pass with synchronisation: use sync=True in the first step"
+                    )
                 stack.enter_context(module.no_sync())
             elif hasattr(type(module), "set_requires_gradient_sync"):
                 stack.enter_context(own_gradients(module))

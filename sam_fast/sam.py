@@ -58,8 +58,8 @@ class SAM(Optimizer):
 
     Raises:
         TypeError: ``base_optimizer`` is not callable, or ``params`` is a single tensor.
-        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's or needs a closure, or
-            the forced backend does not support a parameter.
+        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs a closure or
+            steps during backward passes, or the forced backend does not support a parameter.
     """
 
     base_optimizer: Optimizer
