@@ -70,6 +70,8 @@ class Group:
         found = self.outcomes(check, *args, **kwargs)
         for rank, outcome in enumerate(found):
             assert not isinstance(outcome, Raised), f"rank {rank}:\n{outcome.text}"
+        for process in self.processes:
+            assert process.is_alive(), f"a process died with exit code {process.exitcode}"
         return found
 
     def close(self) -> None:
@@ -109,7 +111,7 @@ def _work(rank: int, size: int, store: str, connection: Connection, timeout: flo
         torch.manual_seed(0)
         try:
             outcome = check(*args, **kwargs)
-        except Exception:
+        except BaseException:  # pytest's own exceptions are no Exceptions
             outcome = Raised(traceback.format_exc())
         connection.send_bytes(pickle.dumps(outcome))
     distributed.destroy_process_group()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import same_bits, values
-from parallel import RHO, SGD, TOLERANCE, batches, each_its_own, my_share, network, one_process, train, weights
+from parallel import RHO, SGD, TOLERANCE, batches, collectives, each_its_own, my_share, network, one_process, train, weights
 from processes import Group, group_of
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
