@@ -58,7 +58,8 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
             graph has not had a pass with synchronisation yet.
     """
     with ExitStack() as stack:
-        for module in model.modules() if isinstance(model, nn.Module) else [model]:
+        modules: Iterable[Any] = model.modules() if isinstance(model, nn.Module) else [model]
+        for module in modules:
             if hasattr(type(module), "no_sync"):
                 if getattr(module, "static_graph", False) and not getattr(module, "_static_graph_delay_allreduce_enqueued", True):
                     raise ValueError(

@@ -19,7 +19,12 @@ from typing import Any
 import torch
 from torch import distributed
 
-PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.tensor.debug", "torch.distributed.checkpoint.state_dict"]
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.checkpoint.state_dict",
+]
 
 PATIENCE = 90.0
 """Seconds after which the parent gives a check up. A check that hangs fails after the group's timeout."""
