@@ -6,10 +6,14 @@ They are forked from a server that has imported torch once, and a group lives fo
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import runpy
+import socket
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -103,6 +107,41 @@ def group_of(size: int, timeout: float = 30.0) -> Iterator[Group]:
             yield group
         finally:
             group.close()
+
+
+def launch(script: Path, arguments: Sequence[str], size: int, folder: Path) -> list[str]:
+    """Run a script as torchrun does, with the variables that it sets, in ``folder``. Returns what each process printed, errors as well."""
+    with tempfile.TemporaryDirectory() as outputs:
+        port = _free_port()
+        processes = [_context.Process(target=_run_script, args=(str(script), arguments, rank, size, port, folder, outputs)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+        texts = [(Path(outputs) / str(rank)).read_text() for rank in range(size)]
+    assert [process.exitcode for process in processes] == [0] * size, "\n".join(texts)
+    return texts
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _run_script(script: str, arguments: Sequence[str], rank: int, size: int, port: int, folder: Path, outputs: str) -> None:
+    descriptor = os.open(f"{outputs}/{rank}", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.chdir(folder)
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def _work(rank: int, size: int, store: str, connection: Connection, timeout: float) -> None:
