@@ -70,6 +70,9 @@ def check_base(base: Any) -> None:
             f"{type(base).__name__} has options of its own with the names of SAM's ({', '.join(collisions)}): "
             "one group entry cannot hold both, so it cannot be SAM's base optimizer"
         )
+    if getattr(base, "_overlap_with_ddp", False):
+        name = type(base).__name__
+        raise ValueError(f"{name} with overlap_with_ddp=True steps in the middle of every backward pass, SAM's first as well: leave it out")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{type(base).__name__}.step needs a closure to evaluate the loss again: it cannot be SAM's base optimizer")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .sharded import own_gradients
 
 
 class RandomState:
@@ -47,15 +49,24 @@ class RandomState:
 
 @contextmanager
 def without_gradient_sync(model: Any) -> Iterator[None]:
-    """Run forward and backward of a DDP or FSDP2 model without gradient synchronisation; for any other model there is none to leave out."""
-    if hasattr(model, "no_sync"):
-        with model.no_sync():
-            yield
-    elif hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-    else:
+    """Run forward and backward of ``model`` without gradient synchronisation, wherever in it a DDP or FSDP2 module is.
+
+    For any other model there is none to leave out.
+
+    Raises:
+        ValueError: an FSDP2 module is sharded over all processes, so that no process has a gradient of its own; or a DDP module with a static
+            graph has not had a pass with synchronisation yet.
+    """
+    with ExitStack() as stack:
+        modules: Iterable[Any] = model.modules() if isinstance(model, nn.Module) else [model]
+        for module in modules:
+            if hasattr(type(module), "no_sync"):
+                if getattr(module, "static_graph", False) and not getattr(module, "_static_graph_delay_allreduce_enqueued", True):
+                    raise ValueError(
+                        "first_pass(model, sync=False) cannot be the first pass of DistributedDataParallel(static_graph=True), which learns the "
+                        "graph in a backward pass with synchronisation: use sync=True in the first step"
+                    )
+                stack.enter_context(module.no_sync())
+            elif hasattr(type(module), "set_requires_gradient_sync"):
+                stack.enter_context(own_gradients(module))
         yield

@@ -15,6 +15,7 @@ from .backends import BACKENDS, GroupOptions, choose, forced
 from .backends.base import Backend, StateTensors, shape_changed
 from .bucket import Bucket, overlapping
 from .flat import FlatStorage
+from .sharded import ProcessGroups, Sharding, sharding_of
 
 ParamGroups = Sequence[dict[str, Any]]
 
@@ -66,6 +67,7 @@ class Perturbation:
         self.active = False
         self.buckets: list[Bucket] = []
         self.flats: list[FlatStorage] = []
+        self.sharding: Sharding | None = None  # None without DTensors
         self._sums: dict[torch.device, NormSum] = {}
         self._bucket_sums: list[tuple[Bucket, Tensor, NormSum]] = []
         self._known: list[list[Tensor]] = []
@@ -110,17 +112,29 @@ class Perturbation:
                     seen.add(id(p))
                     params.append(p)
                     groups.append(index)
-        shared = overlapping(params)
+        sharding = sharding_of(params, groups)
+        if self.flatten and sharding is not None:
+            raise ValueError("flatten=True cannot move DTensor parameters, whose memory belongs to whoever has sharded them: use flatten=False")
+        rows = params if sharding is None else [sharding.row(p) for p in params]
+        shared = overlapping(rows)
         if self.flatten and shared:
             raise ValueError(f"flatten=True would separate parameters that share memory (parameters {sorted(shared)}): use flatten=False")
-        members: dict[tuple[torch.device, torch.dtype, Backend], list[tuple[Tensor, int]]] = {}
-        for position, (p, index) in enumerate(zip(params, groups, strict=True)):
-            members.setdefault((p.device, p.dtype, self._choose(p, position in shared)), []).append((p, index))
+        members: dict[tuple[torch.device, torch.dtype, Backend, ProcessGroups], list[tuple[Tensor, int]]] = {}
+        for position, (p, row, index) in enumerate(zip(params, rows, groups, strict=True)):
+            process_groups = () if sharding is None else sharding.process_groups(p)
+            members.setdefault((row.device, row.dtype, self._choose(row, position in shared), process_groups), []).append((p, index))
+        self.sharding = sharding
         if self.flatten:
             self._flatten(list(members.values()))
         else:
-            self.buckets = [Bucket([p for p, _ in rows], [index for _, index in rows], backend) for (_, _, backend), rows in members.items()]
+            self.buckets = [self._bucket(rows, backend) for (_, _, backend, _), rows in members.items()]
         self._build_sums()
+
+    def _bucket(self, members: Sequence[tuple[Tensor, int]], backend: Backend) -> Bucket:
+        params, groups = [p for p, _ in members], [group for _, group in members]
+        if self.sharding is None:
+            return Bucket(params, groups, backend)
+        return Bucket([self.sharding.row(p) for p in params], groups, backend, [self.sharding.versioned(p) for p in params])
 
     def _choose(self, p: Tensor, shared: bool) -> Backend:
         if self.flatten:  # a flat buffer is dense whatever its parameters were
@@ -150,7 +164,12 @@ class Perturbation:
         self.buckets = [Bucket(flat.rows, flat.row_groups, choose(flat.rows[0], self.backend), flat.row_params) for flat in kept]
 
     def step_buckets(self) -> list[Bucket] | None:
-        """For each bucket the one that a fused second step works on, whose rows are parameters; None if parameters have left their flat buffer."""
+        """For each bucket the one that a fused second step works on, whose rows are parameters.
+
+        None if there is no such: parameters are DTensors, or have left their flat buffer.
+        """
+        if self.sharding is not None:
+            return None
         if not self.flatten:
             return self.buckets
         if not all(flat.intact() for flat in self.flats):
@@ -163,6 +182,8 @@ class Perturbation:
         counts: dict[torch.device, int] = {}
         for bucket in self.buckets:
             counts[bucket.device] = counts.get(bucket.device, 0) + bucket.backend.num_partials(bucket)
+        if self.sharding is not None:
+            counts = dict.fromkeys(counts, 1)  # what the kernels read is the sum over all processes
         last = self._sums
         self._sums = {device: NormSum(device, own, len(counts) - 1) for device, own in counts.items()}
         for device, sums in self._sums.items():
@@ -171,6 +192,10 @@ class Perturbation:
         self._bucket_sums = []
         used = dict.fromkeys(counts, 0)
         for bucket in self.buckets:
+            if self.sharding is not None:
+                sums = self._sums[bucket.device]
+                self._bucket_sums.append((bucket, sums.partials.new_zeros(bucket.backend.num_partials(bucket)), sums))
+                continue
             first = used[bucket.device]
             used[bucket.device] += bucket.backend.num_partials(bucket)
             sums = self._sums[bucket.device]
@@ -178,31 +203,36 @@ class Perturbation:
 
     # ---- The step --------------------------------------------------------------------------------------------------------------------
 
-    def _collect(self, options: GroupOptions) -> bool:
+    def _collect(self, options: GroupOptions, own_gradient: bool) -> bool:
+        if self.sharding is not None and not self.sharding.attach_grads(options, own_gradient):
+            return False
         for flat in self.flats:
             if not flat.intact():
                 return False
             flat.collect_grads()
         return all(bucket.backend.collect(bucket, options) for bucket in self.buckets)
 
-    def climb(self, param_groups: ParamGroups, rounding_key: int | None = None) -> None:
+    def climb(self, param_groups: ParamGroups, rounding_key: int | None = None, own_gradient: bool = False) -> None:
         """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were.
 
         Args:
             param_groups: those of the optimizer.
             rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
+            own_gradient: DTensor gradients that are partial sums are not added up.
         """
         self.prepare(param_groups)
         options = GroupOptions(param_groups, rounding_key)
-        if not self._collect(options):
+        if not self._collect(options, own_gradient):
             # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they are now.
             self._build(param_groups)
-            if not self._collect(options):
+            if not self._collect(options, own_gradient):
                 raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
         for bucket in self.buckets:
             _ = bucket.flat  # allocated before anything moves
         for bucket, partials, _ in self._bucket_sums:
             bucket.backend.grad_norm(bucket, options, partials)
+        if self.sharding is not None:
+            self._combine_over_processes(self.sharding)
         exchange_sums(list(self._sums.values()))
         self.active = True
         try:
@@ -213,7 +243,14 @@ class Perturbation:
         except BaseException:
             self.restore()
             raise
+        if self.sharding is not None:
+            self.sharding.detach_grads()
         self.measured = True
+
+    def _combine_over_processes(self, sharding: Sharding) -> None:
+        for sums in self._sums.values():
+            sums.partials.zero_()
+        sharding.combine(self._bucket_sums)
 
     def restore(self) -> None:
         """Write the weights back, bit for bit. What an interruption left undone, the next call does."""
@@ -227,6 +264,10 @@ class Perturbation:
         if self.flats and not all(flat.intact() for flat in self.flats):
             ids = {id(p) for p in touched}
             lost = [text for flat in self.flats for text in flat.write_back(ids)]
+            if lost:
+                error = error or shape_changed(lost)
+        if self.sharding is not None:
+            lost = self.sharding.write_back({id(p) for p in touched})
             if lost:
                 error = error or shape_changed(lost)
         _announce(touched)

@@ -58,8 +58,8 @@ class SAM(Optimizer):
 
     Raises:
         TypeError: ``base_optimizer`` is not callable, or ``params`` is a single tensor.
-        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's or needs a closure, or
-            the forced backend does not support a parameter.
+        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs a closure or
+            steps during backward passes, or the forced backend does not support a parameter.
     """
 
     base_optimizer: Optimizer
@@ -246,7 +246,7 @@ class SAM(Optimizer):
         if self._perturbation.active:
             raise RuntimeError("first_step() was called twice: finish with second_step(), or call restore() to give this step up")
         rounds = self._rounds_stochastically()
-        self._perturbation.climb(self.param_groups, rounding_key(self._rounding_step(), PERTURB) if rounds else None)
+        self._perturbation.climb(self.param_groups, rounding_key(self._rounding_step(), PERTURB) if rounds else None, self._own_gradient)
         if rounds:
             self._count_rounding_step()
         if zero_grad:
@@ -297,8 +297,22 @@ class SAM(Optimizer):
     def _step_without_closure(self, replay_rng: bool) -> None:
         if replay_rng:
             raise ValueError("step(replay_rng=True) needs a closure: without one use first_pass(model, replay_rng=True) and second_pass(model)")
+        if not self._perturbation.active and self._can_only_make_state():
+            self.base_optimizer.step()
+            return
         self._require_perturbed("step() without a closure")
         self._update()
+
+    def _can_only_make_state(self) -> bool:
+        """Whether a step would do nothing but make the base optimizer's state: there is none yet, all learning rates and all gradients are 0.
+
+        This is how torch.distributed.checkpoint has an optimizer make its state before it saves or loads it. A training loop that forgets
+        first_step() has gradients.
+        """
+        if self.state or not all("lr" in group and float(group["lr"]) == 0.0 for group in self.param_groups):
+            return False
+        grads = list(self._gradients())
+        return bool(grads) and not any(grad.any() for grad in grads)
 
     def _step_with_closure(self, closure: Callable[[], Any], replay_rng: bool) -> Any:
         self._require_restored("step(closure)")
@@ -373,7 +387,8 @@ class SAM(Optimizer):
             self._mark_spent()
 
     def _gradients(self) -> Iterator[Tensor]:
-        return (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+        """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
+        return (getattr(p.grad, "_local_tensor", p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
 
     def _mark_spent(self) -> None:
         for grad in self._gradients():

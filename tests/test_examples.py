@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 
 FOLDER = Path(__file__).parent.parent / "examples"
 LEARNING = ["two_calls", "closure", "second_pass", "gradient_accumulation", "mixed_precision"]
 ON_A_GPU = ["cuda_graph"]
-EXAMPLES = [*LEARNING, "resume", *ON_A_GPU]
+DISTRIBUTED = {"ddp": ["--own-gradient"], "fsdp": []}
+EXAMPLES = [*LEARNING, "resume", *ON_A_GPU, *DISTRIBUTED]
 
 
 def output_of(name: str, folder: Path) -> str:
@@ -52,12 +54,26 @@ def test_resume_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert output_of("resume", tmp_path).splitlines()[-1] == "the same bits"
 
 
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_distributed_example_learns_and_resumes(name: str, tmp_path: Path) -> None:
+    script, arguments = FOLDER / f"{name}.py", [*DISTRIBUTED[name], "--checkpoint", "saved"]
+    accuracies = []
+    for size, more in ((2, ["--epochs", "2"]), (1, ["--epochs", "5", "--resume"])):
+        first, *others = launch(script, [*arguments, *more], size, tmp_path)
+        assert others == [""] * (size - 1), "only rank 0 says something"
+        accuracies += re.findall(r"^epoch (\d): test accuracy ([\d.]+)%$", first, re.MULTILINE)
+        assert first.count("\n") == len(re.findall("epoch", first))
+    assert [epoch for epoch, _ in accuracies] == ["1", "2", "3", "4", "5"]
+    assert float(accuracies[-1][1]) > 90.0  # guessing gives 10 %
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_is_short_explained_and_needs_torch_alone(name: str) -> None:
     source = (FOLDER / f"{name}.py").read_text()
     tree = ast.parse(source)
-    assert len(source.splitlines()) < 65
-    assert f"python examples/{name}.py" in (ast.get_docstring(tree) or "")
+    assert len(source.splitlines()) < (80 if name in DISTRIBUTED else 65)
+    runner = "torchrun --nproc-per-node 2" if name in DISTRIBUTED else "python"
+    assert f"{runner} examples/{name}.py" in (ast.get_docstring(tree) or "")
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in modules} <= {"torch", "sam_fast", *sys.stdlib_module_names}

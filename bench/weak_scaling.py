@@ -1,0 +1,93 @@
+"""Weak scaling of the optimizer's own time, from one process to several on one machine: ``python -m bench.weak_scaling``.
+
+Every process has one thread and the same number of parameters, whatever the number of processes: as DDP's replicas, or as its shards of a
+model that grows with it (DTensor, as FSDP2 has them). Timed are first_step and second_step, gradients being there; the time of a round is that of
+the slowest process. Rounds of all cases take turns. Processes share the memory's bandwidth, which is what the optimizer is made of: the streaming
+copy of the last column, which no communication slows down, says how much of a loss is the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from sam_fast import SAM
+
+SHAPES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
+
+
+def optimizer_of(shapes: list[list[int]], sharded: bool) -> SAM:
+    """SAM around SGD with momentum, on parameters of these local shapes that have gradients."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),)) if sharded else None
+    params = []
+    for shape in shapes:
+        weight, grad = torch.randn(shape) * 0.02, torch.randn(shape) * 0.001
+        p = nn.Parameter(weight if mesh is None else DTensor.from_local(weight, mesh, [Shard(0)], run_check=False))
+        p.grad = grad if mesh is None else DTensor.from_local(grad, mesh, [Shard(0)], run_check=False)
+        params.append(p)
+    return SAM(params, torch.optim.SGD, rho=0.05, lr=1e-6, momentum=0.9)
+
+
+def work(rank: int, size: int, store: str, model: str, rounds: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    shapes = SHAPES[model]
+    replicas, shards = optimizer_of(shapes, False), optimizer_of(shapes, True)
+    source = torch.randn(16_000_000)
+    target = torch.empty_like(source)
+    cases: dict[str, Callable[[], object]] = {
+        "replica, first_step": replicas.first_step,
+        "replica, second_step": replicas.second_step,
+        "shard, first_step": shards.first_step,
+        "shard, second_step": shards.second_step,
+        "streaming copy": lambda: target.copy_(source),
+    }
+    times = torch.zeros(len(cases), rounds, dtype=torch.float64)
+    for turn in range(-2, rounds):  # two rounds to warm up
+        for i, case in enumerate(cases.values()):
+            distributed.barrier()
+            begin = time.perf_counter()
+            case()
+            times[i, turn] = time.perf_counter() - begin
+    distributed.all_reduce(times, op=distributed.ReduceOp.MAX)
+    if rank == 0:
+        Path(f"{store}.json").write_text(json.dumps({name: statistics.median(row.tolist()) for name, row in zip(cases, times, strict=True)}))
+    distributed.destroy_process_group()
+
+
+def measured(size: int, model: str, rounds: int) -> dict[str, float]:
+    """Seconds by case."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (size, f"{folder}/store", model, rounds), nprocs=size)
+        result: dict[str, float] = json.loads(Path(f"{folder}/store.json").read_text())
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", choices=sorted(SHAPES), help="whose parameters each process has")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=30)
+    arguments = parser.parse_args()
+    runs = {size: measured(size, arguments.model, arguments.rounds) for size in arguments.processes}
+    least = min(runs)
+    print(f"{arguments.model}, {torch.get_num_threads()} cores; milliseconds, and the efficiency (time with {least} / time with n)\n")
+    print("| case | " + " | ".join(f"{size} processes" for size in runs) + " |\n|---|" + "---|" * len(runs))
+    for case, least_time in runs[least].items():
+        cells = [f"{run[case] * 1e3:.2f} ({least_time / run[case]:.0%})" for run in runs.values()]
+        print(f"| {case} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""torch.distributed.checkpoint: saved by four processes, resumed by four, two and one; a process killed in the middle of a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import make_params, same_bits, values
+from parallel import RHO, SGD, TOLERANCE, batches, my_share, network, train, weights
+from processes import Group, group_of
+from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+from sam_fast import SAM
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, SGD),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+}
+SAVED, STEPS = 3, 6
+"""After so many steps a checkpoint is saved; after so many all is over."""
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Group]:
+    with group_of(4) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Group]:
+    with group_of(2) as group:
+        yield group
+
+
+def make(kind: str, base: str) -> tuple[nn.Module, SAM]:
+    """The network as it is, sharded or with DDP, and its optimizer with a rho of its own."""
+    model: nn.Module = network()
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        fully_shard(model[0], mesh=mesh)
+        model = fully_shard(model, mesh=mesh)
+    elif kind == "ddp":
+        model = DistributedDataParallel(model)
+    cls, kwargs = BASES[base]
+    return model, SAM(model.parameters(), cls, rho=0.0, **kwargs)
+
+
+def state_of(model: nn.Module, optimizer: SAM) -> dict[str, Any]:
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {"model": of_model, "optimizer": of_optimizer}
+
+
+def resume(folder: str, model: nn.Module, optimizer: SAM) -> None:
+    state = state_of(model, optimizer)
+    assert all(len(entry) >= 1 for entry in state["optimizer"]["state"].values()), "the state was not made"
+    checkpoint.load(state, checkpoint_id=folder, no_dist=not distributed.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def saved_and_finished(folder: str, kind: str, base: str) -> list[Tensor]:
+    model, optimizer = make(kind, base)
+    optimizer.param_groups[0]["rho"] = RHO
+    data = [my_share(batch) for batch in batches(STEPS)]
+    train(model, optimizer, data[:SAVED])
+    checkpoint.save(state_of(model, optimizer), checkpoint_id=folder)
+    if kind == "ddp":
+        # Between its first step and its second DDP orders its buckets anew, and adds up in another order: here as in the run that resumes.
+        model = DistributedDataParallel(model.module)
+    train(model, optimizer, data[SAVED:])
+    return weights(model)
+
+
+def resumed(folder: str, kind: str, base: str, last: int = STEPS) -> list[Tensor]:
+    model, optimizer = make(kind, base)
+    resume(folder, model, optimizer)
+    assert optimizer.param_groups[0]["rho"] == RHO, "rho is the checkpoint's"
+    train(model, optimizer, [batch if kind == "plain" else my_share(batch) for batch in batches(last)[SAVED:]])
+    return weights(model)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_saved_by_four_and_resumed_by_four_two_and_one(four, two, tmp_path, kind, base):
+    folder = str(tmp_path / "checkpoint")
+    finished = four.run(saved_and_finished, folder, kind, base)
+    for one, other in zip(four.run(resumed, folder, kind, base), finished, strict=True):
+        assert same_bits(one, other)
+    for found in [*two.run(resumed, folder, "fsdp", base), resumed(folder, "plain", base)]:
+        torch.testing.assert_close(found, finished[0], **TOLERANCE)
+
+
+# ---- Killed --------------------------------------------------------------------------------------------------------------------------------
+
+
+def killed(folder: str) -> None:
+    """Saves after every step, and is killed in the one after SAVED."""
+    model, optimizer = make("fsdp", "sgd")
+    optimizer.param_groups[0]["rho"] = RHO
+    for i, batch in enumerate(batches(STEPS)):
+        x, y = my_share(batch)
+        mse_loss(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            if i == SAVED and distributed.get_rank() == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            mse_loss(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+        checkpoint.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{i + 1}")
+
+
+def test_killed_in_the_middle_of_a_step(two, tmp_path):
+    with group_of(2, timeout=5.0) as group:
+        outcomes = group.outcomes(killed, str(tmp_path))
+    assert outcomes[0] is None, "rank 0 was to die"
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [str(i + 1) for i in range(SAVED)]
+    finished = two.run(saved_and_finished, str(tmp_path / "another"), "fsdp", "sgd")
+    for one, other in zip(two.run(resumed, str(tmp_path / str(SAVED)), "fsdp", "sgd"), finished, strict=True):
+        assert same_bits(one, other)
+
+
+# ---- Making the state: a step that is none ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_the_state_can_be_made_without_a_first_step(base):
+    model = network()
+    before = weights(model)
+    optimizer = SAM(model.parameters(), base, lr=0.1, weight_decay=0.1)
+    state = get_optimizer_state_dict(model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert not optimizer.perturbed
+    assert same_bits(weights(model), before)
+    assert len(state["state"]) == (0 if base is torch.optim.SGD else 6)
+
+
+@pytest.mark.parametrize("case", ["a gradient", "a learning rate", "no gradients", "state"])
+def test_that_does_not_weaken_the_error(case):
+    params = make_params([3, 5])
+    optimizer = SAM(params, torch.optim.Adam, lr=0.1)
+    for p in params:
+        p.grad.zero_()
+    if case != "a learning rate":
+        optimizer.param_groups[0]["lr"] = 0.0
+    if case == "a gradient":
+        params[1].grad[4] = 1e-30
+    elif case == "no gradients":
+        optimizer.zero_grad()
+    elif case == "state":
+        optimizer.step()
+    before = values(params)
+    with pytest.raises(RuntimeError, match="needs first_step"):
+        optimizer.step()
+    assert same_bits(values(params), before)

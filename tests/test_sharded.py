@@ -1,0 +1,475 @@
+"""DTensor parameters, with real processes: placements of every kind, FSDP2 and tensor parallelism, against what one process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from cases import same_bits, values
+from parallel import RHO, SGD, TOLERANCE, batches, collectives, each_its_own, my_share, network, one_process, share, train, weights
+from processes import Group, group_of
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import mse_loss
+
+from sam_fast import SAM
+from sam_fast.reference import ReferenceSAM
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Group]:
+    with group_of(4) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Group]:
+    with group_of(2) as group:
+        yield group
+
+
+@pytest.fixture(params=["two", "four"])
+def processes(request: pytest.FixtureRequest) -> Group:
+    group: Group = request.getfixturevalue(request.param)
+    return group
+
+
+# ---- Placements --------------------------------------------------------------------------------------------------------------------------
+
+SHAPES = [(5, 3), (8, 4), (2, 6), (1, 9), (0, 4), (130, 129)]
+S0, S1, R = Shard(0), Shard(1), Replicate()
+PLACEMENTS: dict[str, tuple[tuple[int, ...], list[list[Any]], int]] = {
+    "shard-0": ((4,), [[S0]], 1),
+    "shard-1": ((4,), [[S1]], 1),
+    "replicate": ((4,), [[R]], 0),
+    "hsdp": ((2, 2), [[R, S0]], 1),
+    "hsdp-turned": ((2, 2), [[S0, R]], 1),
+    "shard-0-shard-1": ((2, 2), [[S0, S1]], 1),
+    "shard-0-shard-0": ((2, 2), [[S0, S0]], 1),
+    "a-dimension-of-one": ((1, 4), [[S0, S1]], 1),
+    "all-kinds": ((2, 2), [[S0, S0], [R, S1], [S0, R], [R, R]], 3),
+}
+"""Shape of the mesh, placements that the parameters take in turn, and how many all-reduces the norm takes."""
+
+
+def full_params(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in [*SHAPES, *SHAPES]]
+
+
+def options(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """SAM, ASAM, and a group that does not count; in the first a parameter without a gradient."""
+    return [
+        {"params": params[:3]},
+        {"params": params[3:5], "rho": 0.5, "adaptive": True, "eta": 0.01},
+        {"params": params[5:6], "perturb": False},
+    ]
+
+
+def a_step(shape: tuple[int, ...], placements: list[list[Any]], dtype: torch.dtype, backend: str | None) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", shape)
+    full = full_params(dtype)
+    params = []
+    for i, w in enumerate(full[: len(SHAPES)]):
+        p = nn.Parameter(distribute_tensor(w, mesh, placements[i % len(placements)]))
+        p.grad = None if i == 1 else distribute_tensor(full[i + len(SHAPES)], mesh, placements[i % len(placements)])
+        params.append(p)
+    optimizer = SAM(options(params), rho=RHO, backend=backend, lr=0.1)
+    before = [p.to_local().detach().clone() for p in params]
+    stale = (params[0] * params[0]).sum()
+    started = collectives(optimizer.first_step)
+    perturbed = [p.full_tensor().detach().clone() for p in params]
+    assert all(row.grad is None for bucket in optimizer._perturbation.buckets for row in bucket.rows), "gradients are kept alive"
+    if before[0].numel() > 0:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stale.backward()
+    norm = optimizer.grad_norm
+    if distributed.get_rank() == 0:
+        optimizer.restore()
+    else:
+        with suppress(ZeroDivisionError), optimizer.second_pass(nn.Module()):
+            raise ZeroDivisionError
+    restored = same_bits([p.to_local() for p in params], before)
+    started += collectives(optimizer.first_step)
+    optimizer.second_step()
+    backups = sum(bucket.flat.numel() for bucket in optimizer._perturbation.buckets)
+    padding = len(params) * 64 // dtype.itemsize
+    assert backups <= sum(w.numel() for w in before) + padding, "a backup of more than the local parts"
+    local = {i: p.to_local().detach().clone() for i, p in enumerate(params) if all(place.is_replicate() for place in p.placements)}
+    return {"norm": norm, "perturbed": perturbed, "restored": restored, "collectives": started, "w": weights_of(params), "local": local}
+
+
+def weights_of(params: list[Any]) -> list[Tensor]:
+    return [p.full_tensor().detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("case", PLACEMENTS)
+def test_a_step_is_that_of_whole_tensors(four, case, backend):
+    shape, placements, all_reduces = PLACEMENTS[case]
+    found = four.run(a_step, shape, placements, torch.float64, backend)
+    full = full_params(torch.float64)
+    params = [nn.Parameter(w.clone()) for w in full[: len(SHAPES)]]
+    for i, p in enumerate(params):
+        p.grad = None if i == 1 else full[i + len(SHAPES)].clone()
+    oracle = ReferenceSAM(options(params), rho=RHO, lr=0.1)
+    oracle.first_step()
+    perturbed = values(params)
+    oracle.second_step()
+    for of_rank in found:
+        assert of_rank["restored"]
+        assert of_rank["collectives"] == ["allreduce_"] * 2 * all_reduces  # two first_steps, and nothing in what follows them
+        torch.testing.assert_close(of_rank["norm"], oracle.grad_norm, rtol=1e-12, atol=0.0)
+        for key, expected in (("perturbed", perturbed), ("w", params)):
+            torch.testing.assert_close(of_rank[key], values(expected), rtol=1e-12, atol=1e-13)
+        assert torch.equal(of_rank["norm"], found[0]["norm"]), "the norm has other bits on another rank"
+        assert same_bits(list(of_rank["local"].values()), list(found[0]["local"].values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_kernels_do_to_a_part_what_they_do_to_the_whole(four, dtype):
+    shape, placements, _ = PLACEMENTS["all-kinds"]
+    found = four.run(a_step, shape, placements, dtype, None)[0]
+    full = full_params(dtype)
+    params = [nn.Parameter(w.clone()) for w in full[: len(SHAPES)]]
+    for i, p in enumerate(params):
+        p.grad = None if i == 1 else full[i + len(SHAPES)].clone()
+    optimizer = SAM(options(params), rho=RHO, lr=0.1)
+    optimizer.first_step()
+    torch.testing.assert_close(found["norm"], optimizer.grad_norm, rtol=1e-14, atol=0.0)
+    for a, b in zip(found["perturbed"], params, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=torch.finfo(dtype).eps, atol=0.0)  # should the last bit of the norm differ
+
+
+# ---- FSDP2 -------------------------------------------------------------------------------------------------------------------------------
+
+
+def sharded_network(shape: tuple[int, ...], **policy: Any) -> nn.Sequential:
+    """The network with every layer sharded by itself, the last one by the root; one number: over all, two: replicas of shards."""
+    model = network()
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[2 - len(shape) :])
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    params = list(model.parameters())
+    return [{"params": params[:2], "rho": 0.5, "adaptive": True, "eta": 0.01}, {"params": params[2:], "weight_decay": 0.1}]
+
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, SGD),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+}
+
+
+def fsdp_trained(shape: tuple[int, ...], base: str = "sgd", frozen: tuple[int, ...] = (), grouped: bool = False, sync: bool = True) -> list[Tensor]:
+    model = sharded_network(shape)
+    for index in frozen:
+        list(model.parameters())[index].requires_grad_(False)
+    cls, kwargs = BASES[base]
+    optimizer = SAM(two_groups(model) if grouped else model.parameters(), cls, rho=RHO, **kwargs)
+    train(model, optimizer, [my_share(batch) for batch in batches()], sync)
+    return weights(model)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"base": "adamw"}, {"frozen": (0, 3)}, {"grouped": True}, {"grouped": True, "base": "adamw"}],
+    ids=["sgd", "adamw", "frozen", "groups", "groups-adamw"],
+)
+@pytest.mark.parametrize("shape", [(4,), (2, 2), (2,)], ids=["over-4", "hsdp", "over-2"])
+def test_fsdp_is_one_process_with_the_whole_batch(request, shape, kwargs):
+    group = request.getfixturevalue("two" if shape == (2,) else "four")
+    cls, options = BASES[kwargs.get("base", "sgd")]
+    expected = one_process(base=cls, frozen=kwargs.get("frozen", ()), groups=two_groups if "grouped" in kwargs else None, **options)
+    for found in group.run(fsdp_trained, shape, **kwargs):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_hsdp_local_is_each_replica_climbing_along_its_own_gradient(four):
+    found = four.run(fsdp_trained, (2, 2), sync=False)
+    torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
+    assert all(same_bits(of_rank, found[0]) for of_rank in found)
+
+
+def fsdp_all_reduces(shape: tuple[int, ...], sync: bool) -> tuple[list[str], list[str]]:
+    """What the passes of one step communicate, and what its two steps do."""
+    model = sharded_network(shape)
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    x, y = my_share(batches(1)[0])
+
+    def one_pass() -> None:
+        mse_loss(model(x), y).backward()
+
+    with optimizer.first_pass(model, sync=sync):
+        passes = collectives(one_pass)
+    steps = collectives(lambda: optimizer.first_step(zero_grad=True))
+    with optimizer.second_pass(model):
+        passes += collectives(one_pass)
+    return sorted(passes), steps + collectives(optimizer.second_step)
+
+
+def plain_all_reduces(shape: tuple[int, ...]) -> list[str]:
+    model = sharded_network(shape)
+    x, y = my_share(batches(1)[0])
+    return sorted(name for _ in range(2) for name in collectives(lambda: mse_loss(model(x), y).backward()))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["over-4", "hsdp"])
+def test_fsdp_communicates_one_number_more_than_two_passes(four, shape):
+    plain = four.run(plain_all_reduces, shape)[0]
+    assert len(plain) > 4
+    for passes, steps in four.run(fsdp_all_reduces, shape, True):
+        assert passes == plain
+        assert steps == ["allreduce_"]
+    if shape == (2, 2):
+        for passes, steps in four.run(fsdp_all_reduces, shape, False):
+            assert len(passes) == len(plain) - 3  # the first pass of three layers adds nothing up over replicas
+            assert steps == ["allreduce_"]
+
+
+def local_where_it_cannot_be() -> str:
+    model = nn.Sequential(sharded_network((distributed.get_world_size(),)))  # inside a container that is no FSDP module
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    text = ""
+    try:
+        with optimizer.first_pass(model, sync=False):
+            raise AssertionError("not reached")
+    except ValueError as error:
+        text = str(error)
+    train(model, optimizer, [my_share(batch) for batch in batches(1)])
+    torch.testing.assert_close(weights(model), one_process(1), **TOLERANCE)
+    return text
+
+
+def test_local_without_replicas_is_refused(two):
+    assert all("use sync=True, or a 2-D mesh" in text for text in two.run(local_where_it_cannot_be))
+
+
+def in_bfloat16() -> tuple[list[Tensor], list[Tensor]]:
+    """Weights after some steps of FSDP2 in bfloat16, and those of one process that does the same with stateless calls."""
+    model = sharded_network((distributed.get_world_size(),), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    optimizer = SAM(model.parameters(), rho=RHO, lr=0.1)
+    train(model, optimizer, [(x, y.to(torch.bfloat16)) for x, y in map(my_share, batches(5))])
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+
+    alone = network()
+    size = distributed.get_world_size()
+    reference = ReferenceSAM(alone.parameters(), rho=RHO, lr=0.1)
+    for batch in batches(5):
+        for step in (reference.first_step, reference.second_step):
+            halves = []
+            for index in range(size):
+                x, y = (t.to(torch.bfloat16) for t in share(batch, index, size))
+                half = network().to(torch.bfloat16)
+                half.load_state_dict(alone.state_dict())
+                mse_loss(half(x), y).backward()
+                halves.append([p.grad.float() for p in half.parameters()])
+            for p, *parts in zip(alone.parameters(), *halves, strict=True):
+                p.grad = (torch.stack(parts).sum(0) / size).to(torch.float64)
+            step(zero_grad=True)
+    return weights(model), weights(alone)
+
+
+def test_fsdp_with_a_mixed_precision_policy(two):
+    for found, expected in two.run(in_bfloat16):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # gradients are reduced in float32
+
+
+def gives_up() -> bool:
+    """The second pass raises, on all ranks."""
+    model = sharded_network((distributed.get_world_size(),))
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    data = [my_share(batch) for batch in batches(2)]
+    before = weights(model)
+    mse_loss(model(data[0][0]), data[0][1]).backward()
+    optimizer.first_step(zero_grad=True)
+    assert not same_bits(weights(model), before)
+    with suppress(ZeroDivisionError), optimizer.second_pass(model):
+        mse_loss(model(data[0][0]), data[0][1]).backward()
+        raise ZeroDivisionError
+    assert same_bits(weights(model), before)
+    optimizer.zero_grad()
+    train(model, optimizer, data)
+    torch.testing.assert_close(weights(model), one_process(2), **TOLERANCE)
+    return True
+
+
+def test_fsdp_step_that_is_given_up(two):
+    assert two.run(gives_up) == [True, True]
+
+
+def overflow_and_scaler() -> tuple[list[bool], list[float]]:
+    """A GradScaler with FSDP2: steps, and one that overflows in the first pass on rank 1 alone."""
+    model = sharded_network((distributed.get_world_size(),))
+    optimizer = SAM(model.parameters(), rho=RHO, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    same, scales = [], []
+    for overflow in (False, True, False):
+        before = weights(model)
+        x, y = my_share(batches(1)[0])
+        bad = x * torch.inf if overflow and distributed.get_rank() == 1 else x
+        scaler.scale(mse_loss(model(bad), y)).backward()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            scaler.scale(mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        same.append(same_bits(weights(model), before))
+        scales.append(scaler.get_scale())
+    return same, scales
+
+
+def test_fsdp_with_a_gradient_scaler(two):
+    assert two.run(overflow_and_scaler) == [([False, True, False], [8.0, 4.0, 4.0])] * 2
+
+
+# ---- Tensor parallelism, and DTensor's own data parallelism -----------------------------------------------------------------------------
+
+
+def tensor_parallel(shape: tuple[int, ...]) -> list[Tensor]:
+    """Two layers split, the third whole on every rank and no DTensor; with two dimensions, FSDP2 over the first."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor")[2 - len(shape) :])
+    model = parallelize_module(network(), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    data = batches()
+    if len(shape) == 2:
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        data = [share(batch, mesh.get_local_rank("data"), shape[0]) for batch in data]
+    optimizer = SAM(model.parameters(), rho=RHO, foreach=False, **SGD)
+    train(model, optimizer, data)
+    return weights(model)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["tensor", "data-and-tensor"])
+def test_tensor_parallel_is_one_process(request, shape):
+    group = request.getfixturevalue("two" if shape == (2,) else "four")
+    for found in group.run(tensor_parallel, shape):
+        torch.testing.assert_close(found, one_process(), **TOLERANCE)
+
+
+def replicated(sync: bool, to_replicate: bool = True) -> list[Tensor]:
+    """Data parallelism by DTensor alone: batches are sharded, so that gradients are partial sums."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    model = distribute_module(network(), mesh)
+    if not to_replicate:
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach().full_tensor(), mesh, [Shard(0)]))
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    for batch in batches():
+        x, y = (distribute_tensor(t, mesh, [Shard(0)]) for t in batch)
+
+        def one_pass(x: Any = x, y: Any = y) -> None:
+            (model(x) - y).square().mean().backward()
+
+        with optimizer.first_pass(model, sync=sync):
+            one_pass()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            one_pass()
+        optimizer.second_step(zero_grad=True)
+    return weights(model)
+
+
+def test_partial_gradients_are_added_up(two):
+    for found in two.run(replicated, True):
+        torch.testing.assert_close(found, one_process(), **TOLERANCE)
+
+
+def test_partial_gradients_are_each_processs_own_where_it_is_to_climb_along_its_own(two):
+    found = two.run(replicated, False)
+    torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
+    assert same_bits(found[0], found[1])
+
+
+# ---- What changes, and what is refused ---------------------------------------------------------------------------------------------------
+
+
+def another_local_tensor() -> bool:
+    """A parameter is given other memory between steps, and between the passes."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.arange(12.0).reshape(4, 3), mesh, [S0]))
+    optimizer = SAM([p], rho=RHO, lr=0.0)
+    before = p.full_tensor().detach().clone()
+    for when in ("between-steps", "between-passes"):
+        if when == "between-steps":
+            p._local_tensor = p._local_tensor.clone()
+        p.grad = distribute_tensor(torch.ones(4, 3), mesh, [S0])
+        optimizer.first_step()
+        moved = p.full_tensor().detach() - before
+        torch.testing.assert_close(moved, torch.full((4, 3), RHO / 12**0.5), rtol=1e-5, atol=1e-6)
+        if when == "between-passes":
+            p._local_tensor = p._local_tensor.clone()
+        optimizer.second_step()
+        assert torch.equal(p.full_tensor().detach(), before), when
+    return True
+
+
+def refused() -> list[str]:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [S0]))
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]))
+    old = FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu"))
+    texts = []
+    for params, kwargs in ([sharded], {"flatten": True}), ([partial], {}), (old.parameters(), {}):
+        try:
+            SAM(params, lr=0.1, **kwargs)
+        except ValueError as error:
+            texts.append(str(error))
+    optimizer = SAM([sharded], rho=RHO, lr=0.1)
+    with optimizer.first_pass(nn.Module(), sync=False):
+        sharded.grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
+    before = sharded.full_tensor().detach().clone()
+    try:
+        optimizer.first_step()
+    except RuntimeError as error:
+        texts.append(str(error))
+    assert torch.equal(sharded.full_tensor(), before)
+    return texts
+
+
+def test_another_local_tensor(two):
+    assert two.run(another_local_tensor) == [True, True]
+
+
+def test_what_cannot_be_is_refused(two):
+    for flat, partial, old, own in two.run(refused):
+        assert "flatten=True cannot move DTensor parameters" in flat
+        assert "partial sums are no parameter" in partial
+        assert "use fully_shard" in old
+        assert "no process has a gradient of its own" in own
+
+
+def accumulated_in_place() -> list[int]:
+    """FSDP2 accumulates in the local tensor of a gradient: a closure must take that for a new gradient."""
+    model = sharded_network((distributed.get_world_size(),))
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    x, y = my_share(batches(1)[0])
+    calls = []
+    for i in range(3):
+        mse_loss(model(x), y).backward()
+        before = len(calls)
+
+        def closure() -> Tensor:
+            calls.append(0)
+            loss = mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert len(calls) == before + 1, i
+        optimizer.zero_grad(set_to_none=False)
+    return calls
+
+
+def test_closures_with_gradients_that_are_zeroed_in_place(two):
+    assert two.run(accumulated_in_place) == [[0] * 3] * 2
