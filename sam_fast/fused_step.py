@@ -22,6 +22,7 @@ from .amp import Scaling
 from .backends.base import StateTensors
 from .bucket import Bucket
 from .perturbation import Perturbation
+from .sharded import local_tensor
 
 
 class Rule(ABC):
@@ -92,15 +93,18 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
     ready = _on_host(scaling, buckets)
     if ready is None or (ready.found_inf is not None and not all(bucket.backend.decides_on_device for bucket in buckets)):
         return False
-    states = []
-    for bucket in buckets:
-        state = _state_of(bucket, base, rule, rounding_key)
-        if state is None or (ready.found_inf is not None and "step" in state.tensors and not state.device_steps):
+    with perturbation.own_step_grads() as known:
+        if not known:
             return False
-        states.append(state)
-    if not all(bucket.backend.collect_step(bucket, state) for bucket, state in zip(buckets, states, strict=True)):
-        return False
-    perturbation.restore_and_step(rule.operation, buckets, states, ready)
+        states = []
+        for bucket in buckets:
+            state = _state_of(bucket, base, rule, rounding_key)
+            if state is None or (ready.found_inf is not None and "step" in state.tensors and not state.device_steps):
+                return False
+            states.append(state)
+        if not all(bucket.backend.collect_step(bucket, state) for bucket, state in zip(buckets, states, strict=True)):
+            return False
+        perturbation.restore_and_step(rule.operation, buckets, states, ready)
     for bucket, state in zip(buckets, states, strict=True):
         for row, step in zip(bucket.rows, state.tensors.get("step", ()), strict=False):
             if step is not None and row.numel() == 0 and not state.device_steps:
@@ -163,9 +167,9 @@ def _state_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | N
     for index, (row, group) in enumerate(zip(bucket.rows, bucket.groups, strict=True)):
         if row.grad is None:
             continue
-        state = base.state.get(row, {})
+        state = base.state.get(bucket.params[index][0], {})
         for name in names[group]:
-            tensor = state.get(name)
+            tensor = local_tensor(state.get(name))
             if not isinstance(tensor, Tensor):
                 return None
             found[name][index] = tensor

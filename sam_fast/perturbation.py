@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -166,10 +167,8 @@ class Perturbation:
     def step_buckets(self) -> list[Bucket] | None:
         """For each bucket the one that a fused second step works on, whose rows are parameters.
 
-        None if there is no such: parameters are DTensors, or have left their flat buffer.
+        None if there is no such: parameters have left their flat buffer.
         """
-        if self.sharding is not None:
-            return None
         if not self.flatten:
             return self.buckets
         if not all(flat.intact() for flat in self.flats):
@@ -275,6 +274,17 @@ class Perturbation:
         self.active = error is not None and bool(self._saved_params())  # a kernel that could not be launched has restored nothing
         if error is not None:
             raise error
+
+    @contextmanager
+    def own_step_grads(self) -> Iterator[bool]:
+        """Inside, the rows of DTensors have their gradients, as all other rows always do. Yields False if they cannot."""
+        if self.sharding is None:
+            yield True
+            return
+        try:
+            yield self.sharding.attach_step_grads()
+        finally:
+            self.sharding.detach_grads()
 
     def restore_and_step(self, operation: str, buckets: Sequence[Bucket], states: Sequence[StateTensors], scaling: Scaling) -> None:
         """Run ``restore_sgd`` or ``restore_adam`` on every one of ``step_buckets()``; they and ``states`` have been collected."""

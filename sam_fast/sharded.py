@@ -113,6 +113,21 @@ class Sharding:
                     part.attach(own_gradient)
         return True
 
+    def attach_step_grads(self) -> bool:
+        """Give every row its gradient for a fused second step.
+
+        False if one is not placed as its parameter is: bringing it there takes collectives, and is better left to the base optimizer. All
+        processes give the same answer.
+        """
+        for part in self.parts.values():
+            grad = part.param.grad
+            if part.param._local_tensor is not part.local or (grad is not None and grad.placements != part.param.placements):
+                return False
+        with torch.no_grad():
+            for part in self.parts.values():
+                part.attach(own_gradient=False)
+        return True
+
     def detach_grads(self) -> None:
         """Let go of the gradients, whose memory ``zero_grad`` is to free."""
         for part in self.parts.values():
@@ -175,6 +190,12 @@ def sharding_of(params: Sequence[Tensor], groups: Sequence[int]) -> Sharding | N
     if dtensor is None or not any(isinstance(p, dtensor) for p in params):
         return None
     return Sharding(params, groups)
+
+
+def local_tensor(value: Any) -> Any:
+    """What this process holds of a DTensor; anything else itself."""
+    local = getattr(value, "_local_tensor", None)
+    return value if local is None else _arrived(local)
 
 
 def _dtensor_class() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
 
-from sam_fast import SAM
+from sam_fast import SAM, sam
+from sam_fast.fused_step import fused_step
 from sam_fast.reference import ReferenceSAM
 
 
@@ -176,7 +178,11 @@ def fsdp_trained(shape: tuple[int, ...], base: str = "sgd", frozen: tuple[int, .
         list(model.parameters())[index].requires_grad_(False)
     cls, kwargs = BASES[base]
     optimizer = SAM(two_groups(model) if grouped else model.parameters(), cls, rho=RHO, **kwargs)
-    train(model, optimizer, [my_share(batch) for batch in batches()], sync)
+    answers: list[bool] = []
+    with mock.patch.object(sam, "fused_step", lambda *args: answers.append(fused_step(*args)) or answers[-1]):
+        train(model, optimizer, [my_share(batch) for batch in batches()], sync)
+    assert not answers[0], "the base optimizer makes its state"
+    assert all(answers[1:]), "all other second steps are in one pass"
     return weights(model)
 
 
