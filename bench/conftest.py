@@ -27,7 +27,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: only with --full")
     config.option.benchmark_timer = "bench.replay.REPLAY"
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
@@ -84,7 +83,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         write(f"not run: {text}")
     path = config.getoption("--save")
     if path is not None and (bench.records or memory):
-        machine = {**describe(bench.device), "seconds": f"{time.monotonic() - config.stash[BEGIN]:.0f}", "selection": "smoke" if bench.smoke else "full" if bench.full else "default"}
+        machine = {
+            **describe(bench.device),
+            "seconds": f"{time.monotonic() - config.stash[BEGIN]:.0f}",
+            "selection": "smoke" if bench.smoke else "full" if bench.full else "default",
+        }
         Run(machine, bench.records, memory, bench.left_out).save(path)
         write(f"saved: {path}")
 

@@ -46,7 +46,10 @@ class Contender:
     """
 
     def __init__(
-        self, run: Callable[[], object] | dict[str, Callable[[], object]], prepare: Callable[[], object] = nothing, finish: Callable[[], object] = nothing
+        self,
+        run: Callable[[], object] | dict[str, Callable[[], object]],
+        prepare: Callable[[], object] = nothing,
+        finish: Callable[[], object] = nothing,
     ) -> None:
         self.stages = run if isinstance(run, dict) else {"": run}
         self.prepare = prepare
@@ -363,4 +366,6 @@ def _check_close(name: str, params: Sequence[Tensor], wanted: Iterator[Tensor], 
         bound = want.abs().mul_(rtol).add_(atol + slack)
         error = got.double().sub_(want).abs_()
         if not bool((error <= bound).all()):  # NaN is not
-            raise AssertionError(f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g} where {float(bound[error.argmax()]):.3g} is allowed")
+            raise AssertionError(
+                f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g} where {float(bound[error.argmax()]):.3g} is allowed"
+            )

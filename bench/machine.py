@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -43,7 +44,8 @@ def describe(device: str) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(0)
         name = {"device": properties.name, "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
     versions = {package: importlib.metadata.version(package) for package in ("torch", "pytorch_optimizer") if _installed(package)}
-    return {"kind": device, **name, **versions, "python": sys.version.split()[0], **commit_and_date()}
+    load = f"{os.getloadavg()[0]:.1f}"  # at the end of a run on an idle machine: at most its number of threads
+    return {"kind": device, **name, **versions, "python": sys.version.split()[0], "load average": load, **commit_and_date()}
 
 
 def processor() -> str:

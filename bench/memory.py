@@ -1,6 +1,6 @@
 """Peak memory of a few training steps of one contender, printed in bytes; run in a process of its own, since a peak never goes down.
 
-    python -m bench.memory CONTENDER [--device cpu|cuda]
+python -m bench.memory CONTENDER [--device cpu|cuda]
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def operation_contenders(optimizer: SAM, problem: Problem | None = None) -> dict
     collect()
     backend.grad_norm(bucket, options, partials)
     if problem is not None:
-        _check(float(sums.partials.sum().sqrt()), problem.norm())
+        _check(float(sums.partials.sum().sqrt()), Problem(list(params), adaptive=problem.adaptive).norm())  # where the parameters are now
         before = [p.detach().clone() for p in params]
         backend.perturb(bucket, options, sums.partials, 1e-12, sums.norm)
         assert not all(torch.equal(p, q) for p, q in zip(params, before, strict=True)), "perturb has moved nothing"

@@ -91,7 +91,9 @@ def scaling(run: Run) -> Any:
         return None
     rows = [g for g in (BY_ELEMENTS, BY_TENSORS) if any(k[0] == g for k in found)]
     columns = sorted({threads for _, threads in found})
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(5 * len(columns), 3.8 * len(rows)), layout="constrained", squeeze=False, sharey="row")
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(5 * len(columns), 3.8 * len(rows)), layout="constrained", squeeze=False, sharey="row"
+    )
     for i, group in enumerate(rows):
         for j, threads in enumerate(columns):
             axis, records = axes[i][j], found.get((group, threads), [])

@@ -126,6 +126,16 @@ class Run:
     def get(self, group: str, case: str) -> Record | None:
         return next((r for r in self.records if (r.group, r.case) == (group, case)), None)
 
+    def add(self, part: Run) -> None:
+        """Take over the records of another part of this run, in place of those of the same cases."""
+        keys, contenders = {r.key for r in part.records}, {m.contender for m in part.memory}
+        self.records = [r for r in self.records if r.key not in keys] + part.records
+        self.memory = [m for m in self.memory if m.contender not in contenders] + part.memory
+        self.left_out += [text for text in part.left_out if text not in self.left_out]
+        for fact in ("seconds", "load average"):
+            if fact in self.machine and fact in part.machine:
+                self.machine[fact] += f" + {part.machine[fact]}"
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = asdict(self)

@@ -2,7 +2,7 @@
 
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. Without one, everything is made again from what is there. ``--again``: a
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; several files of one device are parts of one run. Without any, everything is made again from what is there. ``--again``: a
 second run of the same commit, whose agreement with the first becomes part of the results.
 """
 
@@ -116,9 +116,18 @@ def replace_marked(text: str, new: str) -> str:
 
 def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = tuple(PICTURES)) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
-    lines = ["# Benchmarks", "", "Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.", ""]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.",
+        "",
+    ]
     lines += ["Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.", ""]
-    lines += ["## Targets", "", *table(["issue", "target", "measured", ""], [[f"{x.issue}", x.target, x.measured, x.state] for x in targets.lines(cpu, gpu)])]
+    lines += [
+        "## Targets",
+        "",
+        *table(["issue", "target", "measured", ""], [[f"{x.issue}", x.target, x.measured, x.state] for x in targets.lines(cpu, gpu)]),
+    ]
     lines += ["", *page_of(cpu, "docs", pictures)]
     if gpu is not None:
         lines += ["", *page_of(gpu, "docs", ())]
@@ -136,14 +145,24 @@ def page_of(run: Run, folder: str, pictures: tuple[str, ...]) -> list[str]:
     lines = [f"## {kind}", "", *(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
     lines += baseline_settings(run)
     lines += ["### Whole optimizer step", ""]
-    lines += ["first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.", "", *picture("step", pictures)]
+    lines += [
+        "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
+        "",
+        *picture("step", pictures),
+    ]
     for group in dict.fromkeys(r.group for r in run.records if r.group.startswith("optimizer step") and "scaling" not in r.group):
         lines += comparison(run, group)
     lines += ["### Its halves", ""]
     for group in dict.fromkeys(r.group for r in run.records if r.group.startswith(("first_step, ", "second_step, "))):
         if "scaling" not in group and "host" not in group and "public" not in group:
             lines += comparison(run, group)
-    lines += ["### Operations and roofline", "", "Bytes that must move, over a streaming copy that ran in the same rounds.", "", *picture("roofline", pictures)]
+    lines += [
+        "### Operations and roofline",
+        "",
+        "Bytes that must move, over a streaming copy that ran in the same rounds.",
+        "",
+        *picture("roofline", pictures),
+    ]
     for group in dict.fromkeys(r.group for r in run.records if r.group.startswith(("op ", "BatchNorm"))):
         lines += comparison(run, group)
     lines += ["### Host overhead", ""]
@@ -154,7 +173,11 @@ def page_of(run: Run, folder: str, pictures: tuple[str, ...]) -> list[str]:
     lines += ["### Memory", "", *picture("memory", pictures), *memory_table(run)]
     if run.agreement.get("all"):
         worst = sorted(run.agreement["all"].items(), key=lambda item: -item[1])[:10]
-        lines += ["### Two runs", "", f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart, the ten worst of "]
+        lines += [
+            "### Two runs",
+            "",
+            f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart, the ten worst of ",
+        ]
         lines[-1] += f"{len(run.agreement['all'])}."
         lines += ["", *table(["record", "apart"], [[key.replace(" | ", ", "), f"{100 * value:.1f} %"] for key, value in worst]), ""]
     if run.left_out:
@@ -209,9 +232,26 @@ def training_table(run: Run) -> list[str]:
         graph = [f"{r.faster_than(GRAPH, SGD_ONCE).value:.3f}"] if GRAPH in r.rounds else [""]
         parameters = f"{r.elements / 1e6:.2f}M"
         rows.append(
-            [r.case, parameters, *(milliseconds(r, n) for n in (SGD_ONCE, SGD_TWICE, REFERENCE, "sam_fast")), interval(theirs), interval(ours), *graph]
+            [
+                r.case,
+                parameters,
+                *(milliseconds(r, n) for n in (SGD_ONCE, SGD_TWICE, REFERENCE, "sam_fast")),
+                interval(theirs),
+                interval(ours),
+                *graph,
+            ]
         )
-    head = ["network", "parameters", SGD_ONCE, SGD_TWICE, REFERENCE, "sam_fast", f"{REFERENCE} / {SGD_TWICE}", f"sam_fast / {SGD_TWICE}", "CUDA graph / eager SGD"]
+    head = [
+        "network",
+        "parameters",
+        SGD_ONCE,
+        SGD_TWICE,
+        REFERENCE,
+        "sam_fast",
+        f"{REFERENCE} / {SGD_TWICE}",
+        f"sam_fast / {SGD_TWICE}",
+        "CUDA graph / eager SGD",
+    ]
     return [*table(head, rows), ""] if rows else []
 
 
@@ -225,7 +265,12 @@ def memory_table(run: Run) -> list[str]:
     plain = next((m.bytes_peak for m in run.memory if m.contender == "SGD"), None)
     rows = [[m.contender, f"{m.bytes_peak / 1e6:.0f} MB", f"{m.bytes_peak / plain:.2f}" if plain else ""] for m in run.memory]
     first = run.memory[0]
-    return [f"Three training steps of {first.case}, {first.how}, above what was there before the model.", "", *table(["", "peak", "over SGD"], rows), ""]
+    return [
+        f"Three training steps of {first.case}, {first.how}, above what was there before the model.",
+        "",
+        *table(["", "peak", "over SGD"], rows),
+        "",
+    ]
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------------------------------
@@ -263,8 +308,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--again", type=Path, help="a second run of the same commit")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
+    runs: dict[str, Run] = {}
     for path in arguments.runs:
-        run = Run.load(path)
+        part = Run.load(path)
+        run = runs.setdefault(part.machine["kind"], part)
+        if run is not part:
+            run.add(part)
+    for run in runs.values():
         before = results(arguments.root, run.machine["kind"])
         if before is not None and "planted" in before.agreement:
             run.agreement["planted"] = before.agreement["planted"]  # made by itself, see bench.planted

@@ -40,6 +40,8 @@ def op_cases() -> list[Any]:
     cases = []
     for op in OPS:
         for dtype in DTYPES:
+            if (op, dtype) == ("restore_adam", "float16"):
+                continue  # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
             for shapes in SHAPES:
                 for adaptive in (False, True) if op in ("grad_norm", "perturb") else (False,):
                     default = shapes == "resnet50" and (not adaptive or dtype == "float32")

@@ -112,5 +112,9 @@ def test_training_iteration(bench: Bench, name: str) -> None:
         contenders,
         elements=sum(p.numel() for p in model.parameters()),
         plan=Plan(seconds=8.0, rounds=(11, 50)),
-        settings={SGD_ONCE: "torch.optim.SGD(fused=True)", SGD_TWICE: "two iterations of the same", REFERENCE: "sam_fast/reference.py, SGD's defaults"},
+        settings={
+            SGD_ONCE: "torch.optim.SGD(fused=True)",
+            SGD_TWICE: "two iterations of the same",
+            REFERENCE: "sam_fast/reference.py, SGD's defaults",
+        },
     )
