@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from itertools import groupby
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sam_fast")
     group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
     group.addoption("--full", action="store_true", help="all combinations, not only the default selection (hours)")
+    group.addoption("--minutes", type=float, default=math.inf, help="start no further benchmark after so long; the report lists what was left out")
     group.addoption("--smoke", action="store_true", help="tiny shapes and a few rounds: does it run at all?")
     group.addoption("--save", type=Path, help="write the run to this file, for bench.report and bench.compare")
 
@@ -38,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[BEGIN] = time.monotonic()
 
 
+ORDER = ["test_optimizer_step", "test_training", "test_overhead", "test_ops", "test_memory", "test_scaling"]
+"""Most important first: what --minutes leaves out is at the end."""
+
 BENCH = pytest.StashKey[Bench]()
 MEMORY = pytest.StashKey[list[Memory]]()
 BEGIN = pytest.StashKey[float]()
@@ -48,12 +53,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
+    items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
 
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Bench]:
     """The run's :class:`Bench`; the first record that the test makes is shown in pytest-benchmark's table."""
     collected = request.config.stash[BENCH]
+    if time.monotonic() - request.config.stash[BEGIN] > 60 * request.config.getoption("--minutes"):
+        collected.left_out.append(f"{request.node.name}: the time was up (--minutes)")
+        pytest.skip("the time was up")
     before = len(collected.records)
     yield collected
     if len(collected.records) > before:

@@ -2,8 +2,8 @@
 
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; several files of one device are parts of one run. Without any, everything is made again from what is there. ``--again``: a
-second run of the same commit, whose agreement with the first becomes part of the results.
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; several files of one device are parts of one run. Without any,
+everything is made again from what is there. ``--again``: a second run of the same commit, whose agreement with the first becomes part of the results.
 """
 
 from __future__ import annotations
