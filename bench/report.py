@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench import peers, targets
 from bench.machine import ROOT
-from bench.records import Record, Run, disagreement, geometric_mean
+from bench.records import Estimate, Record, Run, disagreement, geometric_mean
 from bench.shapes import MODELS
 from bench.test_training import GRAPH, REFERENCE, SGD_ONCE, SGD_TWICE
 
@@ -128,9 +128,9 @@ def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = tuple
         "",
         *table(["issue", "target", "measured", ""], [[f"{x.issue}", x.target, x.measured, x.state] for x in targets.lines(cpu, gpu)]),
     ]
-    lines += ["", *page_of(cpu, "docs", pictures)]
+    lines += ["", *page_of(cpu, pictures)]
     if gpu is not None:
-        lines += ["", *page_of(gpu, "docs", ())]
+        lines += ["", *page_of(gpu, ())]
     else:
         lines += ["", "## On a GPU", "", "Not measured: no run with `--device cuda` is in `bench/results/`."]
     return "\n".join(lines) + "\n"
@@ -140,7 +140,7 @@ def picture(name: str, pictures: tuple[str, ...]) -> list[str]:
     return [f"![{PICTURES[name]}](benchmarks/{name}.png)", ""] if name in pictures else []
 
 
-def page_of(run: Run, folder: str, pictures: tuple[str, ...]) -> list[str]:
+def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
     kind = {"cpu": "On the CPU", "cuda": "On a GPU"}[run.machine["kind"]]
     lines = [f"## {kind}", "", *(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
     lines += baseline_settings(run)
@@ -255,8 +255,8 @@ def training_table(run: Run) -> list[str]:
     return [*table(head, rows), ""] if rows else []
 
 
-def interval(estimate: object) -> str:
-    return f"{estimate.value:.3f} ({estimate.low:.3f} - {estimate.high:.3f})"  # type: ignore[attr-defined]
+def interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f} - {estimate.high:.3f})"
 
 
 def memory_table(run: Run) -> list[str]:

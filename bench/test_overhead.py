@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench import peers
+from bench.clock import Clock
 from bench.harness import Bench, Plan, Problem, make_params
 from bench.records import Record
 from bench.test_optimizer_step import BASES
@@ -43,8 +44,6 @@ class HostClock:
     """Times the host alone: on a device the work is waited for untimed."""
 
     def __init__(self, device: str) -> None:
-        from bench.clock import Clock
-
         self.device = Clock(device)
 
     def seconds(self, run: Any) -> float:

@@ -122,8 +122,7 @@ def test_a_round_times_every_stage_of_every_contender_once():
 def test_targets_that_were_not_measured_say_so():
     states = {line.target: line.state for line in targets.lines(Run(MACHINE))}
     assert set(states.values()) == {targets.NOT_MEASURED}
-    line = next(line for line in targets.lines(Run(MACHINE), None) if line.target.startswith("GPU: host"))
-    assert line.measured == ""
+    assert {line.measured for line in targets.lines(Run(MACHINE))} == {"", "counted by tests/gpu, which need one"}
 
 
 def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
