@@ -1,7 +1,7 @@
 # Every target makes its own virtual environment; nothing needs to be installed by hand but Python, make and a C++17 compiler.
 #   make demo    train a small network on Fashion-MNIST with SGD and with SAM, and compare them
 #   make test    all tests: those of the CPU, those that execute the CUDA kernels without a GPU, and the Triton kernels in Triton's interpreter
-#   make bench   the benchmarks
+#   make bench   the benchmarks (under 10 minutes on two cores); make bench-again a second run, make bench-report the report of both
 #   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, sanitizers, benchmarks; under 9 minutes, no network
 #   make lint    ruff, mypy
 #   make sanitize  the kernel tests, CPU's and CUDA's, under AddressSanitizer, UBSan and ThreadSanitizer
@@ -13,7 +13,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test test-main test-cuda test-triton gpu-check demo bench lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-main test-cuda test-triton gpu-check demo bench bench-again bench-report lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -61,8 +61,15 @@ test-triton: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo
 
-bench: $(VENV)/installed
-	$(BIN)/python -m pytest bench --benchmark-only
+# BENCH takes other options: make bench BENCH="--device cuda", BENCH=--full, BENCH="-k resnet50".
+BENCH ?= --minutes 9
+RUNS = build/bench
+bench bench-again: $(VENV)/installed
+	$(BIN)/python -m pytest bench -q --benchmark-only --save $(RUNS)/$@.json $(BENCH)
+
+# bench/results, docs/benchmarks.md with its pictures and the table in the README, from the run of `make bench` (and of `make bench-again`).
+bench-report: $(VENV)/installed
+	$(BIN)/python -m bench.report $(wildcard $(RUNS)/bench.json) $(addprefix --again ,$(wildcard $(RUNS)/bench-again.json))
 
 # On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have PyTorch for it: builds, tests, watches and measures.
 RESULTS ?= bench/results

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.harness import BYTES_PER_ELEMENT, SHAPES, Backward, Contender, check_first_step, copies, make_params
+from bench.clock import Clock
+from bench.harness import BYTES_PER_ELEMENT, Backward, Contender, Method, Problem, copies, make_params
+from bench.ops import operation_contenders
+from bench.shapes import MODELS
 from sam_fast import SAM, backends
-from sam_fast.backends import GroupOptions
 from sam_fast.reference import ReferenceSAM
 
 COPY_BYTES = 1 << 30
@@ -50,33 +52,6 @@ class Figure:
     times_faster_than: dict[str, float] = field(default_factory=dict)
 
 
-class Clock:
-    """Times work on a device with events, on the CPU (for tests of this file) with the host's clock."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.head_start = 40_000_000
-        """Cycles, about 20 ms: longer than the reference needs to launch thousands of kernels."""
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        if self.device == "cpu":
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The device sleeps some milliseconds while the host runs ahead: what is timed is the work, not the launches.
-        torch.cuda._sleep(self.head_start)
-        first.record()
-        run()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
-
-    def synchronize(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-
-
 def gpu_backends(device: str) -> list[str]:
     probe = torch.zeros(16, device=device)
     return [name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None]
@@ -92,8 +67,8 @@ def measure(clock: Clock, contenders: dict[str, Contender], rounds: int) -> dict
         for name, contender in contenders.items():
             contender.prepare()
             if "copy" in contenders:
-                contenders["copy"].run()
-            times[name].append(clock.seconds(contender.run))
+                contenders["copy"].stages[""]()
+            times[name].append(clock.seconds(contender.stages[""]))
             contender.finish()
     return {name: values[2:] for name, values in times.items()}
 
@@ -173,9 +148,9 @@ class Bench:
         for name in gpu_backends(self.device):
             params = copies(start)
             optimizer = SAM(params, lr=0.0, backend=name)
-            optimizer.first_step()
-            check_first_step(params, start, rho=0.05)
-            optimizer.restore()
+            problem = Problem(start, options={"lr": 0.0})
+            problem.check({name: Method(optimizer, params)})
+            Backward(params, problem.gradients())()
             contenders[name] = Contender(optimizer.first_step, finish=optimizer.restore)
         reference_params = copies(start)
         reference = ReferenceSAM(reference_params, torch.optim.SGD, lr=0.0)
@@ -268,24 +243,6 @@ class Bench:
         self.add("host time of first_step", "161 x 8", 161 * 8, None, times, [])
 
 
-def operation_contenders(optimizer: SAM) -> dict[str, Contender]:
-    (bucket, partials, sums), *_ = optimizer._perturbation._bucket_sums
-    backend, options = bucket.backend, GroupOptions(optimizer.param_groups)
-    backend.collect(bucket, options)
-    backend.grad_norm(bucket, options, partials)
-
-    def again() -> None:
-        backend.collect(bucket, options)
-
-    return {
-        "grad_norm": Contender(lambda: backend.grad_norm(bucket, options, partials)),
-        "perturb": Contender(
-            lambda: backend.perturb(bucket, options, sums.partials, 1e-12, sums.norm), prepare=again, finish=lambda: backend.restore(bucket)
-        ),
-        "restore": Contender(lambda: backend.restore(bucket, release=False), prepare=lambda: backend.save(bucket)),
-    }
-
-
 def peer_optimizer(params: list[nn.Parameter]) -> Contender | None:
     """pytorch_optimizer's SAM with its foreach option, where that package is installed."""
     if importlib.util.find_spec("pytorch_optimizer") is None:
@@ -293,7 +250,7 @@ def peer_optimizer(params: list[nn.Parameter]) -> Contender | None:
     from pytorch_optimizer import SAM as PeerSAM
 
     try:
-        peer = PeerSAM(params, torch.optim.SGD, rho=0.05, lr=0.0, use_foreach=True)
+        peer = PeerSAM(params, torch.optim.SGD, rho=0.05, lr=0.0, foreach=True)
     except TypeError:  # an older version
         peer = PeerSAM(params, torch.optim.SGD, rho=0.05, lr=0.0)
     backward = Backward(params)
@@ -315,7 +272,7 @@ def main() -> None:
     if arguments.smoke:
         bench = Bench(arguments.device, arguments.seconds, {"tiny": [[300, 7], [11], []]}, rounds=2, copy_bytes=1 << 16)
     else:
-        bench = Bench(arguments.device, arguments.seconds, SHAPES)
+        bench = Bench(arguments.device, arguments.seconds, MODELS)
     bench.run()
     if importlib.util.find_spec("pytorch_optimizer") is None:
         bench.left_out.append("pytorch_optimizer's SAM: not run, the package is not installed")

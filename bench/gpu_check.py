@@ -10,7 +10,6 @@ Writes ``<device>.json`` and ``<device>.md``; a step that could not run is in bo
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
@@ -26,7 +25,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+from bench.machine import ROOT, commit_and_date, first_line
+
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 STEPS = ("build", "tests", "memcheck", "racecheck", "benchmarks")
 
@@ -123,17 +123,8 @@ def describe_machine() -> dict[str, str]:
         "CUDA of torch": str(torch.version.cuda),
         "triton": triton_version,
         "python": sys.version.split()[0],
-        "commit": first_line("git", "rev-parse", "HEAD") + (" with changes" if first_line("git", "status", "--porcelain") else ""),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **commit_and_date(),
     }
-
-
-def first_line(*command: str, matching: str = "") -> str:
-    """The first line of a command's output (that contains ``matching``); empty if it cannot run."""
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return next((line.strip() for line in done.stdout.splitlines() if matching in line), "")
 
 
 def count_tests(report: Path) -> str:

@@ -1,164 +1,371 @@
-"""How a benchmark is measured: interleaved with its baselines in one process, medians, next to a bandwidth measured in the same run."""
+"""How a benchmark is measured: interleaved with its baselines in one process, in random order, next to a bandwidth measured in the same rounds."""
 
 from __future__ import annotations
 
-import json
+import ctypes
+import gc
 import math
-import statistics
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.clock import Clock
+from bench.records import COPY, Record
 from sam_fast import backends
 from sam_fast.bucket import Bucket
 
-SHAPES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
-"""Parameter shapes of real models, by model name."""
+COPY_BYTES = {"cpu": 64_000_000, "cuda": 1 << 30}
+"""How much the streaming copy copies: more than the caches of the machines this runs on."""
 
-COPY = "streaming copy"
-COPY_ELEMENTS = 16_000_000
-"""Twice 64 MB: more than the caches of the machines this runs on."""
+WARMUP = 2
+"""Rounds that are not counted."""
 
-BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "first_step": 20}
-"""Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies."""
-
-
-@dataclass
-class Row:
-    """One line of the report."""
-
-    group: str
-    case: str
-    elements: int
-    bytes_per_element: int | None = None
-    seconds: float = math.nan
-    baselines: dict[str, float] = field(default_factory=dict)
-    copy_bandwidth: float = math.nan
-
-    def ratio(self, baseline: str) -> float:
-        return self.baselines[baseline] / self.seconds
-
-    def bandwidth(self) -> float | None:
-        """Bytes per second, of the bytes that must move."""
-        return None if self.bytes_per_element is None else self.bytes_per_element * self.elements / self.seconds
+BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28, "first_step": 20}
+"""Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies; restore_sgd reads
+backup, g and momentum and writes w and momentum; restore_adam the same with two moments."""
 
 
-ROWS: list[Row] = []
-"""What this run measured; conftest.py prints it at the end."""
-
-
-def make_params(shapes: list[list[int]], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    """Parameters like a network's: weights of sd 0.02, gradients of sd 0.001 (never zeros: those are faster)."""
-    generator = torch.Generator().manual_seed(seed)
-    params = []
-    for shape in shapes:
-        p = nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
-        p.grad = (torch.randn(shape, generator=generator) * 0.001).to(dtype)
-        params.append(p)
-    return params
-
-
-def copies(params: list[nn.Parameter], dtype: torch.dtype | None = None) -> list[nn.Parameter]:
-    out = []
-    for p in params:
-        q = nn.Parameter(p.detach().clone().to(dtype or p.dtype))
-        q.grad = _gradient(p).clone().to(dtype or p.dtype)
-        out.append(q)
-    return out
+# ---- What is measured ------------------------------------------------------------------------------------------------------------------------
 
 
 def nothing() -> None:
     pass
 
 
-@dataclass
 class Contender:
-    """What is timed (``run``), and what goes before and after it untimed."""
+    """What is timed: one piece of work, or several ``stages`` one after the other, each timed by itself.
 
-    run: Callable[[], object]
-    prepare: Callable[[], object] = nothing
-    finish: Callable[[], object] = nothing
-
-
-def measure(benchmark: Any, row: Row, target: Contender, baselines: dict[str, Contender], *, rounds: int) -> None:
-    """Time ``target`` with pytest-benchmark, and the baselines and a streaming copy in between, one round of each in turn.
-
-    The medians complete ``row``, which joins the report. The copy runs in turn with the rest because the bandwidth of a shared machine was seen
-    to change by half within minutes.
+    ``prepare`` runs before and ``finish`` after each stage, untimed.
     """
-    others = {COPY: streaming_copy(), **baselines}
-    times: dict[str, list[float]] = {name: [] for name in others}
 
-    def before_target() -> None:
-        for name, baseline in others.items():
-            baseline.prepare()
-            begin = time.perf_counter()
-            baseline.run()
-            times[name].append(time.perf_counter() - begin)
-            baseline.finish()
-        target.prepare()
-
-    warmup = 2
-    benchmark.pedantic(target.run, setup=before_target, teardown=target.finish, rounds=rounds, warmup_rounds=warmup)
-    medians = {name: statistics.median(values[warmup:]) for name, values in times.items()}
-    row.seconds = benchmark.stats.stats.median
-    row.copy_bandwidth = 2 * 4 * COPY_ELEMENTS / medians.pop(COPY)
-    row.baselines = medians
-    ROWS.append(row)
+    def __init__(
+        self,
+        run: Callable[[], object] | dict[str, Callable[[], object]],
+        prepare: Callable[[], object] = nothing,
+        finish: Callable[[], object] = nothing,
+    ) -> None:
+        self.stages = run if isinstance(run, dict) else {"": run}
+        self.prepare = prepare
+        self.finish = finish
 
 
-class Backward:
-    """Hands out gradients as a backward pass does: in new memory, last parameter first. ``zero_grad`` frees them."""
+@dataclass
+class Plan:
+    """How long to measure."""
 
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        self.params = params
-        self.gradients = [_gradient(p).clone() for p in params]
-
-    def __call__(self) -> None:
-        for p, gradient in zip(reversed(self.params), reversed(self.gradients), strict=True):
-            if p.grad is None:
-                p.grad = gradient.clone()
-            else:
-                p.grad.copy_(gradient)  # flatten=True: gradients stay where they are
+    seconds: float = 5.0
+    """For all rounds of all contenders together."""
+    rounds: tuple[int, int] = (9, 60)
+    """At least and at most."""
 
 
-def rounds_for(elements: int) -> int:
-    """More rounds for what is quick."""
-    return max(9, min(60, int(6e8 / max(elements, 1))))
+def measure(clock: Clock, contenders: dict[str, Contender], plan: Plan) -> dict[str, dict[str, list[float]]]:
+    """Seconds by stage and contender, one number for each round.
+
+    A round runs every contender once, in an order drawn anew, so that none always finds the caches and the allocator as the same other left
+    them. Numbers of one round belong together: they are compared with each other.
+    """
+    times: dict[str, dict[str, list[float]]] = {}
+    for name, contender in contenders.items():
+        for stage in contender.stages:
+            times.setdefault(stage, {})[name] = []
+    order = list(contenders)
+    shuffle = random.Random(0).shuffle
+    settle_allocator()
+    gc.collect()
+    gc.disable()
+    try:
+        begin, rounds, done = 0.0, WARMUP + 1, 0
+        while done < rounds:
+            if done == 1:
+                begin = time.perf_counter()  # the first round makes what is made once
+            shuffle(order)
+            for name in order:
+                contender = contenders[name]
+                for stage, run in contender.stages.items():
+                    contender.prepare()
+                    times[stage][name].append(clock.seconds(run))
+                    contender.finish()
+            done += 1
+            if done == WARMUP:
+                least, most = plan.rounds
+                rounds = WARMUP + max(least, min(most, int(plan.seconds / max(time.perf_counter() - begin, 1e-9))))
+    finally:
+        gc.enable()
+    return {stage: {name: values[WARMUP:] for name, values in by_name.items()} for stage, by_name in times.items()}
 
 
 @cache
-def streaming_copy() -> Contender:
-    """A plain copy of 64 MB with streaming stores (the backup kernel on one tensor): what the memory gives at this moment."""
-    source = torch.rand(COPY_ELEMENTS)
+def _glibc() -> Any:
+    try:
+        return ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+
+
+@cache
+def fix_allocator() -> None:
+    """Let glibc's allocator start where it ends up in every long-lived process.
+
+    Its thresholds grow with the blocks that have been freed, up to 32 and 64 MiB. Whether a temporary costs page faults would otherwise depend on
+    which benchmarks came before.
+    """
+    libc = _glibc()
+    if libc is not None and hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 64 << 20)
+
+
+def settle_allocator() -> None:
+    """Give freed memory back to the system: what a check or an earlier benchmark has used must not serve this one's temporaries."""
+    fix_allocator()
+    gc.collect()
+    libc = _glibc()
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+class Bench:
+    """Measures cases on one device and collects their records. ``replay`` shows a record's rounds to pytest-benchmark."""
+
+    def __init__(self, device: str = "cpu", full: bool = False, smoke: bool = False) -> None:
+        self.device = device
+        self.full = full
+        self.smoke = smoke
+        """Does it run at all? Tiny shapes (shapes.shrink) and a few rounds; the figures say nothing."""
+        self.clock = Clock(device)
+        self.records: list[Record] = []
+        self.left_out: list[str] = []
+
+    def copy(self) -> Contender:
+        return streaming_copy(self.device)
+
+    def run(
+        self,
+        group: str,
+        case: str,
+        contenders: dict[str, Contender],
+        *,
+        elements: int,
+        bytes_moved: int | dict[str, int] | None = None,
+        plan: Plan | None = None,
+        total: str | None = None,
+        **facts: Any,
+    ) -> list[Record]:
+        """Measure one case. The first contender is the one that the others are baselines of.
+
+        Args:
+            bytes_moved: that must move, for each stage where there are several; where given, the streaming copy joins the contenders.
+            total: name of a further record, the sum over the stages.
+            facts: what else a reader of the record should know.
+        """
+        target = next(iter(contenders))
+        plan = Plan(0.0, (3, 3)) if self.smoke else plan or Plan()
+        rounds = measure(self.clock, {**contenders, COPY: self.copy()} if bytes_moved else contenders, plan)
+        copy_rounds = rounds[""].pop(COPY) if bytes_moved else []
+        if not rounds.get(""):
+            rounds.pop("", None)
+        by_stage = bytes_moved if isinstance(bytes_moved, dict) else dict.fromkeys(rounds, bytes_moved)
+        if total is not None:
+            sums = {name: [math.fsum(parts) for parts in zip(*(rounds[s][name] for s in rounds), strict=True)] for name in contenders}
+            by_stage = {**by_stage, total: sum(b or 0 for b in by_stage.values()) or None}
+            rounds = {total: sums, **rounds}
+        made = []
+        for stage, by_name in rounds.items():
+            name = f"{stage}, {group}" if stage else group
+            record = Record(name, case, target, by_name, elements, by_stage.get(stage), copy_rounds, COPY_BYTES[self.device] * 2, facts)
+            record.facts["device"] = self.device
+            record.facts["threads"] = torch.get_num_threads()
+            made.append(record)
+        self.records += made
+        return made
+
+
+@cache
+def streaming_copy(device: str) -> Contender:
+    """A plain copy: what the memory gives at this moment.
+
+    On the CPU it is the backup kernel on one tensor, whose streaming stores make it half again as fast as ``Tensor.copy_``.
+    """
+    source = torch.rand(COPY_BYTES[device] // 4, device=device)
+    if device != "cpu":
+        target = torch.empty_like(source)
+        return Contender(lambda: target.copy_(source))
     backend = backends.choose(source)
     bucket = Bucket([source], [0], backend)
     return Contender(lambda: backend.save(bucket))
 
 
-def check_first_step(moved: list[nn.Parameter], start: list[nn.Parameter], rho: float, adaptive: bool = False) -> None:
-    """Refuse to time a wrong result: ``moved`` must be where the formula in float64 goes from ``start``.
-
-    One parameter at a time: a float64 copy of the whole model just before the timing would leave the allocator in a state that no training
-    process is in (all temporaries served without a page fault).
-    """
-
-    def t(p: Tensor) -> Tensor | float:
-        return p.detach().double().abs() if adaptive else 1.0
-
-    norm = math.sqrt(sum(float((t(p) * _gradient(p).double()).square().sum()) for p in start))
-    for p, q in zip(moved, start, strict=True):
-        want = q.detach().double() + t(q) ** 2 * _gradient(q).double() * (rho / (norm + 1e-12))
-        # w + e is rounded to float32: half a unit in the last place of |w| < 0.2.
-        torch.testing.assert_close(p.detach().double(), want, rtol=1e-6, atol=1e-8)
+# ---- Parameters and gradients ----------------------------------------------------------------------------------------------------------------
 
 
-def _gradient(p: Tensor) -> Tensor:
+def make_params(
+    shapes: Sequence[Sequence[int]], seed: int = 0, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> list[nn.Parameter]:
+    """Parameters like a network's: weights of sd 0.02, gradients of sd 0.001 (never zeros: those are faster)."""
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape in shapes:
+        p = nn.Parameter((torch.randn(list(shape), generator=generator) * 0.02).to(device, dtype))
+        p.grad = (torch.randn(list(shape), generator=generator) * 0.001).to(device, dtype)
+        params.append(p)
+    return params
+
+
+def copies(params: Sequence[nn.Parameter], dtype: torch.dtype | None = None) -> list[nn.Parameter]:
+    out = []
+    for p in params:
+        q = nn.Parameter(p.detach().clone().to(dtype or p.dtype))
+        q.grad = gradient(p).clone().to(dtype or p.dtype)
+        out.append(q)
+    return out
+
+
+class Backward:
+    """Hands out gradients as a backward pass does: in new memory, last parameter first. ``zero_grad`` frees them."""
+
+    def __init__(self, params: Sequence[nn.Parameter], gradients: Sequence[Tensor] | None = None) -> None:
+        self.params = params
+        self.gradients = [gradient(p).clone() for p in params] if gradients is None else gradients
+
+    def __call__(self) -> None:
+        for p, own in zip(reversed(self.params), reversed(self.gradients), strict=True):
+            if p.grad is None:
+                p.grad = own.clone()
+            else:
+                p.grad.copy_(own)  # flatten=True: gradients stay where they are
+
+
+def gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
     return p.grad
+
+
+# ---- A wrong result is not timed -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Method:
+    """One way to make SAM's step, and the parameters it works on."""
+
+    optimizer: Any
+    params: list[nn.Parameter]
+    settings: str = ""
+
+    def contender(self, gradients: Sequence[Tensor]) -> Contender:
+        """first_step and second_step as in a training loop: each finds the gradients of a new backward pass."""
+        return Contender(
+            {"first_step": self.optimizer.first_step, "second_step": self.optimizer.second_step},
+            prepare=Backward(self.params, gradients),
+            finish=self.optimizer.zero_grad,
+        )
+
+
+@dataclass
+class Problem:
+    """What every method is given: weights, gradients, options. The gradients do not depend on the weights."""
+
+    start: list[nn.Parameter]
+    base: type[torch.optim.Optimizer] = torch.optim.SGD
+    options: dict[str, Any] = field(default_factory=dict)
+    rho: float = 0.05
+    adaptive: bool = False
+
+    def gradients(self) -> list[Tensor]:
+        return [gradient(p) for p in self.start]
+
+    @property
+    def elements(self) -> int:
+        return sum(p.numel() for p in self.start)
+
+    def norm(self) -> float:
+        """``||T g||`` in float64."""
+        return math.sqrt(math.fsum(float((self._t(w) * g).square_().sum()) for w, g in self._pieces()))
+
+    def perturbed(self) -> Iterator[Tensor]:
+        """w + e in float64, piece by piece."""
+        scale = self.rho / (self.norm() + 1e-12)
+        for w, g in self._pieces():
+            yield w + self._t(w) ** 2 * g * scale
+
+    def stepped(self, steps: int) -> Iterator[Tensor]:
+        """The weights after this many steps of the base optimizer in float64, piece by piece: the perturbation leaves no trace."""
+        for w, g in self._pieces():
+            q = nn.Parameter(w)
+            q.grad = g
+            optimizer = self.base([q], **self.options)
+            for _ in range(steps):
+                optimizer.step()
+            yield q.detach()
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        weights, gradients = _flat(self.start), _flat(self.gradients())
+        for w, g in zip(weights.split(PIECE), gradients.split(PIECE), strict=True):
+            yield w.double(), g.double()
+
+    def _t(self, w: Tensor) -> Tensor | float:
+        return w.abs() if self.adaptive else 1.0
+
+    def check(self, methods: dict[str, Method], steps: int = 2) -> None:
+        """Refuse to time a wrong result: after its first first_step and after ``steps`` steps each method must be where float64 says.
+
+        The first step makes the base optimizer's state; fused second steps begin with the second.
+        """
+        gradients = self.gradients()
+        for step in range(steps):
+            for name, method in methods.items():
+                backward = Backward(method.params, gradients)
+                backward()
+                method.optimizer.first_step()
+                if step == 0:
+                    with one_thread():
+                        _check_close(name, method.params, self.perturbed(), 0.0)
+                method.optimizer.zero_grad()
+                backward()
+                method.optimizer.second_step()
+                method.optimizer.zero_grad()
+        # AdamW's steps are of the size of lr whatever the gradient: a gradient near zero may be rounded to either side of it.
+        slack = 0.0 if self.base is torch.optim.SGD else 0.01 * steps * float(self.options["lr"])
+        with one_thread():
+            for name, method in methods.items():
+                _check_close(name, method.params, self.stepped(steps), slack)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the oracle's small pieces: beside other work, a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+PIECE = 1 << 20
+"""Elements that the oracle looks at together: float64 temporaries that a cache holds."""
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def _check_close(name: str, params: Sequence[Tensor], wanted: Iterator[Tensor], slack: float) -> None:
+    # Rounded once or twice to the parameter's dtype: units in the last place of a weight of sd 0.02, all below 0.2. 16-bit momentum adds more.
+    epsilon = torch.finfo(params[0].dtype).eps
+    rtol, atol = (max(8 * epsilon, 1e-12), 0.05 * epsilon) if epsilon < 1e-4 else (2 * epsilon, 0.01 * epsilon)
+    for got, want in zip(_flat(params).split(PIECE), wanted, strict=True):
+        bound = want.abs().mul_(rtol).add_(atol + slack)
+        error = got.double().sub_(want).abs_()
+        if not bool((error <= bound).all()):  # NaN is not
+            raise AssertionError(
+                f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g} where {float(bound[error.argmax()]):.3g} is allowed"
+            )

@@ -1,4 +1,4 @@
-"""Each operation of the cpu backend by itself, per dtype: GB/s of the bytes that must move."""
+"""Each operation by itself, per backend and dtype: GB/s of the bytes that must move."""
 
 from __future__ import annotations
 
@@ -6,37 +6,107 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from bench.harness import BYTES_PER_ELEMENT, SHAPES, Contender, Row, check_first_step, copies, make_params, measure, rounds_for
-from sam_fast import SAM
-from sam_fast.backends import GroupOptions
+from bench.harness import BYTES_PER_ELEMENT, Backward, Bench, Contender, Method, Plan, Problem, copies, make_params
+from bench.ops import operation_contenders
+from bench.shapes import SHAPES
+from bench.test_optimizer_step import BASES, DTYPES
+from sam_fast import SAM, BatchNormSnapshot, backends
 
-OPS = ["grad_norm", "perturb", "restore"]
+TORCH_COPY = "torch copy_"
+OPS = ["grad_norm", "perturb", "restore", "restore_sgd", "restore_adam"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("op", OPS)
-def test_op(benchmark: Any, op: str, dtype: torch.dtype) -> None:
-    params = make_params(SHAPES["resnet50"], dtype=dtype)
-    elements = sum(p.numel() for p in params)
-    start = copies(params)
-    optimizer = SAM(params, lr=0.1)
-    optimizer.first_step()
-    if dtype == torch.float32:
-        check_first_step(params, start, rho=0.05)
-    optimizer.restore()
-    assert all(torch.equal(p, q) for p, q in zip(params, start, strict=True))
+def usable(device: str) -> list[str]:
+    """Backends that take this device's tensors, the preferred one first."""
+    probe = torch.zeros(16, device=device)
+    best = backends.choose(probe).name
+    return sorted((name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None), key=lambda name: name != best)
 
-    (bucket, partials, sums), *_ = optimizer._perturbation._bucket_sums
-    backend, options = bucket.backend, GroupOptions(optimizer.param_groups)
-    assert backend.collect(bucket, options)
-    run = {
-        "grad_norm": lambda: backend.grad_norm(bucket, options, partials),
-        "perturb": lambda: backend.perturb(bucket, options, sums.partials, 1e-12, sums.norm),
-        "restore": lambda: backend.restore(bucket, release=False),
-    }[op]
-    if op == "restore":
-        backend.save(bucket)
-    benchmark.group = f"ops {op}"
-    row = Row(f"op {op}", f"resnet50 {str(dtype).removeprefix('torch.')}", elements, BYTES_PER_ELEMENT[op] * dtype.itemsize // 4)
-    measure(benchmark, row, Contender(run), {}, rounds=rounds_for(elements))
+
+def torch_copy(start: list[nn.Parameter]) -> Contender:
+    """What does not change with this project: Tensor.copy_ of the same weights."""
+    targets = [torch.empty_like(p) for p in start]
+
+    def run() -> None:
+        for target, p in zip(targets, start, strict=True):
+            target.copy_(p.detach())
+
+    return Contender(run)
+
+
+def op_cases() -> list[Any]:
+    cases = []
+    for op in OPS:
+        for dtype in DTYPES:
+            if (op, dtype) == ("restore_adam", "float16"):
+                continue  # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
+            for shapes in SHAPES:
+                for adaptive in (False, True) if op in ("grad_norm", "perturb") else (False,):
+                    default = shapes == "resnet50" and (not adaptive or dtype == "float32")
+                    name = f"{op}{', adaptive' if adaptive else ''}-{dtype}-{shapes}"
+                    cases.append(pytest.param(op, dtype, shapes, adaptive, id=name, marks=[] if default else [pytest.mark.full]))
+    return cases
+
+
+@pytest.mark.parametrize(("op", "dtype", "shapes", "adaptive"), op_cases())
+def test_op(bench: Bench, op: str, dtype: str, shapes: str, adaptive: bool) -> None:
+    base, options, _ = BASES["AdamW" if op == "restore_adam" else "SGD"]
+    start = make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device)
+    problem = Problem(start, base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive)
+    names = usable(bench.device)
+    contenders: dict[str, Contender] = {}
+    gradients: list[Tensor] = problem.gradients()
+    for name in names:
+        params = copies(start)
+        optimizer = SAM(params, base, rho=problem.rho, adaptive=adaptive, backend=name, **options)
+        problem.check({name: Method(optimizer, params)})
+        Backward(params, gradients)()
+        contenders[name] = operation_contenders(optimizer, problem)[op]
+    contenders[TORCH_COPY] = torch_copy(start)
+    # grad_norm and perturb read the weights anyway or not at all: an adaptive norm reads them too.
+    per_element = BYTES_PER_ELEMENT[op] + (4 if adaptive and op == "grad_norm" else 0)
+    bench.run(
+        f"op {op}{', adaptive' if adaptive else ''}",
+        f"{shapes} {dtype}",
+        contenders,
+        elements=problem.elements,
+        bytes_moved=per_element * problem.elements * DTYPES[dtype].itemsize // 4,
+        plan=Plan(seconds=1.5, rounds=(11, 40)),
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 53, 500])
+def test_batchnorm_snapshot(bench: Bench, layers: int) -> None:
+    """save + restore of all running statistics; loops over the buffers are the baselines."""
+    model = nn.Sequential(*(nn.BatchNorm1d(64) for _ in range(layers))).to(bench.device)
+    snapshot = BatchNormSnapshot(model)
+    buffers = list(model.buffers())
+    for b in buffers:
+        b.copy_(torch.rand(b.shape) * 100)
+
+    def run() -> None:
+        snapshot.save()
+        snapshot.restore()
+
+    before = [b.clone() for b in buffers]
+    snapshot.save()
+    for b in buffers:
+        b.fill_(3)
+    snapshot.restore()
+    assert all(torch.equal(a, b) for a, b in zip(before, buffers, strict=True))
+
+    def loop() -> None:
+        saved = [b.clone() for b in buffers]
+        for b, old in zip(buffers, saved, strict=True):
+            b.copy_(old)
+
+    kept = [torch.empty_like(b) for b in buffers]
+
+    def foreach() -> None:
+        torch._foreach_copy_(kept, buffers)
+        torch._foreach_copy_(buffers, kept)
+
+    contenders = {"sam_fast": Contender(run), "loop over buffers": Contender(loop), "foreach": Contender(foreach)}
+    bench.run("BatchNorm snapshot, save + restore", f"{layers} layers", contenders, elements=129 * layers, plan=Plan(1.5, (50, 300)))

@@ -1,4 +1,4 @@
-"""The whole optimizer step: first_step, restore and the base optimizer, against the reference with the same base optimizer."""
+"""The whole optimizer step, and its two halves: first_step (norm, backup, climb) and second_step (restore and the base optimizer)."""
 
 from __future__ import annotations
 
@@ -6,53 +6,124 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from bench.harness import SHAPES, Backward, Contender, Row, copies, make_params, measure, rounds_for
-from sam_fast import SAM
-from sam_fast.reference import ReferenceSAM
+from bench import peers
+from bench.harness import Bench, Plan, Problem, make_params, settle_allocator
+from bench.peers import COMPILED, FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, REFERENCE_FUSED
+from bench.shapes import MODELS, SHAPES, elements
+from sam_fast import backends
 
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
-    "SGD": (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}, 40),
-    "AdamW": (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 1e-2}, 48),
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
+    "SGD": (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}, 20),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 1e-2}, 28),
 }
-"""Name -> class, options, and the bytes per float32 element that must move: 20 in first_step; then backup, gradient, state in, w and state out."""
+"""Name -> class, options, and the bytes per float32 element that second_step must move."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ALL = (REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH)
+SOME = (REFERENCE, REFERENCE_FUSED, PEER_FOREACH, FOREACH)
 
 
-def contender(optimizer: SAM | ReferenceSAM, params: list[nn.Parameter]) -> Contender:
-    def step() -> None:
-        optimizer.first_step()
-        optimizer.second_step()
+def step_case(
+    bench: Bench,
+    base_name: str,
+    shapes: str,
+    baselines: tuple[str, ...],
+    *,
+    dtype: str = "float32",
+    adaptive: bool = False,
+    variant: str = "",
+    plan: Plan | None = None,
+    **settings: Any,
+) -> None:
+    base, options, second_bytes = BASES[base_name]
+    problem = Problem(
+        make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device), base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive
+    )
+    target = peers.sam_fast(problem, **settings)
+    problem.check({"sam_fast": target})
+    methods, left_out = peers.make(baselines, problem)
+    bench.left_out += [f"{base_name}, {shapes}: {text}" for text in left_out]
+    gradients = problem.gradients()
+    methods = {"sam_fast": target, **methods}
+    size = DTYPES[dtype].itemsize
+    # The norm of an adaptive group reads the weights too.
+    moved = {"first_step": (24 if adaptive else 20) * problem.elements * size // 4, "second_step": second_bytes * problem.elements * size // 4}
+    bench.run(
+        f"{base_name}{variant}",
+        shapes,
+        {name: method.contender(gradients) for name, method in methods.items()},
+        elements=problem.elements,
+        bytes_moved=moved,
+        total="optimizer step",
+        plan=plan or Plan(seconds=6.0 if elements(shapes) < 50e6 else 9.0, rounds=(9, 40)),
+        settings={name: method.settings for name, method in methods.items()},
+    )
+    settle_allocator()
 
-    return Contender(step, prepare=Backward(params), finish=optimizer.zero_grad)
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("base", BASES)
+def test_optimizer_step(bench: Bench, base: str, shapes: str) -> None:
+    if base == "AdamW" and shapes not in MODELS and not bench.full:
+        pytest.skip("with --full only")
+    baselines = ALL if base == "SGD" else SOME
+    # Compiling takes a while, and longer the more tensors there are.
+    compiled = (COMPILED,) if bench.full or (shapes, base) == ("resnet18", "SGD") else ()
+    step_case(bench, base, shapes, baselines + compiled)
 
 
-@pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizer_step(benchmark: Any, name: str, model: str) -> None:
-    base, options, bytes_per_element = OPTIMIZERS[name]
-    params = make_params(SHAPES[model])
-    elements = sum(p.numel() for p in params)
-    # The reference as people run it (on the CPU the default is one parameter at a time), and with the base optimizer at its best.
-    baselines = {}
-    for baseline, extra in (("reference", {}), ("reference with fused=True", {"fused": True})):
-        baseline_params = copies(params)
-        baselines[baseline] = contender(ReferenceSAM(baseline_params, base, **options, **extra), baseline_params)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "flatten": {"flatten": True},
+    "adaptive": {"adaptive": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "float64": {"dtype": "float64"},
+}
+DEFAULT_VARIANTS = {("flatten", "resnet50"), ("flatten", "10,000 tensors of 16"), ("adaptive", "resnet50"), ("bfloat16", "resnet50")}
 
-    optimizer = SAM(params, base, **options)
-    target = contender(optimizer, params)
-    oracle_params = copies(params, torch.float64)
-    oracle = ReferenceSAM(oracle_params, base, **options)
-    for _ in range(2):  # the first makes the state
-        for checked, own in ((optimizer, params), (oracle, oracle_params)):
-            Backward(own)()
-            checked.first_step()
-            checked.second_step()
-    for p, q in zip(params, oracle_params, strict=True):
-        # AdamW's steps are of the size of lr whatever the gradient: a gradient near zero may be rounded to either side of it.
-        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-6, atol=1e-8 if name == "SGD" else 1e-6)
-    del oracle, oracle_params
 
-    benchmark.group = f"optimizer step {name} {model}"
-    row = Row(f"first_step + second_step, {name}", model, elements, bytes_per_element)
-    measure(benchmark, row, target, baselines, rounds=rounds_for(3 * elements))
+def variant_cases() -> list[Any]:
+    return [
+        pytest.param(base, variant, shapes, marks=[] if base == "SGD" and (variant, shapes) in DEFAULT_VARIANTS else [pytest.mark.full])
+        for base in BASES
+        for variant in VARIANTS
+        for shapes in SHAPES
+        if (base, variant) != ("AdamW", "float16")  # see op_cases in test_ops.py
+    ]
+
+
+@pytest.mark.parametrize(("base", "variant", "shapes"), variant_cases())
+def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: str) -> None:
+    step_case(bench, base, shapes, SOME, variant=f", {variant}", **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("shapes", [pytest.param(name, marks=[] if name == "resnet50" else [pytest.mark.full]) for name in SHAPES])
+@pytest.mark.parametrize("base", BASES)
+def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str) -> None:
+    """Every backend but the best, which the other tests measure."""
+    probe = torch.zeros(16, device=bench.device)
+    best = backends.choose(probe).name
+    others = [name for name in backends.available() if name != best and backends.BACKENDS[name].rejects(probe) is None]
+    for name in others:
+        step_case(bench, base, shapes, (REFERENCE, FOREACH), variant=f", {name} backend", backend=name)
+    if not others:
+        pytest.skip(f"{best} is the only backend here")
+
+
+@pytest.mark.parametrize("shapes", ["resnet18", "resnet50", "efficientnet_b0"])
+def test_reference_is_no_straw_man(bench: Bench, shapes: str) -> None:
+    """reference.py against a loop with the public implementation's operations, written independently. Target: at most 10 % slower."""
+    base, options, _ = BASES["SGD"]
+    problem = Problem(make_params(SHAPES[shapes], device=bench.device), base, options)
+    methods, _ = peers.make((REFERENCE, peers.PUBLIC_LOOP), problem)
+    gradients = problem.gradients()
+    bench.run(
+        "reference and public loop",
+        shapes,
+        {name: method.contender(gradients) for name, method in methods.items()},
+        elements=problem.elements,
+        total="optimizer step",
+        plan=Plan(seconds=4.0),
+        settings={name: method.settings for name, method in methods.items()},
+    )

@@ -44,19 +44,20 @@ class ReferenceSAM:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.base_optimizer.param_groups
 
-    def _perturbed_params(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        return [(p, p.grad, group) for group in self.param_groups if group["perturb"] for p in group["params"] if p.grad is not None]
+    def _perturbed_groups(self) -> list[tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]]:
+        return [(group, [(p, p.grad) for p in group["params"] if p.grad is not None]) for group in self.param_groups if group["perturb"]]
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        norms = [(grad * _t(p, group)).norm() for p, grad, group in self._perturbed_params()]
+        norms = [(grad * _t(p, group)).norm() for group, pairs in self._perturbed_groups() for p, grad in pairs]
         self.grad_norm = torch.stack(norms).norm() if norms else torch.zeros(())
-        for p, grad, group in self._perturbed_params():
+        for group, pairs in self._perturbed_groups():
             rho = -group["rho"] if group.get("maximize", False) else group["rho"]
             scale = rho / (self.grad_norm + self.perturb_eps)
-            self.old[p] = p.detach().clone()
-            e = grad * _t(p, group) ** 2 * scale.to(p)
-            p.add_(e)
+            for p, grad in pairs:
+                self.old[p] = p.detach().clone()
+                e = grad * _t(p, group) ** 2 * scale.to(p)
+                p.add_(e)
         if zero_grad:
             self.zero_grad()
 

@@ -1,0 +1,171 @@
+"""What a run leaves behind: records of rounds, and the figures that are computed from them, once, here."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+COPY = "streaming copy"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median and the 95 % confidence interval of it."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def noise(self) -> float:
+        """Half the interval's width, relative."""
+        return (self.high - self.low) / (2 * self.value)
+
+
+def median(values: Sequence[float]) -> Estimate:
+    """The median with its 95 % interval from order statistics (binomial): no assumption about how the noise is distributed."""
+    ordered = sorted(values)
+    n = len(ordered)
+    below, rank = 0.0, 0  # the interval between the rank-th smallest and the rank-th largest misses with twice this probability
+    while rank < n // 2 and below + math.comb(n, rank) / 2**n <= 0.025:
+        below += math.comb(n, rank) / 2**n
+        rank += 1
+    rank = max(rank - 1, 0)
+    return Estimate(statistics.median(ordered), ordered[rank], ordered[n - 1 - rank])
+
+
+@dataclass
+class Record:
+    """The rounds of one case: ``rounds[name][i]`` is what the contender called name took in round i, in seconds."""
+
+    group: str
+    case: str
+    target: str
+    """The contender that the others are baselines of."""
+    rounds: dict[str, list[float]]
+    elements: int = 0
+    bytes_moved: int | None = None
+    """That must move. None: not bound by memory."""
+    copy_rounds: list[float] = field(default_factory=list)
+    copy_bytes: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.group} | {self.case}"
+
+    @property
+    def baselines(self) -> list[str]:
+        return [name for name in self.rounds if name != self.target]
+
+    def seconds(self, name: str | None = None) -> Estimate:
+        return median(self.rounds[name or self.target])
+
+    def faster_than(self, baseline: str, name: str | None = None) -> Estimate:
+        """How many times faster than a baseline: the median over the rounds of the quotient within the round. What slows the whole machine for a
+        while hits both."""
+        return median([b / t for b, t in zip(self.rounds[baseline], self.rounds[name or self.target], strict=True)])
+
+    def faster_than_best(self, baselines: Iterable[str]) -> Estimate:
+        """Against the fastest of these, by its median."""
+        return self.faster_than(min((b for b in baselines if b in self.rounds), key=lambda b: self.seconds(b).value))
+
+    def bandwidth(self, name: str | None = None) -> float | None:
+        """Bytes per second, of the bytes that must move."""
+        return None if self.bytes_moved is None else self.bytes_moved / self.seconds(name).value
+
+    def copy_bandwidth(self) -> float:
+        return self.copy_bytes / median(self.copy_rounds).value
+
+    def share_of_copy(self, name: str | None = None) -> Estimate | None:
+        """Of the bandwidth of the streaming copy of the same round."""
+        if self.bytes_moved is None or not self.copy_rounds:
+            return None
+        per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=True)
+        return median([self.bytes_moved / seconds / (self.copy_bytes / copy) for seconds, copy in per_round])
+
+    def floor(self) -> float | None:
+        """Seconds that the bytes take at the streaming copy's bandwidth."""
+        return None if self.bytes_moved is None else self.bytes_moved / self.copy_bandwidth()
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+@dataclass
+class Memory:
+    """Peak memory of a training step, above what the process or device had before."""
+
+    case: str
+    contender: str
+    bytes_peak: int
+    device: str
+    how: str
+
+
+@dataclass
+class Run:
+    """One run of the suite, as it is saved."""
+
+    machine: dict[str, str]
+    records: list[Record] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    agreement: dict[str, Any] = field(default_factory=dict)
+    """How far a second run of the same commit was from this one (``bench.report --again``)."""
+
+    def find(self, group: str) -> list[Record]:
+        return [r for r in self.records if r.group == group]
+
+    def get(self, group: str, case: str) -> Record | None:
+        return next((r for r in self.records if (r.group, r.case) == (group, case)), None)
+
+    def add(self, part: Run) -> None:
+        """Take over the records of another part of this run, in place of those of the same cases."""
+        keys, contenders = {r.key for r in part.records}, {m.contender for m in part.memory}
+        self.records = [r for r in self.records if r.key not in keys] + part.records
+        self.memory = [m for m in self.memory if m.contender not in contenders] + part.memory
+        self.left_out += [text for text in part.left_out if text not in self.left_out]
+        for fact in ("seconds", "load average"):
+            if fact in self.machine and fact in part.machine:
+                self.machine[fact] += f" + {part.machine[fact]}"
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = asdict(self)
+        for record in data["records"]:
+            record["rounds"] = {name: _rounded(values) for name, values in record["rounds"].items()}
+            record["copy_rounds"] = _rounded(record["copy_rounds"])
+        # One record a line: readable differences, small files.
+        lines = {name: ",\n  ".join(json.dumps(item) for item in data.pop(name)) for name in ("records", "memory")}
+        head = json.dumps(data, indent=1)[:-2]
+        path.write_text(head + "".join(f',\n "{name}": [\n  {text}\n ]' for name, text in lines.items()) + "\n}\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        data = json.loads(path.read_text())
+        data["records"] = [Record(**r) for r in data["records"]]
+        data["memory"] = [Memory(**m) for m in data["memory"]]
+        return cls(**data)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{v:.4g}") for v in values]
+
+
+def disagreement(a: Run, b: Run, baseline: str = "reference") -> dict[str, float]:
+    """By record: how far the two runs' ratios to the baseline are apart, relative to the smaller."""
+    others = {r.key: r for r in b.records}
+    found = {}
+    for record in a.records:
+        other = others.get(record.key)
+        if other is not None and baseline in record.rounds and baseline in other.rounds:
+            ratios = sorted((record.faster_than(baseline).value, other.faster_than(baseline).value))
+            found[record.key] = ratios[1] / ratios[0] - 1
+    return found

@@ -1,0 +1,68 @@
+"""How the whole step's cost grows: with the number of elements, and with the number of tensors that hold the same elements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import peers
+from bench.harness import Bench, Plan, Problem, make_params, settle_allocator
+from bench.test_optimizer_step import BASES
+
+BY_ELEMENTS, BY_TENSORS = "number of parameters", "number of tensors"
+ELEMENTS = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 200_000_000]
+TENSORS = [1, 10, 100, 1000, 10_000]
+SPLIT = 100
+"""Tensors for each number of elements."""
+FIXED = 1_000_000
+"""Elements for each number of tensors."""
+
+
+def threads_cases() -> list[Any]:
+    most = torch.get_num_threads()
+    return [1, most] if most > 1 else [1]
+
+
+def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads: int) -> None:
+    base, options, second_bytes = BASES["SGD"]
+    if bench.smoke:
+        elements = min(elements, 10_000)
+    problem = Problem(make_params([[max(elements // tensors, 1)]] * tensors, device=bench.device), base, options)
+    target = peers.sam_fast(problem)
+    problem.check({"sam_fast": target})
+    baselines, _ = peers.make((peers.REFERENCE,), problem)
+    gradients = problem.gradients()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        bench.run(
+            f"scaling with the {group}, {threads} thread{'s' if threads > 1 else ''}",
+            f"{elements:.0e} in {tensors}".replace("e+0", "e"),
+            {name: method.contender(gradients) for name, method in {"sam_fast": target, **baselines}.items()},
+            elements=elements,
+            bytes_moved={"first_step": 20 * elements, "second_step": second_bytes * elements},
+            total="optimizer step",
+            plan=Plan(seconds=1.0 if elements < 5e7 else 3.0, rounds=(5, 40)),
+            tensors=tensors,
+        )
+    finally:
+        torch.set_num_threads(before)
+    settle_allocator()
+
+
+@pytest.mark.parametrize("threads", threads_cases())
+@pytest.mark.parametrize("elements", ELEMENTS)
+def test_scaling_with_elements(bench: Bench, elements: int, threads: int) -> None:
+    if bench.device != "cpu" and threads != torch.get_num_threads():
+        pytest.skip("threads are the CPU's")
+    scaling_case(bench, BY_ELEMENTS, SPLIT, elements, threads)
+
+
+@pytest.mark.parametrize("threads", threads_cases())
+@pytest.mark.parametrize("tensors", TENSORS)
+def test_scaling_with_tensors(bench: Bench, tensors: int, threads: int) -> None:
+    if bench.device != "cpu" and threads != torch.get_num_threads():
+        pytest.skip("threads are the CPU's")
+    scaling_case(bench, BY_TENSORS, tensors, FIXED, threads)

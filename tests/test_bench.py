@@ -1,0 +1,156 @@
+"""The benchmarks' own arithmetic, the report, and the comparison: what people rely on when they read a figure."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, report, targets
+from bench.clock import Clock
+from bench.harness import Contender, Method, Plan, Problem, make_params, measure
+from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE, sam_fast
+from bench.records import Record, Run, disagreement, median
+
+ROOT = Path(__file__).parent.parent
+MACHINE = {"kind": "cpu", "device": "d", "threads": "2", "instruction set": "avx2", "torch": "t", "date": "2026-01-01T00:00", "commit": "c" * 40}
+
+
+def run_with(slower: float = 1.0, seed: int = 0, noise: float = 0.05, machine: float = 1.0) -> Run:
+    """A run whose machine wobbles by half, for all contenders of a round alike, and whose timings carry some noise of their own."""
+    draw = random.Random(seed)
+
+    def rounds(*seconds: float) -> list[list[float]]:
+        wobble = [machine * draw.uniform(1, 1.5) for _ in range(21)]
+        return [[s * w * draw.uniform(1, 1 + noise) for w in wobble] for s in seconds]
+
+    ours, reference, copy = rounds(1e-3 * slower, 4e-3, 5e-4)
+    step = Record("first_step, SGD", "resnet50", "sam_fast", {"sam_fast": ours, REFERENCE: reference}, 1000, 20_000, copy, 20_000)
+    other, reference = rounds(2e-3, 4e-3)
+    return Run(MACHINE, [step, Record("optimizer step, SGD", "resnet50", "sam_fast", {"sam_fast": other, REFERENCE: reference}, 1000)])
+
+
+def test_the_median_s_interval_is_the_textbook_s():
+    found = median([float(i) for i in range(1, 12)])
+    assert (found.value, found.low, found.high) == (6.0, 2.0, 10.0)  # n = 11: the 2nd to the 10th, 98.8 %
+    assert (median([3.0]).low, median([3.0]).high) == (3.0, 3.0)
+
+
+def test_ratios_are_taken_within_a_round():
+    record = Record("g", "c", "a", {"a": [1.0, 10.0, 2.0], "b": [3.0, 30.0, 6.0]}, 10, 40, [1.0, 10.0, 2.0], 80)
+    assert record.faster_than("b") == median([3.0, 3.0, 3.0])
+    share = record.share_of_copy()
+    assert share is not None
+    assert share.value == 0.5
+
+
+def test_a_planted_slowdown_of_a_quarter_is_a_regression_and_nothing_else_is(tmp_path, capsys):
+    for name, run in (("base", run_with()), ("head", run_with(1.25, seed=1, machine=1.3)), ("same", run_with(seed=2, machine=0.7))):
+        run.save(tmp_path / f"{name}.json")
+    base, head, same = (str(tmp_path / f"{name}.json") for name in ("base", "head", "same"))
+    assert compare.main([base, same]) == 0
+    capsys.readouterr()
+    assert compare.main([base, head]) == 1
+    blamed = [line for line in capsys.readouterr().out.splitlines() if "REGRESSION" in line]
+    assert len(blamed) == 1
+    assert blamed[0].startswith("first_step, SGD | resnet50")
+    assert compare.main([head, base]) == 0  # faster is no regression
+    assert max(disagreement(Run.load(Path(base)), Run.load(Path(same))).values()) < 0.1
+
+
+def test_noise_alone_is_no_regression():
+    found = compare.changes([run_with(noise=1.0)], [run_with(noise=1.0, seed=1)])
+    assert "REGRESSION" not in {c.verdict(0.1) for c in found}
+
+
+def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
+    run = run_with()
+    run.save(tmp_path / "a.json")
+    again = Run.load(tmp_path / "a.json")
+    again.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    assert again.records[0].seconds().value == pytest.approx(run.records[0].seconds().value, rel=1e-3)
+
+
+@pytest.mark.parametrize("mistake", ["first_step", "second_step"])
+def test_a_wrong_result_is_not_timed(mistake):
+    problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
+    method = sam_fast(problem)
+    problem.check({"right": sam_fast(problem)})
+    right = getattr(method.optimizer, mistake)
+
+    def wrong() -> None:
+        right()
+        with torch.no_grad():
+            method.params[0][299, 6] *= 1 + 3e-6  # the last element, 25 units in the last place
+
+    setattr(method.optimizer, mistake, wrong)
+    with pytest.raises(AssertionError, match="is wrong, so it is not timed"):
+        problem.check({"wrong": method})
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["", "adaptive"])
+@pytest.mark.parametrize("name", [name for name in MAKERS if "compile" not in name])
+def test_every_baseline_makes_sam_s_step(name, adaptive):
+    if name in (PEER_LOOP, PEER_FOREACH):
+        pytest.importorskip("pytorch_optimizer")
+    problem = Problem(make_params([[30, 7], [11], [64]]), torch.optim.AdamW, {"lr": 1e-4}, rho=0.5, adaptive=adaptive)
+    method = MAKERS[name](problem)
+    assert isinstance(method, Method)
+    problem.check({name: method})
+
+
+def test_a_round_times_every_stage_of_every_contender_once():
+    calls: list[str] = []
+    stages = {"one": lambda: calls.append("a1"), "two": lambda: calls.append("a2")}
+    contenders = {"a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")), "b": Contender(lambda: calls.append("b"))}
+    times = measure(Clock("cpu"), contenders, Plan(0.0, (4, 4)))
+    assert {stage: {name: len(v) for name, v in by_name.items()} for stage, by_name in times.items()} == {
+        "one": {"a": 4},
+        "two": {"a": 4},
+        "": {"b": 4},
+    }
+    text = " ".join(calls)
+    assert text.count("before a1 after before a2 after") == text.count("before a1") == text.count("after") / 2
+    assert calls.count("a1") == calls.count("a2") == calls.count("b") == 6  # two rounds are not counted
+
+
+def test_targets_that_were_not_measured_say_so():
+    states = {line.target: line.state for line in targets.lines(Run(MACHINE))}
+    assert set(states.values()) == {targets.NOT_MEASURED}
+    assert {line.measured for line in targets.lines(Run(MACHINE))} == {"", "counted by tests/gpu, which need one"}
+
+
+def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
+    """A few cases with tiny shapes, as `make bench` runs them; then everything that bench.report makes of them."""
+    saved = tmp_path / "run.json"
+    select = "(test_optimizer_step and SGD-efficientnet) or (test_op and grad_norm-float32-resnet50) or (test_batchnorm_snapshot and 53)"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--smoke", "-k", select]
+    done = subprocess.run([*command, "--save", str(saved)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = Run.load(saved)
+    assert {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "op grad_norm"} <= {r.group for r in run.records}
+    assert run.machine["selection"] == "smoke"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main([str(saved), "--root", str(tmp_path)])
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| efficientnet_b0 |" in page
+    assert page.count("](benchmarks/") == len(list((tmp_path / "docs" / "benchmarks").glob("*.png"))) > 0
+
+
+def test_readme_and_page_are_made_from_the_saved_results():
+    """Nobody edits a figure: run `python -m bench.report` after changing results, README or the report itself."""
+    cpu = report.results(ROOT, "cpu")
+    assert cpu is not None
+    assert report.readme_table(cpu) in (ROOT / "README.md").read_text()
+    pictures = tuple(name for name in report.PICTURES if (ROOT / "docs" / "benchmarks" / f"{name}.png").is_file())
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(cpu, report.results(ROOT, "cuda"), pictures)
