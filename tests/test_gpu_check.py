@@ -32,7 +32,7 @@ def test_the_measuring_program_runs_and_its_figures_are_written(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     measured = json.loads(figures.read_text())
     groups = {figure["group"] for figure in measured["figures"]}
-    operations = {"grad_norm", "perturb", "restore"}
+    operations = {"grad_norm", "perturb", "restore", "restore_sgd", "restore_adam"}
     assert groups == {"first_step", "first_step with its launches", "host time of first_step", *operations, "first_step + restore + SGD"}
     path = gpu_check.write_results(tmp_path / "results", MACHINE, [gpu_check.Step("build", "passed", 3.0, "fine")], measured)
     assert path.name == "nvidia-test-80gb.json"
