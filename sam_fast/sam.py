@@ -409,6 +409,10 @@ class SAM(Optimizer):
                 draws the same masks in both passes.
             sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient). With a
                 GradScaler, only the second pass then decides whether the update is skipped, since the ranks must agree.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: ``sync=False`` where there can be no gradient of one replica: FSDP2 without HSDP, or DDP's first pass with a static graph.
         """
         self._require_restored("first_pass")
         self._random_state = RandomState.capture(self._devices()) if replay_rng else None

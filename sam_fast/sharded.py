@@ -9,6 +9,7 @@ Nothing here imports ``torch.distributed.tensor``: without DTensors in the progr
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .perturbation import NormSum
 
 ProcessGroups = tuple[Any, ...]
-"""The process groups over which a sum of squares must be all-reduced, in that order. Empty for what every process holds."""
+"""The process groups over which a sum of squares must be all-reduced, one after the other. Empty for what every process holds."""
 
 
 class LocalPart:
@@ -150,17 +151,11 @@ class Sharding:
             key = part.process_groups
             totals[key] = totals[key] + total if key in totals else total
             homes.setdefault(key, sums)
-        while totals:
-            # The longest first: what is left to reduce of it may be all that there is to reduce of another.
-            key = max(totals, key=len)
-            total, home = totals.pop(key), homes.pop(key)
-            torch.distributed.all_reduce(total, group=key[0])
-            rest = key[1:]
-            if rest:
-                totals[rest] = totals[rest] + total if rest in totals else total
-                homes.setdefault(rest, home)
-            else:
-                home.partials[0] += total.to(home.partials.device)
+        for process_groups, total in totals.items():  # in the order of the parameters, which is the same everywhere
+            for process_group in process_groups:
+                torch.distributed.all_reduce(total, group=process_group)
+            partials_there = homes[process_groups].partials
+            partials_there[0] += total.to(partials_there.device)
 
     def write_back(self, touched: set[int]) -> list[str]:
         """Bring restored weights to parameters that were given another local tensor since (``touched``: ids of those that had been moved).
@@ -204,18 +199,14 @@ def _dtensor_class() -> Any:
 
 
 def _sharding_groups(param: Any, position: int) -> ProcessGroups:
-    """The process groups over which a DTensor is sharded, from the innermost dimension of its mesh to the outermost."""
+    """The process groups over which a DTensor is sharded, one for each dimension of its mesh; that of all processes where it is all of them."""
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(f"parameter {position} is placed as {param.placements}: partial sums are no parameter, use Shard or Replicate")
     mesh = param.device_mesh
     sharded = [dim for dim, placement in enumerate(param.placements) if not placement.is_replicate() and mesh.size(dim) > 1]
-    if len(sharded) > 1:
-        replicas = mesh.size()
-        for dim in sharded:
-            replicas //= mesh.size(dim)
-        if replicas == 1 and mesh.size() == torch.distributed.get_world_size():
-            return (torch.distributed.group.WORLD,)  # one all-reduce in place of one for each dimension
-    return tuple(mesh.get_group(dim) for dim in reversed(sharded))
+    if len(sharded) > 1 and math.prod(mesh.size(dim) for dim in sharded) == torch.distributed.get_world_size():
+        return (torch.distributed.group.WORLD,)  # one all-reduce in place of one for each dimension
+    return tuple(mesh.get_group(dim) for dim in sharded)
 
 
 def _arrived(tensor: Tensor) -> Tensor:
