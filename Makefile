@@ -48,15 +48,13 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 	$(BIN)/python tests/cuda_emulation/build.py $@ $(if $(filter-out plain,$*),--sanitize $*)
 
 test-cuda: $(EMULATION)/plain/_cuda.so
-	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py test_protocol.py test_passes.py \
-		test_batchnorm_training.py
+	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py
 	$(subst SAM_FAST_TEST_BACKENDS,SAM_FAST_BACKEND,$(call EMULATED,plain)) $(PYTEST_EMULATED) test_fused_step.py -k "not hundred and not one_odd"
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
-	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/test_triton.py \
-		tests/test_weights.py tests/test_protocol.py tests/test_passes.py
-	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_fused_step.py -k "not hundred and not adams_state"
+	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/test_triton.py tests/test_weights.py
+	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_fused_step.py -k "not hundred and not adams_state and not one_odd"
 
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo
