@@ -36,12 +36,6 @@ def two() -> Iterator[Group]:
         yield group
 
 
-@pytest.fixture(params=["two", "four"])
-def processes(request: pytest.FixtureRequest) -> Group:
-    group: Group = request.getfixturevalue(request.param)
-    return group
-
-
 # ---- Placements --------------------------------------------------------------------------------------------------------------------------
 
 SHAPES = [(5, 3), (8, 4), (2, 6), (1, 9), (0, 4), (130, 129)]
