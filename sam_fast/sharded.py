@@ -215,7 +215,19 @@ def _arrived(tensor: Tensor) -> Tensor:
     return tensor if wait is None else wait()
 
 
-# ---- The first pass without gradient synchronisation -------------------------------------------------------------------------------------
+# ---- FSDP2's modules ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to it."""
+    return hasattr(type(module), "set_requires_gradient_sync")
+
+
+def forget_gathered_weights(model: nn.Module) -> None:
+    """Have FSDP2 gather the weights anew. After ``set_reshard_after_backward(False)`` it keeps those of the pass before the climb."""
+    for module in model.modules():
+        if is_fsdp_module(module):
+            module.reshard()  # type: ignore[operator]
 
 
 @contextmanager

@@ -317,6 +317,27 @@ def test_fsdp_step_that_is_given_up(two):
     assert two.run(gives_up) == [True, True]
 
 
+def keeps_gathered_weights() -> bool:
+    """The first backward pass keeps the gathered weights, as people have it do who accumulate gradients."""
+    model = sharded_network((distributed.get_world_size(),))
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    for batch in batches(3):
+        x, y = my_share(batch)
+        model.set_reshard_after_backward(False)
+        mse_loss(model(x), y).backward()
+        model.set_reshard_after_backward(True)
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            mse_loss(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+    torch.testing.assert_close(weights(model), one_process(3), **TOLERANCE)
+    return True
+
+
+def test_the_second_pass_gathers_the_weights_anew(two):
+    assert two.run(keeps_gathered_weights) == [True, True]
+
+
 def overflow_and_scaler() -> tuple[list[bool], list[float]]:
     """A GradScaler with FSDP2: steps, and one that overflows in the first pass on rank 1 alone."""
     model = sharded_network((distributed.get_world_size(),))
