@@ -230,6 +230,21 @@ def forget_gathered_weights(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def give_up_pass(model: nn.Module) -> None:
+    """After a pass that raised: FSDP2 lets go of the weights it has gathered, which are w + e, and of everything else of that pass."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if not is_fsdp_module(module):
+            stack.extend(module.children())
+            continue
+        try:
+            module.reset_iter_state()  # type: ignore[operator]
+        except (AttributeError, RuntimeError):
+            # An older PyTorch, a process group that has failed, or not the outermost module: what it has gathered goes all the same.
+            forget_gathered_weights(module)
+
+
 @contextmanager
 def own_gradients(module: nn.Module) -> Iterator[None]:
     """Run one FSDP2 module without adding its gradients up over replicas: with HSDP each replica of the model has a gradient of its own.

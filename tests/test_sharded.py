@@ -294,8 +294,8 @@ def test_fsdp_with_a_mixed_precision_policy(two):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # gradients are reduced in float32
 
 
-def gives_up() -> bool:
-    """The second pass raises, on all ranks."""
+def gives_up(when: str) -> bool:
+    """The second pass raises, on all ranks: FSDP2 may still have weights at w + e in gathered form."""
     model = sharded_network((distributed.get_world_size(),))
     optimizer = SAM(model.parameters(), rho=RHO, **SGD)
     data = [my_share(batch) for batch in batches(2)]
@@ -304,8 +304,13 @@ def gives_up() -> bool:
     optimizer.first_step(zero_grad=True)
     assert not same_bits(weights(model), before)
     with suppress(ZeroDivisionError), optimizer.second_pass(model):
-        mse_loss(model(data[0][0]), data[0][1]).backward()
+        if when == "in forward":
+            model[3].register_forward_pre_hook(lambda *_: 1 / 0)
+        loss = mse_loss(model(data[0][0]), data[0][1])
+        if when == "after backward":
+            loss.backward()
         raise ZeroDivisionError
+    model[3]._forward_pre_hooks.clear()
     assert same_bits(weights(model), before)
     optimizer.zero_grad()
     train(model, optimizer, data)
@@ -313,8 +318,9 @@ def gives_up() -> bool:
     return True
 
 
-def test_fsdp_step_that_is_given_up(two):
-    assert two.run(gives_up) == [True, True]
+@pytest.mark.parametrize("when", ["in forward", "before backward", "after backward"])
+def test_fsdp_step_that_is_given_up(two, when):
+    assert two.run(gives_up, when) == [True, True]
 
 
 def keeps_gathered_weights() -> bool:
