@@ -323,6 +323,36 @@ def test_fsdp_step_that_is_given_up(two, when):
     assert two.run(gives_up, when) == [True, True]
 
 
+def one_gives_up() -> tuple[bool, bool, str]:
+    """Rank 1 raises between forward and backward; rank 0 waits for it in its backward pass until the group's timeout."""
+    model = sharded_network((2,))
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    params = list(model.parameters())
+    before = values([p.to_local() for p in params])
+    x, y = my_share(batches(1)[0])
+    mse_loss(model(x), y).backward()
+    optimizer.first_step(zero_grad=True)
+    text = ""
+    try:
+        with optimizer.second_pass(model):
+            loss = mse_loss(model(x), y)
+            if distributed.get_rank() == 1:
+                raise RuntimeError("no memory")
+            loss.backward()
+    except RuntimeError as error:
+        text = str(error)
+    sharded = all(p is q for p, q in zip(model.parameters(), params, strict=True))
+    return sharded and same_bits([p.to_local() for p in params], before), optimizer.perturbed, text
+
+
+def test_fsdp_process_that_raises_leaves_none_perturbed():
+    with group_of(2, timeout=2.0) as group:
+        found = group.run(one_gives_up)
+    assert [(same, perturbed) for same, perturbed, _ in found] == [(True, False)] * 2
+    assert found[1][2] == "no memory"
+    assert found[0][2] not in ("", "no memory")
+
+
 def keeps_gathered_weights() -> bool:
     """The first backward pass keeps the gathered weights, as people have it do who accumulate gradients."""
     model = sharded_network((distributed.get_world_size(),))
