@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharded import own_gradients
+from .sharded import is_fsdp_module, own_gradients
 
 
 class RandomState:
@@ -67,6 +67,6 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
                         "graph in a backward pass with synchronisation: use sync=True in the first step"
                     )
                 stack.enter_context(module.no_sync())
-            elif hasattr(type(module), "set_requires_gradient_sync"):
+            elif is_fsdp_module(module):
                 stack.enter_context(own_gradients(module))
         yield

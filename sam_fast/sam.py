@@ -18,6 +18,7 @@ from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_
 from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
+from .sharded import forget_gathered_weights, give_up_pass
 
 ROUNDING_STEP = "rounding_step"
 """Entry of every parameter group where weights are rounded stochastically: the number of first_steps so far, from which the rounding is drawn."""
@@ -435,6 +436,8 @@ class SAM(Optimizer):
         self._require_perturbed("second_pass")
         random_state, self._random_state = self._random_state, None
         try:
+            if self._perturbation.sharding is not None:
+                forget_gathered_weights(model)
             with frozen_running_stats(model):
                 if random_state is None:
                     yield
@@ -443,6 +446,8 @@ class SAM(Optimizer):
                         yield
         except BaseException:
             self.restore()
+            if self._perturbation.sharding is not None:
+                give_up_pass(model)
             raise
 
     def _devices(self) -> set[torch.device]:

@@ -215,7 +215,34 @@ def _arrived(tensor: Tensor) -> Tensor:
     return tensor if wait is None else wait()
 
 
-# ---- The first pass without gradient synchronisation -------------------------------------------------------------------------------------
+# ---- FSDP2's modules ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to it."""
+    return hasattr(type(module), "set_requires_gradient_sync")
+
+
+def forget_gathered_weights(model: nn.Module) -> None:
+    """Have FSDP2 gather the weights anew. After ``set_reshard_after_backward(False)`` it keeps those of the pass before the climb."""
+    for module in model.modules():
+        if is_fsdp_module(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def give_up_pass(model: nn.Module) -> None:
+    """After a pass that raised: FSDP2 lets go of the weights it has gathered, which are w + e, and of everything else of that pass."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if not is_fsdp_module(module):
+            stack.extend(module.children())
+            continue
+        try:
+            module.reset_iter_state()  # type: ignore[operator]
+        except (AttributeError, RuntimeError):
+            # An older PyTorch, a process group that has failed, or not the outermost module: what it has gathered goes all the same.
+            forget_gathered_weights(module)
 
 
 @contextmanager

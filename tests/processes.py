@@ -28,6 +28,9 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "torch.distributed.tensor.debug",
     "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.optim",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "pytest",
 ]
 
 PATIENCE = 90.0

@@ -32,12 +32,6 @@ def four() -> Iterator[Group]:
         yield group
 
 
-@pytest.fixture(params=["two", "four"])
-def processes(request: pytest.FixtureRequest) -> Group:
-    group: Group = request.getfixturevalue(request.param)
-    return group
-
-
 def equal(found: list[list[Tensor]], expected: list[Tensor]) -> None:
     """All ranks have the same bits, and they are the expected weights up to rounding."""
     assert all(same_bits(of_rank, found[0]) for of_rank in found)
@@ -68,14 +62,18 @@ def trained(sync: bool, flatten: bool = False, micro_batches: int = 1, steps: in
     return weights(model)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_synchronised_is_one_process_with_the_whole_batch(processes, options):
-    equal(processes.run(trained, True, **options), one_process())
+WITH_TWO_AND_FOUR = [("two", name) for name in OPTIONS] + [("four", "plain"), ("four", "small-buckets")]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_local_is_each_process_climbing_along_its_own_gradient(processes, options):
-    equal(processes.run(trained, False, **options), each_its_own(processes.size))
+@pytest.mark.parametrize(("processes", "options"), WITH_TWO_AND_FOUR)
+def test_synchronised_is_one_process_with_the_whole_batch(request, processes, options):
+    equal(request.getfixturevalue(processes).run(trained, True, **OPTIONS[options]), one_process())
+
+
+@pytest.mark.parametrize(("processes", "options"), WITH_TWO_AND_FOUR)
+def test_local_is_each_process_climbing_along_its_own_gradient(request, processes, options):
+    group = request.getfixturevalue(processes)
+    equal(group.run(trained, False, **OPTIONS[options]), each_its_own(group.size))
 
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["bucket-view"]], ids=["plain", "bucket-view"])

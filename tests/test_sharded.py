@@ -36,12 +36,6 @@ def two() -> Iterator[Group]:
         yield group
 
 
-@pytest.fixture(params=["two", "four"])
-def processes(request: pytest.FixtureRequest) -> Group:
-    group: Group = request.getfixturevalue(request.param)
-    return group
-
-
 # ---- Placements --------------------------------------------------------------------------------------------------------------------------
 
 SHAPES = [(5, 3), (8, 4), (2, 6), (1, 9), (0, 4), (130, 129)]
@@ -300,8 +294,8 @@ def test_fsdp_with_a_mixed_precision_policy(two):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # gradients are reduced in float32
 
 
-def gives_up() -> bool:
-    """The second pass raises, on all ranks."""
+def gives_up(when: str) -> bool:
+    """The second pass raises, on all ranks: FSDP2 may still have weights at w + e in gathered form."""
     model = sharded_network((distributed.get_world_size(),))
     optimizer = SAM(model.parameters(), rho=RHO, **SGD)
     data = [my_share(batch) for batch in batches(2)]
@@ -310,8 +304,13 @@ def gives_up() -> bool:
     optimizer.first_step(zero_grad=True)
     assert not same_bits(weights(model), before)
     with suppress(ZeroDivisionError), optimizer.second_pass(model):
-        mse_loss(model(data[0][0]), data[0][1]).backward()
+        if when == "in forward":
+            model[3].register_forward_pre_hook(lambda *_: 1 / 0)
+        loss = mse_loss(model(data[0][0]), data[0][1])
+        if when == "after backward":
+            loss.backward()
         raise ZeroDivisionError
+    model[3]._forward_pre_hooks.clear()
     assert same_bits(weights(model), before)
     optimizer.zero_grad()
     train(model, optimizer, data)
@@ -319,8 +318,60 @@ def gives_up() -> bool:
     return True
 
 
-def test_fsdp_step_that_is_given_up(two):
-    assert two.run(gives_up) == [True, True]
+@pytest.mark.parametrize("when", ["in forward", "before backward", "after backward"])
+def test_fsdp_step_that_is_given_up(two, when):
+    assert two.run(gives_up, when) == [True, True]
+
+
+def one_gives_up() -> tuple[bool, bool, str]:
+    """Rank 1 raises between forward and backward; rank 0 waits for it in its backward pass until the group's timeout."""
+    model = sharded_network((2,))
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    params = list(model.parameters())
+    before = values([p.to_local() for p in params])
+    x, y = my_share(batches(1)[0])
+    mse_loss(model(x), y).backward()
+    optimizer.first_step(zero_grad=True)
+    text = ""
+    try:
+        with optimizer.second_pass(model):
+            loss = mse_loss(model(x), y)
+            if distributed.get_rank() == 1:
+                raise RuntimeError("no memory")
+            loss.backward()
+    except RuntimeError as error:
+        text = str(error)
+    sharded = all(p is q for p, q in zip(model.parameters(), params, strict=True))
+    return sharded and same_bits([p.to_local() for p in params], before), optimizer.perturbed, text
+
+
+def test_fsdp_process_that_raises_leaves_none_perturbed():
+    with group_of(2, timeout=2.0) as group:
+        found = group.run(one_gives_up)
+    assert [(same, perturbed) for same, perturbed, _ in found] == [(True, False)] * 2
+    assert found[1][2] == "no memory"
+    assert found[0][2] not in ("", "no memory")
+
+
+def keeps_gathered_weights() -> bool:
+    """The first backward pass keeps the gathered weights, as people have it do who accumulate gradients."""
+    model = sharded_network((distributed.get_world_size(),))
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    for batch in batches(3):
+        x, y = my_share(batch)
+        model.set_reshard_after_backward(False)
+        mse_loss(model(x), y).backward()
+        model.set_reshard_after_backward(True)
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            mse_loss(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+    torch.testing.assert_close(weights(model), one_process(3), **TOLERANCE)
+    return True
+
+
+def test_the_second_pass_gathers_the_weights_anew(two):
+    assert two.run(keeps_gathered_weights) == [True, True]
 
 
 def overflow_and_scaler() -> tuple[list[bool], list[float]]:
