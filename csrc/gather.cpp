@@ -100,8 +100,10 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t* address) 
     // The stride of a dimension of size 1 is never used and may be anything.
     same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || record.empty);
   }
-  if (same && !record.empty) *address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
-  return same;
+  if (!same || record.empty) return same;
+  if (t.data == nullptr) return false;  // its storage was resized to nothing
+  *address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+  return true;
 }
 
 namespace {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bucket import is_dense
-from .base import Backend, GroupOptions, StateTensors, check_dense_gradient, shape_changed, signature
+from .base import Backend, GroupOptions, StateTensors, check_dense_gradient, has_memory, shape_changed, signature
 
 try:
     from .. import _cpu
@@ -50,7 +50,7 @@ class PythonGather:
             return False
         if tensor.numel() > 0:
             addresses[i] = tensor.data_ptr()
-        return True
+        return has_memory(tensor)
 
 
 def make_gather(rows: list[Tensor]) -> Any:
@@ -126,7 +126,9 @@ class AddressTable:
 
     def collect(self, options: GroupOptions) -> bool:
         """See :meth:`sam_fast.backends.base.Backend.collect`."""
-        if self.collect_weights():
+        changed = self.collect_weights()
+        if changed:
+            self._check_memory(changed)
             return False
         self.copies.clear()
         odd = self.gather.grads(self.grads)
@@ -139,12 +141,19 @@ class AddressTable:
                 self.grads[row] = self._like_row(row).data_ptr()
         return True
 
+    def _check_memory(self, rows: list[int]) -> None:
+        lost = [row for row in rows if not has_memory(self.bucket.rows[row])]
+        if lost:
+            raise RuntimeError(f"the parameters in rows {lost} have no memory: their storage was resized to nothing. Resize it back first")
+
     def _like_row(self, index: int) -> Tensor:
         """A copy of the row's gradient with the row's own dtype and strides, kept until the perturbation is done."""
         row = self.bucket.rows[index]
         grad = row.grad
         assert grad is not None
         check_dense_gradient(grad)
+        if not has_memory(grad):
+            raise RuntimeError(f"the gradient of row {index} has no memory: its storage was resized to nothing")
         self.copies[index] = torch.empty_like(row, requires_grad=False).copy_(grad.detach())
         return self.copies[index]
 
@@ -195,6 +204,8 @@ class AddressTable:
             if not self.saved[row]:
                 continue
             tensor, backup = self.bucket.rows[row], self.bucket.flat_rows[row]
+            if not has_memory(tensor):
+                continue  # stays saved, see below
             if release:
                 self.saved[row] = 0
             if tensor.shape == backup.shape:
@@ -203,6 +214,7 @@ class AddressTable:
                 lost.append(f"row {row}: {tuple(backup.shape)} -> {tuple(tensor.shape)}")
         if lost:
             raise shape_changed(lost)
+        self._check_memory(changed)
 
 
 class AddressBackend(Backend):

@@ -52,6 +52,11 @@ def signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tu
     return tensor.dtype, tensor.device, tensor.shape, strides
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """False if the storage of a strided tensor with elements was resized to nothing: PyTorch's own kernels would then write to address 0."""
+    return tensor.numel() == 0 or tensor.data_ptr() != 0
+
+
 def check_dense_gradient(grad: Tensor) -> None:
     """Raise RuntimeError if ``grad`` is sparse."""
     if grad.layout != torch.strided:
