@@ -99,7 +99,7 @@ def leaf() -> nn.Parameter:
         lambda: {"params": ["weight"]},
         lambda: {"params": [("weight", leaf()), leaf()]},
         lambda: [leaf()],
-        lambda: {},
+        dict,
     ],
     ids=["set", "not a leaf", "array", "string", "half named", "no dict", "no params"],
 )
