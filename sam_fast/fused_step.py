@@ -106,6 +106,8 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
             return False
         perturbation.restore_and_step(rule.operation, buckets, states, ready)
     for bucket, state in zip(buckets, states, strict=True):
+        if bucket.backend.steps_empty_rows:
+            continue
         for row, step in zip(bucket.rows, state.tensors.get("step", ()), strict=False):
             if step is not None and row.numel() == 0 and not state.device_steps:
                 step += 1  # the kernels never come to a row without elements

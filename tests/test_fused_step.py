@@ -450,3 +450,14 @@ def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
         results.append(values(params))
     assert taken == [False, True, True, False, False, False]
     assert same_bits(*results)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_parameter_without_elements_counts_its_steps_once(backend):
+    params = make_params([0, 5])
+    optimizer = SAM(params, torch.optim.AdamW, lr=0.1, backend=backend)
+    for step in range(1, 4):
+        give_gradients(params, step)
+        optimizer.first_step()
+        optimizer.second_step()
+        assert [float(optimizer.state[p]["step"]) for p in params] == [step, step]

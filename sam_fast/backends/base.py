@@ -152,6 +152,9 @@ class Backend(ABC):
     fused_steps: frozenset[str] = frozenset()
     """Which of ``restore_sgd`` and ``restore_adam`` this backend has."""
 
+    steps_empty_rows = False
+    """Whether ``restore_adam`` counts the steps of rows without elements too."""
+
     decides_on_device = False
     """Whether they take a ``found_inf`` that is not known on the host."""
 

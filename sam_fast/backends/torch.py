@@ -162,6 +162,7 @@ class TorchBackend(Backend):
         return True
 
     fused_steps = frozenset({"restore_sgd", "restore_adam"})
+    steps_empty_rows = True
 
     def share_saved(self, bucket: Bucket, source: Bucket) -> None:
         table: TensorTable = bucket.table
