@@ -77,9 +77,9 @@ class StateTable:
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             if not all(tensor is None or self._fits(tensor, row, device_steps) for tensor, row in zip(tensors, self.rows, strict=True)):
                 return False
-            self._tensors = list(tensors)
             self._gather = make_gather([row if tensor is None else tensor for tensor, row in zip(tensors, self.rows, strict=True)])
             self._missing = [i for i, tensor in enumerate(tensors) if tensor is None]
+            self._tensors = list(tensors)  # last: an interruption must not leave the addresses of other tensors behind
         if self._gather.weights(self.addresses):
             self._tensors = []
             return False
