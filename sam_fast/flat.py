@@ -110,7 +110,7 @@ class FlatStorage:
                 self.attached[index] = False
 
     def _adopt(self, index: int, grad: Tensor) -> None:
-        check_dense_gradient(grad)
+        check_dense_gradient(grad, self.params[index])
         self.grad_views[index].copy_(grad.detach())
         self._attach(index)
 

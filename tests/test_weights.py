@@ -314,6 +314,18 @@ def test_gradient_of_another_dtype_is_brought_to_its_parameters(backend):
     assert same_bits(values([p]), before)
 
 
+def test_gradient_of_another_shape_is_refused_and_nothing_has_moved(make):
+    """Autograd never makes one, but ``grad.data = ...`` can, and PyTorch would broadcast it."""
+    params = make_params([6, 5])
+    optimizer = make(params)
+    before = values(params)
+    params[1].grad = torch.ones(5)  # with flatten=True one that has yet to be taken over
+    params[1].grad.data = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r"shape \(1,\) does not belong"):
+        optimizer.first_step()
+    assert same_bits(values(params), before)
+
+
 def test_parameter_that_is_listed_twice_is_perturbed_once(backend):
     p = make_params([100])[0]
     start = values([p])[0]

@@ -151,7 +151,7 @@ class AddressTable:
         row = self.bucket.rows[index]
         grad = row.grad
         assert grad is not None
-        check_dense_gradient(grad)
+        check_dense_gradient(grad, row)
         if not has_memory(grad):
             raise RuntimeError(f"the gradient of row {index} has no memory: its storage was resized to nothing")
         self.copies[index] = torch.empty_like(row, requires_grad=False).copy_(grad.detach())

@@ -57,13 +57,15 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.data_ptr() != 0
 
 
-def check_dense_gradient(grad: Tensor) -> None:
-    """Raise RuntimeError if ``grad`` is sparse."""
+def check_dense_gradient(grad: Tensor, param: Tensor) -> None:
+    """Raise RuntimeError if ``grad`` is sparse, or has another shape than ``param`` (autograd refuses that; ``grad.data = ...`` does not)."""
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"SAM does not support sparse gradients (found layout {grad.layout}): build the layer with sparse=False, "
             "or put its parameters in a group with perturb=False and use a base optimizer that takes them"
         )
+    if grad.shape != param.shape:
+        raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} does not belong to a parameter of shape {tuple(param.shape)}")
 
 
 @dataclass

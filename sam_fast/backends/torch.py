@@ -60,7 +60,7 @@ class TorchBackend(Backend):
         for index, (row, group) in enumerate(zip(bucket.rows, bucket.groups, strict=True)):
             grad = row.grad if options.perturb[group] else None
             if grad is not None:
-                check_dense_gradient(grad)
+                check_dense_gradient(grad, row)
             table.grads[index] = grad
         return True
 

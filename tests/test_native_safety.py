@@ -1,0 +1,341 @@
+"""The native code from outside: what Python refuses, processes that fork or spawn after the threads were used, and what kernels must not do."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import make_params, normal, same_bits, values
+from model_of_sam import climbed
+from torch import Tensor, nn
+
+from sam_fast import SAM
+
+_cpu = pytest.importorskip("sam_fast._cpu")
+CSRC = Path(__file__).parent.parent / "csrc"
+EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+# ---- Fuzzing what comes in -------------------------------------------------------------------------------------------------------------------
+
+NO_TENSORS: list[Any] = [None, 1, 2.5, "row", b"row", [], {}, object(), Tensor, torch.float32, array("Q", [0]), torch.Size([2])]
+
+
+def test_nothing_but_tensors_becomes_a_row() -> None:
+    """Whatever is passed where tensors belong is an exception, never a crash."""
+    for bad in NO_TENSORS:
+        for rows in (bad, [bad], [torch.ones(2), bad]):
+            if rows == []:
+                continue
+            with pytest.raises((TypeError, RuntimeError, ValueError)):
+                _cpu.Gather(EXCHANGE, Tensor.grad, rows)
+        with pytest.raises((TypeError, ValueError)):
+            _cpu.Gather(bad, Tensor.grad, [torch.ones(2)])
+        gather = _cpu.Gather(EXCHANGE, Tensor.grad, [torch.ones(2)])
+        if not isinstance(bad, array):
+            for read in (gather.weights, gather.grads):
+                with pytest.raises((TypeError, BufferError, ValueError)):
+                    read(bad)
+    for odd in (torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")):
+        with pytest.raises(RuntimeError):
+            _cpu.Gather(EXCHANGE, Tensor.grad, [odd])
+    for size in (0, 2, 9):
+        with pytest.raises(ValueError, match="one 64-bit number"):
+            _cpu.Gather(EXCHANGE, Tensor.grad, [torch.ones(2)]).weights(array("Q", bytes(8 * size)))
+
+
+NO_ADDRESSES = [(), (0,), ("f32",) * 8, (None,) * 8, (0, -1, 1, 0, 0, 0, 0, 1), (0, 2**64, 1, 0, 0, 0, 0, 1), (0, 1.5, 1, 0, 0, 0, 0, 1)]
+
+
+@pytest.mark.parametrize("arguments", NO_ADDRESSES)
+def test_arguments_that_are_no_addresses_are_refused(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError):
+        _cpu.grad_norm(*arguments)
+
+
+def mutations(dice: random.Random) -> list[Any]:
+    """Ways in which a parameter or a gradient may differ from what it was when the buckets were built."""
+
+    def data(change: Any) -> Any:
+        def apply(p: nn.Parameter) -> None:
+            p.data = change(p.detach())
+
+        return apply
+
+    def grad(change: Any) -> Any:
+        def apply(p: nn.Parameter) -> None:
+            p.grad = None
+            g = normal(p.shape, torch.Generator().manual_seed(dice.randrange(99))).to(p.dtype)
+            wanted = change(g)
+            if (wanted.shape, wanted.dtype) == (p.shape, p.dtype):
+                p.grad = wanted
+            else:  # as .data can, behind autograd's checks
+                p.grad = g
+                p.grad.data = wanted
+
+        return apply
+
+    def free(p: nn.Parameter) -> None:
+        """The old memory is freed and given to somebody else at once."""
+        shape = p.shape
+        p.data = torch.zeros(1, dtype=p.dtype).expand(shape).contiguous()
+        p.data = p.detach().clone()
+
+    return [
+        data(lambda t: t.double()),
+        data(lambda t: t.half()),
+        data(lambda t: t.bfloat16()),
+        data(lambda t: t.clone()),
+        data(lambda t: t.reshape(t.shape[0], -1).t().contiguous().t().reshape(t.shape)),
+        data(lambda t: torch.stack([t, t], -1)[..., 0]),
+        data(lambda t: t[: max(1, len(t) // 2)]),
+        data(lambda t: torch.cat([t, t])),
+        data(lambda t: t.new_empty((0, *t.shape[1:]))),
+        data(lambda t: t.unsqueeze(0)),
+        data(lambda t: t[:1].expand_as(t)),
+        grad(lambda g: torch.stack([g, g], -1)[..., 0]),
+        grad(lambda g: g[:1].expand_as(g)),
+        grad(lambda g: g.double()),
+        grad(lambda g: g.half()),
+        grad(lambda g: g[:1]),
+        grad(lambda g: g.to_sparse()),
+        grad(lambda g: g.flatten()),
+        lambda p: setattr(p, "grad", None),
+        free,
+    ]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_parameters_changed_at_random_are_right_or_refused(base: type[torch.optim.Optimizer]) -> None:
+    """Before first_step, between the passes and before second_step. What is not refused climbs by the formula, and the others keep their bits."""
+    for seed in range(80):
+        dice = random.Random(seed)
+        params = [nn.Parameter(t.detach().reshape(-1, 1)) for t in make_params([40, 17, 130], seed=seed, grads=False)]
+        for p in params:
+            p.grad = normal(p.shape, torch.Generator().manual_seed(seed))
+        optimizer = SAM(params, base, lr=0.1)
+        victim, when = params[dice.randrange(3)], dice.randrange(3)
+        others = [p for p in params if p is not victim]
+        change = dice.choice(mutations(dice))
+        if when == 0:
+            change(victim)
+        began, kept = values(params), values(others)
+        try:
+            sensible = all(p.grad is None or (p.grad.shape == p.shape and not p.grad.is_sparse) for p in params)
+            # A gradient is brought to its parameter's dtype.
+            precision = 1e-6 if all(p.grad is None or p.grad.element_size() <= p.element_size() for p in params) else 1e-2
+            norm, expected = climbed(optimizer, 1e-12) if sensible else (0.0, [])
+            optimizer.first_step()
+            assert sensible
+            assert float(optimizer.grad_norm) == pytest.approx(norm, rel=precision)
+            for p, w in expected:
+                assert torch.allclose(p.double(), w, rtol=1e-2 if p.element_size() == 2 else 1e-5, atol=1e-5)
+            if when == 1:
+                change(victim)
+            optimizer.restore()
+            assert same_bits(others, kept)
+            assert victim.shape != began[params.index(victim)].shape or torch.allclose(
+                victim.double(), began[params.index(victim)].double(), rtol=1e-2, atol=1e-3
+            )
+            optimizer.first_step()
+            if when == 2:
+                change(victim)
+            optimizer.second_step()
+        except (RuntimeError, IndexError, TypeError):
+            try:
+                optimizer.restore()
+            except RuntimeError as again:
+                assert "shape" in str(again)  # noqa: PT017 - it may also succeed
+            assert same_bits(others, kept) or when == 2
+        assert not optimizer.perturbed
+
+
+def test_memory_of_a_deleted_parameter_is_not_used() -> None:
+    """The optimizer keeps its parameters alive; their gradients and old memory are looked up anew in every step."""
+    params = make_params([1000, 1000], grads=False)
+    optimizer = SAM(params, lr=0.1, momentum=0.9)
+    for step in range(20):
+        for p in params:
+            p.data = p.detach().clone()
+            p.grad = normal(p.shape, torch.Generator().manual_seed(step))
+        strangers = [torch.full((1000,), 7.0) for _ in range(8)]  # where the old memory was, perhaps
+        optimizer.first_step(zero_grad=True)
+        for p in params:
+            p.grad = normal(p.shape, torch.Generator().manual_seed(step))
+        strangers += [torch.full((1000,), 7.0) for _ in range(8)]
+        optimizer.second_step(zero_grad=True)
+        assert all(bool((s == 7.0).all()) for s in strangers)
+
+
+# ---- Processes -----------------------------------------------------------------------------------------------------------------------------
+
+PROCESSES = """
+import os, sys
+import torch
+import torch.multiprocessing as mp
+from torch.utils.data import DataLoader
+from sam_fast import SAM
+
+def step(seed=0):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 200_000))
+    optimizer = SAM([p], torch.optim.SGD, lr=0.1, momentum=0.9)
+    for _ in range(2):
+        p.grad = torch.randn(200_000, generator=torch.Generator().manual_seed(seed))
+        optimizer.first_step()
+        optimizer.second_step()
+    return p.detach()
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return step()
+
+def spawned(rank, expected):
+    torch.set_num_threads(2)
+    assert torch.equal(step(), expected)
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    expected = step()
+    for batch in DataLoader(Samples(), num_workers=1, multiprocessing_context="fork"):
+        assert torch.equal(batch[0], expected)
+    assert torch.equal(step(), expected)
+    mp.spawn(spawned, (expected,), nprocs=1)
+    assert torch.equal(step(), expected)
+    print("fine")
+"""
+
+
+def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: Path) -> None:
+    """A forked child has none of OpenMP's threads: a kernel that asked for them would wait for ever."""
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.stdout.endswith("fine\n"), done.stdout + done.stderr
+
+
+# ---- Inside the kernels ----------------------------------------------------------------------------------------------------------------------
+
+KERNELS = ["grad_norm", "perturb", "copy", "restore_sgd", "restore_adam"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_do_not_know_python(kernel: str) -> None:
+    """They include nothing of Python's, so no call into it is possible; and the bindings release its lock around them."""
+    command = ["g++", "-std=c++17", "-MM", "-DSAM_ISA=baseline", str(CSRC / "cpu" / f"{kernel}.cpp")]
+    included = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "kernels.h" in included
+    for header in ("Python.h", "pybind11", "torch"):
+        assert header not in included.replace(str(CSRC), "")
+    text = (CSRC / "cpu" / "bindings.cpp").read_text()
+    call = text.index(f"active->{kernel}(" if kernel != "copy" else "active->backup(")
+    assert "py::gil_scoped_release release;" in text[text.rindex("m.def(", 0, call) : call]
+
+
+COUNTER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+static _Atomic long count = 0;
+static void *(*real)(size_t) = 0;
+long allocations(void) { return count; }
+void *malloc(size_t n) {
+  if (!real) real = (void *(*)(size_t))dlsym(RTLD_NEXT, "malloc");
+  count++;
+  return real(n);
+}
+"""
+
+COUNTING = """
+import ctypes, sys
+import torch
+from sam_fast import SAM
+allocations = ctypes.CDLL(sys.argv[1]).allocations
+allocations.restype = ctypes.c_long
+
+def during(base, numel, **options):
+    p = torch.nn.Parameter(torch.ones(numel))
+    optimizer = SAM([p], base, lr=0.1, backend="cpu", **options)
+    p.grad = torch.ones(numel)
+    counts = []
+    for _ in range(4):
+        before = allocations()
+        optimizer.first_step()
+        optimizer.second_step()
+        counts.append(allocations() - before)
+    return min(counts[2:])
+
+torch.set_num_threads(1)
+for base, options in ((torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {}), (torch.optim.SGD, {"adaptive": True})):
+    few, many = (during(base, numel, **options) for numel in (10, 64 * 16384 + 5))
+    assert few == many, (base, few, many)
+before = allocations()
+keep = [bytearray(100_000) for _ in range(10)]
+assert allocations() - before >= 10  # it does count
+print("fine")
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and Linux")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer counts allocations itself")
+def test_no_kernel_allocates_in_its_loop(tmp_path: Path) -> None:
+    """A step over 65 chunks calls malloc as often as one over 10 elements (Adam's bias corrections, one number a row, and Python's own objects)."""
+    (tmp_path / "counter.c").write_text(COUNTER)
+    library = tmp_path / "counter.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", str(tmp_path / "counter.c"), "-o", str(library), "-ldl"], check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", COUNTING, str(library)], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == "fine\n", done.stderr
+
+
+# ---- Nothing is written ------------------------------------------------------------------------------------------------------------------------
+
+WATCHED = """
+import os, sys
+import torch
+torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()  # what PyTorch imports late, and writes then, is its own affair
+written = []
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC):
+        if str(arguments[0]) != os.devnull:
+            written.append((event, str(arguments[0])))
+    if event in ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.rmdir", "shutil.copyfile", "socket.connect", "subprocess.Popen"):
+        written.append((event, str(arguments[0])))
+sys.addaudithook(hook)
+import sam_fast, sam_fast.backends, sam_fast.reference
+from sam_fast import SAM
+p = torch.nn.Parameter(torch.ones(100))
+for base in (torch.optim.SGD, torch.optim.AdamW):
+    optimizer = SAM([p], base, lr=0.1)
+    for _ in range(2):
+        p.grad = torch.ones(100)
+        optimizer.first_step()
+        with optimizer.second_pass(torch.nn.BatchNorm1d(3)):
+            pass
+        optimizer.second_step()
+    optimizer.load_state_dict(optimizer.state_dict())
+sam_fast.backends.build_info()
+assert not written, written
+open("probe", "w").close()
+assert written  # it does watch
+print("fine")
+"""
+
+
+def test_importing_and_stepping_writes_nothing(tmp_path: Path) -> None:
+    """No file, no folder, no connection, no process. (Python's own byte code is switched off here.)"""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.stdout == "fine\n", done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["probe"]
