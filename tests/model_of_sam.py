@@ -26,6 +26,11 @@ def wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.complex128 if x.is_complex() else torch.float64)
 
 
+def as_laid_out(values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` with the strides of ``like``, gaps included: PyTorch's kernels for 16-bit formats round differently where there are gaps."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=dtype).copy_(values)
+
+
 def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]]:
     """The norm, and for each parameter that moves ``w + e`` in float64 (all of them, unmoved, where the norm is not finite)."""
     terms, moving = [], []
@@ -54,8 +59,8 @@ def stepped(optimizer: SAM, weights: list[Tensor], *, widen: bool = False) -> tu
     own = [p for group in base.param_groups for p in group["params"]]
     for p, twin, w in zip(params_of(optimizer), own, weights, strict=True):
         dtype = torch.float32 if widen and p.dtype in (torch.bfloat16, torch.float16) else p.dtype
-        twin.data = torch.empty_like(twin, dtype=dtype).copy_(w)
-        twin.grad = None if p.grad is None else p.grad.detach().to(dtype, copy=True)
+        twin.data = as_laid_out(w, p, dtype)
+        twin.grad = None if p.grad is None else as_laid_out(p.grad.detach(), p.grad, dtype)
         if dtype != p.dtype and twin in base.state:
             base.state[twin] = {name: value.to(dtype) for name, value in base.state[twin].items() if isinstance(value, Tensor)}
     base.step()

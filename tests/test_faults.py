@@ -10,61 +10,20 @@ called, every weight is w or what the base optimizer makes of it, and the optimi
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from itertools import cycle
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from boundaries import Boundaries
 from cases import SmallNet, batches, make_params, normal, same_bits, same_step, values
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import sam_fast
 from sam_fast import SAM
 
-PACKAGE = str(Path(sam_fast.__file__).parent)
 STRIDE = 1 if os.environ.get("SAM_FAST_HYPOTHESIS") == "nightly" else 13
-EVENTS = ("call", "return", "c_call", "c_return")
-
-
-class Boundaries:
-    """Counts the boundaries that a call crosses, and raises ``error`` at the one numbered ``fail_at``."""
-
-    def __init__(self, fail_at: int = -1, error: type[BaseException] = RuntimeError) -> None:
-        self.fail_at = fail_at
-        self.error = error
-        self.crossed = 0
-        self.failed = ""
-
-    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        inside = frame.f_code.co_filename.startswith(PACKAGE)
-        # Python's own calls from the package, and out of it into torch: the caller is the package. Native ones have the package's frame.
-        if not inside and not (event in ("call", "return") and frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(PACKAGE)):
-            return
-        if event not in EVENTS:
-            return
-        number, self.crossed = self.crossed, self.crossed + 1
-        if number == self.fail_at:
-            sys.setprofile(None)
-            self.failed = f"{event} of {getattr(arg, '__name__', frame.f_code.co_name)} in {frame.f_code.co_name}, line {frame.f_lineno}"
-            raise self.error(self.failed)
-
-    def run(self, call: Callable[[], Any]) -> bool:
-        """True if the call came to its end. A boundary may lie in a destructor or a callback, where Python reports an exception and goes on."""
-        sys.setprofile(self._profile)
-        try:
-            call()
-        except self.error as error:
-            if str(error) != self.failed:
-                raise
-            return False
-        finally:
-            sys.setprofile(None)
-        return True
 
 
 def interruptions(run: Callable[[Boundaries], Any]) -> Iterator[Boundaries]:

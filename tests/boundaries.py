@@ -1,0 +1,50 @@
+"""Interrupting a call at any of the calls that the package makes, or that are made into it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import sam_fast
+
+PACKAGE = str(Path(sam_fast.__file__).parent)
+EVENTS = ("call", "return", "c_call", "c_return")
+
+
+class Boundaries:
+    """Counts the boundaries that a call crosses, and raises ``error`` at the one numbered ``fail_at``."""
+
+    def __init__(self, fail_at: int = -1, error: type[BaseException] = RuntimeError) -> None:
+        self.fail_at = fail_at
+        self.error = error
+        self.crossed = 0
+        self.failed = ""
+
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        inside = frame.f_code.co_filename.startswith(PACKAGE)
+        # Python's own calls from the package, and out of it into torch: the caller is the package. Native ones have the package's frame.
+        if not inside and not (event in ("call", "return") and frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(PACKAGE)):
+            return
+        if event not in EVENTS:
+            return
+        number, self.crossed = self.crossed, self.crossed + 1
+        if number == self.fail_at:
+            sys.setprofile(None)
+            self.failed = f"{event} of {getattr(arg, '__name__', frame.f_code.co_name)} in {frame.f_code.co_name}, line {frame.f_lineno}"
+            raise self.error(self.failed)
+
+    def run(self, call: Callable[[], Any]) -> bool:
+        """True if the call came to its end. A boundary may lie in a destructor or a callback, where Python reports an exception and goes on."""
+        sys.setprofile(self._profile)
+        try:
+            call()
+        except self.error as error:
+            if str(error) != self.failed:
+                raise
+            return False
+        finally:
+            sys.setprofile(None)
+        return True

@@ -1,0 +1,101 @@
+"""Breaks the package on purpose, one way at a time, and shows that the tests notice. Not part of the test suite: it takes minutes.
+
+    python tests/mutation/run.py              # from an environment made by `make`; every breakage of breakages.py
+    python tests/mutation/run.py momentum     # those whose name contains a word
+
+Each breakage is a text replaced in a copy of the sources; a text that is not there exactly once is an error, so that a breakage never outlives the
+code it breaks. The native module of the copy is built again where a C++ source was broken. Prints what was caught, and ends with an error if
+something was not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from breakages import BREAKAGES, Breakage
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("sam_fast", "kernels", "csrc", "tests", "CMakeLists.txt", "pyproject.toml", "constraints.txt", "README.md", "docs", "examples")
+
+
+def copy_sources(target: Path) -> None:
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+    (target / "sam_fast" / "kernels").symlink_to(target / "kernels")
+
+
+def build_native(copy: Path, build: Path) -> None:
+    """Incremental: only what was broken is compiled again."""
+    import pybind11
+
+    if not (build / "build.ninja").exists():
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DSAM_FAST_WERROR=OFF"]
+        target = f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={copy / 'sam_fast'}"
+        command = ["cmake", "-S", str(copy), "-B", str(build), "-G", "Ninja", target, *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
+
+
+def passes(copy: Path, tests: tuple[str, ...]) -> bool:
+    """Whether the tests pass on the copy. A crash of the interpreter counts as noticed, a test that could not be found does not."""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=copy / "tests", env=environment, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode in (0, 1) or done.returncode < 0:
+        return done.returncode == 0
+    raise SystemExit(f"the tests {' '.join(tests)} could not be run:\n{done.stdout}{done.stderr}")
+
+
+def check(copy: Path, build: Path, breakage: Breakage) -> bool:
+    """True if the tests notice it. The copy is whole again afterwards."""
+    path = copy / breakage.file
+    whole = path.read_text()
+    if whole.count(breakage.right) != 1:
+        raise SystemExit(f"{breakage.name}: {breakage.file} has the text {whole.count(breakage.right)} times, not once:\n{breakage.right}")
+    path.write_text(whole.replace(breakage.right, breakage.wrong))
+    native = breakage.file.startswith("csrc")
+    try:
+        if native:
+            build_native(copy, build)
+        return not passes(copy, breakage.tests)
+    finally:
+        path.write_text(whole)
+
+
+def main() -> None:
+    chosen = [b for b in BREAKAGES if not sys.argv[1:] or any(word in b.name for word in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as folder:
+        copy, build = Path(folder) / "copy", Path(folder) / "build"
+        copy.mkdir()
+        copy_sources(copy)
+        built = {path: path.read_bytes() for path in (copy / "sam_fast").glob("_cpu*.so")}
+        if any(b.file.startswith("csrc") for b in chosen):
+            build_native(copy, build)
+            built = {path: path.read_bytes() for path in (copy / "sam_fast").glob("_cpu*.so")}
+        every = tuple(sorted({test for b in chosen for test in b.tests}))
+        if not passes(copy, every):
+            raise SystemExit("the tests fail on sources that nothing was done to")
+        caught = 0
+        for breakage in chosen:
+            begin = time.monotonic()
+            noticed = check(copy, build, breakage)
+            for path, content in built.items():  # whole sources have the whole module, though its build is out of date
+                path.write_bytes(content)
+            caught += noticed
+            print(f"{'caught' if noticed else 'SURVIVED'}  {time.monotonic() - begin:4.0f} s  {breakage.name}", flush=True)
+    print(f"{caught} / {len(chosen)} caught")
+    sys.exit(caught != len(chosen))
+
+
+if __name__ == "__main__":
+    main()
