@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,32 @@ def test_wrong_checksum_is_refused(tmp_path):
     path.write_bytes(idx_bytes(IMAGES))
     with pytest.raises(DemoError, match="SHA-256"):
         read_idx(path, sha256="0" * 64)
+
+
+class Endless(io.RawIOBase):
+    """A server's answer that never ends, or ends early."""
+
+    def __init__(self, announced: str, size: int) -> None:
+        self.headers = {"Content-Length": announced}
+        self.left = size
+
+    def read(self, size: int = -1) -> bytes:
+        size = min(size, self.left)
+        self.left -= size
+        return bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("announced", "size", "words"),
+    [("", 10**12, "longer than 1,000,000 bytes"), ("10", 10**12, "longer than"), ("5000", 4000, "4,000 of 5,000 bytes arrived")],
+    ids=["endless", "lies", "cut off"],
+)
+def test_a_download_that_is_too_large_is_given_up(announced, size, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_DOWNLOAD", 1_000_000)
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda *_, **__: Endless(announced, size))
+    with pytest.raises(DemoError, match=words):
+        fetch._download("https://example.org/images", tmp_path / "images", time.monotonic() + 60)
+    assert (tmp_path / "images").stat().st_size <= 1_000_000
 
 
 def write_set(folder: Path) -> None:

@@ -40,11 +40,22 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder of the build."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def built(checkout: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """``python -m build``: the sdist, the wheel made from the sdist, and what the build printed. Without CUDA: nvcc is slow, and the environment
     that runs these tests was built by the same setup.py with it where it is."""
     dist = tmp_path_factory.mktemp("dist")
-    output = run(sys.executable, "-m", "build", "--outdir", dist, cwd=checkout, SAM_FAST_CUDA="0")
+    # What pip itself needs of the real home folder: its settings, and its cache.
+    pip = {"PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(Path.home() / ".cache/pip"))}
+    for path in (Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf"):
+        if path.is_file():
+            pip["PIP_CONFIG_FILE"] = str(path)
+    output = run(sys.executable, "-m", "build", "--outdir", dist, cwd=checkout, SAM_FAST_CUDA="0", HOME=str(home), **pip)
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     return sdist, wheel, output
 
@@ -105,6 +116,13 @@ def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
         "Makefile",
     ]
     assert not set(needed) - names
+
+
+@pytest.mark.slow
+def test_a_build_writes_nothing_outside_its_folders(built, checkout, home):
+    assert list(home.rglob("*")) == []
+    assert {path.name for path in checkout.iterdir()} - {path.name for path in ROOT.iterdir()} <= {"build", "dist", "sam_fast.egg-info"}
+    assert {path.name for path in built[0].parent.iterdir()} == {built[0].name, built[1].name}
 
 
 @pytest.mark.slow

@@ -46,11 +46,16 @@ def build_native(copy: Path, build: Path) -> None:
     subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
 
 
-def passes(copy: Path, tests: tuple[str, ...]) -> bool:
-    """Whether the tests pass on the copy. A crash of the interpreter counts as noticed, a test that could not be found does not."""
+def passes(copy: Path, tests: tuple[str, ...], *, show: bool = False) -> bool:
+    """Whether the tests pass on the copy; ``show`` prints what failed.
+
+    A crash of the interpreter counts as noticed, a test that could not be found does not.
+    """
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=copy / "tests", env=environment, capture_output=True, text=True, check=False, timeout=600)
+    if show and done.returncode:
+        print(done.stdout[-3000:], done.stderr[-1000:])
     if done.returncode in (0, 1) or done.returncode < 0:
         return done.returncode == 0
     raise SystemExit(f"the tests {' '.join(tests)} could not be run:\n{done.stdout}{done.stderr}")
@@ -83,7 +88,7 @@ def main() -> None:
             build_native(copy, build)
             built = {path: path.read_bytes() for path in (copy / "sam_fast").glob("_cpu*.so")}
         every = tuple(sorted({test for b in chosen for test in b.tests}))
-        if not passes(copy, every):
+        if not passes(copy, every, show=True):
             raise SystemExit("the tests fail on sources that nothing was done to")
         caught = 0
         for breakage in chosen:
