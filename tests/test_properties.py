@@ -1,6 +1,7 @@
 """Random optimizers and random sequences of calls, compared after every call with a slow model of the optimizer (model_of_sam.py).
 
-The profile ``ci`` (the default) tries 300 sequences, ``nightly`` 10,000: ``SAM_FAST_HYPOTHESIS=nightly python -m pytest tests/test_properties.py``.
+The profile ``ci`` (the default) tries 300 sequences, ``nightly`` 10,000, a number that many:
+``SAM_FAST_HYPOTHESIS=nightly python -m pytest tests/test_properties.py``.
 """
 
 from __future__ import annotations
@@ -24,20 +25,16 @@ from torch import Tensor, nn
 
 from sam_fast import SAM
 
-CASES = {"ci": 300, "nightly": 10_000}
 PROFILE = os.environ.get("SAM_FAST_HYPOTHESIS", "ci")
-for name, cases in CASES.items():
-    # Reproducible in CI: a failure there is one anybody can have again. The night looks for new ones.
-    settings.register_profile(
-        f"sam_fast-{name}",
-        max_examples=cases,
-        deadline=None,
-        derandomize=name == "ci",
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
-profile = settings.get_profile(f"sam_fast-{PROFILE}")
+CASES = {"ci": 300, "nightly": 10_000}
+profile = settings(
+    max_examples=CASES[PROFILE] if PROFILE in CASES else int(PROFILE),
+    deadline=None,
+    derandomize=PROFILE == "ci",  # a failure in CI is one that anybody can have again; the night looks for new ones
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
 
 EPS = 1e-12
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -192,7 +189,8 @@ class Run:
         moved = {id(p): w for p, w in expected}
         for p, w in zip(self.params, before, strict=True):
             if id(p) not in moved or not math.isfinite(found):
-                assert same_bits([p], [w])
+                # NaN stays NaN; its payload may not survive the way through float32 (it is back after restore).
+                assert same_bits([p.nan_to_num(7.0)], [w.nan_to_num(7.0)])
                 continue
             compute = EPSILON[torch.float64 if p.dtype == torch.float64 else torch.float32]
             e = (moved[id(p)] - w.double()).abs()
@@ -375,7 +373,7 @@ class Run:
         return None
 
 
-@settings(profile)
+@profile
 @given(made=optimizers(), sequence=st.lists(calls, min_size=6, max_size=20))
 def test_every_call_does_what_the_model_does(made: tuple[SAM, list[nn.Parameter]], sequence: list[tuple[Any, ...]]) -> None:
     run = Run(*made)
