@@ -7,6 +7,7 @@ time; the base optimizer's step is taken by a copy of the base optimizer itself,
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]
                 t = wide(p).abs() + group["eta"] if group["adaptive"] else torch.ones((), dtype=torch.float64)
                 terms.append((t * wide(p.grad)).abs().square().sum())
                 moving.append((p, group, t))
+            elif group["adaptive"] and optimizer._perturbation.flatten and not p.isfinite().all():
+                terms.append(torch.tensor(math.nan, dtype=torch.float64))  # docs/guarantees.md: not told from a gradient of zeros
     norm = float(torch.stack(terms).sum().sqrt()) if terms else 0.0
     finite = norm - norm == 0.0
     results = []

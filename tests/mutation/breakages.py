@@ -1,4 +1,4 @@
-"""What ``run.py`` breaks: a text of a source, what it is replaced with, and the smallest set of test files that must notice."""
+"""What ``run.py`` breaks: a text of a source, what it is replaced with, and the smallest set of tests that must notice."""
 
 from __future__ import annotations
 
@@ -14,68 +14,113 @@ class Breakage:
     tests: tuple[str, ...]
 
 
-PERTURB = ("kernels/test_perturb.py",)
-NORM = ("kernels/test_grad_norm.py",)
-COPY = ("kernels/test_copy.py",)
-STEP = ("kernels/test_restore_step.py",)
-WEIGHTS = ("test_weights.py",)
-STATE = ("test_state_dict.py", "test_protocol.py")
-FAULTS = ("test_faults.py",)
-
 BREAKAGES = [
     # ---- C++ kernels
-    Breakage("wrong sign of e", "csrc/sam_math.h", "return w + g * scale;", "return w - g * scale;", PERTURB),
-    Breakage("ASAM with T instead of T squared", "csrc/sam_math.h", "return w + (t * t * g) * scale;", "return w + (t * g) * scale;", PERTURB),
-    Breakage("a norm that is infinite climbs", "csrc/sam_math.h", "return norm - norm == 0.0;", "return norm == norm;", PERTURB),
+    Breakage("wrong sign of e", "csrc/sam_math.h", "return w + g * scale;", "return w - g * scale;", ("kernels/test_perturb.py::test_one_tensor",)),
+    Breakage(
+        "ASAM with T instead of T squared",
+        "csrc/sam_math.h",
+        "return w + (t * t * g) * scale;",
+        "return w + (t * g) * scale;",
+        ("kernels/test_perturb.py::test_adaptive",),
+    ),
+    Breakage(
+        "a norm that is infinite climbs",
+        "csrc/sam_math.h",
+        "return norm - norm == 0.0;",
+        "return norm == norm;",
+        ("kernels/test_perturb.py::test_non_finite_norm_moves_nothing_and_restores",),
+    ),
     Breakage(
         "zero gradient divides zero by zero",
         "csrc/sam_math.h",
         "return norm + eps > 0.0 ? rho / (norm + eps) : 0.0;",
         "return rho / (norm + eps);",
-        (*PERTURB, *WEIGHTS),
+        ("test_weights.py::test_zero_gradient_moves_nothing_without_perturb_eps_either",),
     ),
-    Breakage("the tail of a chunk is not moved", "csrc/cpu/perturb.cpp", "      std::memcpy(w + i, w_tail, bytes);\n", "", PERTURB),
-    Breakage("the tail of a chunk is not backed up", "csrc/cpu/perturb.cpp", "      std::memcpy(flat + i, flat_tail, bytes);\n", "", PERTURB),
     Breakage(
-        "the tail of a chunk is not in the norm", "csrc/cpu/grad_norm.cpp", "    accumulate<T, Adaptive>(sums, w_tail, g_tail, eta);\n", "", NORM
+        "the tail of a chunk is not moved",
+        "csrc/cpu/perturb.cpp",
+        "      std::memcpy(w + i, w_tail, bytes);\n",
+        "",
+        ("kernels/test_perturb.py::test_one_tensor",),
     ),
-    Breakage("a row without a gradient keeps an old partial sum", "csrc/cpu/grad_norm.cpp", "        a.partials[i] = 0.0;\n", "", NORM),
+    Breakage(
+        "the tail of a chunk is not backed up",
+        "csrc/cpu/perturb.cpp",
+        "      std::memcpy(flat + i, flat_tail, bytes);\n",
+        "",
+        ("kernels/test_perturb.py::test_backup_holds_the_weights_in_their_slots",),
+    ),
+    Breakage(
+        "the tail of a chunk is not in the norm",
+        "csrc/cpu/grad_norm.cpp",
+        "    accumulate<T, Adaptive>(sums, w_tail, g_tail, eta);\n",
+        "",
+        ("kernels/test_grad_norm.py::test_one_tensor",),
+    ),
+    Breakage(
+        "a row without a gradient keeps an old partial sum",
+        "csrc/cpu/grad_norm.cpp",
+        "        a.partials[i] = 0.0;\n",
+        "",
+        ("kernels/test_grad_norm.py::test_row_without_gradient_is_not_counted",),
+    ),
     Breakage(
         "the last chunk of all is not restored",
         "csrc/cpu/parallel.h",
         "  work(Range{0, chunks.size});",
         "  work(Range{0, chunks.size - 1});",
-        (*COPY, *PERTURB),
+        ("kernels/test_copy.py::test_round_trip",),
     ),
     Breakage(
         "a row that was never saved is restored",
         "csrc/cpu/copy.cpp",
         "if (a.rows[c.row] == 0 || (!ToFlat && a.saved[c.row] == 0)) continue;",
         "if (a.rows[c.row] == 0) continue;",
-        (*COPY, *WEIGHTS),
+        (
+            "kernels/test_perturb.py::test_rows_without_gradient_are_neither_moved_nor_saved",
+            "test_weights.py::test_gradient_that_appears_between_the_passes",
+        ),
     ),
-    Breakage("momentum without dampening", "csrc/cpu/restore_sgd.cpp", "keep(L::all(1.0 - group.dampening))", "keep(L::all(1.0))", STEP),
+    Breakage(
+        "momentum without dampening",
+        "csrc/cpu/restore_sgd.cpp",
+        "keep(L::all(1.0 - group.dampening))",
+        "keep(L::all(1.0))",
+        ("kernels/test_restore_step.py::test_against_float64",),
+    ),
     Breakage(
         "AdamW decays through the gradient",
         "csrc/cpu/restore_adam.cpp",
         "else if (group.decoupled == 0.0) step_chunk<T, Decay::coupled>",
         "else if (group.decoupled != 0.0) step_chunk<T, Decay::coupled>",
-        STEP,
-    ),
-    Breakage("Adam's step is not counted", "csrc/cpu/restore_adam.cpp", "    *step += 1.0f;\n", "", STEP),
-    Breakage(
-        "the fused step starts from w + e", "csrc/cpu/update.h", "a.saved[c.row] != 0 ? static_cast<const Bits*>(a.flat) + c.slot : to;", "to;", STEP
+        ("kernels/test_restore_step.py::test_against_float64",),
     ),
     Breakage(
-        "address 0 of a freed storage", "csrc/gather.cpp", "  if (t.data == nullptr) return false;", "  if (t.data == nullptr) return true;", FAULTS
+        "Adam's step is not counted", "csrc/cpu/restore_adam.cpp", "    *step += 1.0f;\n", "", ("kernels/test_restore_step.py::test_against_float64",)
     ),
-    Breakage("a changed dtype is not noticed", "csrc/gather.cpp", "t.dtype.bits == record.dtype_bits && ", "", ("test_addresses.py", *COPY)),
+    Breakage(
+        "the fused step starts from w + e",
+        "csrc/cpu/update.h",
+        "a.saved[c.row] != 0 ? static_cast<const Bits*>(a.flat) + c.slot : to;",
+        "to;",
+        ("test_fused_step.py::test_a_hundred_steps_are_those_of_the_base_optimizer",),
+    ),
+    Breakage(
+        "address 0 of a freed storage",
+        "csrc/gather.cpp",
+        "  if (t.data == nullptr) return false;",
+        "  if (t.data == nullptr) return true;",
+        ("test_faults.py::TestStorageResizedToNothing",),
+    ),
+    Breakage("a changed dtype is not noticed", "csrc/gather.cpp", "t.dtype.bits == record.dtype_bits && ", "", ("test_addresses.py",)),
     Breakage(
         "changed strides are not noticed",
         "csrc/gather.cpp",
         "same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || record.empty);",
         "same = t.shape[d] == record.shape[d];",
-        ("test_addresses.py", *WEIGHTS),
+        ("test_addresses.py",),
     ),
     # ---- Optimizer
     Breakage(
@@ -83,52 +128,73 @@ BREAKAGES = [
         "sam_fast/backends/addresses.py",
         "                if not options.perturb[group]:\n",
         "                if not options.perturb[group] or group == 0:\n",
-        (*NORM, *WEIGHTS),
+        ("test_weights.py::test_the_norm_is_one_number_over_all_groups",),
     ),
     Breakage(
         "norms of several buckets are not added",
         "sam_fast/perturbation.py",
         "bucket.backend.perturb(bucket, options, sums.partials, self.eps, sums.norm)",
         "bucket.backend.perturb(bucket, options, _, self.eps, sums.norm)",
-        ("test_bucket.py", *WEIGHTS),
+        ("test_bucket.py::test_mixed_dtypes_and_layouts_share_one_norm",),
     ),
     Breakage(
         "restore is skipped for a gradient that vanished",
         "sam_fast/backends/cpu.py",
         "        if left:  # rows whose gradient vanished between the passes\n",
         "        if False:\n",
-        ("test_fused_step.py", *WEIGHTS),
+        (
+            "test_weights.py::test_gradient_that_vanishes_between_the_passes",
+            "test_fused_step.py::test_a_gradient_that_vanishes_or_appears_between_the_passes",
+        ),
     ),
-    Breakage("maximize climbs", "sam_fast/backends/base.py", '(-rho if group.get("maximize", False) else rho, ', "(rho, ", WEIGHTS),
+    Breakage(
+        "maximize climbs",
+        "sam_fast/backends/base.py",
+        '(-rho if group.get("maximize", False) else rho, ',
+        "(rho, ",
+        ("test_weights.py::test_maximize_descends",),
+    ),
     Breakage(
         "weights stay perturbed when the second pass raises",
         "sam_fast/sam.py",
         "                    with random_state.replayed():\n                        yield\n        except BaseException:\n            self.restore()",
         "                    with random_state.replayed():\n                        yield\n        except BaseException:",
-        WEIGHTS,
+        ("test_weights.py::test_weights_come_back_when_the_second_pass_raises",),
     ),
     Breakage(
         "weights stay perturbed when Ctrl-C is pressed",
         "sam_fast/perturbation.py",
         "            self._touched = self._saved_params()\n            _announce(self._touched)\n        except BaseException:\n",
         "            self._touched = self._saved_params()\n            _announce(self._touched)\n        except Exception:\n",
-        (*WEIGHTS, *FAULTS),
+        ("test_weights.py::test_a_first_step_that_fails_half_way_leaves_no_trace",),
     ),
-    Breakage("version counters stand still", "sam_fast/perturbation.py", "    increment_version(written)\n", "", WEIGHTS),
-    Breakage("autocast keeps old casts", "sam_fast/perturbation.py", "    torch.clear_autocast_cache()\n", "", ("test_amp.py",)),
+    Breakage(
+        "version counters stand still",
+        "sam_fast/perturbation.py",
+        "    increment_version(written)\n",
+        "",
+        ("test_weights.py::test_a_stale_graph_is_an_error",),
+    ),
+    Breakage(
+        "autocast keeps old casts",
+        "sam_fast/perturbation.py",
+        "    torch.clear_autocast_cache()\n",
+        "",
+        ("test_amp.py::test_both_passes_in_one_autocast_region_see_their_own_weights",),
+    ),
     Breakage(
         "momentum is lost on load",
         "sam_fast/sam.py",
         "        self.base_optimizer.load_state_dict(state_dict)\n",
         '        self.base_optimizer.load_state_dict({**state_dict, "state": {}})\n',
-        STATE,
+        ("test_state_dict.py::test_a_run_resumed_from_a_file_goes_on_with_the_same_bits",),
     ),
     Breakage(
         "loading leaves SAM's options out",
         "sam_fast/sam.py",
         "        self._fill_in_options(self.param_groups)\n        for post_hook",
         "        for post_hook",
-        STATE,
+        ("test_protocol.py",),
     ),
     Breakage(
         "a refused group stays",
@@ -142,38 +208,42 @@ BREAKAGES = [
         "sam_fast/sam.py",
         "        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():",
         "        for pre_hook in reversed(self._optimizer_load_state_dict_pre_hooks.values()):",
-        ("test_conformance.py",),
+        ("test_conformance.py::test_hooks_run_in_torchs_order",),
     ),
     Breakage(
         "gradients of a step that was given up count as new",
         "sam_fast/sam.py",
         "                self._mark_spent()  # they belong to a step that was given up\n",
         "",
-        ("test_steps.py",),
+        ("test_steps.py::test_gradients_of_a_closure_that_raised_are_no_first_pass_of_the_next_batch",),
     ),
     Breakage(
         "an overflow of the first pass is not told to the scaler",
         "sam_fast/amp.py",
         "        overflow |= ~norm.isfinite().to(overflow.device)\n",
         "        pass\n",
-        ("test_amp.py",),
+        ("test_amp.py::test_after_an_overflow_everything_is_as_it_was_but_the_scale",),
     ),
     Breakage(
         "BatchNorm's counter is not restored",
         "sam_fast/batchnorm.py",
         'return name.startswith(("running_", "moving_")) or name == "num_batches_tracked"',
         'return name.startswith(("running_", "moving_"))',
-        ("test_batchnorm.py", "test_batchnorm_training.py"),
+        ("test_batchnorm.py",),
     ),
     Breakage(
         "BatchNorm's statistics stay when the body raises",
         "sam_fast/batchnorm.py",
         "    try:\n        yield\n    finally:\n        snapshot.restore()\n",
         "    yield\n    if True:\n        snapshot.restore()\n",
-        ("test_batchnorm_switches.py",),
+        ("test_batchnorm_switches.py::test_frozen_ends_however_the_body_ends",),
     ),
     Breakage(
-        "the second pass draws other masks", "sam_fast/passes.py", "        self.apply()\n        try:\n", "        try:\n", ("test_passes.py",)
+        "the second pass draws other masks",
+        "sam_fast/passes.py",
+        "        self.apply()\n        try:\n",
+        "        try:\n",
+        ("test_passes.py",),
     ),
     Breakage("flatten counts a gradient that is gone", "sam_fast/flat.py", "                    view.zero_()\n", "", ("test_flatten.py",)),
     Breakage(
@@ -181,10 +251,20 @@ BREAKAGES = [
         "sam_fast/backends/addresses.py",
         "            self._gather = make_gather([row if tensor is None else tensor for tensor",
         "            self._tensors = list(tensors)\n            self._gather = make_gather([row if tensor is None else tensor for tensor",
-        FAULTS,
+        ("test_faults.py::test_second_step_interrupted_anywhere",),
     ),
-    Breakage("empty parameters count their steps twice", "sam_fast/backends/torch.py", "    steps_empty_rows = True\n", "", ("test_fused_step.py",)),
     Breakage(
-        "a gradient of another shape is broadcast", "sam_fast/backends/base.py", "    if grad.shape != param.shape:\n", "    if False:\n", WEIGHTS
+        "empty parameters count their steps twice",
+        "sam_fast/backends/torch.py",
+        "    steps_empty_rows = True\n",
+        "",
+        ("test_fused_step.py::test_a_parameter_without_elements_counts_its_steps_once",),
+    ),
+    Breakage(
+        "a gradient of another shape is broadcast",
+        "sam_fast/backends/base.py",
+        "    if grad.shape != param.shape:\n",
+        "    if False:\n",
+        ("test_weights.py::test_gradient_of_another_shape_is_refused_and_nothing_has_moved",),
     ),
 ]
