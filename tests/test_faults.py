@@ -44,6 +44,7 @@ class Case:
         groups = [{"params": self.params[:1]}, {"params": self.params[1:2], "perturb": False}, {"params": self.params[2:]}]
         self.options = options
         self.optimizer = SAM(groups, base, lr=0.1, rho=0.5, backend=backend, flatten=flatten, **options)
+        self.optimizer.zero_grad()  # imports what PyTorch imports late, before anything is counted
         self.give(1)
         self.optimizer.first_step()
         self.give(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -11,6 +12,7 @@ TEXT = (ROOT / "docs" / "guarantees.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", TEXT)))
 
 
+@cache
 def functions_of(file: str) -> set[str]:
     found = set()
     for node in ast.parse((ROOT / file).read_text()).body:

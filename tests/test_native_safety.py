@@ -220,7 +220,7 @@ def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: 
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.stdout.endswith("fine\n"), done.stdout + done.stderr
 
 
