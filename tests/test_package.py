@@ -120,7 +120,7 @@ def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
 
 @pytest.mark.slow
 def test_a_build_writes_nothing_outside_its_folders(built, checkout, home):
-    assert list(home.rglob("*")) == []
+    assert {path.name for path in home.iterdir()} <= {".rustup"}  # pip asks rustc for its version, and rustup, where it is, makes a note
     assert {path.name for path in checkout.iterdir()} - {path.name for path in ROOT.iterdir()} <= {"build", "dist", "sam_fast.egg-info"}
     assert {path.name for path in built[0].parent.iterdir()} == {built[0].name, built[1].name}
 
