@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import BACKENDS, INTERPRETED, RESTRICTED, device_of
+from processes import Group, group_of
 
 if INTERPRETED:
     import interpreter  # noqa: F401  (makes it faster)
@@ -59,3 +60,16 @@ def _same_everywhere() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Group]:
+    """Two processes (tests/processes.py), for all tests of a file."""
+    with group_of(2) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Group]:
+    with group_of(4) as group:
+        yield group

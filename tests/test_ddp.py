@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import same_bits, values
 from parallel import RHO, SGD, TOLERANCE, batches, collectives, each_its_own, my_share, network, one_process, train, weights
-from processes import Group, group_of
+from processes import group_of
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -18,18 +17,6 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_fast import SAM
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    with group_of(2) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Group]:
-    with group_of(4) as group:
-        yield group
 
 
 def equal(found: list[list[Tensor]], expected: list[Tensor]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import make_params, same_bits, values
 from parallel import RHO, SGD, TOLERANCE, batches, my_share, network, train, weights
-from processes import Group, group_of
+from processes import group_of
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
@@ -28,18 +27,6 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 SAVED, STEPS = 3, 6
 """After so many steps a checkpoint is saved; after so many all is over."""
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Group]:
-    with group_of(4) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    with group_of(2) as group:
-        yield group
 
 
 def make(kind: str, base: str) -> tuple[nn.Module, SAM]:
