@@ -14,7 +14,7 @@ struct Corrections {
   double root_correction;
 };
 
-enum class Decay { none, coupled, decoupled };
+enum class Decay { coupled, decoupled };  // none is decoupled, with a factor of 1
 
 template <class T, Decay D, bool AmsGrad>
 struct AdamStep {
@@ -80,8 +80,7 @@ void restore_adam_of(const RestoreAdamArgs& a, const std::vector<Corrections>& c
   for_updated_chunks<T>(a.update, [&](const Chunk& c, const auto* from, auto* to, const auto* g, const Output& output) {
     const AdamGroup& group = a.groups[c.group];
     const Corrections& row = corrections[static_cast<size_t>(c.row)];
-    if (group.weight_decay == 0.0) step_chunk<T, Decay::none>(a, row, c, from, to, g, output);
-    else if (group.decoupled == 0.0) step_chunk<T, Decay::coupled>(a, row, c, from, to, g, output);
+    if (group.decoupled == 0.0 && group.weight_decay != 0.0) step_chunk<T, Decay::coupled>(a, row, c, from, to, g, output);
     else step_chunk<T, Decay::decoupled>(a, row, c, from, to, g, output);
   });
 }

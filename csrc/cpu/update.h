@@ -20,12 +20,13 @@ struct Lanes {
   using C = Vec<Compute, kWidth>;
   static inline C read(const Bits* p) { return Storage<T>::template widen<kWidth>(load<Vec<Bits, kWidth>>(p)); }
   static inline void write(Bits* p, C v) { store(p, Storage<T>::template narrow<kWidth>(v)); }
-  // Past: past the caches. Stochastic: rounded with `dice`.
-  template <bool Past, bool Stochastic>
-  static inline void write_weight(Bits* p, C v, [[maybe_unused]] const Dice& dice) {
-    Vec<Bits, kWidth> bits;
-    if constexpr (Stochastic) bits = Storage<T>::template narrow<kWidth>(v, dice);
-    else bits = Storage<T>::template narrow<kWidth>(v);
+  // Past: past the caches. With `dice` rounded stochastically. A template parameter would double the code for less than can be measured.
+  template <bool Past>
+  static inline void write_weight(Bits* p, C v, [[maybe_unused]] const Dice* dice, [[maybe_unused]] int64_t i) {
+    Vec<Bits, kWidth> bits = Storage<T>::template narrow<kWidth>(v);
+    if constexpr (kRounded<T>) {
+      if (dice != nullptr) bits = Storage<T>::template narrow<kWidth>(v, dice->at(i));
+    }
     if constexpr (Past) stream(p, bits);
     else store(p, bits);
   }
@@ -44,9 +45,9 @@ struct Output {
 
 // step.apply(from, g, states) on every vector of n elements gives its new weight, from the weight at `from` and the gradient, and updates the K arrays of
 // the base optimizer's state.
-template <class T, bool Past, bool Stochastic, int K, class Step>
+template <class T, bool Past, int K, class Step>
 inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bits* from, typename Lanes<T>::Bits* to,
-                        const typename Lanes<T>::Bits* g, const States<T, K>& states, const Dice& dice) {
+                        const typename Lanes<T>::Bits* g, const States<T, K>& states, const Dice* dice) {
   using L = Lanes<T>;
   using Bits = typename Lanes<T>::Bits;
   constexpr int kWidth = Lanes<T>::kWidth;
@@ -59,9 +60,9 @@ inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bi
   for (; i + 2 * kWidth <= n; i += 2 * kWidth)
     for (int k = 0; k < 2; ++k) {
       const int64_t j = i + k * kWidth;
-      L::template write_weight<Past, Stochastic>(to + j, step.apply(from + j, g + j, at(j)), dice.at(j));
+      L::template write_weight<Past>(to + j, step.apply(from + j, g + j, at(j)), dice, j);
     }
-  for (; i + kWidth <= n; i += kWidth) L::template write_weight<Past, Stochastic>(to + i, step.apply(from + i, g + i, at(i)), dice.at(i));
+  for (; i + kWidth <= n; i += kWidth) L::template write_weight<Past>(to + i, step.apply(from + i, g + i, at(i)), dice, i);
   if (i == n) return;
   const size_t bytes = static_cast<size_t>(n - i) * sizeof(Bits);
   Bits tails[K + 3][kWidth] = {};
@@ -72,7 +73,7 @@ inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bi
     std::memcpy(tails[s], states[s] + i, bytes);
     state_tails[s] = tails[s];
   }
-  L::template write_weight<false, Stochastic>(tails[K + 2], step.apply(tails[K], tails[K + 1], state_tails), dice.at(i));
+  L::template write_weight<false>(tails[K + 2], step.apply(tails[K], tails[K + 1], state_tails), dice, i);
   std::memcpy(to + i, tails[K + 2], bytes);
   for (int s = 0; s < K; ++s) std::memcpy(states[s] + i, tails[s], bytes);
 }
@@ -80,15 +81,9 @@ inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bi
 template <class T, int K, class Step>
 inline void for_vectors(int64_t n, const Step& step, const typename Lanes<T>::Bits* from, typename Lanes<T>::Bits* to,
                         const typename Lanes<T>::Bits* g, const States<T, K>& states, const Output& output) {
-  if constexpr (kRounded<T>) {
-    if (output.stochastic) {
-      if (output.past_caches) for_vectors<T, true, true, K>(n, step, from, to, g, states, output.dice);
-      else for_vectors<T, false, true, K>(n, step, from, to, g, states, output.dice);
-      return;
-    }
-  }
-  if (output.past_caches) for_vectors<T, true, false, K>(n, step, from, to, g, states, output.dice);
-  else for_vectors<T, false, false, K>(n, step, from, to, g, states, output.dice);
+  const Dice* dice = output.stochastic ? &output.dice : nullptr;
+  if (output.past_caches) for_vectors<T, true, K>(n, step, from, to, g, states, dice);
+  else for_vectors<T, false, K>(n, step, from, to, g, states, dice);
 }
 
 // work(chunk, from, to, g, output) for every chunk of a row with a gradient.
