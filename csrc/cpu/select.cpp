@@ -8,6 +8,8 @@ namespace sam {
 extern const Kernels kernels_baseline;
 #ifdef SAM_X86_64
 extern const Kernels kernels_avx2;
+#endif
+#ifdef SAM_AVX512
 extern const Kernels kernels_avx512;
 #endif
 
@@ -16,9 +18,11 @@ const Kernels* select_kernels(const char* isa) {
 #ifdef SAM_X86_64
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+#ifdef SAM_AVX512
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (avx512 && chosen(kernels_avx512)) return &kernels_avx512;
+#endif
   if (avx2 && chosen(kernels_avx2)) return &kernels_avx2;
 #endif
   return chosen(kernels_baseline) ? &kernels_baseline : nullptr;

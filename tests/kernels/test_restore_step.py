@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, EPSILON, INTERPRETED, SIZES, make_params, normal, same_bits, values
+from cases import CHUNK, DTYPES, EMULATED, EPSILON, INTERPRETED, SIZES, make_params, normal, same_bits, values
 from torch import Tensor
 
 from sam_fast.amp import Scaling
 from sam_fast.backends.base import Backend, StateTensors
 from sam_fast.rounding import ROUNDED
 
+SLOW = INTERPRETED or EMULATED
 UNSCALED = Scaling(None, None)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -112,7 +113,7 @@ def assert_stepped(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float) 
 @cases
 def test_against_float64(step, operation, name, dtype):
     # In Triton's interpreter around one block, its masked part and one chunk, and not one number more.
-    params = make_params([0, 1, 17, 511, 2049, CHUNK + 5] if INTERPRETED else SIZES, dtype)
+    params = make_params([0, 1, 17, 511, 2049, CHUNK + 5] if SLOW else SIZES, dtype)
     start = values(params)
     state = make_state(operation, name, params)
     before = [row_state(state, i) for i in range(len(params))]
@@ -134,7 +135,7 @@ def test_against_float64(step, operation, name, dtype):
 
 @cases
 @pytest.mark.parametrize("shift", [0, 1, 3])
-@pytest.mark.parametrize("size", [1, 15, 17, 16_385, *([] if INTERPRETED else [300_001])])
+@pytest.mark.parametrize("size", [1, 15, 17, 16_385, *([] if SLOW else [300_001])])
 def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
     """Weight, gradient and state in the middle of guarded tensors, at addresses of every alignment, small and large enough for streaming stores."""
 
