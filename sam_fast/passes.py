@@ -69,4 +69,7 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
                 stack.enter_context(module.no_sync())
             elif is_fsdp_module(module):
                 stack.enter_context(own_gradients(module))
+            elif hasattr(type(module), "set_requires_gradient_sync"):
+                module.set_requires_gradient_sync(False)
+                stack.callback(module.set_requires_gradient_sync, True)
         yield

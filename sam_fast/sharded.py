@@ -220,7 +220,8 @@ def _arrived(tensor: Tensor) -> Tensor:
 
 def is_fsdp_module(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to it."""
-    return hasattr(type(module), "set_requires_gradient_sync")
+    fsdp_module = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return fsdp_module is not None and isinstance(module, fsdp_module)
 
 
 def forget_gathered_weights(model: nn.Module) -> None:

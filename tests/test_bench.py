@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -130,7 +131,8 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     saved = tmp_path / "run.json"
     select = "(test_optimizer_step and SGD-efficientnet) or (test_op and grad_norm-float32-resnet50) or (test_batchnorm_snapshot and 53)"
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--smoke", "-k", select]
-    done = subprocess.run([*command, "--save", str(saved)], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist: it disables benchmarks
+    done = subprocess.run([*command, "--save", str(saved)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = Run.load(saved)
     assert {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "op grad_norm"} <= {r.group for r in run.records}
