@@ -38,7 +38,7 @@ def run_kernel_tests(module: Path, sanitizer: str, select: str) -> subprocess.Co
     return subprocess.run([*command, "kernels", "-k", select], cwd=TESTS, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("setarch") is None, reason="needs setarch (util-linux)")
 @pytest.mark.parametrize(
     ("sanitizer", "file", "right", "wrong", "report"),

@@ -87,6 +87,7 @@ def test_the_json_holds_every_figure_and_setting(tiny_run):
         assert len(summary["sharpness"]["values"]) == 2
 
 
+@pytest.mark.nightly
 def test_adamw_and_asam_run(tmp_path):
     done = demo(
         *("--dataset", "digits", "--epochs", "1", "--train-size", "200", "--seed", "3", "--adaptive", "--optimizer", "adamw", "sam-adamw"),

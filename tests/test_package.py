@@ -200,7 +200,7 @@ def test_installed_wheel_works_and_explains_itself(built, tmp_path):
     assert "cpu" in run(python, "-m", "sam_fast", "info", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_a_compiler_the_package_runs_on_torch_and_says_why(checkout, tmp_path):
     """SAM_FAST_NATIVE=0 on a machine without compilers: a pure-Python wheel, one warning, and right results."""
     run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "-w", tmp_path, cwd=checkout, SAM_FAST_NATIVE="0", CC="false", CXX="false")
@@ -229,7 +229,7 @@ print("fine")
     assert "fine" in run(python, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_build_without_a_compiler_says_what_to_do(checkout, tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path)]
     done = subprocess.run(command, cwd=checkout, env={**os.environ, "CXX": "/nonexistent/c++", "SAM_FAST_CUDA": "0"}, capture_output=True, text=True)
