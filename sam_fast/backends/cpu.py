@@ -123,24 +123,21 @@ class CpuBackend(AddressBackend):
 
     def _restore_and_step(self, kernel: Callable[..., int], bucket: Bucket, state: StateTensors, scaling: Scaling, names: tuple[str, ...]) -> None:
         table: CpuTable = bucket.table
-        if scaling.found_inf is not None and float(scaling.found_inf) != 0.0:
-            left = len(bucket.rows)
-        else:
-            left = kernel(
-                DTYPE_CODES[bucket.dtype],
-                table.chunks_address,
-                table.num_chunks,
-                len(bucket.rows),
-                table.weights_address,
-                table.grads_address,
-                table.saved_address,
-                bucket.flat.data_ptr(),
-                scaling.grad_factor(),
-                state.rounding_key,
-                state.groups.buffer_info()[0],
-                *(table.states[name].address for name in names),
-                torch.get_num_threads(),
-            )
+        left = kernel(
+            DTYPE_CODES[bucket.dtype],
+            table.chunks_address,
+            table.num_chunks,
+            len(bucket.rows),
+            table.weights_address,
+            table.grads_address,
+            table.saved_address,
+            bucket.flat.data_ptr(),
+            scaling.grad_factor(),
+            state.rounding_key,
+            state.groups.buffer_info()[0],
+            *(table.states[name].address for name in names),
+            torch.get_num_threads(),
+        )
         table.all_saved = False
         table.release_copies()
         if left:  # rows whose gradient vanished between the passes
