@@ -149,7 +149,7 @@ class Bench:
             params = copies(start)
             optimizer = SAM(params, lr=0.0, backend=name)
             problem = Problem(start, options={"lr": 0.0})
-            problem.check({name: Method(optimizer, params)})
+            problem.check(name, Method(optimizer, params))
             Backward(params, problem.gradients())()
             contenders[name] = Contender(optimizer.first_step, finish=optimizer.restore)
         reference_params = copies(start)

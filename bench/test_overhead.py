@@ -24,7 +24,7 @@ def test_host_overhead(bench: Bench, tensors: int, flatten: bool) -> None:
     base, options, _ = BASES["SGD"]
     problem = Problem(make_params([[8]] * tensors, device=bench.device), base, options)
     target = peers.sam_fast(problem, flatten=flatten)
-    problem.check({"sam_fast": target})
+    problem.check("sam_fast", target)
     methods, _ = peers.make((peers.REFERENCE, peers.FOREACH), problem)
     gradients = problem.gradients()
     clock, bench.clock = bench.clock, HostClock(bench.device)

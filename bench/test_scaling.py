@@ -12,7 +12,7 @@ from bench.harness import Bench, Plan, Problem, make_params, settle_allocator
 from bench.test_optimizer_step import BASES
 
 BY_ELEMENTS, BY_TENSORS = "number of parameters", "number of tensors"
-ELEMENTS = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 200_000_000]
+ELEMENTS: list[Any] = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, pytest.param(200_000_000, marks=pytest.mark.full)]
 TENSORS = [1, 10, 100, 1000, 10_000]
 SPLIT = 100
 """Tensors for each number of elements."""
@@ -31,7 +31,7 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
         elements = min(elements, 10_000)
     problem = Problem(make_params([[max(elements // tensors, 1)]] * tensors, device=bench.device), base, options)
     target = peers.sam_fast(problem)
-    problem.check({"sam_fast": target})
+    problem.check("sam_fast", target)
     baselines, _ = peers.make((peers.REFERENCE,), problem)
     gradients = problem.gradients()
     before = torch.get_num_threads()

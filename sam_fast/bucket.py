@@ -94,6 +94,8 @@ class Bucket:
         self._layouts = [dense_layout(row) for row in self.rows]
         self.params = [[row] for row in self.rows] if params is None else list(params)
         self.all_params = [p for row in self.params for p in row]
+        self.owners = [params[0] for params in self.params]
+        self.empty_rows = [index for index, row in enumerate(self.rows) if row.numel() == 0]
         self._backup = backup
         self.table: Any = backend.attach(self)
 

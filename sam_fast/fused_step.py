@@ -11,7 +11,10 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from itertools import repeat
+from operator import is_, is_not
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -96,9 +99,11 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
     with perturbation.own_step_grads() as known:
         if not known:
             return False
+        # A gradient's Python object is made anew whenever nobody holds it.
+        grads = [[row.grad for row in bucket.rows] for bucket in buckets]
         states = []
-        for bucket in buckets:
-            state = _state_of(bucket, base, rule, rounding_key)
+        for bucket, its_grads in zip(buckets, grads, strict=True):
+            state = _state_of(bucket, base, rule, rounding_key, its_grads)
             if state is None or (ready.found_inf is not None and "step" in state.tensors and not state.device_steps):
                 return False
             states.append(state)
@@ -108,8 +113,10 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
     for bucket, state in zip(buckets, states, strict=True):
         if bucket.backend.steps_empty_rows:
             continue
-        for row, step in zip(bucket.rows, state.tensors.get("step", ()), strict=False):
-            if step is not None and row.numel() == 0 and not state.device_steps:
+        steps = state.tensors.get("step")
+        for row in bucket.empty_rows if steps is not None and not state.device_steps else ():
+            step = steps[row]  # type: ignore[index]
+            if step is not None:
                 step += 1  # the kernels never come to a row without elements
     return True
 
@@ -159,27 +166,64 @@ def _options_of(bucket: Bucket, base: Optimizer, rule: Rule) -> tuple[array[floa
     return table, learning_rates if any(lr is not None for lr in learning_rates) else []
 
 
-def _state_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | None) -> StateTensors | None:
-    """The options, and the state of every row that has a gradient; None if one of them has no complete state yet."""
-    options = _options_of(bucket, base, rule)
-    if options is None:
-        return None
+class _Columns:
+    """The base optimizer's state of a bucket's rows: for each name a column with a tensor, or None, for each row."""
+
+    def __init__(self, tensors: dict[str, list[Any]]) -> None:
+        self.tensors = tensors
+        self.right = all(tensor is None or isinstance(tensor, Tensor) for column in tensors.values() for tensor in column)
+        on_host = {step.device.type == "cpu" for step in tensors.get("step", ()) if step is not None} if self.right else set()
+        self.right = self.right and len(on_host) < 2
+        self.device_steps = False in on_host
+        self.host_steps = True in on_host
+
+    def same(self, tensors: dict[str, list[Any]]) -> bool:
+        return self.tensors.keys() == tensors.keys() and all(
+            len(column) == len(tensors[name]) and all(map(is_, column, tensors[name])) for name, column in self.tensors.items()
+        )
+
+
+_last_columns: WeakKeyDictionary[Bucket, _Columns] = WeakKeyDictionary()
+"""Those of the last step. Looking at ten thousand tensors takes longer than the kernels do; seeing that they are still the same does not."""
+
+
+def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor | None]) -> _Columns | None:
+    """The state of every row that has a gradient; None if one of them has no complete state yet."""
     names = [rule.state_names(group) for group in base.param_groups]
-    found: dict[str, list[Tensor | None]] = {name: [None] * len(bucket.rows) for name in rule.all_names}
-    for index, (row, group) in enumerate(zip(bucket.rows, bucket.groups, strict=True)):
-        if row.grad is None:
-            continue
-        state = base.state.get(bucket.params[index][0], {})
-        for name in names[group]:
-            tensor = local_tensor(state.get(name))
-            if not isinstance(tensor, Tensor):
-                return None
-            found[name][index] = tensor
-    on_host = {step.device.type == "cpu" for step in found.get("step", ()) if step is not None}
-    if len(on_host) > 1:
+    states = list(map(base.state.get, bucket.owners))
+    every_row = _count(states) == _count(grads) == len(grads)
+    found: dict[str, list[Any]] = {}
+    for name in rule.all_names:
+        takes = [name in of_group for of_group in names]
+        if every_row and all(takes):
+            column = [state.get(name) for state in states]  # type: ignore[union-attr]
+            wanted = len(grads)
+        else:
+            takers = [grad is not None and takes[group] for grad, group in zip(grads, bucket.groups, strict=True)]
+            column = [state.get(name) if takes_it and state is not None else None for state, takes_it in zip(states, takers, strict=True)]
+            wanted = sum(takers)
+        if _count(column) != wanted:
+            return None
+        found[name] = column
+    last = _last_columns.get(bucket)
+    if last is None or not last.same(found):
+        # A DTensor stays the same object while what this process holds of it changes: never the same as its local tensor.
+        last = _last_columns[bucket] = _Columns({name: list(map(local_tensor, column)) for name, column in found.items()})
+    return last if last.right else None
+
+
+def _count(items: list[Any]) -> int:
+    """How many are not None."""
+    return sum(map(is_not, items, repeat(None)))
+
+
+def _state_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | None, grads: list[Tensor | None]) -> StateTensors | None:
+    """The options, and the state of every row that has a gradient; None if a kernel cannot take it."""
+    options = _options_of(bucket, base, rule)
+    columns = None if options is None else _columns_of(bucket, base, rule, grads)
+    if options is None or columns is None:
         return None
-    device_steps = False in on_host
-    if True in on_host and bucket.device.type == "cuda":
+    if columns.host_steps and bucket.device.type == "cuda":
         base._cuda_graph_capture_health_check()  # a counter on the host would stand still in a graph: raises, as base.step() does
     table, learning_rates = options
-    return StateTensors(found, table, learning_rates, device_steps, rounding_key)
+    return StateTensors(columns.tensors, table, learning_rates, columns.device_steps, rounding_key)

@@ -298,7 +298,8 @@ class Perturbation:
                 if bucket is not source:
                     source.backend.release(source)
         finally:
-            _announce([*touched, *stepped])
+            same = len(touched) == len(stepped) and all(map(is_, touched, stepped))
+            _announce(touched if same else [*touched, *stepped])
         self._touched = []
         self.active = False
 

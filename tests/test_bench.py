@@ -81,7 +81,7 @@ def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
 def test_a_wrong_result_is_not_timed(mistake):
     problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
     method = sam_fast(problem)
-    problem.check({"right": sam_fast(problem)})
+    problem.check("right", sam_fast(problem))
     right = getattr(method.optimizer, mistake)
 
     def wrong() -> None:
@@ -91,7 +91,7 @@ def test_a_wrong_result_is_not_timed(mistake):
 
     setattr(method.optimizer, mistake, wrong)
     with pytest.raises(AssertionError, match="is wrong, so it is not timed"):
-        problem.check({"wrong": method})
+        problem.check("wrong", method)
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["", "adaptive"])
@@ -102,7 +102,7 @@ def test_every_baseline_makes_sam_s_step(name, adaptive):
     problem = Problem(make_params([[30, 7], [11], [64]]), torch.optim.AdamW, {"lr": 1e-4}, rho=0.5, adaptive=adaptive)
     method = MAKERS[name](problem)
     assert isinstance(method, Method)
-    problem.check({name: method})
+    problem.check(name, method)
 
 
 def test_a_round_times_every_stage_of_every_contender_once():

@@ -88,13 +88,21 @@ void restore_adam_of(const RestoreAdamArgs& a, const std::vector<Corrections>& c
 // Counts the step and computes what follows from its number.
 std::vector<Corrections> count_steps(const RestoreAdamArgs& a, const std::vector<int64_t>& group_of) {
   std::vector<Corrections> corrections(static_cast<size_t>(a.update.num_rows));
+  const AdamGroup* last_group = nullptr;  // rows mostly have their group and count in common
+  float last_step = 0.0f;
+  Corrections last{};
   for (int64_t row = 0; row < a.update.num_rows; ++row) {
     if (a.update.grads[row] == 0) continue;
     const AdamGroup& group = a.groups[group_of[static_cast<size_t>(row)]];
     float* step = reinterpret_cast<float*>(a.steps[row]);
     *step += 1.0f;
-    const double t = static_cast<double>(*step);
-    corrections[static_cast<size_t>(row)] = {-group.lr / (1.0 - std::pow(group.beta1, t)), std::sqrt(1.0 - std::pow(group.beta2, t))};
+    if (&group != last_group || *step != last_step) {
+      const double t = static_cast<double>(*step);
+      last = {-group.lr / (1.0 - std::pow(group.beta1, t)), std::sqrt(1.0 - std::pow(group.beta2, t))};
+      last_group = &group;
+      last_step = *step;
+    }
+    corrections[static_cast<size_t>(row)] = last;
   }
   return corrections;
 }
