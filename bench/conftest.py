@@ -53,20 +53,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
-    items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[int, int]:
+    part = item.callspec.params.get("part", 0) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else 0
+    return part, ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER)
 
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Bench]:
-    """The run's :class:`Bench`; the first record that the test makes is shown in pytest-benchmark's table."""
+    """The run's :class:`Bench`; the record that the test makes first is shown in pytest-benchmark's table."""
     collected = request.config.stash[BENCH]
     if time.monotonic() - request.config.stash[BEGIN] > 60 * request.config.getoption("--minutes"):
         collected.left_out.append(f"{request.node.name}: the time was up (--minutes)")
         pytest.skip("the time was up")
-    before = len(collected.records)
+    collected.shown = None
     yield collected
-    if len(collected.records) > before:
-        REPLAY.show(benchmark, collected.records[before])
+    if collected.shown is not None:
+        REPLAY.show(benchmark, collected.shown)
 
 
 @pytest.fixture

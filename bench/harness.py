@@ -26,6 +26,9 @@ COPY_BYTES = {"cpu": 64_000_000, "cuda": 1 << 30}
 WARMUP = 2
 """Rounds that are not counted."""
 
+PARTS = (0, 1)
+"""Cases whose setup is short are measured twice, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
+
 BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28, "first_step": 20}
 """Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies; restore_sgd reads
 backup, g and momentum and writes w and momentum; restore_adam the same with two moments."""
@@ -142,6 +145,8 @@ class Bench:
         """Does it run at all? Tiny shapes (shapes.shrink) and a few rounds; the figures say nothing."""
         self.clock = Clock(device)
         self.records: list[Record] = []
+        self.shown: Record | None = None
+        """What the last test has measured."""
         self.left_out: list[str] = []
 
     def copy(self) -> Contender:
@@ -183,9 +188,19 @@ class Bench:
             record = Record(name, case, target, by_name, elements, by_stage.get(stage), copy_rounds, COPY_BYTES[self.device] * 2, facts)
             record.facts["device"] = self.device
             record.facts["threads"] = torch.get_num_threads()
-            made.append(record)
-        self.records += made
+            made.append(self.add(record))
+        self.shown = made[0]
         return made
+
+    def add(self, record: Record) -> Record:
+        """Keep a record, or its rounds with those of the same case's earlier part. Returns what was kept."""
+        earlier = next((r for r in self.records if r.key == record.key and r.rounds.keys() == record.rounds.keys()), None)
+        if earlier is None:
+            self.records.append(record)
+            return record
+        earlier.rounds = {name: earlier.rounds[name] + rounds for name, rounds in record.rounds.items()}
+        earlier.copy_rounds = earlier.copy_rounds + record.copy_rounds
+        return earlier
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Each operation by itself, per backend and dtype: GB/s of the bytes that must move."""
+"""Each operation by itself, per dtype and (with --full) backend: GB/s of the bytes that must move."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_op(bench: Bench, op: str, dtype: str, shapes: str, adaptive: bool) -> N
     base, options, _ = BASES["AdamW" if op == "restore_adam" else "SGD"]
     start = make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device)
     problem = Problem(start, base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive)
-    names = usable(bench.device)
+    names = usable(bench.device) if bench.full else usable(bench.device)[:1]
     contenders: dict[str, Contender] = {}
     gradients: list[Tensor] = problem.gradients()
     for name in names:

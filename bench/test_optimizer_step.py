@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import peers
-from bench.harness import Bench, Plan, Problem, make_params, settle_allocator
+from bench.harness import PARTS, Bench, Plan, Problem, make_params, settle_allocator
 from bench.peers import COMPILED, FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.shapes import MODELS, SHAPES, elements
 from sam_fast import backends
@@ -22,9 +22,9 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 ALL = (REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH)
 SOME = (REFERENCE, REFERENCE_FUSED, FOREACH)
+FEW = (REFERENCE, FOREACH)
 BIG = 50_000_000
-"""Elements from which on a round takes seconds. The default selection then leaves out pytorch_optimizer with foreach, which is the slowest there,
-and the reference with a fused base."""
+"""Elements from which on a round takes seconds. The default selection then leaves out the slowest baselines."""
 
 
 def step_case(
@@ -59,25 +59,28 @@ def step_case(
         elements=problem.elements,
         bytes_moved=moved,
         total="optimizer step",
-        plan=plan or Plan(seconds=5.0, rounds=(9, 40)),
+        plan=plan or Plan(seconds=3.0, rounds=(6, 20) if elements(shapes) < BIG else (8, 8)),
         settings={name: method.settings for name, method in methods.items()},
     )
     settle_allocator()
 
 
 def step_cases() -> list[Any]:
-    models = [pytest.param(base, shapes) for base in BASES for shapes in MODELS]
-    extremes = [
-        pytest.param(base, shapes, marks=[] if base == "SGD" else [pytest.mark.full]) for base in BASES for shapes in SHAPES if shapes not in MODELS
+    return [
+        pytest.param(base, shapes, part, marks=[pytest.mark.full] if base != "SGD" and shapes not in MODELS else [])
+        for base in BASES
+        for shapes in SHAPES
+        for part in (PARTS if elements(shapes) < BIG and shapes in MODELS else PARTS[:1])
     ]
-    return models + extremes
 
 
-@pytest.mark.parametrize(("base", "shapes"), step_cases())
-def test_optimizer_step(bench: Bench, base: str, shapes: str) -> None:
+@pytest.mark.parametrize(("base", "shapes", "part"), step_cases())
+def test_optimizer_step(bench: Bench, base: str, shapes: str, part: int) -> None:
     baselines = ALL if base == "SGD" or bench.full else SOME
-    if elements(shapes) >= BIG and not bench.full:
-        baselines = tuple(name for name in baselines if name not in (PEER_FOREACH, REFERENCE_FUSED))
+    if not bench.full and shapes not in MODELS:
+        baselines = FEW
+    elif not bench.full and elements(shapes) >= BIG:
+        baselines = (REFERENCE, PEER_LOOP, FOREACH) if base == "SGD" else FEW
     # Compiling takes a while, and longer the more tensors there are.
     compiled = (COMPILED,) if bench.full or (shapes, base) == ("resnet18", "SGD") else ()
     step_case(bench, base, shapes, baselines + compiled)
@@ -105,7 +108,7 @@ def variant_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("base", "variant", "shapes"), variant_cases())
 def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: str) -> None:
-    step_case(bench, base, shapes, SOME, variant=f", {variant}", plan=Plan(seconds=3.0, rounds=(9, 40)), **VARIANTS[variant])
+    step_case(bench, base, shapes, SOME if bench.full else FEW, variant=f", {variant}", plan=Plan(seconds=3.0, rounds=(9, 40)), **VARIANTS[variant])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str) -> 
     best = backends.choose(probe).name
     others = [name for name in backends.available() if name != best and backends.BACKENDS[name].rejects(probe) is None]
     for name in others:
-        step_case(bench, base, shapes, (REFERENCE, FOREACH), variant=f", {name} backend", plan=Plan(seconds=3.0, rounds=(9, 40)), backend=name)
+        step_case(bench, base, shapes, FEW, variant=f", {name} backend", plan=Plan(seconds=3.0, rounds=(9, 40)), backend=name)
     if not others:
         pytest.skip(f"{best} is the only backend here")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bench import peers
-from bench.harness import Bench, Plan, Problem, make_params, settle_allocator
-from bench.test_optimizer_step import BASES
+from bench.harness import PARTS, Bench, Plan, Problem, make_params, settle_allocator
+from bench.test_optimizer_step import BASES, BIG
 
 BY_ELEMENTS, BY_TENSORS = "number of parameters", "number of tensors"
-ELEMENTS: list[Any] = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, pytest.param(200_000_000, marks=pytest.mark.full)]
+ELEMENTS = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 200_000_000]
 TENSORS = [1, 10, 100, 1000, 10_000]
 SPLIT = 100
 """Tensors for each number of elements."""
@@ -23,6 +23,14 @@ FIXED = 1_000_000
 def threads_cases() -> list[Any]:
     most = torch.get_num_threads()
     return [1, most] if most > 1 else [1]
+
+
+def element_cases() -> list[Any]:
+    return [
+        pytest.param(elements, part, marks=[pytest.mark.full] if elements == ELEMENTS[-1] else [])
+        for elements in ELEMENTS
+        for part in (PARTS if elements < BIG else PARTS[:1])
+    ]
 
 
 def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads: int) -> None:
@@ -44,7 +52,7 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
             elements=elements,
             bytes_moved={"first_step": 20 * elements, "second_step": second_bytes * elements},
             total="optimizer step",
-            plan=Plan(seconds=1.0 if elements < 5e7 else 3.0, rounds=(5, 40)),
+            plan=Plan(seconds=0.7, rounds=(6, 20)),
             tensors=tensors,
         )
     finally:
@@ -53,8 +61,8 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
 
 
 @pytest.mark.parametrize("threads", threads_cases())
-@pytest.mark.parametrize("elements", ELEMENTS)
-def test_scaling_with_elements(bench: Bench, elements: int, threads: int) -> None:
+@pytest.mark.parametrize(("elements", "part"), element_cases())
+def test_scaling_with_elements(bench: Bench, elements: int, threads: int, part: int) -> None:
     if bench.device != "cpu" and threads != torch.get_num_threads():
         pytest.skip("threads are the CPU's")
     scaling_case(bench, BY_ELEMENTS, SPLIT, elements, threads)
@@ -62,7 +70,8 @@ def test_scaling_with_elements(bench: Bench, elements: int, threads: int) -> Non
 
 @pytest.mark.parametrize("threads", threads_cases())
 @pytest.mark.parametrize("tensors", TENSORS)
-def test_scaling_with_tensors(bench: Bench, tensors: int, threads: int) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_scaling_with_tensors(bench: Bench, tensors: int, threads: int, part: int) -> None:
     if bench.device != "cpu" and threads != torch.get_num_threads():
         pytest.skip("threads are the CPU's")
     scaling_case(bench, BY_TENSORS, tensors, FIXED, threads)
