@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.peers import FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE
+from bench.peers import FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, ForeachSAM
+from sam_fast import SAM as FastSAM
+from sam_fast.reference import ReferenceSAM
 
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 PLAIN = "SGD"
 CONTENDERS = (PLAIN, "sam_fast", "sam_fast, flatten", REFERENCE, PEER_LOOP, PEER_FOREACH, FOREACH)
-WIDTH, LAYERS, BATCH = 2048, 10, 8
+WIDTH, LAYERS, BATCH = 2048, 8, 8
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,20 @@ def measured_in() -> Model:
 
 
 def make(contender: str, params: list[nn.Parameter]) -> Any:
-    from pytorch_optimizer import SAM as PeerSAM
-
-    from bench.peers import ForeachSAM
-    from sam_fast import SAM
-    from sam_fast.reference import ReferenceSAM
-
     base = torch.optim.SGD
+
+    def peer(**extra: Any) -> Any:
+        from pytorch_optimizer import SAM as PeerSAM
+
+        return PeerSAM(params, base, **SGD, **extra)
+
     makers: dict[str, Callable[[], Any]] = {
         PLAIN: lambda: base(params, fused=True, **SGD),
-        "sam_fast": lambda: SAM(params, base, **SGD),
-        "sam_fast, flatten": lambda: SAM(params, base, flatten=True, **SGD),
+        "sam_fast": lambda: FastSAM(params, base, **SGD),
+        "sam_fast, flatten": lambda: FastSAM(params, base, flatten=True, **SGD),
         REFERENCE: lambda: ReferenceSAM(params, base, **SGD),
-        PEER_LOOP: lambda: PeerSAM(params, base, **SGD, **({"fused": True} if params[0].device.type == "cpu" else {"foreach": False})),
-        PEER_FOREACH: lambda: PeerSAM(params, base, foreach=True, **SGD),
+        PEER_LOOP: lambda: peer(**({"fused": True} if params[0].device.type == "cpu" else {"foreach": False})),
+        PEER_FOREACH: lambda: peer(foreach=True),
         FOREACH: lambda: ForeachSAM(params, base, 0.05, False, fused=True, **SGD),
     }
     return makers[contender]()

@@ -9,7 +9,7 @@ import torch
 
 from bench import peers
 from bench.harness import PARTS, Bench, Plan, Problem, make_params, settle_allocator
-from bench.test_optimizer_step import BASES, BIG
+from bench.test_optimizer_step import BASES
 
 BY_ELEMENTS, BY_TENSORS = "number of parameters", "number of tensors"
 ELEMENTS = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 200_000_000]
@@ -25,11 +25,13 @@ def threads_cases() -> list[Any]:
     return [1, most] if most > 1 else [1]
 
 
-def element_cases() -> list[Any]:
+def cases(counts: list[int], twice_below: int, full_from: int) -> list[Any]:
+    """Count, part and threads."""
     return [
-        pytest.param(elements, part, marks=[pytest.mark.full] if elements == ELEMENTS[-1] else [])
-        for elements in ELEMENTS
-        for part in (PARTS if elements < BIG else PARTS[:1])
+        pytest.param(count, part, threads, marks=[pytest.mark.full] if count >= full_from * (2 if threads > 1 else 1) else [])
+        for count in counts
+        for part in (PARTS if count < twice_below else PARTS[:1])
+        for threads in threads_cases()
     ]
 
 
@@ -52,7 +54,7 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
             elements=elements,
             bytes_moved={"first_step": 20 * elements, "second_step": second_bytes * elements},
             total="optimizer step",
-            plan=Plan(seconds=0.7, rounds=(6, 20)),
+            plan=Plan(seconds=0.7, rounds=(6, 20) if elements < 1e8 else (4, 20)),
             tensors=tensors,
         )
     finally:
@@ -60,18 +62,15 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
     settle_allocator()
 
 
-@pytest.mark.parametrize("threads", threads_cases())
-@pytest.mark.parametrize(("elements", "part"), element_cases())
-def test_scaling_with_elements(bench: Bench, elements: int, threads: int, part: int) -> None:
+@pytest.mark.parametrize(("elements", "part", "threads"), cases(ELEMENTS, 10_000_000, 100_000_000))
+def test_scaling_with_elements(bench: Bench, elements: int, part: int, threads: int) -> None:
     if bench.device != "cpu" and threads != torch.get_num_threads():
         pytest.skip("threads are the CPU's")
     scaling_case(bench, BY_ELEMENTS, SPLIT, elements, threads)
 
 
-@pytest.mark.parametrize("threads", threads_cases())
-@pytest.mark.parametrize("tensors", TENSORS)
-@pytest.mark.parametrize("part", PARTS)
-def test_scaling_with_tensors(bench: Bench, tensors: int, threads: int, part: int) -> None:
+@pytest.mark.parametrize(("tensors", "part", "threads"), cases(TENSORS, 10_000, 10_000))
+def test_scaling_with_tensors(bench: Bench, tensors: int, part: int, threads: int) -> None:
     if bench.device != "cpu" and threads != torch.get_num_threads():
         pytest.skip("threads are the CPU's")
     scaling_case(bench, BY_TENSORS, tensors, FIXED, threads)

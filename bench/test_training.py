@@ -111,7 +111,7 @@ def test_training_iteration(bench: Bench, name: str) -> None:
         name,
         contenders,
         elements=sum(p.numel() for p in model.parameters()),
-        plan=Plan(seconds=5.0, rounds=(7, 50)),
+        plan=Plan(seconds=5.0, rounds=(5, 50)),
         settings={
             SGD_ONCE: "torch.optim.SGD(fused=True)",
             SGD_TWICE: "two iterations of the same",
