@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import shapes
-from bench.harness import Bench
+from bench.harness import PARTS, Bench
 from bench.machine import describe
 from bench.records import Memory, Record, Run, geometric_mean
 from bench.replay import REPLAY
@@ -53,12 +53,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
-    items.sort(key=_place)
+    items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
+    # The parts of a case far from each other: everything else goes between them.
+    others = [item for item in items if _part(item) is None]
+    between = len(PARTS) - 1
+    items[:] = [item for part in PARTS for item in [*(i for i in items if _part(i) == part), *(others[part::between] if part < between else ())]]
 
 
-def _place(item: pytest.Item) -> tuple[int, int]:
-    part = item.callspec.params.get("part", 0) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else 0
-    return part, ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER)
+def _part(item: pytest.Item) -> int | None:
+    part: int | None = item.callspec.params.get("part") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    return part
 
 
 @pytest.fixture

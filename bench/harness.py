@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,15 @@ COPY_BYTES = {"cpu": 64_000_000, "cuda": 1 << 30}
 WARMUP = 2
 """Rounds that are not counted."""
 
-PARTS = (0, 1)
-"""Cases whose setup is short are measured twice, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
+PARTS = tuple(range(5))
+"""Small cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
 
 BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28, "first_step": 20}
 """Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies; restore_sgd reads
 backup, g and momentum and writes w and momentum; restore_adam the same with two moments."""
+
+
+T = TypeVar("T")
 
 
 # ---- What is measured ------------------------------------------------------------------------------------------------------------------------
@@ -148,6 +151,14 @@ class Bench:
         self.shown: Record | None = None
         """What the last test has measured."""
         self.left_out: list[str] = []
+        self._kept: dict[Any, Any] = {}
+
+    def kept(self, key: Any, part: int | None, make: Callable[[], T]) -> T:
+        """What the first part of a case has made, for its other parts; the last lets go of it. ``part``: None for a case that has none."""
+        made: T = self._kept.pop(key) if key in self._kept else make()
+        if part is not None and part != PARTS[-1]:
+            self._kept[key] = made
+        return made
 
     def copy(self) -> Contender:
         return streaming_copy(self.device)
@@ -317,7 +328,7 @@ class Problem:
         for w, g in self._pieces():
             q = nn.Parameter(w)
             q.grad = g
-            optimizer = self.base([q], **self.options)
+            optimizer = self.base([q], fused=True, **self.options)
             for _ in range(STEPS):
                 optimizer.step()
             pieces.append(q.detach())

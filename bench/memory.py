@@ -22,6 +22,7 @@ from sam_fast.reference import ReferenceSAM
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 PLAIN = "SGD"
 CONTENDERS = (PLAIN, "sam_fast", "sam_fast, flatten", REFERENCE, PEER_LOOP, PEER_FOREACH, FOREACH)
+DEFAULT = CONTENDERS[:4]
 WIDTH, LAYERS, BATCH = 2048, 8, 8
 
 

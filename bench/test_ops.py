@@ -44,7 +44,9 @@ def op_cases() -> list[Any]:
                 continue  # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
             for shapes in SHAPES:
                 for adaptive in (False, True) if op in ("grad_norm", "perturb") else (False,):
-                    default = shapes == "resnet50" and (dtype == "float32" or (dtype == "bfloat16" and not adaptive))
+                    default = shapes == "resnet50" and (
+                        dtype == "float32" or (dtype == "bfloat16" and op in ("perturb", "restore_sgd") and not adaptive)
+                    )
                     name = f"{op}{', adaptive' if adaptive else ''}-{dtype}-{shapes}"
                     cases.append(pytest.param(op, dtype, shapes, adaptive, id=name, marks=[] if default else [pytest.mark.full]))
     return cases

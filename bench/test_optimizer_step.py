@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import peers
-from bench.harness import PARTS, Bench, Plan, Problem, make_params, settle_allocator
+from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params, settle_allocator
 from bench.peers import COMPILED, FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.shapes import MODELS, ONE, SHAPES, TINY, elements
 from sam_fast import backends
@@ -23,6 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ALL = (REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH)
 SOME = (REFERENCE, REFERENCE_FUSED, FOREACH)
 FEW = (REFERENCE, FOREACH)
+SMALL = 20_000_000
+"""Elements up to which a case is measured in parts: what its contenders hold is kept in the meantime."""
 BIG = 50_000_000
 """Elements from which on a round takes seconds. The default selection then leaves out the slowest baselines."""
 
@@ -37,45 +40,56 @@ def step_case(
     adaptive: bool = False,
     variant: str = "",
     plan: Plan | None = None,
+    part: int | None = None,
     **settings: Any,
 ) -> None:
     base, options, second_bytes = BASES[base_name]
-    problem = Problem(
-        make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device), base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive
-    )
-    target = peers.sam_fast(problem, **settings)
-    problem.check("sam_fast", target)
-    methods, left_out = peers.make(baselines, problem)
-    bench.left_out += [f"{base_name}, {shapes}: {text}" for text in left_out]
-    gradients = problem.gradients()
-    methods = {"sam_fast": target, **methods}
+
+    def make() -> tuple[dict[str, Method], list[Tensor]]:
+        start = make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device)
+        problem = Problem(start, base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive)
+        target = peers.sam_fast(problem, **settings)
+        problem.check("sam_fast", target)
+        methods, left_out = peers.make(baselines, problem)
+        bench.left_out += [f"{base_name}, {shapes}: {text}" for text in left_out]
+        return {"sam_fast": target, **methods}, problem.gradients()
+
+    methods, gradients = bench.kept((base_name, shapes, variant), part, make)
+    count = sum(g.numel() for g in gradients)
     size = DTYPES[dtype].itemsize
     # The norm of an adaptive group reads the weights too.
-    moved = {"first_step": (24 if adaptive else 20) * problem.elements * size // 4, "second_step": second_bytes * problem.elements * size // 4}
+    moved = {"first_step": (24 if adaptive else 20) * count * size // 4, "second_step": second_bytes * count * size // 4}
     bench.run(
         f"{base_name}{variant}",
         shapes,
         {name: method.contender(gradients) for name, method in methods.items()},
-        elements=problem.elements,
+        elements=count,
         bytes_moved=moved,
         total="optimizer step",
-        plan=plan or Plan(seconds=3.0, rounds=(6, 20) if elements(shapes) < BIG else (7, 7)),
+        plan=plan or (SHORT if part is not None else Plan(seconds=3.0, rounds=(6, 20) if count < BIG else (7, 7))),
         settings={name: method.settings for name, method in methods.items()},
     )
     settle_allocator()
 
 
+SHORT = Plan(seconds=1.0, rounds=(3, 8))
+"""Of one part of a case."""
+
+FULL = {("SGD", ONE), ("AdamW", ONE), ("AdamW", TINY), ("AdamW", "gpt2")}
+"""What takes longest and tells least."""
+
+
 def step_cases() -> list[Any]:
     return [
-        pytest.param(base, shapes, part, marks=[pytest.mark.full] if shapes == ONE or (base != "SGD" and shapes == TINY) else [])
+        pytest.param(base, shapes, part, marks=[pytest.mark.full] if (base, shapes) in FULL else [])
         for base in BASES
         for shapes in SHAPES
-        for part in (PARTS if elements(shapes) < BIG and shapes in MODELS else PARTS[:1])
+        for part in (PARTS if elements(shapes) < SMALL and shapes != TINY else (None,))
     ]
 
 
 @pytest.mark.parametrize(("base", "shapes", "part"), step_cases())
-def test_optimizer_step(bench: Bench, base: str, shapes: str, part: int) -> None:
+def test_optimizer_step(bench: Bench, base: str, shapes: str, part: int | None) -> None:
     baselines = ALL if base == "SGD" or bench.full else SOME
     if not bench.full and shapes not in MODELS:
         baselines = FEW
@@ -83,7 +97,7 @@ def test_optimizer_step(bench: Bench, base: str, shapes: str, part: int) -> None
         baselines = (REFERENCE, PEER_LOOP, FOREACH) if base == "SGD" else FEW
     # Compiling takes a while, and longer the more tensors there are.
     compiled = (COMPILED,) if bench.full or (shapes, base) == ("resnet18", "SGD") else ()
-    step_case(bench, base, shapes, baselines + compiled)
+    step_case(bench, base, shapes, baselines + compiled, part=part)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -126,19 +140,23 @@ def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str) -> 
         pytest.skip(f"{best} is the only backend here")
 
 
-@pytest.mark.parametrize("shapes", ["resnet18", "resnet50", "efficientnet_b0"])
-def test_reference_is_no_straw_man(bench: Bench, shapes: str) -> None:
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shapes", ["resnet18", "efficientnet_b0", pytest.param("resnet50", marks=pytest.mark.full)])
+def test_reference_is_no_straw_man(bench: Bench, shapes: str, part: int) -> None:
     """reference.py against a loop with the public implementation's operations, written independently. Target: at most 10 % slower."""
     base, options, _ = BASES["SGD"]
-    problem = Problem(make_params(SHAPES[shapes], device=bench.device), base, options)
-    methods, _ = peers.make((REFERENCE, peers.PUBLIC_LOOP), problem)
-    gradients = problem.gradients()
+
+    def make() -> tuple[dict[str, Method], list[Tensor]]:
+        problem = Problem(make_params(SHAPES[shapes], device=bench.device), base, options)
+        return peers.make((REFERENCE, peers.PUBLIC_LOOP), problem)[0], problem.gradients()
+
+    methods, gradients = bench.kept(("straw man", shapes), part, make)
     bench.run(
         "reference and public loop",
         shapes,
         {name: method.contender(gradients) for name, method in methods.items()},
-        elements=problem.elements,
+        elements=elements(shapes),
         total="optimizer step",
-        plan=Plan(seconds=3.0, rounds=(11, 60)),
+        plan=SHORT,
         settings={name: method.settings for name, method in methods.items()},
     )

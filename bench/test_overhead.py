@@ -9,10 +9,11 @@ import time
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from bench import peers
 from bench.clock import Clock
-from bench.harness import PARTS, Bench, Plan, Problem, make_params
+from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params
 from bench.records import Record
 from bench.test_optimizer_step import BASES
 
@@ -23,27 +24,30 @@ from bench.test_optimizer_step import BASES
 def test_host_overhead(bench: Bench, tensors: int, flatten: bool, part: int) -> None:
     """The two steps on parameters of 8 elements: the time is all overhead. Target: 60 us for first_step with 161 parameters, alone."""
     base, options, _ = BASES["SGD"]
-    problem = Problem(make_params([[8]] * tensors, device=bench.device), base, options)
-    target = peers.sam_fast(problem, flatten=flatten)
-    problem.check("sam_fast", target)
-    methods, _ = peers.make((peers.REFERENCE, peers.FOREACH), problem)
-    gradients = problem.gradients()
+
+    def make() -> tuple[dict[str, Method], list[Tensor]]:
+        problem = Problem(make_params([[8]] * tensors, device=bench.device), base, options)
+        target = peers.sam_fast(problem, flatten=flatten)
+        problem.check("sam_fast", target)
+        return {"sam_fast": target, **peers.make((peers.REFERENCE, peers.FOREACH), problem)[0]}, problem.gradients()
+
+    methods, gradients = bench.kept(("host time", tensors, flatten), part, make)
     clock, bench.clock = bench.clock, HostClock(bench.device)
     try:
         bench.run(
             "host time",
             f"{tensors} x 8{', flatten' if flatten else ''}",
-            {name: method.contender(gradients) for name, method in {"sam_fast": target, **methods}.items()},
-            elements=problem.elements,
-            plan=Plan(seconds=1.5, rounds=(15, 200)),
+            {name: method.contender(gradients) for name, method in methods.items()},
+            elements=8 * tensors,
+            plan=Plan(seconds=0.4, rounds=(5, 60)),
         )
         # The same where nothing else has used the caches in between.
         bench.run(
             "host time, alone",
             f"{tensors} x 8{', flatten' if flatten else ''}",
-            {"sam_fast": target.contender(gradients)},
-            elements=problem.elements,
-            plan=Plan(seconds=0.3, rounds=(15, 400)),
+            {"sam_fast": methods["sam_fast"].contender(gradients)},
+            elements=8 * tensors,
+            plan=Plan(seconds=0.1, rounds=(15, 100)),
         )
     finally:
         bench.clock = clock
@@ -71,6 +75,6 @@ def test_import_time(bench: Bench) -> None:
         return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
 
     run()
-    samples = [run() for _ in range(5)]
+    samples = [run() for _ in range(3)]
     assert statistics.median(samples) > 0
     bench.shown = bench.add(Record("import sam_fast after import torch", "fresh process", "sam_fast", {"sam_fast": samples}))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import peers
-from bench.harness import PARTS, Bench, Plan, Problem, make_params, settle_allocator
+from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params, settle_allocator
 from bench.test_optimizer_step import BASES
 
 BY_ELEMENTS, BY_TENSORS = "number of parameters", "number of tensors"
@@ -25,36 +26,39 @@ def threads_cases() -> list[Any]:
     return [1, most] if most > 1 else [1]
 
 
-def cases(counts: list[int], twice_below: int, full_from: int) -> list[Any]:
+def cases(counts: list[int], parts_below: int, full_from: int) -> list[Any]:
     """Count, part and threads."""
     return [
         pytest.param(count, part, threads, marks=[pytest.mark.full] if count >= full_from * (2 if threads > 1 else 1) else [])
         for count in counts
-        for part in (PARTS if count < twice_below else PARTS[:1])
+        for part in (PARTS if count < parts_below else (None,))
         for threads in threads_cases()
     ]
 
 
-def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads: int) -> None:
+def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads: int, part: int | None) -> None:
     base, options, second_bytes = BASES["SGD"]
     if bench.smoke:
         elements = min(elements, 10_000)
-    problem = Problem(make_params([[max(elements // tensors, 1)]] * tensors, device=bench.device), base, options)
-    target = peers.sam_fast(problem)
-    problem.check("sam_fast", target)
-    baselines, _ = peers.make((peers.REFERENCE,), problem)
-    gradients = problem.gradients()
+
+    def make() -> tuple[dict[str, Method], list[Tensor]]:
+        problem = Problem(make_params([[max(elements // tensors, 1)]] * tensors, device=bench.device), base, options)
+        target = peers.sam_fast(problem)
+        problem.check("sam_fast", target)
+        return {"sam_fast": target, **peers.make((peers.REFERENCE,), problem)[0]}, problem.gradients()
+
+    methods, gradients = bench.kept((group, tensors, elements, threads), part, make)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         bench.run(
             f"scaling with the {group}, {threads} thread{'s' if threads > 1 else ''}",
             f"{elements:.0e} in {tensors}".replace("e+0", "e"),
-            {name: method.contender(gradients) for name, method in {"sam_fast": target, **baselines}.items()},
+            {name: method.contender(gradients) for name, method in methods.items()},
             elements=elements,
             bytes_moved={"first_step": 20 * elements, "second_step": second_bytes * elements},
             total="optimizer step",
-            plan=Plan(seconds=0.7, rounds=(6, 20) if elements < 1e8 else (4, 20)),
+            plan=Plan(seconds=0.7, rounds=(5, 20)) if part is None else Plan(seconds=0.15, rounds=(3, 8)),
             tensors=tensors,
         )
     finally:
@@ -63,14 +67,14 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
 
 
 @pytest.mark.parametrize(("elements", "part", "threads"), cases(ELEMENTS, 10_000_000, 100_000_000))
-def test_scaling_with_elements(bench: Bench, elements: int, part: int, threads: int) -> None:
+def test_scaling_with_elements(bench: Bench, elements: int, part: int | None, threads: int) -> None:
     if bench.device != "cpu" and threads != torch.get_num_threads():
         pytest.skip("threads are the CPU's")
-    scaling_case(bench, BY_ELEMENTS, SPLIT, elements, threads)
+    scaling_case(bench, BY_ELEMENTS, SPLIT, elements, threads, part)
 
 
 @pytest.mark.parametrize(("tensors", "part", "threads"), cases(TENSORS, 10_000, 10_000))
-def test_scaling_with_tensors(bench: Bench, tensors: int, part: int, threads: int) -> None:
+def test_scaling_with_tensors(bench: Bench, tensors: int, part: int | None, threads: int) -> None:
     if bench.device != "cpu" and threads != torch.get_num_threads():
         pytest.skip("threads are the CPU's")
-    scaling_case(bench, BY_TENSORS, tensors, FIXED, threads)
+    scaling_case(bench, BY_TENSORS, tensors, FIXED, threads, part)
