@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -58,6 +59,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if _part(item) is None]
     between = len(PARTS) - 1
     items[:] = [item for part in PARTS for item in [*(i for i in items if _part(i) == part), *(others[part::between] if part < between else ())]]
+
+
+def pytest_collection_finish() -> None:
+    # What has been imported stays: looking through it takes longer than many a case.
+    gc.collect()
+    gc.freeze()
 
 
 def _part(item: pytest.Item) -> int | None:

@@ -84,7 +84,6 @@ def measure(clock: Clock, contenders: dict[str, Contender], plan: Plan) -> dict[
     order = list(contenders)
     shuffle = random.Random(0).shuffle
     settle_allocator()
-    gc.collect()
     gc.disable()
     try:
         begin, rounds, done = 0.0, WARMUP + 1, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params, settle_allocator
+from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params
 from bench.peers import COMPILED, FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.shapes import MODELS, ONE, SHAPES, TINY, elements
 from sam_fast import backends
@@ -24,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ALL = (REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH)
 SOME = (REFERENCE, REFERENCE_FUSED, FOREACH)
 FEW = (REFERENCE, FOREACH)
-SMALL = 20_000_000
+SMALL = 30_000_000
 """Elements up to which a case is measured in parts: what its contenders hold is kept in the meantime."""
 BIG = 50_000_000
 """Elements from which on a round takes seconds. The default selection then leaves out the slowest baselines."""
@@ -39,7 +40,6 @@ def step_case(
     dtype: str = "float32",
     adaptive: bool = False,
     variant: str = "",
-    plan: Plan | None = None,
     part: int | None = None,
     **settings: Any,
 ) -> None:
@@ -66,14 +66,18 @@ def step_case(
         elements=count,
         bytes_moved=moved,
         total="optimizer step",
-        plan=plan or (SHORT if part is not None else Plan(seconds=3.0, rounds=(6, 20) if count < BIG else (7, 7))),
+        plan=SHORT if part is not None else Plan(seconds=3.0, rounds=(7, 7)),
         settings={name: method.settings for name, method in methods.items()},
     )
-    settle_allocator()
 
 
 SHORT = Plan(seconds=1.0, rounds=(3, 8))
 """Of one part of a case."""
+
+
+def parts_of(shapes: str) -> Sequence[int | None]:
+    return PARTS if elements(shapes) < SMALL and shapes != TINY else (None,)
+
 
 FULL = {("SGD", ONE), ("AdamW", ONE), ("AdamW", TINY), ("AdamW", "gpt2")}
 """What takes longest and tells least."""
@@ -84,7 +88,7 @@ def step_cases() -> list[Any]:
         pytest.param(base, shapes, part, marks=[pytest.mark.full] if (base, shapes) in FULL else [])
         for base in BASES
         for shapes in SHAPES
-        for part in (PARTS if elements(shapes) < SMALL and shapes != TINY else (None,))
+        for part in parts_of(shapes)
     ]
 
 
@@ -107,35 +111,41 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16"},
     "float64": {"dtype": "float64"},
 }
-DEFAULT_VARIANTS = {("flatten", "resnet50"), ("adaptive", "resnet50"), ("bfloat16", "resnet50")}
+DEFAULT_VARIANTS = {("flatten", "resnet18"), ("adaptive", "resnet18"), ("bfloat16", "resnet18")}
 
 
 def variant_cases() -> list[Any]:
     return [
-        pytest.param(base, variant, shapes, marks=[] if base == "SGD" and (variant, shapes) in DEFAULT_VARIANTS else [pytest.mark.full])
+        pytest.param(base, variant, shapes, part, marks=[] if base == "SGD" and (variant, shapes) in DEFAULT_VARIANTS else [pytest.mark.full])
         for base in BASES
         for variant in VARIANTS
         for shapes in SHAPES
+        for part in parts_of(shapes)
         if (base, variant) != ("AdamW", "float16")  # see op_cases in test_ops.py
     ]
 
 
-@pytest.mark.parametrize(("base", "variant", "shapes"), variant_cases())
-def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: str) -> None:
-    step_case(bench, base, shapes, SOME if bench.full else FEW, variant=f", {variant}", plan=Plan(seconds=3.0, rounds=(9, 40)), **VARIANTS[variant])
+@pytest.mark.parametrize(("base", "variant", "shapes", "part"), variant_cases())
+def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: str, part: int | None) -> None:
+    step_case(bench, base, shapes, SOME if bench.full else FEW, variant=f", {variant}", part=part, **VARIANTS[variant])
 
 
 @pytest.mark.parametrize(
-    ("base", "shapes"),
-    [pytest.param(base, name, marks=[] if (base, name) == ("SGD", "resnet50") else [pytest.mark.full]) for base in BASES for name in SHAPES],
+    ("base", "shapes", "part"),
+    [
+        pytest.param(base, shapes, part, marks=[] if (base, shapes) == ("SGD", "resnet18") else [pytest.mark.full])
+        for base in BASES
+        for shapes in SHAPES
+        for part in parts_of(shapes)
+    ],
 )
-def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str) -> None:
+def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str, part: int | None) -> None:
     """Every backend but the best, which the other tests measure."""
     probe = torch.zeros(16, device=bench.device)
     best = backends.choose(probe).name
     others = [name for name in backends.available() if name != best and backends.BACKENDS[name].rejects(probe) is None]
     for name in others:
-        step_case(bench, base, shapes, FEW, variant=f", {name} backend", plan=Plan(seconds=3.0, rounds=(9, 40)), backend=name)
+        step_case(bench, base, shapes, FEW, variant=f", {name} backend", part=part, backend=name)
     if not others:
         pytest.skip(f"{best} is the only backend here")
 

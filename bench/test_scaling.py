@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params, settle_allocator
+from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params
 from bench.test_optimizer_step import BASES
 
 BY_ELEMENTS, BY_TENSORS = "number of parameters", "number of tensors"
@@ -58,15 +58,14 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
             elements=elements,
             bytes_moved={"first_step": 20 * elements, "second_step": second_bytes * elements},
             total="optimizer step",
-            plan=Plan(seconds=0.7, rounds=(5, 20)) if part is None else Plan(seconds=0.15, rounds=(3, 8)),
+            plan=Plan(seconds=0.7, rounds=(5, 20)) if part is None else Plan(seconds=0.2, rounds=(4, 10)),
             tensors=tensors,
         )
     finally:
         torch.set_num_threads(before)
-    settle_allocator()
 
 
-@pytest.mark.parametrize(("elements", "part", "threads"), cases(ELEMENTS, 10_000_000, 100_000_000))
+@pytest.mark.parametrize(("elements", "part", "threads"), cases(ELEMENTS, 20_000_000, 100_000_000))
 def test_scaling_with_elements(bench: Bench, elements: int, part: int | None, threads: int) -> None:
     if bench.device != "cpu" and threads != torch.get_num_threads():
         pytest.skip("threads are the CPU's")
