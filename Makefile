@@ -88,12 +88,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A second copy of the package, whose native module is instrumented; it goes before the installed one (PYTHONPATH). Python itself is not
-# instrumented, so the runtime library is preloaded.
-SANITIZED = $(abspath $(VENV))/sanitized
-$(VENV)/sanitized/installed: $(VENV)/installed $(SOURCES) $(shell find sam_fast -name '*.py')
-	rm -rf $(SANITIZED)
-	SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=address,undefined $(BIN)/python $(PIP_INSTALL) --quiet --no-deps --target $(SANITIZED) .
+# Copies of the package whose native module is instrumented; they go before the installed one (PYTHONPATH). Python itself is not instrumented, so
+# the runtime library is preloaded.
+SANITIZED = $(VENV)/sanitized
+$(SANITIZED)/%/installed: $(VENV)/installed $(SOURCES) $(shell find sam_fast -name '*.py')
+	rm -rf $(@D)
+	SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=$* $(BIN)/python $(PIP_INSTALL) --quiet --no-deps --target $(@D) .
 	touch $@
 
 # Preloaded into an ordinary Python: the runtime libraries of g++'s sanitizers.
@@ -101,13 +101,17 @@ RUNTIME = $(shell $(or $(CXX),g++) -print-file-name=lib$(1).so)
 
 sanitize: sanitize-cpu sanitize-cuda
 
-sanitize-cpu: $(VENV)/sanitized/installed
-	cd tests && SAM_FAST_TEST_BACKENDS=cpu PYTHONPATH=$(SANITIZED) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SAM_FAST_EXPECT_SANITIZER=address,undefined \
-		$(abspath $(BIN))/python -m pytest -q -n 2 --dist load -p no:cacheprovider --capture=sys kernels
+# Three threads for ThreadSanitizer, which needs certain address ranges that randomization may take (setarch -R).
+SANITIZED_CPU = cd tests && SAM_FAST_TEST_BACKENDS=cpu PYTHONPATH=$(abspath $(SANITIZED))/$(1) SAM_FAST_EXPECT_SANITIZER=$(1)
+PYTEST_SANITIZED = $(abspath $(BIN))/python -m pytest -q -n 2 --dist load -p no:cacheprovider --capture=sys kernels
 
-# ThreadSanitizer needs certain address ranges, which randomization may take (setarch -R). It sees float32 only: races do not depend on the dtype,
-# nor on where a row ends, and it takes its time. PYTEST_THREADS= runs everything under it.
+sanitize-cpu: $(SANITIZED)/address,undefined/installed $(SANITIZED)/thread/installed
+	$(call SANITIZED_CPU,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_SANITIZED)
+	$(call SANITIZED_CPU,thread) OMP_NUM_THREADS=3 LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+		setarch -R $(PYTEST_SANITIZED) -k "$(FLOAT32)"
+
+# It sees float32 only: races do not depend on the dtype, nor on where a row ends, and it takes its time. PYTEST_THREADS= runs everything under it.
 PYTEST_THREADS ?= -k "$(FLOAT32) and not writes_nothing and not non_finite_gradient and not ten_thousand and not scaled and not overflow and not threads"
 sanitize-cuda: $(EMULATION)/address,undefined/_cuda.so $(EMULATION)/thread/_cuda.so
 	$(call EMULATED,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \

@@ -97,6 +97,7 @@ class Bucket:
         self.owners = [params[0] for params in self.params]
         self.empty_rows = [index for index, row in enumerate(self.rows) if row.numel() == 0]
         self._backup = backup
+        self.step_memory: Any = None  # see fused_step
         self.table: Any = backend.attach(self)
 
     @cached_property

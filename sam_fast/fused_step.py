@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from itertools import repeat
 from operator import is_, is_not
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -100,7 +99,7 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
         if not known:
             return False
         # A gradient's Python object is made anew whenever nobody holds it.
-        grads = [[row.grad for row in bucket.rows] for bucket in buckets]
+        grads = [list(map(_grad_of, bucket.rows)) for bucket in buckets]
         states = []
         for bucket, its_grads in zip(buckets, grads, strict=True):
             state = _state_of(bucket, base, rule, rounding_key, its_grads)
@@ -109,7 +108,8 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
             states.append(state)
         if not all(bucket.backend.collect_step(bucket, state) for bucket, state in zip(buckets, states, strict=True)):
             return False
-        perturbation.restore_and_step(rule.operation, buckets, states, ready)
+        stepped = [p for bucket, its_grads in zip(buckets, grads, strict=True) for p in _params_with(bucket, its_grads)]
+        perturbation.restore_and_step(rule.operation, buckets, states, ready, stepped)
     for bucket, state in zip(buckets, states, strict=True):
         if bucket.backend.steps_empty_rows:
             continue
@@ -183,14 +183,40 @@ class _Columns:
         )
 
 
-_last_columns: WeakKeyDictionary[Bucket, _Columns] = WeakKeyDictionary()
-"""Those of the last step. Looking at ten thousand tensors takes longer than the kernels do; seeing that they are still the same does not."""
+class _Memory:
+    """What the last step has seen of the base optimizer's state, kept as the bucket's ``step_memory``.
+
+    Looking at ten thousand tensors takes longer than the kernels do, and the hash of each parameter is a call into Python. Seeing that they are
+    still the same, in the same order, is neither.
+    """
+
+    def __init__(self, bucket: Bucket, base: Optimizer) -> None:
+        self.keys = list(base.state)
+        place = {id(p): index for index, p in enumerate(self.keys)}
+        self.places = [place.get(id(p), len(self.keys)) for p in bucket.owners]
+        self.columns: _Columns | None = None
+
+    def fits(self, base: Optimizer) -> bool:
+        return len(base.state) == len(self.keys) and all(map(is_, base.state, self.keys))
+
+    def states(self, base: Optimizer) -> list[dict[str, Any] | None]:
+        """For each row its parameter's state, None where it has none."""
+        values = [*base.state.values(), None]
+        return [values[place] for place in self.places]
+
+
+def _memory_of(bucket: Bucket, base: Optimizer) -> _Memory:
+    memory: _Memory | None = bucket.step_memory
+    if memory is None or not memory.fits(base):
+        memory = bucket.step_memory = _Memory(bucket, base)
+    return memory
 
 
 def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor | None]) -> _Columns | None:
     """The state of every row that has a gradient; None if one of them has no complete state yet."""
     names = [rule.state_names(group) for group in base.param_groups]
-    states = list(map(base.state.get, bucket.owners))
+    memory = _memory_of(bucket, base)
+    states = memory.states(base)
     every_row = _count(states) == _count(grads) == len(grads)
     found: dict[str, list[Any]] = {}
     for name in rule.all_names:
@@ -205,11 +231,21 @@ def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor 
         if _count(column) != wanted:
             return None
         found[name] = column
-    last = _last_columns.get(bucket)
-    if last is None or not last.same(found):
+    columns = memory.columns
+    if columns is None or not columns.same(found):
         # A DTensor stays the same object while what this process holds of it changes: never the same as its local tensor.
-        last = _last_columns[bucket] = _Columns({name: list(map(local_tensor, column)) for name, column in found.items()})
-    return last if last.right else None
+        columns = memory.columns = _Columns({name: list(map(local_tensor, column)) for name, column in found.items()})
+    return columns if columns.right else None
+
+
+_grad_of = Tensor.grad.__get__  # without the search for the attribute
+
+
+def _params_with(bucket: Bucket, grads: list[Tensor | None]) -> list[Tensor]:
+    """The parameters of the rows that have a gradient."""
+    if _count(grads) == len(grads):
+        return bucket.all_params
+    return [p for params, grad in zip(bucket.params, grads, strict=True) if grad is not None for p in params]
 
 
 def _count(items: list[Any]) -> int:

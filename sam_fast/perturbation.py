@@ -286,9 +286,13 @@ class Perturbation:
         finally:
             self.sharding.detach_grads()
 
-    def restore_and_step(self, operation: str, buckets: Sequence[Bucket], states: Sequence[StateTensors], scaling: Scaling) -> None:
-        """Run ``restore_sgd`` or ``restore_adam`` on every one of ``step_buckets()``; they and ``states`` have been collected."""
-        stepped = [p for bucket in buckets for p in bucket.all_params if p.grad is not None]
+    def restore_and_step(
+        self, operation: str, buckets: Sequence[Bucket], states: Sequence[StateTensors], scaling: Scaling, stepped: list[Tensor]
+    ) -> None:
+        """Run ``restore_sgd`` or ``restore_adam`` on every one of ``step_buckets()``; they and ``states`` have been collected.
+
+        ``stepped``: the parameters that have a gradient, which the kernels write whether they were perturbed or not.
+        """
         touched = self._touched or self._saved_params()
         try:
             for source, bucket, state in zip(self.buckets, buckets, states, strict=True):

@@ -5,15 +5,23 @@
 
 #include "../table.h"
 
-#ifdef _OPENMP
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
 namespace sam {
 inline namespace SAM_ISA {
 
+#if defined(__SANITIZE_THREAD__)
+// Small tensors are shared out too: to find races, not to save time.
+constexpr int64_t kElementsPerThread = 16;
+#else
 // Below this many elements per thread a thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
+#endif
 
 struct Range {
   int64_t begin;
@@ -41,10 +49,17 @@ inline Range chunk_range(const Chunks& chunks, int thread, int threads) {
 template <class Work>
 inline void parallel_chunks(const Chunks& chunks, int threads, const Work& work) {
   if (chunks.size == 0) return;
-#ifdef _OPENMP
   const int64_t total = chunks.data[chunks.size - 1].slot + chunks.data[chunks.size - 1].count;
   const int64_t useful = (total + kElementsPerThread - 1) / kElementsPerThread;
-  const int wanted = static_cast<int>(useful < threads ? useful : threads);
+  [[maybe_unused]] const int wanted = static_cast<int>(useful < threads ? useful : threads);
+#if defined(__SANITIZE_THREAD__)
+  // ThreadSanitizer does not see how libgomp's threads wait for each other, but sees it of these.
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < wanted; ++thread) others.emplace_back([&, thread] { work(chunk_range(chunks, thread, wanted)); });
+  if (wanted > 1) work(chunk_range(chunks, 0, wanted));
+  for (std::thread& other : others) other.join();
+  if (wanted > 1) return;
+#elif defined(_OPENMP)
   if (wanted > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(wanted)
     work(chunk_range(chunks, omp_get_thread_num(), omp_get_num_threads()));

@@ -234,7 +234,7 @@ struct Dice {
   Dice at(int64_t i) const { return {key, index + static_cast<uint32_t>(i)}; }
   template <int N>
   Vec<uint32_t, N> roll(Vec<uint32_t, N> value) const {
-    Vec<uint32_t, N> places;
+    Vec<uint32_t, N> places{};
     for (int i = 0; i < N; ++i) places[i] = index + static_cast<uint32_t>(i);
     return random_bits(places, value, key);
   }

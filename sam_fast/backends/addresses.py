@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from array import array
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,19 +68,22 @@ class StateTable:
         self.scalar = scalar
         self.addresses = array("Q", bytes(8 * len(rows)))
         self.address = self.addresses.buffer_info()[0]
-        self._tensors: list[Tensor | None] = []
+        self._tensors: list[Tensor | None] | None = None
         self._gather: Any = None
 
     def collect(self, tensors: list[Tensor | None], device_steps: bool = False) -> bool:
-        """Read the addresses, 0 for None. False if a tensor is not what a kernel takes; counters are on the host, or on the rows' device."""
-        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+        """Read the addresses, 0 for None. False if a tensor is not what a kernel takes; counters are on the host, or on the rows' device.
+
+        ``tensors`` must not be changed afterwards: the same list means the same tensors.
+        """
+        if tensors is not self._tensors:
             if not all(tensor is None or self._fits(tensor, row, device_steps) for tensor, row in zip(tensors, self.rows, strict=True)):
                 return False
             self._gather = make_gather([row if tensor is None else tensor for tensor, row in zip(tensors, self.rows, strict=True)])
             self._missing = [i for i, tensor in enumerate(tensors) if tensor is None]
-            self._tensors = list(tensors)  # last: an interruption must not leave the addresses of other tensors behind
+            self._tensors = tensors  # last: an interruption must not leave the addresses of other tensors behind
         if self._gather.weights(self.addresses):
-            self._tensors = []
+            self._tensors = None
             return False
         for i in self._missing:
             self.addresses[i] = 0
