@@ -1,4 +1,4 @@
-"""The sanitizers are worth something only if they catch mistakes: some are planted, in the CPU's and in the emulated CUDA kernels, and must be reported."""
+"""The sanitizers are worth something only if they catch mistakes: some are planted in the CPU's and the emulated CUDA kernels, and must be found."""
 
 from __future__ import annotations
 
@@ -95,7 +95,11 @@ def test_a_planted_bug_in_the_cpu_kernels_is_caught(tmp_path, sanitizer, file, r
     shutil.copy(ROOT / "CMakeLists.txt", package)
     configure = ["cmake", "-S", str(package), "-B", str(tmp_path / "build"), f"-DSAM_FAST_SANITIZE={COMPILED_WITH[sanitizer]}"]
     pybind11_dir = importlib.import_module("pybind11").get_cmake_dir()
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11_dir}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package / 'sam_fast'}"]
+    configure += [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11_dir}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package / 'sam_fast'}",
+    ]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", str(tmp_path / "build"), "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
     done = run_kernel_tests(
