@@ -238,7 +238,7 @@ def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor 
     return columns if columns.right else None
 
 
-_grad_of = Tensor.grad.__get__  # without the search for the attribute
+_grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search for the attribute
 
 
 def _params_with(bucket: Bucket, grads: list[Tensor | None]) -> list[Tensor]:
