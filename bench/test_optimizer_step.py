@@ -24,11 +24,12 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 ALL = (REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH)
 SOME = (REFERENCE, REFERENCE_FUSED, FOREACH)
+TARGETS = (REFERENCE, PEER_LOOP, FOREACH)
 FEW = (REFERENCE, FOREACH)
 SMALL = 30_000_000
 """Elements up to which a case is measured in parts: what its contenders hold is kept in the meantime."""
-BIG = 50_000_000
-"""Elements from which on a round takes seconds. The default selection then leaves out the slowest baselines."""
+EVERY_BASELINE = ("resnet18", "resnet50")
+"""Shape sets on which the default selection runs all baselines, with SGD; elsewhere those that a target speaks of, and the more rounds of them."""
 
 
 def step_case(
@@ -66,7 +67,7 @@ def step_case(
         elements=count,
         bytes_moved=moved,
         total="optimizer step",
-        plan=SHORT if part is not None else Plan(seconds=3.0, rounds=(7, 7)),
+        plan=SHORT if part is not None else Plan(seconds=3.0, rounds=(9, 9)),
         settings={name: method.settings for name, method in methods.items()},
     )
 
@@ -94,11 +95,8 @@ def step_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("base", "shapes", "part"), step_cases())
 def test_optimizer_step(bench: Bench, base: str, shapes: str, part: int | None) -> None:
-    baselines = ALL if base == "SGD" or bench.full else SOME
-    if not bench.full and shapes not in MODELS:
-        baselines = FEW
-    elif not bench.full and elements(shapes) >= BIG:
-        baselines = (REFERENCE, PEER_LOOP, FOREACH) if base == "SGD" else FEW
+    every = bench.full or (base == "SGD" and shapes in EVERY_BASELINE)
+    baselines = ALL if every else TARGETS if base == "SGD" and shapes in MODELS else FEW
     # Compiling takes a while, and longer the more tensors there are.
     compiled = (COMPILED,) if bench.full or (shapes, base) == ("resnet18", "SGD") else ()
     step_case(bench, base, shapes, baselines + compiled, part=part)
