@@ -250,7 +250,7 @@ BREAKAGES = [
         "a stale table of the state after an interruption",
         "sam_fast/backends/addresses.py",
         "            self._gather = make_gather([row if tensor is None else tensor for tensor",
-        "            self._tensors = list(tensors)\n            self._gather = make_gather([row if tensor is None else tensor for tensor",
+        "            self._tensors = tensors\n            self._gather = make_gather([row if tensor is None else tensor for tensor",
         ("test_faults.py::test_second_step_interrupted_anywhere",),
     ),
     Breakage(
