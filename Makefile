@@ -96,6 +96,9 @@ $(SANITIZED)/%/installed: $(VENV)/installed $(SOURCES) $(shell find sam_fast -na
 	SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=$* $(BIN)/python $(PIP_INSTALL) --quiet --no-deps --target $(@D) .
 	touch $@
 
+# One after the other under make -j: both build in the same folder.
+$(SANITIZED)/thread/installed: | $(SANITIZED)/address,undefined/installed
+
 # Preloaded into an ordinary Python: the runtime libraries of g++'s sanitizers.
 RUNTIME = $(shell $(or $(CXX),g++) -print-file-name=lib$(1).so)
 
