@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[BEGIN] = time.monotonic()
 
 
-ORDER = ["test_optimizer_step", "test_training", "test_overhead", "test_ops", "test_memory", "test_scaling"]
+ORDER = ["test_optimizer_step", "test_training", "test_overhead", "test_ops", "test_memory", "test_scaling", "test_weak_scaling"]
 """Most important first: what --minutes leaves out is at the end."""
 
 BENCH = pytest.StashKey[Bench]()

@@ -16,6 +16,7 @@ from bench.machine import ROOT
 from bench.records import Estimate, Record, Run, disagreement, geometric_mean
 from bench.shapes import MODELS
 from bench.test_training import GRAPH, REFERENCE, SGD_ONCE, SGD_TWICE
+from bench.test_weak_scaling import GROUP as WEAK_SCALING
 
 BEGIN, END = "<!-- benchmarks: made by bench.report -->", "<!-- end of benchmarks -->"
 PICTURES = {
@@ -169,6 +170,15 @@ def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
     for group in dict.fromkeys(r.group for r in run.records if "host time" in r.group or r.group.startswith("import")):
         lines += comparison(run, group)
     lines += ["### Scaling", "", *picture("scaling", pictures), *scaling_table(run)]
+    if run.find(WEAK_SCALING):
+        lines += [
+            "### Weak scaling",
+            "",
+            "Each process has one thread and resnet18's parameters, as replicas or as shards of DTensors. The last column is the efficiency: what "
+            "one process takes over what each of two takes.",
+            "",
+            *comparison(run, WEAK_SCALING),
+        ]
     lines += ["### Whole training iteration", "", *picture("training", pictures), *training_table(run)]
     lines += ["### Memory", "", *picture("memory", pictures), *memory_table(run)]
     if run.agreement.get("all"):

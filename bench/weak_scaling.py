@@ -1,4 +1,4 @@
-"""Weak scaling of the optimizer's own time, from one process to several on one machine: ``python -m bench.weak_scaling``.
+"""Weak scaling of the optimizer's own time, from one process to several on one machine: ``python -m bench.weak_scaling``, or test_weak_scaling.py.
 
 Every process has one thread and the same number of parameters, whatever the number of processes: as DDP's replicas, or as its shards of a
 model that grows with it (DTensor, as FSDP2 has them). Timed are first_step and second_step, gradients being there; the time of a round is that of
@@ -21,9 +21,10 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from bench.shapes import MODELS
 from sam_fast import SAM
 
-SHAPES: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
+COPY_ELEMENTS = 16_000_000
 
 
 def optimizer_of(shapes: list[list[int]], sharded: bool) -> SAM:
@@ -38,13 +39,12 @@ def optimizer_of(shapes: list[list[int]], sharded: bool) -> SAM:
     return SAM(params, torch.optim.SGD, rho=0.05, lr=1e-6, momentum=0.9)
 
 
-def work(rank: int, size: int, store: str, model: str, rounds: int) -> None:
+def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    shapes = SHAPES[model]
     replicas, shards = optimizer_of(shapes, False), optimizer_of(shapes, True)
-    source = torch.randn(16_000_000)
+    source = torch.randn(COPY_ELEMENTS)
     target = torch.empty_like(source)
     cases: dict[str, Callable[[], object]] = {
         "replica, first_step": replicas.first_step,
@@ -62,28 +62,33 @@ def work(rank: int, size: int, store: str, model: str, rounds: int) -> None:
             times[i, turn] = time.perf_counter() - begin
     distributed.all_reduce(times, op=distributed.ReduceOp.MAX)
     if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps({name: statistics.median(row.tolist()) for name, row in zip(cases, times, strict=True)}))
+        Path(f"{store}.json").write_text(json.dumps({name: row.tolist() for name, row in zip(cases, times, strict=True)}))
     distributed.destroy_process_group()
 
 
-def measured(size: int, model: str, rounds: int) -> dict[str, float]:
-    """Seconds by case."""
+def measured(size: int, shapes: list[list[int]], rounds: int) -> dict[str, list[float]]:
+    """The rounds' seconds by case, with ``size`` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (size, f"{folder}/store", model, rounds), nprocs=size)
-        result: dict[str, float] = json.loads(Path(f"{folder}/store.json").read_text())
+        multiprocessing.spawn(work, (size, f"{folder}/store", shapes, rounds), nprocs=size)
+        result: dict[str, list[float]] = json.loads(Path(f"{folder}/store.json").read_text())
     return result
+
+
+def named(size: int) -> str:
+    return "1 process" if size == 1 else f"{size} processes"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", choices=sorted(SHAPES), help="whose parameters each process has")
+    parser.add_argument("--model", default="resnet18", choices=sorted(MODELS), help="whose parameters each process has")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
-    runs = {size: measured(size, arguments.model, arguments.rounds) for size in arguments.processes}
+    rounds = {size: measured(size, MODELS[arguments.model], arguments.rounds) for size in arguments.processes}
+    runs = {size: {case: statistics.median(seconds) for case, seconds in by_case.items()} for size, by_case in rounds.items()}
     least = min(runs)
     print(f"{arguments.model}, {torch.get_num_threads()} cores; milliseconds, and the efficiency (time with {least} / time with n)\n")
-    print("| case | " + " | ".join(f"{size} processes" for size in runs) + " |\n|---|" + "---|" * len(runs))
+    print("| case | " + " | ".join(map(named, runs)) + " |\n|---|" + "---|" * len(runs))
     for case, least_time in runs[least].items():
         cells = [f"{run[case] * 1e3:.2f} ({least_time / run[case]:.0%})" for run in runs.values()]
         print(f"| {case} | " + " | ".join(cells) + " |")
