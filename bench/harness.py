@@ -27,7 +27,9 @@ WARMUP = 2
 """Rounds that are not counted."""
 
 PARTS = tuple(range(5))
-"""Small cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
+"""Cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
+FEWER_PARTS = PARTS[::2]
+"""Of large cases, whose contenders are made anew for each part: together they would not fit the memory."""
 
 BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28, "first_step": 20}
 """Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies; restore_sgd reads
@@ -151,11 +153,20 @@ class Bench:
         """What the last test has measured."""
         self.left_out: list[str] = []
         self._kept: dict[Any, Any] = {}
+        self._checked: set[Any] = set()
 
-    def kept(self, key: Any, part: int | None, make: Callable[[], T]) -> T:
-        """What the first part of a case has made, for its other parts; the last lets go of it. ``part``: None for a case that has none."""
-        made: T = self._kept.pop(key) if key in self._kept else make()
-        if part is not None and part != PARTS[-1]:
+    def kept(self, key: Any, part: int | None, make: Callable[[bool], T], anew: bool = False) -> T:
+        """What the first part of a case has made, for its other parts; the last lets go of it.
+
+        Args:
+            key: names the case.
+            part: None for a case that has none.
+            make: makes the contenders; its argument says whether their results must still be checked.
+            anew: keep nothing; the other parts only need no second check.
+        """
+        made: T = self._kept.pop(key) if key in self._kept else make(key not in self._checked)
+        self._checked.add(key)
+        if not anew and part is not None and part != PARTS[-1]:
             self._kept[key] = made
         return made
 
@@ -302,6 +313,8 @@ class Problem:
     options: dict[str, Any] = field(default_factory=dict)
     rho: float = 0.05
     adaptive: bool = False
+    checks: bool = True
+    """False if an earlier part of the case has checked the same methods."""
 
     def gradients(self) -> list[Tensor]:
         return [gradient(p) for p in self.start]
@@ -347,6 +360,8 @@ class Problem:
         Args:
             norm_error: what the method's norm may be off by, relative. PyTorch's sum over one tensor of 100M float32 is off by some per cent.
         """
+        if not self.checks:
+            return
         backward = Backward(method.params, self.gradients())
         for step in range(STEPS):
             backward()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.harness import PARTS, Bench, Method, Plan, Problem, make_params
+from bench.harness import FEWER_PARTS, PARTS, Bench, Method, Plan, Problem, make_params
 from bench.peers import COMPILED, FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.shapes import MODELS, ONE, SHAPES, TINY, elements
 from sam_fast import backends
@@ -26,8 +26,8 @@ ALL = (REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH)
 SOME = (REFERENCE, REFERENCE_FUSED, FOREACH)
 TARGETS = (REFERENCE, PEER_LOOP, FOREACH)
 FEW = (REFERENCE, FOREACH)
-SMALL = 30_000_000
-"""Elements up to which a case is measured in parts: what its contenders hold is kept in the meantime."""
+LARGE = 30_000_000
+"""Elements from which on contenders are made anew for each part of a case; what smaller ones hold is kept in the meantime."""
 EVERY_BASELINE = ("resnet18", "resnet50")
 """Shape sets on which the default selection runs all baselines, with SGD; elsewhere those that a target speaks of, and the more rounds of them."""
 
@@ -46,16 +46,18 @@ def step_case(
 ) -> None:
     base, options, second_bytes = BASES[base_name]
 
-    def make() -> tuple[dict[str, Method], list[Tensor]]:
+    def make(check: bool) -> tuple[dict[str, Method], list[Tensor]]:
         start = make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device)
-        problem = Problem(start, base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive)
+        problem = Problem(start, base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive, checks=check)
         target = peers.sam_fast(problem, **settings)
         problem.check("sam_fast", target)
         methods, left_out = peers.make(baselines, problem)
-        bench.left_out += [f"{base_name}, {shapes}: {text}" for text in left_out]
+        if check:
+            bench.left_out += [f"{base_name}, {shapes}: {text}" for text in left_out]
         return {"sam_fast": target, **methods}, problem.gradients()
 
-    methods, gradients = bench.kept((base_name, shapes, variant), part, make)
+    large = elements(shapes) >= LARGE
+    methods, gradients = bench.kept((base_name, shapes, variant), part, make, anew=large)
     count = sum(g.numel() for g in gradients)
     size = DTYPES[dtype].itemsize
     # The norm of an adaptive group reads the weights too.
@@ -67,7 +69,7 @@ def step_case(
         elements=count,
         bytes_moved=moved,
         total="optimizer step",
-        plan=SHORT if part is not None else Plan(seconds=3.0, rounds=(9, 9)),
+        plan=Plan(rounds=(9, 9)) if part is None else Plan(rounds=(4, 4)) if large else SHORT,
         settings={name: method.settings for name, method in methods.items()},
     )
 
@@ -77,7 +79,7 @@ SHORT = Plan(seconds=1.0, rounds=(3, 8))
 
 
 def parts_of(shapes: str) -> Sequence[int | None]:
-    return PARTS if elements(shapes) < SMALL and shapes != TINY else (None,)
+    return (None,) if shapes == TINY else FEWER_PARTS if elements(shapes) >= LARGE else PARTS
 
 
 FULL = {("SGD", ONE), ("AdamW", ONE), ("AdamW", TINY), ("AdamW", "gpt2")}
@@ -154,8 +156,8 @@ def test_reference_is_no_straw_man(bench: Bench, shapes: str, part: int) -> None
     """reference.py against a loop with the public implementation's operations, written independently. Target: at most 10 % slower."""
     base, options, _ = BASES["SGD"]
 
-    def make() -> tuple[dict[str, Method], list[Tensor]]:
-        problem = Problem(make_params(SHAPES[shapes], device=bench.device), base, options)
+    def make(check: bool) -> tuple[dict[str, Method], list[Tensor]]:
+        problem = Problem(make_params(SHAPES[shapes], device=bench.device), base, options, checks=check)
         return peers.make((REFERENCE, peers.PUBLIC_LOOP), problem)[0], problem.gradients()
 
     methods, gradients = bench.kept(("straw man", shapes), part, make)

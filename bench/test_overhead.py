@@ -25,8 +25,8 @@ def test_host_overhead(bench: Bench, tensors: int, flatten: bool, part: int) -> 
     """The two steps on parameters of 8 elements: the time is all overhead. Target: 60 us for first_step with 161 parameters, alone."""
     base, options, _ = BASES["SGD"]
 
-    def make() -> tuple[dict[str, Method], list[Tensor]]:
-        problem = Problem(make_params([[8]] * tensors, device=bench.device), base, options)
+    def make(check: bool) -> tuple[dict[str, Method], list[Tensor]]:
+        problem = Problem(make_params([[8]] * tensors, device=bench.device), base, options, checks=check)
         target = peers.sam_fast(problem, flatten=flatten)
         problem.check("sam_fast", target)
         return {"sam_fast": target, **peers.make((peers.REFERENCE, peers.FOREACH), problem)[0]}, problem.gradients()

@@ -25,6 +25,7 @@ from bench.shapes import MODELS
 from sam_fast import SAM
 
 COPY_ELEMENTS = 16_000_000
+RHO = 0.05
 
 
 def optimizer_of(shapes: list[list[int]], sharded: bool) -> SAM:
@@ -36,7 +37,25 @@ def optimizer_of(shapes: list[list[int]], sharded: bool) -> SAM:
         p = nn.Parameter(weight if mesh is None else DTensor.from_local(weight, mesh, [Shard(0)], run_check=False))
         p.grad = grad if mesh is None else DTensor.from_local(grad, mesh, [Shard(0)], run_check=False)
         params.append(p)
-    return SAM(params, torch.optim.SGD, rho=0.05, lr=1e-6, momentum=0.9)
+    return SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
+
+
+def check(optimizer: SAM) -> None:
+    """Refuse to time a wrong result: first_step must climb by rho along the gradient, in float64, its norm over all processes where they share.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    local = [(getattr(p, "_local_tensor", p).detach(), getattr(p.grad, "_local_tensor", p.grad)) for p in params]
+    before = [weight.double() for weight, _ in local]
+    square = torch.stack([grad.double().square().sum() for _, grad in local]).sum()
+    if any(isinstance(p, DTensor) for p in params):
+        distributed.all_reduce(square)
+    optimizer.first_step()
+    for (weight, grad), was in zip(local, before, strict=True):
+        torch.testing.assert_close(weight.double(), was + RHO / square.sqrt() * grad.double(), rtol=1e-6, atol=1e-8)
+    optimizer.restore()
 
 
 def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int) -> None:
@@ -44,6 +63,8 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int)
     torch.manual_seed(rank)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     replicas, shards = optimizer_of(shapes, False), optimizer_of(shapes, True)
+    check(replicas)
+    check(shards)
     source = torch.randn(COPY_ELEMENTS)
     target = torch.empty_like(source)
     cases: dict[str, Callable[[], object]] = {
