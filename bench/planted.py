@@ -2,8 +2,8 @@
 
     python -m bench.planted [--repeats 3]
 
-The kernel is the CPU's grad_norm; after its work each thread sums the first quarter of its chunks once more. What was found becomes part of
-bench/results/cpu.json.
+The kernel is the CPU's grad_norm: each thread, done with its chunks, waits for a quarter of the time that they took. What was found becomes part
+of bench/results/cpu.json.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from bench.machine import ROOT, commit_and_date
 from bench.report import results
 
 KERNEL = "csrc/cpu/grad_norm.cpp"
-AFTER = """                                            : sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);
+ADDED = {
+    '#include "../sam_math.h"\n': "#include <chrono>\n",
+    "parallel_chunks(a.chunks, a.threads, [&](Range range) {\n": "    const auto begin = std::chrono::steady_clock::now();\n",
+    ": sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);\n    }\n": """\
+    const auto took = std::chrono::steady_clock::now() - begin;
+    while (std::chrono::steady_clock::now() - begin < took * 5 / 4) {
     }
-"""
-PLANTED = """    volatile double again = 0.0;
-    for (int64_t i = range.begin; i < range.begin + (range.end - range.begin) / 4; ++i) {
-      const Chunk& c = a.chunks.data[i];
-      const Bits* g = reinterpret_cast<const Bits*>(a.grads[c.row]);
-      if (g != nullptr) again = sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);
-    }
-    (void)again;
-"""
+""",
+}
+"""A text of the kernel's source -> what is added after it."""
 SELECT = "test_op and resnet50 and float32 and not adaptive and (grad_norm or perturb or restore-)"
 
 
@@ -45,9 +44,11 @@ def main() -> int:
     subprocess.run(["tar", "-x", "-C", str(tree)], input=archive, check=True)
     kernel = tree / KERNEL
     text = kernel.read_text()
-    if text.count(AFTER) != 1:
-        raise SystemExit(f"{KERNEL} is no longer what bench/planted.py expects: adapt AFTER and PLANTED")
-    kernel.write_text(text.replace(AFTER, AFTER + PLANTED))
+    for place, added in ADDED.items():
+        if text.count(place) != 1:
+            raise SystemExit(f"{KERNEL} is no longer what bench/planted.py expects: adapt ADDED")
+        text = text.replace(place, place + added)
+    kernel.write_text(text)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         code = compare.main(["HEAD", str(tree), "--select", SELECT, "--repeats", arguments.repeats])
