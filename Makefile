@@ -114,7 +114,7 @@ sanitize-cpu: $(SANITIZED)/address,undefined/installed $(SANITIZED)/thread/insta
 	$(call SANITIZED_CPU,thread) OMP_NUM_THREADS=3 LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
 		setarch -R $(PYTEST_SANITIZED) -k "$(FLOAT32)"
 
-# It sees float32 only: races do not depend on the dtype, nor on where a row ends, and it takes its time. PYTEST_THREADS= runs everything under it.
+# ThreadSanitizer sees float32 only: races do not depend on the dtype, nor on where a row ends, and it takes its time. PYTEST_THREADS= runs everything under it.
 PYTEST_THREADS ?= -k "$(FLOAT32) and not writes_nothing and not non_finite_gradient and not ten_thousand and not scaled and not overflow and not threads"
 sanitize-cuda: $(EMULATION)/address,undefined/_cuda.so $(EMULATION)/thread/_cuda.so
 	$(call EMULATED,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \

@@ -35,6 +35,13 @@ def run_kernel_tests(sanitizer: str, select: str, *arguments: str, **environment
     return subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.fixture(autouse=True)
+def _can_be_built(sanitizer: str) -> None:
+    pytest.importorskip("pybind11")
+    if sanitizer_library(sanitizer) is None:
+        pytest.skip(f"needs g++ with lib{sanitizer}")
+
+
 def broken_sources(tmp_path: Path, file: str, right: str, wrong: str) -> Path:
     """A copy of csrc with one text replaced."""
     csrc = tmp_path / "csrc"
@@ -54,9 +61,6 @@ def broken_sources(tmp_path: Path, file: str, right: str, wrong: str) -> Path:
     ids=["missing __syncthreads", "tail one element too long"],
 )
 def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, right, wrong, report):
-    if sanitizer_library(sanitizer) is None:
-        pytest.skip(f"needs g++ with lib{sanitizer}")
-    pytest.importorskip("pybind11")
     spec = importlib.util.spec_from_file_location("cuda_emulation_build", TESTS / "cuda_emulation" / "build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -85,9 +89,6 @@ def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, 
     ids=["threads that share a chunk", "a vector where there are too few elements"],
 )
 def test_a_planted_bug_in_the_cpu_kernels_is_caught(tmp_path, sanitizer, file, right, wrong, report):
-    if sanitizer_library(sanitizer) is None:
-        pytest.skip(f"needs g++ with lib{sanitizer}")
-    pytest.importorskip("pybind11")
     package = tmp_path / "package"
     shutil.copytree(ROOT / "sam_fast", package / "sam_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "sam_fast" / "kernels").symlink_to(ROOT / "kernels")
