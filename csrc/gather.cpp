@@ -1,5 +1,7 @@
 #include "gather.h"
 
+#include <utility>
+
 namespace sam {
 
 // ---- DLPack, as far as it is needed (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.x) --------------------------------------
@@ -36,6 +38,8 @@ struct DlpackExchange {
 
 // ---- Gather -----------------------------------------------------------------------------------------------------------------------------
 
+constexpr uint8_t kComplex = 5;  // DLDataTypeCode
+
 struct Gather::Record {
   int32_t device_type;
   int32_t device_id;
@@ -46,7 +50,30 @@ struct Gather::Record {
   std::vector<int64_t> strides;
 };
 
-Gather::Gather(PyObject* exchange, PyObject* grad, PyObject* rows) : exchange_(nullptr), rows_(nullptr), grad_(nullptr) {
+namespace {
+
+// A reference that this owns, null where Python raised.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(object) {}
+  ~Owned() { Py_XDECREF(object_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
+PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw Gather::PythonError{};
+  return object;
+}
+
+}  // namespace
+
+Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* rows) {
   const auto* found = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
   if (found == nullptr) throw PythonError{};
   while (found != nullptr && found->version.major != 1) found = found->older;
@@ -55,8 +82,12 @@ Gather::Gather(PyObject* exchange, PyObject* grad, PyObject* rows) : exchange_(n
     throw PythonError{};
   }
   exchange_ = found;
-  if (Py_TYPE(grad)->tp_descr_get == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "grad must be the descriptor of the attribute .grad");
+  Owned grad(checked(PyObject_GetAttrString(tensor_class, "grad")));
+  Owned is_neg(checked(PyObject_GetAttrString(tensor_class, "is_neg")));
+  Owned is_conj(checked(PyObject_GetAttrString(tensor_class, "is_conj")));
+  Owned dispatch(checked(PyObject_GetAttrString(tensor_class, "__torch_dispatch__")));
+  if (Py_TYPE(grad.get())->tp_descr_get == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "tensor_class must be torch.Tensor, whose grad is a descriptor");
     throw PythonError{};
   }
   if (!PyList_Check(rows)) {
@@ -76,19 +107,42 @@ Gather::Gather(PyObject* exchange, PyObject* grad, PyObject* rows) : exchange_(n
     }
     records_.push_back(record);
   }
-  rows_ = PyList_GetSlice(rows, 0, n);  // a list of our own: nobody else can shorten it
-  if (rows_ == nullptr) throw PythonError{};
-  Py_INCREF(grad);
-  grad_ = grad;
+  rows_ = checked(PyList_GetSlice(rows, 0, n));  // a list of our own: nobody else can shorten it
+  grad_ = grad.release();
+  is_neg_ = is_neg.release();
+  is_conj_ = is_conj.release();
+  dispatch_ = dispatch.release();
 }
 
 Gather::~Gather() {
-  Py_XDECREF(rows_);
-  Py_XDECREF(grad_);
+  Py_XDECREF(plain_type_);
+  for (PyObject* object : {rows_, grad_, is_neg_, is_conj_, dispatch_}) Py_XDECREF(object);
 }
 
-bool Gather::matches(PyObject* tensor, const Record& record, uint64_t* address) const {
+bool Gather::has_plain_type(PyObject* tensor) const {
+  PyTypeObject* type = Py_TYPE(tensor);
+  if (type == plain_type_) return true;
+  Owned dispatch(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__torch_dispatch__"));
+  if (dispatch.get() == nullptr) PyErr_Clear();
+  if (dispatch.get() != dispatch_) return false;
+  Py_INCREF(type);
+  Py_XDECREF(plain_type_);
+  plain_type_ = type;
+  return true;
+}
+
+bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
+  for (PyObject* asks : {is_neg_, record.dtype_code == kComplex ? is_conj_ : nullptr}) {
+    if (asks == nullptr) continue;
+    Owned answer(checked(PyObject_CallOneArg(asks, tensor)));
+    if (answer.get() != Py_False) return true;
+  }
+  return false;
+}
+
+bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const {
   *address = 0;
+  if (!has_plain_type(tensor)) return false;
   DlTensor t;
   if (exchange_->view(tensor, &t) != 0) {
     PyErr_Clear();  // no strided memory: Python says what it is
@@ -102,7 +156,9 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t* address) 
   }
   if (!same || record.empty) return same;
   if (t.data == nullptr) return false;  // its storage was resized to nothing
-  *address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+  const uint64_t found = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+  if (found != known && is_lazy(tensor, record)) return false;
+  *address = found;
   return true;
 }
 
@@ -135,7 +191,7 @@ std::vector<int64_t> Gather::weights(PyObject* table) const {
   std::vector<int64_t> changed;
   for (size_t i = 0; i < records_.size(); ++i) {
     PyObject* row = PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i));
-    if (!matches(row, records_[i], &addresses[i])) changed.push_back(static_cast<int64_t>(i));
+    if (!matches(row, records_[i], addresses[i], &addresses[i])) changed.push_back(static_cast<int64_t>(i));
   }
   return changed;
 }
@@ -149,8 +205,8 @@ std::vector<int64_t> Gather::grads(PyObject* table) const {
     PyObject* row = PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i));
     PyObject* grad = get(grad_, row, reinterpret_cast<PyObject*>(Py_TYPE(row)));  // row.grad without the search for the attribute
     if (grad == nullptr) throw PythonError{};
-    if (grad != Py_None && !matches(grad, records_[i], &addresses[i])) odd.push_back(static_cast<int64_t>(i));
-    Py_DECREF(grad);  // the row keeps its gradient alive
+    Owned kept(grad);  // by the row as well
+    if (grad != Py_None && !matches(grad, records_[i], 0, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
   }
   return odd;
 }

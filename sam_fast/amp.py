@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -58,8 +59,10 @@ def scaling_of(optimizer: Optimizer, norm: Tensor | None) -> Scaling:
     return Scaling(grad_scale, overflow.to(torch.float32))  # exactly 0 or 1: fused optimizers subtract it from their step counters
 
 
-def step_base(base: Optimizer, scaling: Scaling) -> None:
+def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], None]) -> None:
     """Step the base optimizer with gradients that are scaled like this, unless there must be no update; its state is then untouched.
+
+    ``step(base)`` calls ``base.step()``.
 
     A base optimizer that can decide on the device (``fused=True``) does so, once it has its state. Otherwise the host reads ``found_inf``.
 
@@ -67,9 +70,11 @@ def step_base(base: Optimizer, scaling: Scaling) -> None:
         ValueError: gradients in float16, where unscaling would lose the small ones, for a base optimizer that does not unscale them itself.
     """
     if scaling.grad_scale is None and scaling.found_inf is None:
-        base.step()
+        step(base)
         return
-    decides = getattr(base, "_step_supports_amp_scaling", False)
+    # On the CPU PyTorch's fused steps are not called (base_step.FUSED_ON_CPU), and reading found_inf there waits for nothing.
+    on_cpu = scaling.found_inf is not None and scaling.found_inf.device.type == "cpu"
+    decides = getattr(base, "_step_supports_amp_scaling", False) and not on_cpu
     # A fused step that is skipped while it makes its state would leave one behind; SGD's momentum would be memory that nobody has written.
     on_host = not decides or _lacks_state(base)
     if on_host and scaling.found_inf is not None and scaling.found_inf.item():
@@ -77,12 +82,12 @@ def step_base(base: Optimizer, scaling: Scaling) -> None:
     if not decides:
         if scaling.grad_scale is not None:
             _unscale(base, scaling.grad_scale)
-        base.step()
+        step(base)
         return
     try:
         for name in ATTRIBUTES:
             setattr(base, name, getattr(scaling, name))
-        base.step()
+        step(base)
     finally:
         forget(base)
 
@@ -117,12 +122,17 @@ def tell_scaler(optimizer: Optimizer, scaling: Scaling) -> None:
 
     A scaler gives the optimizer the sum of what it has found, neither the tensors that update() reads nor itself. But it is up the call
     stack; schedulers, hooks and profilers may lie between. If it is not to be found there, one warning says so.
+
+    Accelerate takes a step for skipped if ``step`` was not called, which it sees by a function that it has put around it: that is told as well.
     """
     found_inf = scaling.found_inf
     if found_inf is None:
         return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        accelerated = frame.f_locals.get("accelerated_optimizer") if frame.f_code.co_name == "patched_step" else None
+        if accelerated is not None:
+            accelerated._accelerate_step_called = not bool(found_inf)  # waits for the device, as Accelerate does with any optimizer
         if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), GradScaler):
             break
         frame = frame.f_back

@@ -8,11 +8,12 @@ a 64-byte boundary, and the rows are cut into *chunks*, so that one launch serve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from .backends.base import Backend
@@ -22,6 +23,19 @@ ALIGNMENT = 64
 
 CHUNK = 16384
 """Elements. Small enough to balance over threads, large enough that the per-chunk work vanishes. A multiple of ALIGNMENT for every dtype."""
+
+
+@cache
+def is_wrapper(cls: type[Tensor]) -> bool:
+    """True for a subclass whose elements lie elsewhere, or are not what its memory holds: DTensor, quantised tensors."""
+    return cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """True if the tensor's elements lie in strided memory of its own. Nothing else is asked of a tensor for which it is False."""
+    if is_wrapper(type(tensor)) or is_lazy(tensor):
+        return False
+    return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_nested
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -43,7 +57,7 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
     spans = sorted(
         (str(t.device), t.data_ptr(), t.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size(), i)
         for i, t in enumerate(tensors)
-        if t.numel() > 0 and t.layout == torch.strided and t.device.type != "meta"
+        if is_plain(t) and t.numel() > 0
     )
     found: set[int] = set()
     furthest: tuple[str, int, int] | None = None  # device, end and index of the span that reaches furthest so far
@@ -70,6 +84,7 @@ class Bucket:
         backend: the kernels that serve the bucket. Its ``attach`` adds ``table``, whatever that backend needs to find the rows.
         params: for each row the parameters it stands for; by default the row itself. Their version counters follow the row's.
         backup: another bucket with the same elements in the same slots, whose backup is this one's too.
+        shared: rows may share memory with each other: they must be moved one after the other.
     """
 
     def __init__(
@@ -79,6 +94,7 @@ class Bucket:
         backend: Backend,
         params: Sequence[list[Tensor]] | None = None,
         backup: Bucket | None = None,
+        shared: bool = False,
     ) -> None:
         self.rows = list(rows)
         self.groups = list(groups)
@@ -97,6 +113,7 @@ class Bucket:
         self.owners = [params[0] for params in self.params]
         self.empty_rows = [index for index, row in enumerate(self.rows) if row.numel() == 0]
         self._backup = backup
+        self.shared = shared
         self.step_memory: Any = None  # see fused_step
         self.table: Any = backend.attach(self)
 

@@ -5,14 +5,21 @@ The kernels then see one row per parameter group instead of one per parameter, a
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from operator import is_
 
 import torch
 from torch import Tensor
 
+from .backends.addresses import make_gather
 from .backends.base import check_dense_gradient
 from .bucket import dense_layout, padded_size
+
+_requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # without the search for the attribute
+
+
+def _addresses(tensors: Sequence[Tensor]) -> array[int]:
+    return array("Q", [tensor.data_ptr() if tensor.numel() > 0 else 0 for tensor in tensors])
 
 
 class FlatStorage:
@@ -28,10 +35,12 @@ class FlatStorage:
 
     def __init__(self, params: Sequence[Tensor], groups: Sequence[int]) -> None:
         self.params = list(params)
-        slots, numel = [], 0
+        slots: list[int] = []
+        numel = 0
         for p in self.params:
             slots.append(numel)
             numel += padded_size(p.numel(), p.element_size())
+        self._slots = slots
         # Zeros, so that the padding between slots adds nothing to the norm and is not moved.
         self.weights = torch.zeros(numel, dtype=params[0].dtype, device=params[0].device)
         self.grads = torch.zeros_like(self.weights)
@@ -41,7 +50,11 @@ class FlatStorage:
         for p, view in zip(self.params, self.weight_views, strict=True):
             view.copy_(p.detach())
             p.data = view
-        self._addresses = [view.data_ptr() for view in self.weight_views]
+        self._gather = make_gather(self.params)
+        self._weight_places = _addresses(self.weight_views)
+        self._grad_places = _addresses(self.grad_views)
+        self._found = array("Q", self._weight_places)
+        self._found_grads = array("Q", self._grad_places)
         # False where .grad is None and the slot is known to hold zeros.
         self.attached = [False] * len(self.params)
         for index, p in enumerate(self.params):
@@ -63,8 +76,12 @@ class FlatStorage:
             self.row_params.append(self.params[begin:end])
 
     def intact(self) -> bool:
-        """True if every parameter still lies where it was put."""
-        return list(map(Tensor.data_ptr, self.params)) == self._addresses
+        """True if every parameter still lies where it was put, as it was laid out."""
+        return not self._gather.weights(self._found) and self._found == self._weight_places
+
+    def _grads_intact(self) -> bool:
+        """True if every gradient lies where it belongs. Whichever object ``.grad`` is: ``model.to()`` gives the same one other memory."""
+        return not self._gather.grads(self._found_grads) and self._found_grads == self._grad_places
 
     def write_back(self, touched: set[int]) -> list[str]:
         """Bring restored weights to parameters that were given other memory since (``touched``: ids of those that had been moved).
@@ -72,8 +89,8 @@ class FlatStorage:
         Returns a description of each parameter whose shape has changed, which cannot be restored.
         """
         lost = []
-        for p, view, address in zip(self.params, self.weight_views, self._addresses, strict=True):
-            if id(p) not in touched or (p.data_ptr() == address and p.shape == view.shape):
+        for p, view in zip(self.params, self.weight_views, strict=True):
+            if id(p) not in touched or (p.data_ptr() == view.data_ptr() and p.shape == view.shape and p.dtype == view.dtype):
                 continue
             if p.shape == view.shape:
                 p.data.copy_(view)
@@ -87,23 +104,36 @@ class FlatStorage:
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        grads = [p.grad for p in self.params]
-        if all(map(is_, grads, self.grad_views)):
+        if self._grads_intact():
             return
-        for index, (grad, view) in enumerate(zip(grads, self.grad_views, strict=True)):
+        for index, (p, view) in enumerate(zip(self.params, self.grad_views, strict=True)):
+            grad = p.grad
             if grad is None:
                 if self.attached[index]:
                     view.zero_()
                     self.attached[index] = False
-            elif grad is not view:
+            elif not self._in_place(index, grad):
                 self._adopt(index, grad)
 
+    def _in_place(self, index: int, grad: Tensor) -> bool:
+        view = self.grad_views[index]
+        return grad is view and self._grad_places[index] == (view.data_ptr() if view.numel() > 0 else 0)
+
     def zero_grad(self) -> None:
-        """Zero all gradients and attach those that are missing; a parameter that requires none loses its gradient."""
+        """Zero all gradients and attach those that are missing; a parameter that requires none loses its gradient.
+
+        Parameters that were moved out of the flat buffer are left there, with gradients of zeros.
+        """
         self.grads.zero_()
+        moved = not self.intact()
+        if not moved and self._grads_intact() and all(map(_requires_grad, self.params)):
+            return
         for index, p in enumerate(self.params):
-            if p.requires_grad:
-                if p.grad is not self.grad_views[index]:
+            if moved:
+                if p.grad is not None:
+                    p.grad.detach().zero_()
+            elif p.requires_grad:
+                if p.grad is None or not self._in_place(index, p.grad):
                     self._attach(index)
             elif p.grad is not None:
                 p.grad = None
@@ -115,5 +145,9 @@ class FlatStorage:
         self._attach(index)
 
     def _attach(self, index: int) -> None:
-        self.params[index].grad = self.grad_views[index]
+        view = self.grad_views[index]
+        if not self._in_place(index, view):  # model.to() has given this very object other memory
+            view = self.grads.as_strided(*dense_layout(self.weight_views[index]), self._slots[index])
+            self.grad_views[index] = view
+        self.params[index].grad = view
         self.attached[index] = True

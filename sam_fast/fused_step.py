@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from .amp import Scaling
 from .backends.base import StateTensors
@@ -40,6 +39,10 @@ class Rule(ABC):
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The state that a parameter of this group has once it has taken a step."""
 
+    @abstractmethod
+    def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
+        """The state with which the kernel's step is a parameter's first, as PyTorch takes it. None if there is no such."""
+
     all_names: tuple[str, ...]
 
 
@@ -52,6 +55,10 @@ class SgdRule(Rule):
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
+        # PyTorch makes the first gradient the buffer, without dampening. momentum * -0.0 + g has the bits of g, the sign of 0 included.
+        return None if group["dampening"] != 0 else {"momentum_buffer": torch.full_like(param, -0.0, requires_grad=False)}
 
 
 class AdamRule(Rule):
@@ -68,6 +75,16 @@ class AdamRule(Rule):
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.all_names if group["amsgrad"] else self.all_names[:-1]
 
+    def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
+        if group.get("capturable") or group.get("fused"):
+            local = local_tensor(param)
+            wide = not group.get("fused") and torch.get_default_dtype() == torch.float64
+            step = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=local.device)
+        else:
+            step = torch.tensor(0.0, dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32, device="cpu")
+        moments = {name: torch.zeros_like(param, requires_grad=False) for name in self.state_names(group) if name != "step"}
+        return {"step": step, **moments}
+
 
 RULES: dict[type[Optimizer], Rule] = {
     torch.optim.SGD: SgdRule(),
@@ -77,8 +94,8 @@ RULES: dict[type[Optimizer], Rule] = {
 """Exact class of the base optimizer -> its rule."""
 
 
-def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, rounding_key: int | None = None) -> bool:
-    """Restore the weights and take the base optimizer's step in one pass. False if that cannot be done: then nothing has been changed.
+def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, rounding_key: int | None = None) -> str | None:
+    """Restore the weights and take the base optimizer's step in one pass. The reason if that cannot be done: then nothing has been changed.
 
     Args:
         perturbation: the weights are at ``w + e``; afterwards they are not.
@@ -87,27 +104,38 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
         rounding_key: that of the new weights' stochastic rounding (:mod:`sam_fast.rounding`), or None.
     """
     rule = RULES.get(type(base))
-    if rule is None or _is_watched(base) or not perturbation.fits(base.param_groups):
-        return False
-    buckets = perturbation.step_buckets()
-    if buckets is None or not all(rule.operation in bucket.backend.fused_steps for bucket in buckets):
-        return False
+    if rule is None:
+        return f"{type(base).__qualname__} is not one of {', '.join(cls.__qualname__ for cls in RULES)}"
+    reason = _watched_by(base)
+    if reason is not None:
+        return reason
+    buckets = perturbation.step_buckets() if perturbation.fits(base.param_groups) else None
+    if buckets is None:
+        return "parameters or groups are no longer those of first_step, or have left their flat buffer"
     ready = _on_host(scaling, buckets)
-    if ready is None or (ready.found_inf is not None and not all(bucket.backend.decides_on_device for bucket in buckets)):
-        return False
+    if isinstance(ready, str):
+        return ready
     with perturbation.own_step_grads() as known:
         if not known:
-            return False
+            return "a DTensor's gradient is not placed as the parameter is"
         # A gradient's Python object is made anew whenever nobody holds it.
         grads = [list(map(_grad_of, bucket.rows)) for bucket in buckets]
         states = []
         for bucket, its_grads in zip(buckets, grads, strict=True):
-            state = _state_of(bucket, base, rule, rounding_key, its_grads)
-            if state is None or (ready.found_inf is not None and "step" in state.tensors and not state.device_steps):
-                return False
+            # Where it is not known yet whether there is a step, none must leave a state behind.
+            state = _state_of(bucket, base, rule, rounding_key, its_grads, may_make=ready.found_inf is None)
+            if isinstance(state, str):
+                return state
+            if ready.found_inf is not None and "step" in state.tensors and not state.device_steps:
+                return (
+                    "step counters on the host have to know beforehand whether gradients overflowed: fused=True or capturable=True keeps them there"
+                )
             states.append(state)
         if not all(bucket.backend.collect_step(bucket, state) for bucket, state in zip(buckets, states, strict=True)):
-            return False
+            return "a parameter, gradient or state is not laid out as the parameter was in first_step"
+        reason = perturbation.why_not_fused()
+        if reason is not None:
+            return reason
         stepped = [p for bucket, its_grads in zip(buckets, grads, strict=True) for p in _params_with(bucket, its_grads)]
         perturbation.restore_and_step(rule.operation, buckets, states, ready, stepped)
     for bucket, state in zip(buckets, states, strict=True):
@@ -118,23 +146,36 @@ def fused_step(perturbation: Perturbation, base: Optimizer, scaling: Scaling, ro
             step = steps[row]  # type: ignore[index]
             if step is not None:
                 step += 1  # the kernels never come to a row without elements
-    return True
+    if "step" in vars(base):
+        base._opt_called = True  # type: ignore[attr-defined]  # what the wrapped step would have noted
+    return None
 
 
-def _on_host(scaling: Scaling, buckets: Sequence[Bucket]) -> Scaling | None:
-    """The scaling as the kernels take it: what is on the host is decided here. None if there must be no step, or if the base must see to it."""
+def _on_host(scaling: Scaling, buckets: Sequence[Bucket]) -> Scaling | str:
+    """The scaling as the kernels take it: what is on the host is decided here. The reason if there must be no step, or if the base must see to it."""
     if scaling.grad_scale is not None and any(bucket.dtype == torch.float16 for bucket in buckets):
-        return None  # refused, see amp.step_base
-    if scaling.found_inf is None or scaling.found_inf.device.type != "cpu":
+        return "scaled gradients in float16"  # refused, see amp.step_base
+    if scaling.found_inf is None:
         return scaling
-    return None if float(scaling.found_inf) != 0.0 else Scaling(scaling.grad_scale, None)
+    if scaling.found_inf.device.type == "cpu":
+        return "gradients are not finite: no step" if float(scaling.found_inf) != 0.0 else Scaling(scaling.grad_scale, None)
+    if not all(bucket.backend.decides_on_device for bucket in buckets):
+        return "the backend cannot decide on the device whether gradients overflowed"
+    return scaling
 
 
-def _is_watched(base: Optimizer) -> bool:
-    """Whether somebody must see ``base.step()`` being called: it has hooks, or was replaced."""
-    hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
-    global_hooks = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
-    return bool(hooks or global_hooks or "step" in base.__dict__)
+WRAPPED_BY_SCHEDULER = "_wrapped_by_lr_sched"
+"""Attribute of a ``step`` that a learning rate scheduler has put on its optimizer, only to note that it was called."""
+
+
+def _watched_by(base: Optimizer) -> str | None:
+    """Who must see ``base.step()`` being called, or None. Global hooks are not asked: they see SAM's own step."""
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return "the base optimizer has step hooks of its own: register them on SAM"
+    step = vars(base).get("step")
+    if step is not None and not hasattr(step, WRAPPED_BY_SCHEDULER):
+        return "the base optimizer's step was replaced"
+    return None
 
 
 def _is_number(value: Any) -> bool:
@@ -143,8 +184,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _options_of(bucket: Bucket, base: Optimizer, rule: Rule) -> tuple[array[float], list[Tensor | None]] | None:
-    """The table of all groups' options, and the learning rates that are on the bucket's device; None if a kernel cannot take one."""
+def _is_on(value: Tensor, device: torch.device) -> bool:
+    return value.device == device and value.numel() == 1 and not value.requires_grad and value.dtype in (torch.float32, torch.float64)
+
+
+def _options_of(bucket: Bucket, base: Optimizer, rule: Rule) -> tuple[array[float], list[Tensor | None]] | str:
+    """The table of all groups' options, and the learning rates that are on the bucket's device; the reason if a kernel cannot take one."""
     table = array("d")
     learning_rates: list[Tensor | None] = []
     present = set(bucket.groups)
@@ -154,13 +199,16 @@ def _options_of(bucket: Bucket, base: Optimizer, rule: Rule) -> tuple[array[floa
             learning_rates.append(None)
             table.extend([math.nan] * (1 + len(others)))
             continue
-        if group.get("differentiable") or (group.get("capturable") and bucket.device.type == "cpu") or not all(map(_is_number, others)):
-            return None
+        if group.get("differentiable"):
+            return "differentiable=True"
+        if group.get("capturable") and bucket.device.type == "cpu":
+            return "capturable=True with parameters on the CPU"
+        if not all(map(_is_number, others)):
+            return "an option is a tensor that a kernel cannot read"
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-        if on_device and (lr.device != bucket.device or lr.numel() != 1 or lr.requires_grad or lr.dtype not in (torch.float32, torch.float64)):
-            return None
-        if not on_device and not _is_number(lr):
-            return None
+        fits = _is_on(lr, bucket.device) if on_device else _is_number(lr)
+        if not fits:
+            return "a learning rate is a tensor that a kernel cannot read"
         learning_rates.append(lr if on_device else None)
         table.extend((math.nan if on_device else float(lr), *map(float, others)))
     return table, learning_rates if any(lr is not None for lr in learning_rates) else []
@@ -212,11 +260,42 @@ def _memory_of(bucket: Bucket, base: Optimizer) -> _Memory:
     return memory
 
 
-def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor | None]) -> _Columns | None:
-    """The state of every row that has a gradient; None if one of them has no complete state yet."""
+def _make_first_states(bucket: Bucket, base: Optimizer, rule: Rule, names: list[tuple[str, ...]], grads: list[Tensor | None]) -> bool:
+    """Make the state of rows that take their first step, beside entries that are not the base optimizer's. Whether there were such rows.
+
+    A row that has some of the names but not all is left to the base optimizer, as is one that the kernel cannot take a first step with.
+    """
+    made = False
+    for p, grad, group in zip(bucket.owners, grads, bucket.groups, strict=True):
+        if grad is not None and names[group] and base.state.get(p, {}).keys().isdisjoint(rule.all_names):
+            first = rule.first_state(p, base.param_groups[group])
+            if first is not None:
+                base.state[p].update(first)
+                made = True
+    return made
+
+
+def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor | None], may_make: bool) -> _Columns | str:
+    """The state of every row that has a gradient; the reason if one of them has no complete state yet. ``may_make``: or it is made."""
     names = [rule.state_names(group) for group in base.param_groups]
+    found = _complete_state(bucket, base, rule, names, grads)
+    if isinstance(found, str) and may_make and _make_first_states(bucket, base, rule, names, grads):
+        found = _complete_state(bucket, base, rule, names, grads)
+    if isinstance(found, str):
+        return found
     memory = _memory_of(bucket, base)
-    states = memory.states(base)
+    columns = memory.columns
+    if columns is None or not columns.same(found):
+        # A DTensor stays the same object while what this process holds of it changes: never the same as its local tensor.
+        columns = memory.columns = _Columns({name: list(map(local_tensor, column)) for name, column in found.items()})
+    return columns if columns.right else "the base optimizer's state is not as PyTorch makes it"
+
+
+def _complete_state(
+    bucket: Bucket, base: Optimizer, rule: Rule, names: list[tuple[str, ...]], grads: list[Tensor | None]
+) -> dict[str, list[Any]] | str:
+    """For each name the state of the rows that have a gradient, None for the others; the reason if one of them lacks it."""
+    states = _memory_of(bucket, base).states(base)
     every_row = _count(states) == _count(grads) == len(grads)
     found: dict[str, list[Any]] = {}
     for name in rule.all_names:
@@ -229,13 +308,9 @@ def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor 
             column = [state.get(name) if takes_it and state is not None else None for state, takes_it in zip(states, takers, strict=True)]
             wanted = sum(takers)
         if _count(column) != wanted:
-            return None
+            return f"the base optimizer has yet to make the state {name!r} of a parameter"
         found[name] = column
-    columns = memory.columns
-    if columns is None or not columns.same(found):
-        # A DTensor stays the same object while what this process holds of it changes: never the same as its local tensor.
-        columns = memory.columns = _Columns({name: list(map(local_tensor, column)) for name, column in found.items()})
-    return columns if columns.right else None
+    return found
 
 
 _grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search for the attribute
@@ -253,12 +328,18 @@ def _count(items: list[Any]) -> int:
     return sum(map(is_not, items, repeat(None)))
 
 
-def _state_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | None, grads: list[Tensor | None]) -> StateTensors | None:
-    """The options, and the state of every row that has a gradient; None if a kernel cannot take it."""
+def _state_of(
+    bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | None, grads: list[Tensor | None], may_make: bool
+) -> StateTensors | str:
+    """The options, and the state of every row that has a gradient; the reason if a kernel cannot take it."""
+    if rule.operation not in bucket.backend.fused_steps:
+        return f"the {bucket.backend.name} backend has no {rule.operation}"
     options = _options_of(bucket, base, rule)
-    columns = None if options is None else _columns_of(bucket, base, rule, grads)
-    if options is None or columns is None:
-        return None
+    if isinstance(options, str):
+        return options
+    columns = _columns_of(bucket, base, rule, grads, may_make)
+    if isinstance(columns, str):
+        return columns
     if columns.host_steps and bucket.device.type == "cuda":
         base._cuda_graph_capture_health_check()  # a counter on the host would stand still in a graph: raises, as base.step() does
     table, learning_rates = options

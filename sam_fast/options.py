@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import math
+import pkgutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 OPTIONS = ("rho", "adaptive", "eta", "perturb")
 """The options that SAM adds to every parameter group."""
@@ -31,16 +34,79 @@ def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
     return {key: entry for key, entry in kept.items() if entry}
 
 
-def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """The parameter groups, as new dictionaries."""
+def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Callable[[list[dict[str, Any]]], Any]:
+    """What makes the base optimizer from the parameter groups.
+
+    Raises:
+        TypeError: ``base_optimizer`` is not callable, or ``params`` is an optimizer, which leaves nothing to make.
+        ValueError: ``base_optimizer`` is no import path.
+    """
+    if isinstance(params, Optimizer):
+        if base_kwargs or base_optimizer is not SGD:
+            given = sorted(base_kwargs) if base_kwargs else f"base_optimizer={base_optimizer!r}"
+            raise TypeError(f"SAM(optimizer) takes the optimizer as it is, but {given} was given too: make the optimizer with these options")
+        check_base(params)
+        return lambda groups: params
+    if isinstance(base_optimizer, str):
+        try:
+            found = pkgutil.resolve_name(base_optimizer)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f'base_optimizer={base_optimizer!r} is no import path such as "torch.optim.SGD": {error}') from None
+    else:
+        found = base_optimizer
+    if not callable(found):
+        raise TypeError(f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}")
+    return lambda groups: found(groups, **base_kwargs)
+
+
+def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -> None:
+    """Give groups that a base optimizer has made itself the SAM options of the groups that their parameters came in.
+
+    Raises:
+        ValueError: a group mixes parameters that came with different options.
+    """
+    options_of = {id(p): {name: group[name] for name in OPTIONS} for group in given for p in _tensors(group["params"])}
+    for index, group in enumerate(made):
+        if all(name in group for name in OPTIONS):
+            continue
+        found = [options_of[id(p)] for p in group["params"] if id(p) in options_of]
+        for name in OPTIONS if found else ():
+            if any(options[name] != found[0][name] for options in found):
+                raise ValueError(f"group {index} of the base optimizer mixes parameters that were given with different {name}: keep them apart")
+            group.setdefault(name, found[0][name])
+
+
+def _tensors(params: Any) -> list[Tensor]:
+    """The parameters of a group, named or not."""
+    return [p[1] if isinstance(p, tuple) else p for p in ([params] if isinstance(params, Tensor) else params)]
+
+
+def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups, as new dictionaries; an optimizer's own."""
+    if isinstance(params, Optimizer):
+        return params.param_groups
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors, named tensors or parameter groups, got a tensor: wrap it in a list")
     entries = list(params)
     if not entries:
         raise ValueError("params is empty: SAM got no parameters to optimize")
     if isinstance(entries[0], dict):
-        return [dict(group) for group in entries]
+        groups = [dict(group) for group in entries]
+        for group in groups:
+            if not isinstance(group.get("params"), (Tensor, list, set, type(None))):
+                group["params"] = list(group["params"])  # an iterator would be used up by who looks first
+        return groups
     return [{"params": entries}]
+
+
+def name_of(param: Tensor, param_groups: Sequence[dict[str, Any]]) -> str:
+    """How an error message calls a parameter: by its name where the groups have names, else by its place."""
+    for index, group in enumerate(param_groups):
+        for position, p in enumerate(group["params"]):
+            if p is param:
+                names = group.get("param_names")
+                return f"parameter {names[position]!r}" if names else f"parameter {position} of group {index}"
+    return "a parameter"
 
 
 def check_options(group: dict[str, Any]) -> None:
@@ -64,6 +130,8 @@ def check_base(base: Any) -> None:
     """Raise TypeError or ValueError if ``base`` cannot be a base optimizer."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
+    if hasattr(base, "first_step") and hasattr(base, "second_step"):
+        raise TypeError(f"{type(base).__name__} is a SAM optimizer itself: it cannot be SAM's base optimizer")
     collisions = [name for name in OPTIONS if name in base.defaults]
     if collisions:
         raise ValueError(
@@ -73,6 +141,28 @@ def check_base(base: Any) -> None:
     if getattr(base, "_overlap_with_ddp", False):
         name = type(base).__name__
         raise ValueError(f"{name} with overlap_with_ddp=True steps in the middle of every backward pass, SAM's first as well: leave it out")
+    if differentiates_gradients(type(base)):
+        raise ValueError(
+            f"{type(base).__name__} differentiates gradients in its step, which needs the graph of the second pass and the weights w + e that it was "
+            "made with; SAM has restored w by then: it cannot be SAM's base optimizer"
+        )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{type(base).__name__}.step needs a closure to evaluate the loss again: it cannot be SAM's base optimizer")
+
+
+def differentiates_gradients(cls: type) -> bool:
+    """Whether ``cls.step``, or a method that it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the Hessian."""
+    pending, seen = ["step"], set()
+    while pending:
+        name = pending.pop()
+        method = getattr(cls, name, None)
+        code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+        if code is None or name in seen:
+            continue
+        seen.add(name)
+        names = [instruction.argval for instruction in dis.get_instructions(code)]
+        if ("autograd", "grad") in pairwise(names):
+            return True
+        pending.extend(code.co_names)
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch.autograd.graph import increment_version
 from .amp import Scaling
 from .backends import BACKENDS, GroupOptions, choose, forced
 from .backends.base import Backend, StateTensors, shape_changed
-from .bucket import Bucket, overlapping
+from .bucket import Bucket, is_plain, is_wrapper, overlapping
 from .flat import FlatStorage
-from .sharded import ProcessGroups, Sharding, sharding_of
+from .options import name_of
+from .sharded import ProcessGroups, Sharding, is_dtensor, local_tensor, sharding_of
 
 ParamGroups = Sequence[dict[str, Any]]
 
@@ -46,6 +48,19 @@ def exchange_sums(sums: Sequence[NormSum]) -> None:
             receiver.partials[slot].copy_(total, non_blocking=True)
 
 
+_grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search for the attribute
+
+
+def _takes_part(p: Tensor, perturb: bool) -> bool:
+    """Whether there must be a place for a parameter in a bucket: it has a gradient, or may get one.
+
+    What is frozen, on the meta device, sparse, quantised or yet to be materialised, and has no gradient, is not looked into.
+    """
+    if perturb and p.grad is not None:
+        return True
+    return (p.requires_grad or p.grad is not None) and is_plain(local_tensor(p) if is_dtensor(p) else p)
+
+
 def _announce(written: list[Tensor]) -> None:
     """Let autograd know of weights that kernels have written, and autocast, which keeps casts of the old ones while a region lasts."""
     increment_version(written)
@@ -72,6 +87,11 @@ class Perturbation:
         self._sums: dict[torch.device, NormSum] = {}
         self._bucket_sums: list[tuple[Bucket, Tensor, NormSum]] = []
         self._known: list[list[Tensor]] = []
+        self.left_out: list[Tensor] = []  # parameters that are in no bucket
+        self._may_perturb: list[bool] = []  # for each of them, whether its group is perturbed
+        self._rows: list[Tensor] = []
+        self._shared: set[int] = set()  # which of the rows share memory with another
+        self._places: list[bytes] = []  # where the rows were when that was looked up
         self._touched: list[Tensor] = []
         self.measured = False
         self._by_parameter: dict[Bucket, Bucket] = {}
@@ -106,43 +126,66 @@ class Perturbation:
         """Build buckets. If a parameter is refused, this raises before anything is changed."""
         params: list[Tensor] = []
         groups: list[int] = []
+        left_out: list[Tensor] = []
+        may_perturb: list[bool] = []
         seen: set[int] = set()
         for index, group in enumerate(param_groups):
             for p in group["params"]:
-                if id(p) not in seen:  # a parameter that is listed twice is one parameter
-                    seen.add(id(p))
-                    params.append(p)
-                    groups.append(index)
+                if id(p) in seen:  # a parameter that is listed twice is one parameter
+                    continue
+                seen.add(id(p))
+                if not _takes_part(p, group["perturb"]):
+                    left_out.append(p)
+                    may_perturb.append(bool(group["perturb"]))
+                    continue
+                if (is_wrapper(p.__class__) and not is_dtensor(p)) or p.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{name_of(p, param_groups)} has a gradient, but SAM cannot move it: its elements are not in strided memory "
+                        f"({type(p).__name__}, layout {p.layout}). Put it into a group with perturb=False"
+                    )
+                params.append(p)
+                groups.append(index)
         sharding = sharding_of(params, groups)
         if self.flatten and sharding is not None:
             raise ValueError("flatten=True cannot move DTensor parameters, whose memory belongs to whoever has sharded them: use flatten=False")
         rows = params if sharding is None else [sharding.row(p) for p in params]
         shared = overlapping(rows)
-        if self.flatten and shared:
-            raise ValueError(f"flatten=True would separate parameters that share memory (parameters {sorted(shared)}): use flatten=False")
-        members: dict[tuple[torch.device, torch.dtype, Backend, ProcessGroups], list[tuple[Tensor, int]]] = {}
+        if self.flatten:
+            self._refuse_shared([*params, *left_out], param_groups)
+        members: dict[tuple[torch.device, torch.dtype, Backend, bool, ProcessGroups], list[tuple[Tensor, int]]] = {}
         for position, (p, row, index) in enumerate(zip(params, rows, groups, strict=True)):
             process_groups = () if sharding is None else sharding.process_groups(p)
-            members.setdefault((row.device, row.dtype, self._choose(row, position in shared), process_groups), []).append((p, index))
+            is_shared = position in shared
+            key = (row.device, row.dtype, self._choose(row, is_shared), is_shared, process_groups)
+            members.setdefault(key, []).append((p, index))
         self.sharding = sharding
         if self.flatten:
             self._flatten(list(members.values()))
         else:
-            self.buckets = [self._bucket(rows, backend) for (_, _, backend, _), rows in members.items()]
+            self.buckets = [self._bucket(of_bucket, backend, shared) for (_, _, backend, shared, _), of_bucket in members.items()]
+        self._rows, self._shared, self._places = rows, shared, []
+        self.left_out, self._may_perturb = left_out, may_perturb
         self._build_sums()
 
-    def _bucket(self, members: Sequence[tuple[Tensor, int]], backend: Backend) -> Bucket:
+    def _refuse_shared(self, params: Sequence[Tensor], param_groups: ParamGroups) -> None:
+        shared = sorted(overlapping(params))
+        if shared:
+            names = ", ".join(name_of(params[i], param_groups) for i in shared)
+            raise ValueError(f"flatten=True would separate parameters that share memory ({names}): use flatten=False")
+
+    def _bucket(self, members: Sequence[tuple[Tensor, int]], backend: Backend, shared: bool) -> Bucket:
         params, groups = [p for p, _ in members], [group for _, group in members]
         if self.sharding is None:
-            return Bucket(params, groups, backend)
-        return Bucket([self.sharding.row(p) for p in params], groups, backend, [self.sharding.versioned(p) for p in params])
+            return Bucket(params, groups, backend, shared=shared)
+        versioned = [self.sharding.versioned(p) for p in params]
+        return Bucket([self.sharding.row(p) for p in params], groups, backend, versioned, shared=shared)
 
     def _choose(self, p: Tensor, shared: bool) -> Backend:
         if self.flatten:  # a flat buffer is dense whatever its parameters were
             return choose(torch.empty(0, dtype=p.dtype, device=p.device), self.backend)
         if not shared:
             return choose(p, self.backend)
-        # The fused kernels back one row up while they move another; the torch backend backs all rows up first.
+        # The fused kernels move all rows at once; the torch backend backs all up, then moves one after the other.
         wanted = forced(self.backend)
         if wanted is not None and wanted is not BACKENDS["torch"]:
             raise ValueError(f"backend={wanted.name!r} was forced but does not support parameters that share memory: use backend='torch'")
@@ -163,6 +206,13 @@ class Perturbation:
                 kept.append(FlatStorage([p for p, _ in fresh], [group for _, group in fresh]))
         self.flats = kept
         self.buckets = [Bucket(flat.rows, flat.row_groups, choose(flat.rows[0], self.backend), flat.row_params) for flat in kept]
+
+    def zero_flat_grads(self) -> None:
+        """Zero the gradients in the flat buffers, and let go of those outside."""
+        for flat in self.flats:
+            flat.zero_grad()
+        for p, _ in self._left_out_with_gradient():
+            p.grad = None
 
     def step_buckets(self) -> list[Bucket] | None:
         """For each bucket the one that a fused second step works on, whose rows are parameters.
@@ -209,7 +259,33 @@ class Perturbation:
             if not flat.intact():
                 return False
             flat.collect_grads()
-        return all(bucket.backend.collect(bucket, options) for bucket in self.buckets)
+        if any(p.grad is not None and _takes_part(p, perturb) for p, perturb in self._left_out_with_gradient()):
+            return False
+        return all(bucket.backend.collect(bucket, options) for bucket in self.buckets) and self._shares_as_known()
+
+    def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
+        if all(map(is_, map(_grad_of, self.left_out), repeat(None))):
+            return iter(())
+        return zip(self.left_out, self._may_perturb, strict=True)
+
+    def _shares_as_known(self) -> bool:
+        """Whether the same rows share memory as when the buckets were built. Looked up again whenever a row lies elsewhere."""
+        if self.flatten:
+            return True  # the rows are the flat buffers
+        places = [bucket.backend.addresses(bucket) for bucket in self.buckets]
+        if places != self._places:
+            if overlapping(self._rows) != self._shared:
+                return False
+            self._places = places
+        return True
+
+    def why_not_fused(self) -> str | None:
+        """Why restoring and stepping must not be one pass over the buckets, which have been collected for it; None if they may be."""
+        if self._shared or not self._shares_as_known():
+            return "parameters share memory, and must be stepped one after the other"
+        if any(p.grad is not None for p, _ in self._left_out_with_gradient()):
+            return "a parameter has a gradient now that had none in first_step, and was frozen or of a kind that SAM leaves alone"
+        return None
 
     def climb(self, param_groups: ParamGroups, rounding_key: int | None = None, own_gradient: bool = False) -> None:
         """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were.
@@ -255,7 +331,7 @@ class Perturbation:
         """Write the weights back, bit for bit. What an interruption left undone, the next call does."""
         error: RuntimeError | None = None
         touched = self._touched or self._saved_params()
-        for bucket in self.buckets:
+        for bucket in reversed(self.buckets):  # one that shares memory with an earlier one has backed up what that one had moved
             try:
                 bucket.backend.restore(bucket)
             except RuntimeError as raised:

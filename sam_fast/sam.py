@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .amp import forget, scaling_of, step_base, tell_scaler
+from .amp import ATTRIBUTES, forget, scaling_of, step_base, tell_scaler
 from .backends import forced
+from .base_step import BaseStep
 from .batchnorm import frozen_running_stats
+from .closures import (
+    ACCUMULATED,
+    AUTO,
+    SECOND,
+    are_new,
+    check_closure_option,
+    lightning_closure,
+    mark_spent,
+    warn_of_taken_gradients,
+)
 from .fused_step import fused_step
-from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, without_old_weights
+from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
 from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 from .sharded import forget_gathered_weights, give_up_pass
+from .wrapper import OptimizerWrapper
 
 ROUNDING_STEP = "rounding_step"
 """Entry of every parameter group where weights are rounded stochastically: the number of first_steps so far, from which the rounding is drawn."""
@@ -26,11 +39,25 @@ ROUNDING_STEP = "rounding_step"
 STOCHASTIC_ROUNDING_DEFAULT = False
 """What ``stochastic_rounding=None`` means; docs/guide.md has the measurement."""
 
-SPENT = "_sam_fast_spent"
-"""Attribute of a gradient tensor: its version when it was last used or zeroed. A gradient that still has that version is not a new one."""
+NOT_STEPPED = "there was no second step yet"
 
 
-class SAM(Optimizer):
+@dataclass
+class _Step:
+    """What a step keeps between its calls, shared with whatever a framework puts around the optimizer."""
+
+    random_state: RandomState | None = None
+    own_gradient: bool = False  # the gradient of this rank alone
+    first_pass_entered: bool = False
+    path: str = NOT_STEPPED
+    warned_of_gradients: bool = False
+
+    def forget_first_pass(self) -> None:
+        """What ``first_pass`` was told holds for one step."""
+        self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
+
+
+class SAM(OptimizerWrapper):
     """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al., https://arxiv.org/abs/2102.11600).
 
     ``first_step`` climbs from the weights w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm is one number over all
@@ -44,32 +71,35 @@ class SAM(Optimizer):
         optimizer.second_step(zero_grad=True)
 
     Args:
-        params: parameters, named parameters or parameter groups, as for any torch optimizer. Groups may set ``rho``, ``adaptive``, ``eta``
-            and ``perturb`` (False: neither perturbed nor counted in the norm).
-        base_optimizer: an Optimizer class, or a callable that takes the parameter groups and ``base_kwargs`` and returns an Optimizer.
+        params: parameters, named parameters or parameter groups, as for any torch optimizer; or an optimizer, which becomes the base optimizer.
+            Groups may set ``rho``, ``adaptive``, ``eta`` and ``perturb`` (False: neither perturbed nor counted in the norm).
+        base_optimizer: an Optimizer class, its import path (``"torch.optim.SGD"``), or a callable that takes the parameter groups and
+            ``base_kwargs`` and returns an Optimizer. It may make groups of its own.
         rho: radius of the perturbation in the 2-norm, in units of the weights; at least 0.
         adaptive: True for ASAM; its rho is usually about ten times SAM's.
         eta: added to ``|w|`` in ASAM's T; at least 0 (the reference implementation has 0, the paper's code 0.01).
         perturb_eps: added to the norm; at least 0.
         flatten: make parameters and gradients views of flat buffers. Faster for many small parameters; gradients are then zero, not None.
         backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each parameter.
+        closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass, and the closure is called for
+            the second, as in the reference implementation. "both": they are discarded and the closure is called for both, as with any torch
+            optimizer. "auto": "second" if they are new and not all zero, else "both"; this looks at the norm on the host.
         stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e`` right on average, and with
             a fused second step the new weights too; False rounds to nearest, which loses most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
         **base_kwargs: options of the base optimizer.
 
     Raises:
-        TypeError: ``base_optimizer`` is not callable, or ``params`` is a single tensor.
-        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs a closure or
-            steps during backward passes, or the forced backend does not support a parameter.
+        TypeError: ``base_optimizer`` is not callable, ``params`` is a single tensor, or an optimizer is given together with ``base_kwargs``.
+        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs a closure,
+            differentiates gradients or steps during backward passes, or the forced backend does not support a parameter.
     """
 
-    base_optimizer: Optimizer
     _step_supports_amp_scaling = True  # a GradScaler calls step() even after an overflow: the weights must come back
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
+        params: Iterable[Any] | Optimizer,
+        base_optimizer: Callable[..., Optimizer] | str = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,
         *,
@@ -77,100 +107,32 @@ class SAM(Optimizer):
         perturb_eps: float = 1e-12,
         flatten: bool = False,
         backend: str | None = None,
+        closure: str = AUTO,
         stochastic_rounding: bool | None = None,
         **base_kwargs: Any,
     ) -> None:
-        if not callable(base_optimizer):
-            raise TypeError(f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}")
+        make = make_base(params, base_optimizer, base_kwargs)
         check_at_least_zero("perturb_eps", perturb_eps)
+        check_closure_option("closure", closure)
         forced(backend)
         groups = as_groups(params)
         if stochastic_rounding not in (None, True, False):
             raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
         self._stochastic_rounding = stochastic_rounding
+        self._closure = closure
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
         self._fill_in_options(groups)
-        # Sets up hooks and the step's instrumentation. There is no base optimizer yet, so state and param_groups go nowhere (see below).
-        super().__init__(groups, {})
-        base = base_optimizer(groups, **base_kwargs)
+        super().__init__(groups)
+        base = make(groups)
         check_base(base)
+        take_over_options(base.param_groups, groups)
+        self._fill_in_options(base.param_groups)
         self.base_optimizer = base
+        self._base_step = BaseStep(base)
         self.defaults = {**base.defaults, **self._sam_defaults}
-        self._forget_first_pass()
+        self._step = _Step()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
         self._prepare()
-
-    # ---- One state, one list of groups: the base optimizer's -----------------------------------------------------------------------------
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.state = value
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.param_groups = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the constructor's values.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-            ValueError: an option is out of range, or a parameter is already in another group.
-        """
-        if "base_optimizer" not in self.__dict__:
-            return
-        self._require_restored("add_param_group")
-        if isinstance(param_group, dict):
-            self._fill_in_options([param_group])
-        self.base_optimizer.add_param_group(param_group)
-        try:
-            self._prepare()
-        except BaseException:
-            self.param_groups.pop()  # a group that SAM refuses must not stay in the base optimizer
-            raise
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict; SAM's options are in its groups. There is never a copy of the weights in it."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base_optimizer.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's values.
-
-        A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base optimizer: the copy is left
-        out, and a warning says that the base optimizer starts anew.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-            ValueError: the groups do not fit.
-        """
-        self._require_restored("load_state_dict")
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        for group in state_dict["param_groups"]:
-            check_options(group)
-        state_dict["state"] = without_old_weights(state_dict["state"])
-        self.base_optimizer.load_state_dict(state_dict)
-        self._fill_in_options(self.param_groups)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def __copy__(self) -> SAM:
         """Another view of the same optimizer: one base optimizer, one set of buckets."""
@@ -187,6 +149,7 @@ class SAM(Optimizer):
             "base_optimizer": self.base_optimizer,
             "_sam_defaults": self._sam_defaults,
             "_stochastic_rounding": self._stochastic_rounding,
+            "_closure": self._closure,
             "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
         }
 
@@ -194,7 +157,8 @@ class SAM(Optimizer):
         state = dict(state)
         settings = state.pop("_perturbation")
         super().__setstate__(state)
-        self._forget_first_pass()
+        self._base_step = BaseStep(self.base_optimizer)
+        self._step = _Step()
         self._perturbation = Perturbation(*settings)
         self._prepare()
 
@@ -205,12 +169,10 @@ class SAM(Optimizer):
             check_options(group)
 
     def _prepare(self) -> None:
-        """Build the buckets. With flatten=True parameters get a gradient of zeros here: it is none that a backward pass has computed."""
+        """Build the buckets. With flatten=True parameters get a gradient of zeros here, which must not count as a first pass."""
         without = [p for group in self.param_groups for p in group["params"] if p.grad is None]
         self._perturbation.prepare(self.param_groups)
-        for p in without:
-            if p.grad is not None:
-                setattr(p.grad, SPENT, p.grad._version)
+        mark_spent(p.grad for p in without if p.grad is not None)
 
     # ---- The two steps -------------------------------------------------------------------------------------------------------------------
 
@@ -230,6 +192,11 @@ class SAM(Optimizer):
             raise RuntimeError("grad_norm is known after the first first_step()")
         return self._perturbation.norm.clone()
 
+    @property
+    def second_step_path(self) -> str:
+        """How the last second step was taken: "fused", restore and step in one pass, or the reason why the base optimizer stepped by itself."""
+        return self._step.path
+
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb from w to ``w + e`` along the gradients of the first pass.
 
@@ -243,13 +210,15 @@ class SAM(Optimizer):
 
         Raises:
             RuntimeError: the weights are already perturbed, or a gradient is sparse. The weights are then as before the call.
+            ValueError: an option of a group is out of range.
         """
         if self._perturbation.active:
             raise RuntimeError("first_step() was called twice: finish with second_step(), or call restore() to give this step up")
         rounds = self._rounds_stochastically()
-        self._perturbation.climb(self.param_groups, rounding_key(self._rounding_step(), PERTURB) if rounds else None, self._own_gradient)
+        key = rounding_key(self._rounding_step(), PERTURB) if rounds else None
+        self._perturbation.climb(self.param_groups, key, self._step.own_gradient)
         if rounds:
-            self._count_rounding_step()
+            self._set_rounding_step(self._rounding_step() + 1)
         if zero_grad:
             self.zero_grad()
 
@@ -267,17 +236,20 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None, *, replay_rng: bool = False) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, passes: str | None = None, replay_rng: bool = False
+    ) -> Any:
         """The second step; or, with a closure, a whole SAM step.
 
         Without a closure, while perturbed: restore w and step the base optimizer. Called by a ``torch.amp.GradScaler``, the gradients are
         unscaled first, and there is no step of the base optimizer if a gradient of either pass was not finite.
 
-        With a closure: if there are gradients that no step with a closure has used and ``zero_grad`` has not zeroed, they are the first pass,
-        and the closure is the second; otherwise the closure is called for both.
+        With a closure, while perturbed: the closure is the second pass. Otherwise it is called for both passes, or for the second if gradients are
+        there that are the first pass: see ``closure`` of the constructor.
 
         Args:
             closure: computes the loss, calls backward and returns the loss.
+            passes: "auto", "both" or "second", for this call instead of the constructor's ``closure``.
             replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the random state afterwards is
                 that after the first call.
 
@@ -285,19 +257,23 @@ class SAM(Optimizer):
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
 
         Raises:
-            RuntimeError: no closure and no first_step before; or a closure while perturbed, or from a GradScaler. If the closure raises, w is
-                restored.
-            ValueError: ``replay_rng`` where the closure would not be called for both passes.
+            RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients; or a closure from a GradScaler. If the
+                closure raises, w is restored.
+            ValueError: ``replay_rng`` where the closure would not be called for both passes, or ``first_pass(replay_rng=True)`` where it would.
         """
         try:
-            return self._step_without_closure(replay_rng) if closure is None else self._step_with_closure(closure, replay_rng)
+            if closure is None:
+                return self._step_without_closure(passes, replay_rng)
+            return self._step_with_closure(closure, self._closure if passes is None else passes, replay_rng)
         except BaseException:
             forget(self)  # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
             raise
 
-    def _step_without_closure(self, replay_rng: bool) -> None:
+    def _step_without_closure(self, passes: str | None, replay_rng: bool) -> None:
         if replay_rng:
             raise ValueError("step(replay_rng=True) needs a closure: without one use first_pass(model, replay_rng=True) and second_pass(model)")
+        if passes is not None:
+            raise ValueError(f"step(passes={passes!r}) needs a closure")
         if not self._perturbation.active and self._can_only_make_state():
             self.base_optimizer.step()
             return
@@ -315,42 +291,82 @@ class SAM(Optimizer):
         grads = list(self._gradients())
         return bool(grads) and not any(grad.any() for grad in grads)
 
-    def _step_with_closure(self, closure: Callable[[], Any], replay_rng: bool) -> Any:
-        self._require_restored("step(closure)")
-        if hasattr(self, "found_inf"):
+    def _step_with_closure(self, closure: Callable[[], Any], passes: str, replay_rng: bool) -> Any:
+        check_closure_option("passes", passes)
+        if any(hasattr(self, name) for name in ATTRIBUTES):
             raise RuntimeError("GradScaler.step with a closure would not check the second gradient: use first_step() and scaler.step(optimizer)")
-        first_pass_done = self._has_new_gradients()
+        first_pass_done = self._perturbation.active or self._first_pass_is_done(closure, passes)
         if replay_rng and first_pass_done:
             raise ValueError(
                 "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not seen. Call zero_grad() to "
                 "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
             )
-        random_state = RandomState.capture(self._devices()) if replay_rng else None
-        with torch.enable_grad():
-            loss = None
-            try:
+        if self._step.random_state is not None and not first_pass_done:
+            raise ValueError(
+                "first_pass(replay_rng=True) was used, but the closure is to be called for both passes: use step(closure, replay_rng=True)"
+            )
+        loss = None
+        try:
+            with torch.enable_grad():
+                if first_pass_done and not self._perturbation.active:
+                    first_pass_done = self._climb_along_what_is_there(passes)
                 if not first_pass_done:
+                    random_state = RandomState.capture(self._devices()) if replay_rng else None
                     self.zero_grad()
                     loss = closure()
-                self.first_step(zero_grad=True)
+                    self.first_step(zero_grad=True)
+                else:
+                    random_state, self._step.random_state = self._step.random_state, None
                 with random_state.replayed() if random_state is not None else nullcontext():
                     second_loss = closure()
-            except BaseException:
-                self.restore()
-                self._mark_spent()  # they belong to a step that was given up
-                raise
+        except BaseException:
+            self.restore()
+            mark_spent(self._gradients())  # they belong to a step that was given up
+            raise
         self._update()
-        self._mark_spent()
+        mark_spent(self._gradients())
         return second_loss if first_pass_done else loss
+
+    def _first_pass_is_done(self, closure: Callable[[], Any], passes: str) -> bool:
+        """Whether the gradients that are there are to be the first pass, as far as can be said without looking at their values."""
+        if passes == SECOND:
+            if next(self._gradients(), None) is None:
+                raise RuntimeError('passes="second" takes the gradients that are there for the first pass, but there are none: call backward() first')
+            return True
+        by_lightning = lightning_closure(closure)
+        if by_lightning is not None:
+            if by_lightning._zero_grad_fn is None and are_new(self._gradients()):
+                raise RuntimeError(ACCUMULATED)
+            return False
+        return passes == AUTO and are_new(self._gradients())
+
+    def _climb_along_what_is_there(self, passes: str) -> bool:
+        """first_step along the gradients that are there. False if they are all zero: then it is undone, and there was no first pass."""
+        told = passes == SECOND or self._step.first_pass_entered
+        rounding_step = self._rounding_step()
+        self.first_step(zero_grad=True)
+        if told:
+            return True
+        if float(self._perturbation.norm) == 0.0:
+            self._perturbation.restore()
+            if self._rounds_stochastically():
+                self._set_rounding_step(rounding_step)
+            return False
+        if not self._step.warned_of_gradients:
+            self._step.warned_of_gradients = True
+            warn_of_taken_gradients()
+        return True
 
     def _update(self) -> None:
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
-        scaling = scaling_of(self, None if self._own_gradient else self._perturbation.norm)
-        self._forget_first_pass()
+        scaling = scaling_of(self, None if self._step.own_gradient else self._perturbation.norm)
+        self._step.forget_first_pass()
         key = rounding_key(self._rounding_step(), UPDATE) if self._rounds_stochastically() else None
-        if not fused_step(self._perturbation, self.base_optimizer, scaling, key):
+        reason = fused_step(self._perturbation, self.base_optimizer, scaling, key)
+        if reason is not None:
             self._perturbation.restore()
-            step_base(self.base_optimizer, scaling)
+            step_base(self.base_optimizer, scaling, self._base_step)
+        self._step.path = "fused" if reason is None else reason
         tell_scaler(self, scaling)
 
     def _rounds_stochastically(self) -> bool:
@@ -360,43 +376,29 @@ class SAM(Optimizer):
     def _rounding_step(self) -> int:
         return int(self.param_groups[0].get(ROUNDING_STEP, 0))
 
-    def _count_rounding_step(self) -> None:
+    def _set_rounding_step(self, step: int) -> None:
         """The count is an entry of the groups, so that a run that resumes from a checkpoint goes on as it would have."""
-        step = self._rounding_step() + 1
         for group in self.param_groups:
             group[ROUNDING_STEP] = step
 
     def restore(self) -> None:
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
-        self._forget_first_pass()
+        self._step.forget_first_pass()
         if self._perturbation.active:
             self._perturbation.restore()
-
-    def _forget_first_pass(self) -> None:
-        """What ``first_pass`` was told holds for one step, replayed or not."""
-        self._random_state: RandomState | None = None
-        self._own_gradient = False  # the gradient of this rank alone
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
         if self._perturbation.flatten:
-            for flat in self._perturbation.flats:
-                flat.zero_grad()
+            self._perturbation.zero_flat_grads()
         else:
             self.base_optimizer.zero_grad(set_to_none)
         if self._perturbation.flatten or not set_to_none:
-            self._mark_spent()
+            mark_spent(self._gradients())
 
     def _gradients(self) -> Iterator[Tensor]:
         """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
         return (getattr(p.grad, "_local_tensor", p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
-
-    def _mark_spent(self) -> None:
-        for grad in self._gradients():
-            setattr(grad, SPENT, grad._version)
-
-    def _has_new_gradients(self) -> bool:
-        return any(getattr(grad, SPENT, None) != grad._version for grad in self._gradients())
 
     # ---- The two passes ------------------------------------------------------------------------------------------------------------------
 
@@ -416,13 +418,14 @@ class SAM(Optimizer):
             ValueError: ``sync=False`` where there can be no gradient of one replica: FSDP2 without HSDP, or DDP's first pass with a static graph.
         """
         self._require_restored("first_pass")
-        self._random_state = RandomState.capture(self._devices()) if replay_rng else None
-        self._own_gradient = not sync
+        self._step.random_state = RandomState.capture(self._devices()) if replay_rng else None
+        self._step.own_gradient = not sync
+        self._step.first_pass_entered = True
         try:
             with nullcontext() if sync else without_gradient_sync(model):
                 yield
         except BaseException:
-            self._forget_first_pass()
+            self._step.forget_first_pass()
             raise
 
     @contextmanager
@@ -430,11 +433,14 @@ class SAM(Optimizer):
         """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were, dropout draws the first pass's masks if
         ``first_pass`` was asked to remember, and if the body raises, the weights are restored before the exception goes on.
 
+        ``break``, ``continue`` and ``return`` out of the body end it as its last line does: the weights stay perturbed, for the second_step that
+        follows. Call ``restore()`` before them to give the step up.
+
         Raises:
             RuntimeError: there was no first_step.
         """
         self._require_perturbed("second_pass")
-        random_state, self._random_state = self._random_state, None
+        random_state, self._step.random_state = self._step.random_state, None
         try:
             if self._perturbation.sharding is not None:
                 forget_gathered_weights(model)

@@ -187,6 +187,12 @@ def sharding_of(params: Sequence[Tensor], groups: Sequence[int]) -> Sharding | N
     return Sharding(params, groups)
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    dtensor = _dtensor_class()
+    return dtensor is not None and isinstance(value, dtensor)
+
+
 def local_tensor(value: Any) -> Any:
     """What this process holds of a DTensor; anything else itself."""
     local = getattr(value, "_local_tensor", None)

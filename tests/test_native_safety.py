@@ -36,20 +36,20 @@ def test_nothing_but_tensors_becomes_a_row() -> None:
             if rows == []:
                 continue
             with pytest.raises((TypeError, RuntimeError, ValueError)):
-                _cpu.Gather(EXCHANGE, Tensor.grad, rows)
+                _cpu.Gather(EXCHANGE, Tensor, rows)
         with pytest.raises((TypeError, ValueError)):
-            _cpu.Gather(bad, Tensor.grad, [torch.ones(2)])
-        gather = _cpu.Gather(EXCHANGE, Tensor.grad, [torch.ones(2)])
+            _cpu.Gather(bad, Tensor, [torch.ones(2)])
+        gather = _cpu.Gather(EXCHANGE, Tensor, [torch.ones(2)])
         if not isinstance(bad, array):
             for read in (gather.weights, gather.grads):
                 with pytest.raises((TypeError, BufferError, ValueError)):
                     read(bad)
     for odd in (torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")):
         with pytest.raises(RuntimeError):
-            _cpu.Gather(EXCHANGE, Tensor.grad, [odd])
+            _cpu.Gather(EXCHANGE, Tensor, [odd])
     for size in (0, 2, 9):
         with pytest.raises(ValueError, match="one 64-bit number"):
-            _cpu.Gather(EXCHANGE, Tensor.grad, [torch.ones(2)]).weights(array("Q", bytes(8 * size)))
+            _cpu.Gather(EXCHANGE, Tensor, [torch.ones(2)]).weights(array("Q", bytes(8 * size)))
 
 
 NO_ADDRESSES = [(), (0,), ("f32",) * 8, (None,) * 8, (0, -1, 1, 0, 0, 0, 0, 1), (0, 2**64, 1, 0, 0, 0, 0, 1), (0, 1.5, 1, 0, 0, 0, 0, 1)]

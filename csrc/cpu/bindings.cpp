@@ -62,9 +62,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "sam_fast's CPU kernels. Use sam_fast.backends, which checks tensors before it takes their addresses.";
 
   py::class_<sam::Gather>(m, "Gather")
-      .def(py::init([](py::object exchange, py::object grad, py::object rows) {
-        return translated([&] { return std::make_unique<sam::Gather>(exchange.ptr(), grad.ptr(), rows.ptr()); });
-      }), py::arg("exchange"), py::arg("grad"), py::arg("rows"))
+      .def(py::init([](py::object exchange, py::object tensor_class, py::object rows) {
+        return translated([&] { return std::make_unique<sam::Gather>(exchange.ptr(), tensor_class.ptr(), rows.ptr()); });
+      }), py::arg("exchange"), py::arg("tensor_class"), py::arg("rows"))
       .def("weights", [](const sam::Gather& self, py::handle addresses) {
         return translated([&] { return as_list(self.weights(addresses.ptr())); });
       }, py::arg("addresses"))

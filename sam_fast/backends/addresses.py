@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..bucket import is_dense
-from .base import Backend, GroupOptions, StateTensors, check_dense_gradient, has_memory, shape_changed, signature
+from ..bucket import is_dense, is_plain
+from .base import (
+    Backend,
+    GroupOptions,
+    StateTensors,
+    check_dense_gradient,
+    has_memory,
+    rejects_memory,
+    shape_changed,
+    signature,
+)
 
 try:
     from .. import _cpu
@@ -45,7 +54,7 @@ class PythonGather:
 
     def _matches(self, i: int, tensor: Tensor, addresses: array[int]) -> bool:
         addresses[i] = 0
-        if tensor.layout != torch.strided or signature(tensor) != self.expected[i]:
+        if not is_plain(tensor) or signature(tensor) != self.expected[i] or rejects_memory(tensor) is not None:
             return False
         if tensor.numel() > 0:
             addresses[i] = tensor.data_ptr()
@@ -57,7 +66,7 @@ def make_gather(rows: list[Tensor]) -> Any:
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if _cpu is None or exchange is None:
         return PythonGather(rows)
-    return _cpu.Gather(exchange, torch.Tensor.grad, rows)
+    return _cpu.Gather(exchange, Tensor, rows)
 
 
 class StateTable:
@@ -90,7 +99,7 @@ class StateTable:
         return True
 
     def _fits(self, tensor: Tensor, row: Tensor, device_steps: bool) -> bool:
-        if tensor.layout != torch.strided:
+        if not is_plain(tensor) or rejects_memory(tensor) is not None:
             return False
         if self.scalar:
             device = row.device if device_steps else torch.device("cpu")
@@ -107,7 +116,9 @@ class AddressTable:
 
     def __init__(self, bucket: Bucket) -> None:
         rows = len(bucket.rows)
-        self.bucket = bucket
+        # Not the bucket, which has this table: a cycle would keep weights and backup alive until the garbage collector runs.
+        self.rows = bucket.rows
+        self.groups = bucket.groups
         self.gather = make_gather(bucket.rows)
         self.weights = array("Q", bytes(8 * rows))
         self.grads = array("Q", bytes(8 * rows))
@@ -135,22 +146,22 @@ class AddressTable:
         self.copies.clear()
         odd = self.gather.grads(self.grads)
         if not options.all_perturb:
-            for row, group in enumerate(self.bucket.groups):
+            for row, group in enumerate(self.groups):
                 if not options.perturb[group]:
                     self.grads[row] = 0
         for row in odd:
-            if options.perturb[self.bucket.groups[row]]:
+            if options.perturb[self.groups[row]]:
                 self.grads[row] = self._like_row(row).data_ptr()
         return True
 
     def _check_memory(self, rows: list[int]) -> None:
-        lost = [row for row in rows if not has_memory(self.bucket.rows[row])]
+        lost = [row for row in rows if is_plain(self.rows[row]) and not has_memory(self.rows[row])]
         if lost:
             raise RuntimeError(f"the parameters in rows {lost} have no memory: their storage was resized to nothing. Resize it back first")
 
     def _like_row(self, index: int) -> Tensor:
         """A copy of the row's gradient with the row's own dtype and strides, kept until the perturbation is done."""
-        row = self.bucket.rows[index]
+        row = self.rows[index]
         grad = row.grad
         assert grad is not None
         check_dense_gradient(grad, row)
@@ -165,16 +176,16 @@ class AddressTable:
             return False
         self.copies.clear()
         for row in self.gather.grads(self.grads):
-            grad = self.bucket.rows[row].grad
-            if grad is None or grad.layout != torch.strided:
+            grad = self.rows[row].grad
+            if grad is None or not is_plain(grad):
                 return False  # sparse, in a group that is not perturbed
             self.grads[row] = self._like_row(row).data_ptr()
         return all(self._state_table(name).collect(tensors, state.device_steps) for name, tensors in state.tensors.items())
 
-    def share_saved(self, source: AddressTable) -> None:
-        """See :meth:`sam_fast.backends.base.Backend.share_saved`."""
+    def share_saved(self, source: AddressTable, source_params: list[list[Tensor]]) -> None:
+        """See :meth:`sam_fast.backends.base.Backend.share_saved`; ``source_params``: the parameters of each of the source's rows."""
         row = 0
-        for address, params in zip(source.saved, source.bucket.params, strict=True):
+        for address, params in zip(source.saved, source_params, strict=True):
             for _ in params:
                 self.saved[row] = self.weights[row] if address else 0
                 row += 1
@@ -187,7 +198,7 @@ class AddressTable:
 
     def _state_table(self, name: str) -> StateTable:
         if name not in self.states:
-            self.states[name] = StateTable(self.bucket.rows, scalar=name == "step")
+            self.states[name] = StateTable(self.rows, scalar=name == "step")
         return self.states[name]
 
     def release_copies(self) -> None:
@@ -199,14 +210,14 @@ class AddressTable:
     def saved_rows(self) -> list[int]:
         return [row for row, address in enumerate(self.saved) if address]
 
-    def restore_changed(self, changed: list[int], release: bool) -> None:
-        """Restore rows that are saved but no longer match the bucket, by way of PyTorch."""
+    def restore_changed(self, changed: list[int], backups: list[Tensor], release: bool) -> None:
+        """Restore rows that are saved but no longer match the bucket, by way of PyTorch. ``backups``: those of all rows."""
         lost = []
         for row in changed:
             if not self.saved[row]:
                 continue
-            tensor, backup = self.bucket.rows[row], self.bucket.flat_rows[row]
-            if not has_memory(tensor):
+            tensor, backup = self.rows[row], backups[row]
+            if is_plain(tensor) and not has_memory(tensor):
                 continue  # stays saved, see below
             if release:
                 self.saved[row] = 0
@@ -243,9 +254,16 @@ class AddressBackend(Backend):
             return reason
         if arithmetic and tensor.dtype not in DTYPE_CODES:
             return f"dtype {tensor.dtype} (the {self.name} backend takes {', '.join(str(d).removeprefix('torch.') for d in DTYPE_CODES)})"
+        reason = rejects_memory(tensor)
+        if reason is not None:
+            return reason
         if not is_dense(tensor):
             return f"a tensor with gaps or overlaps in memory (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
         return None
+
+    def addresses(self, bucket: Bucket) -> bytes:
+        table: AddressTable = bucket.table
+        return table.weights.tobytes()
 
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
         table: AddressTable = bucket.table
@@ -264,7 +282,7 @@ class AddressBackend(Backend):
 
     def share_saved(self, bucket: Bucket, source: Bucket) -> None:
         table: AddressTable = bucket.table
-        table.share_saved(source.table)
+        table.share_saved(source.table, source.params)
 
     def release(self, bucket: Bucket) -> None:
         table: AddressTable = bucket.table
@@ -280,7 +298,7 @@ class AddressBackend(Backend):
         self.launch_copy(bucket, True, release)
         table.all_saved = table.all_saved and not release
         if changed:
-            table.restore_changed(changed, release)
+            table.restore_changed(changed, bucket.flat_rows, release)
 
     def save(self, bucket: Bucket) -> bool:
         table: AddressTable = bucket.table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..bucket import is_wrapper
+from ..options import check_options
 
 if TYPE_CHECKING:
     from ..amp import Scaling
@@ -29,8 +33,10 @@ class GroupOptions:
         self.values = array("d")
         self.perturb: list[bool] = []
         for group in param_groups:
-            rho = float(group["rho"])
-            self.values.extend((-rho if group.get("maximize", False) else rho, float(group["eta"]), 1.0 if group["adaptive"] else 0.0))
+            rho, eta = float(group["rho"]), float(group["eta"])
+            if not (0.0 <= rho < math.inf and 0.0 <= eta < math.inf):  # NaN too
+                check_options(group)
+            self.values.extend((-rho if group.get("maximize", False) else rho, eta, 1.0 if group["adaptive"] else 0.0))
             self.perturb.append(bool(group["perturb"]))
         self.all_perturb = all(self.perturb)
 
@@ -43,6 +49,15 @@ class GroupOptions:
 def shape_changed(lost: list[str]) -> RuntimeError:
     """The error for parameters that cannot be restored; ``lost`` says of each from which shape to which."""
     return RuntimeError(f"the shape of a parameter changed while its weights were perturbed; it cannot be restored ({'; '.join(lost)})")
+
+
+def rejects_memory(tensor: Tensor) -> str | None:
+    """Why the elements of ``tensor`` cannot be read and written at its address, or None."""
+    if is_wrapper(type(tensor)):
+        return f"a {type(tensor).__name__}, whose elements do not lie in memory of its own"
+    if tensor.is_neg() or tensor.is_conj():
+        return "a tensor whose sign or conjugation is still to be applied (is_neg() or is_conj(): see resolve_neg, resolve_conj)"
+    return None
 
 
 def signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
@@ -113,6 +128,10 @@ class Backend(ABC):
     @abstractmethod
     def num_partials(self, bucket: Bucket) -> int:
         """How many float64 partial sums ``grad_norm`` writes for this bucket."""
+
+    @abstractmethod
+    def addresses(self, bucket: Bucket) -> bytes:
+        """Where the rows were when they were last collected: equal if no row lies elsewhere."""
 
     @abstractmethod
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from ..amp import inverse_scale
+from ..bucket import is_plain, is_wrapper
 from ..rounding import ROUNDED, round_stochastically
 from .base import Backend, GroupOptions, StateTensors, check_dense_gradient, shape_changed, signature
 
@@ -53,6 +55,9 @@ class TorchBackend(Backend):
     def num_partials(self, bucket: Bucket) -> int:
         return 1
 
+    def addresses(self, bucket: Bucket) -> bytes:
+        return array("Q", [row.data_ptr() if is_plain(row) else 0 for row in bucket.rows]).tobytes()
+
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
         table: TensorTable = bucket.table
         if [signature(row) for row in bucket.rows] != table.expected:
@@ -61,6 +66,8 @@ class TorchBackend(Backend):
             grad = row.grad if options.perturb[group] else None
             if grad is not None:
                 check_dense_gradient(grad, row)
+                if is_wrapper(type(grad)):
+                    grad = torch.empty_like(row, requires_grad=False).copy_(grad.detach())
             table.grads[index] = grad
         return True
 
@@ -102,20 +109,31 @@ class TorchBackend(Backend):
             torch._foreach_copy_([bucket.flat_rows[i] for i in saved], [bucket.rows[i].detach() for i in saved])
         for i in saved:
             table.saved[i] = True
+        moves: Iterable[tuple[list[int], list[Tensor]]] = self._moves(participants, options, norm + eps)
+        if bucket.shared:  # one row after the other, each by the e of w
+            moves = [([i], [e_of_row]) for indices, e in moves for i, e_of_row in zip(indices, e, strict=True)]
+        for indices, e in moves:
+            rows = [bucket.rows[i].detach() for i in indices]
+            wide = [row.to(_compute_dtype(bucket.dtype)) for row in rows]
+            moved = torch._foreach_add(wide, e)
+            # Chosen on the device: reading `finite` here would wait for it.
+            chosen = [torch.where(finite, m, row) for m, row in zip(moved, wide, strict=True)]
+            torch._foreach_copy_(rows, self._rounded(bucket, indices, chosen, options.rounding_key))
+        table.grads = [None] * len(bucket.rows)
+
+    def _moves(
+        self, participants: dict[int, tuple[list[int], list[Tensor], list[Tensor]]], options: GroupOptions, norm: Tensor
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """For each group its rows that have a gradient, and their e."""
         for group, (indices, rows, grads) in participants.items():
             rho, eta, adaptive = options.of(group)
-            # A zero gradient moves nothing, also with eps = 0.
-            scale = torch.where(norm + eps > 0, rho / (norm + eps), 0.0).to(rows[0].real.dtype)
+            # A zero gradient moves nothing, also where norm, eps included, is 0.
+            scale = torch.where(norm > 0, rho / norm, 0.0).to(rows[0].real.dtype)
             if adaptive:
                 t = _asam_t(rows, eta)
-                e = torch._foreach_mul(torch._foreach_mul(torch._foreach_mul(t, t), grads), scale)
+                yield indices, list(torch._foreach_mul(torch._foreach_mul(torch._foreach_mul(t, t), grads), scale))
             else:
-                e = torch._foreach_mul(grads, scale)
-            moved = torch._foreach_add(rows, e)
-            # Chosen on the device: reading `finite` here would wait for it.
-            chosen = [torch.where(finite, m, row) for m, row in zip(moved, rows, strict=True)]
-            torch._foreach_copy_([bucket.rows[i].detach() for i in indices], self._rounded(bucket, indices, chosen, options.rounding_key))
-        table.grads = [None] * len(bucket.rows)
+                yield indices, list(torch._foreach_mul(grads, scale))
 
     def _rounded(self, bucket: Bucket, indices: list[int], values: list[Tensor], rounding_key: int | None) -> list[Tensor]:
         """New weights for the rows ``indices``, stochastically rounded if they are to be; else the copy into the row rounds them to nearest."""
@@ -177,7 +195,7 @@ class TorchBackend(Backend):
         table: TensorTable = bucket.table
         if state.learning_rates or state.device_steps or [signature(row) for row in bucket.rows] != table.expected:
             return False
-        if any(row.grad is not None and row.grad.layout != torch.strided for row in bucket.rows):
+        if any(row.grad is not None and (is_wrapper(type(row.grad)) or row.grad.layout != torch.strided) for row in bucket.rows):
             return False
         for name, tensors in state.tensors.items():
             for tensor, row in zip(tensors, bucket.rows, strict=True):

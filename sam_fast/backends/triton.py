@@ -191,8 +191,8 @@ class TritonTable(AddressTable):
             if address:
                 self.saved[row] = 0
 
-    def share_saved(self, source: AddressTable) -> None:
-        super().share_saved(source)
+    def share_saved(self, source: AddressTable, source_params: list[list[Tensor]]) -> None:
+        super().share_saved(source, source_params)
         assert isinstance(source, TritonTable)
         self.written, self.ticket = source.written, source.ticket  # the proof goes with the backup
 
@@ -216,13 +216,13 @@ class TritonTable(AddressTable):
         self.release_copies()
         return any(self.saved)
 
-    def restore_changed(self, changed: list[int], release: bool) -> None:
+    def restore_changed(self, changed: list[int], backups: list[Tensor], release: bool) -> None:
         if any(self.saved[row] for row in changed) and int(self.written) != self.ticket:  # waits for the device, but this case is rare
             if release:
                 for row in changed:
                     self.saved[row] = 0
             return
-        super().restore_changed(changed, release)
+        super().restore_changed(changed, backups, release)
 
 
 class TritonBackend(AddressBackend):

@@ -1,0 +1,139 @@
+"""An optimizer around another one: one state, one list of parameter groups, one format of checkpoints, at all times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .amp import ATTRIBUTES
+from .options import check_options, without_old_weights
+
+SWITCHES = ("train", "eval")
+"""Methods of a base optimizer that exchange the weights for others, as schedule-free ones have them."""
+
+
+class _NoBaseYet:
+    """Stands for the base optimizer while ``Optimizer.__init__`` sets hooks and instrumentation up."""
+
+    def __init__(self) -> None:
+        self.state: Any = {}
+        self.param_groups: list[dict[str, Any]] = []
+
+
+class OptimizerWrapper(Optimizer):
+    """A torch optimizer whose state and parameter groups are those of ``base_optimizer``.
+
+    Frameworks put objects of a subclass around an optimizer, with a ``__dict__`` of their own that falls back on the optimizer's. So nothing here
+    asks what is in ``self.__dict__``, and what changes during a step is kept in objects that both share.
+    """
+
+    base_optimizer: Optimizer
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        self.base_optimizer = _NoBaseYet()  # type: ignore[assignment]
+        super().__init__(groups, {})
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Public attributes and methods of the base optimizer's own: ``train`` and ``eval`` of a schedule-free one, for instance."""
+        # What a GradScaler sets for one step is never looked for in the base optimizer.
+        if name.startswith("_") or name == "base_optimizer" or name in ATTRIBUTES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        base = self.base_optimizer
+        try:
+            value = getattr(base, name)
+        except AttributeError:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, a {type(base).__name__}"
+            raise AttributeError(text) from None
+        return self._only_between_steps(name, value) if name in SWITCHES and callable(value) else value
+
+    def _only_between_steps(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._require_restored(f"{name}()")
+            return method(*args, **kwargs)
+
+        return checked
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the constructor's values.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: an option is out of range, or a parameter is already in another group.
+        """
+        if isinstance(self.base_optimizer, _NoBaseYet):
+            return
+        self._require_restored("add_param_group")
+        if isinstance(param_group, dict):
+            self._fill_in_options([param_group])
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            self._prepare()
+        except BaseException:
+            self.param_groups.pop()  # a group that SAM refuses must not stay in the base optimizer
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict; SAM's options are in its groups. There is never a copy of the weights in it."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's values.
+
+        A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base optimizer: the copy is left
+        out, and a warning says that the base optimizer starts anew.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: the groups do not fit.
+        """
+        self._require_restored("load_state_dict")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        # A base optimizer that wraps another one may have a format of its own.
+        for group in state_dict.get("param_groups", ()):
+            check_options(group)
+        if "state" in state_dict:
+            state_dict["state"] = without_old_weights(state_dict["state"])
+        self.base_optimizer.load_state_dict(state_dict)
+        self._fill_in_options(self.param_groups)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    # ---- What the subclass says ----------------------------------------------------------------------------------------------------------
+
+    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        raise NotImplementedError
+
+    def _require_restored(self, what: str) -> None:
+        raise NotImplementedError
