@@ -72,9 +72,8 @@ def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], Non
     if scaling.grad_scale is None and scaling.found_inf is None:
         step(base)
         return
-    # On the CPU PyTorch's fused steps are not called (base_step.FUSED_ON_CPU), and reading found_inf there waits for nothing.
-    on_cpu = scaling.found_inf is not None and scaling.found_inf.device.type == "cpu"
-    decides = getattr(base, "_step_supports_amp_scaling", False) and not on_cpu
+    # On the CPU a fused step may be replaced by one that does not decide, see base_step.FUSED_ON_CPU.
+    decides = getattr(base, "_step_supports_amp_scaling", False) and not _is_on_host(scaling.found_inf)
     # A fused step that is skipped while it makes its state would leave one behind; SGD's momentum would be memory that nobody has written.
     on_host = not decides or _lacks_state(base)
     if on_host and scaling.found_inf is not None and scaling.found_inf.item():
@@ -90,6 +89,10 @@ def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], Non
         step(base)
     finally:
         forget(base)
+
+
+def _is_on_host(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and found_inf.device.type == "cpu"
 
 
 def inverse_scale(grad_scale: Tensor) -> Tensor:

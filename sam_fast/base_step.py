@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .fused_step import RULES
+from .rounding import ROUNDED
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers whose ``fused=True`` walks over memory on the CPU as if gradients lay as their parameters do; SGD's is wrong in 16 bits too."""
+"""Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is wrong in 16 bits as well."""
 
 
 class BaseStep:
@@ -38,7 +39,7 @@ class BaseStep:
             self._look_at(base)  # loaded
         aside = self._set_aside(base) if len(base.state) != self._entries else {}
         try:
-            with _without_fused_on_cpu(base):
+            with _as_fused_on_cpu_expects(base):
                 _step_of(base)()
         finally:
             for p, entry in aside.items():
@@ -69,13 +70,23 @@ def _step_of(base: Optimizer) -> Callable[[], Any]:
 
 
 @contextmanager
-def _without_fused_on_cpu(base: Optimizer) -> Iterator[None]:
-    groups = base.param_groups if type(base) in FUSED_ON_CPU else []
-    fused = [group for group in groups if group.get("fused") and any(p.device.type == "cpu" for p in group["params"])]
-    for group in fused:
-        group["fused"] = False
+def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
+    """Inside, what PyTorch's fused steps get wrong on the CPU is out of their way (seen with PyTorch 2.10 to 2.13)."""
+    laid_out: list[tuple[Tensor, Tensor]] = []
+    not_fused = []
+    for group in base.param_groups if type(base) in FUSED_ON_CPU else ():
+        with_grad = [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
+        if type(base) is torch.optim.SGD and any(p.dtype in ROUNDED for p in with_grad):
+            not_fused.append(group)
+        laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]
     try:
+        for group in not_fused:
+            group["fused"] = False
+        for p, grad in laid_out:
+            p.grad = torch.empty_like(p, requires_grad=False).copy_(grad)
         yield
     finally:
-        for group in fused:
+        for p, grad in laid_out:
+            p.grad = grad
+        for group in not_fused:
             group["fused"] = True

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam_fast import SAM, amp, sam
+from sam_fast import SAM, amp, base_step, sam
 
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 
@@ -361,7 +361,9 @@ def test_a_fused_base_optimizer_decides_on_the_device_once_it_has_its_state(
     make: Make, name: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a device whose backend has no fused second step; on the CPU that one reads what waits for nothing.
-    monkeypatch.setattr(sam, "fused_step", lambda *_: False)
+    monkeypatch.setattr(sam, "fused_step", lambda *_: "not here")
+    monkeypatch.setattr(amp, "_is_on_host", lambda _: False)
+    monkeypatch.setattr(base_step, "FUSED_ON_CPU", ())
     run, reads = make(BASES[name], scaler_with()), []
     for plant in (None, None, INF):
         run.backward(*batch_of(0), plant)
@@ -435,6 +437,7 @@ def test_a_base_optimizer_that_raises_keeps_no_scale(make: Make, name: str, monk
         seen.append((hasattr(run.optimizer.base_optimizer, "grad_scale"), hasattr(run.optimizer.base_optimizer, "found_inf")))
         raise RuntimeError("base failed")
 
+    monkeypatch.setattr(amp, "_is_on_host", lambda _: False)  # as on a device: a fused step is told
     monkeypatch.setattr(run.optimizer.base_optimizer, "step", fail)
     with pytest.raises(RuntimeError, match="base failed"):
         run.step(1)

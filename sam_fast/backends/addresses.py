@@ -70,7 +70,10 @@ def make_gather(rows: list[Tensor]) -> Any:
 
 
 class StateTable:
-    """The addresses of one kind of the base optimizer's state: for every row a tensor like it, or a step counter (``scalar``, float32)."""
+    """The addresses of one kind of the base optimizer's state: for every row a tensor like it, or a step counter (``scalar``).
+
+    Kernels read counters in float32. Those in float64, which PyTorch makes on the host where that is the default dtype, are copied for them.
+    """
 
     def __init__(self, rows: list[Tensor], scalar: bool) -> None:
         self.rows = rows
@@ -79,6 +82,8 @@ class StateTable:
         self.address = self.addresses.buffer_info()[0]
         self._tensors: list[Tensor | None] | None = None
         self._gather: Any = None
+        self._wide: dict[int, Tensor] = {}  # counters in float64
+        self._copies = torch.empty(0)
 
     def collect(self, tensors: list[Tensor | None], device_steps: bool = False) -> bool:
         """Read the addresses, 0 for None. False if a tensor is not what a kernel takes; counters are on the host, or on the rows' device.
@@ -88,6 +93,11 @@ class StateTable:
         if tensors is not self._tensors:
             if not all(tensor is None or self._fits(tensor, row, device_steps) for tensor, row in zip(tensors, self.rows, strict=True)):
                 return False
+            counters = {i: t for i, t in enumerate(tensors) if t is not None} if self.scalar else {}
+            wide = {i: t for i, t in counters.items() if t.dtype == torch.float64}
+            if wide and len(wide) < len(counters):
+                return False
+            self._wide, self._copies = wide, torch.empty(len(wide), dtype=torch.float32, device="cpu")
             self._gather = make_gather([row if tensor is None else tensor for tensor, row in zip(tensors, self.rows, strict=True)])
             self._missing = [i for i, tensor in enumerate(tensors) if tensor is None]
             self._tensors = tensors  # last: an interruption must not leave the addresses of other tensors behind
@@ -96,14 +106,25 @@ class StateTable:
             return False
         for i in self._missing:
             self.addresses[i] = 0
+        if self._wide:
+            torch.cat([counter.reshape(1) for counter in self._wide.values()], out=self._copies)
+            for place, i in enumerate(self._wide):
+                self.addresses[i] = self._copies.data_ptr() + self._copies.itemsize * place
         return True
+
+    def count(self, grads: array[int]) -> None:
+        """After a kernel has added 1 to the counters of rows that have a gradient: the same for those that it had copies of."""
+        counters = [counter for i, counter in self._wide.items() if grads[i]]
+        if counters:
+            torch._foreach_add_(counters, 1.0)
 
     def _fits(self, tensor: Tensor, row: Tensor, device_steps: bool) -> bool:
         if not is_plain(tensor) or rejects_memory(tensor) is not None:
             return False
         if self.scalar:
             device = row.device if device_steps else torch.device("cpu")
-            return tensor.dtype == torch.float32 and tensor.numel() == 1 and tensor.device == device
+            dtypes = (torch.float32,) if device_steps else (torch.float32, torch.float64)
+            return tensor.dtype in dtypes and tensor.numel() == 1 and tensor.device == device
         return signature(tensor) == signature(row)
 
 

@@ -139,6 +139,8 @@ class CpuBackend(AddressBackend):
             torch.get_num_threads(),
         )
         table.all_saved = False
+        for column in table.states.values():
+            column.count(table.grads)
         table.release_copies()
         if left:  # rows whose gradient vanished between the passes
             self.launch_copy(bucket, True, True)

@@ -178,6 +178,8 @@ class CudaBackend(AddressBackend):
             *of_operation,
         )
         table.all_saved = False
+        for column in table.states.values():
+            column.count(table.grads)
         table.release_copies()
         if left:  # rows whose gradient vanished between the passes
             self.launch_copy(bucket, True, True)
