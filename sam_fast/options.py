@@ -130,8 +130,6 @@ def check_base(base: Any) -> None:
     """Raise TypeError or ValueError if ``base`` cannot be a base optimizer."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
-    if hasattr(base, "first_step") and hasattr(base, "second_step"):
-        raise TypeError(f"{type(base).__name__} is a SAM optimizer itself: it cannot be SAM's base optimizer")
     collisions = [name for name in OPTIONS if name in base.defaults]
     if collisions:
         raise ValueError(

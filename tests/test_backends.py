@@ -65,8 +65,10 @@ def test_unknown_backend_is_an_error_that_lists_the_known_ones(monkeypatch):
     "tensor", [torch.zeros(4, dtype=torch.complex64), torch.zeros(8)[::2], torch.zeros(3, device="meta")], ids=["complex", "strided", "device"]
 )
 def test_forced_backend_that_does_not_take_a_parameter_is_an_error(tensor):
+    p = torch.nn.Parameter(tensor)
+    p.grad = torch.zeros_like(p)  # without one, a parameter on the meta device is left alone
     with pytest.raises(ValueError, match="forced"):
-        SAM([torch.nn.Parameter(tensor)], lr=0.1, backend="cpu")
+        SAM([p], lr=0.1, backend="cpu")
 
 
 def test_missing_backend_is_reported_once_with_the_reason(monkeypatch):

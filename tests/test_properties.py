@@ -301,7 +301,7 @@ class Run:
             return count
 
         if self.began is not None:
-            return self.refused(lambda: self.optimizer.step(call))
+            return self.closure_of_second_pass(seed, self.began, raises > 0)
         self.optimizer.zero_grad()
         assume(any(p.requires_grad for p in self.params))
         with self.keeps(gradients=False):
@@ -313,6 +313,28 @@ class Run:
         if not raises:
             self.check_update(*expected)
         return None
+
+    def closure_of_second_pass(self, seed: int, began: list[Tensor], raises: bool) -> None:
+        """While the weights are perturbed the closure is the second pass."""
+        expected: Any = None
+
+        def call() -> str:
+            nonlocal expected
+            self.gradients(seed, "all")
+            if raises:
+                raise Raised
+            expected = self.expected_update(began)
+            return "loss"
+
+        with self.keeps(gradients=False):
+            if raises:
+                with pytest.raises(Raised):
+                    self.optimizer.step(call)
+            else:
+                assert self.optimizer.step(call) == "loss"
+        self.began, self.now = None, began
+        if not raises:
+            self.check_update(*expected)
 
     def freeze(self, index: int) -> None:
         p = self.params[index % len(self.params)]
