@@ -40,6 +40,14 @@ def _wide(dtype: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
     return accumulate.to_complex() if dtype.is_complex else accumulate
 
 
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if any(target.is_neg() or target.is_conj() for target in targets):  # foreach refuses to write to these
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+    elif targets:
+        torch._foreach_copy_(targets, sources)
+
+
 class TorchBackend(Backend):
     name = "torch"
 
@@ -118,7 +126,7 @@ class TorchBackend(Backend):
             moved = torch._foreach_add(wide, e)
             # Chosen on the device: reading `finite` here would wait for it.
             chosen = [torch.where(finite, m, row) for m, row in zip(moved, wide, strict=True)]
-            torch._foreach_copy_(rows, self._rounded(bucket, indices, chosen, options.rounding_key))
+            _copy_all(rows, self._rounded(bucket, indices, chosen, options.rounding_key))
         table.grads = [None] * len(bucket.rows)
 
     def _moves(
@@ -163,8 +171,7 @@ class TorchBackend(Backend):
                 continue
             rows.append(row)
             backups.append(backup)
-        if rows:
-            torch._foreach_copy_(rows, backups)
+        _copy_all(rows, backups)
         if release:
             table.saved = [False] * len(bucket.rows)
         if lost:
@@ -195,7 +202,9 @@ class TorchBackend(Backend):
         table: TensorTable = bucket.table
         if state.learning_rates or state.device_steps or [signature(row) for row in bucket.rows] != table.expected:
             return False
-        if any(row.grad is not None and (is_wrapper(type(row.grad)) or row.grad.layout != torch.strided) for row in bucket.rows):
+        if any(row.is_neg() or row.is_conj() for row in bucket.rows):
+            return False
+        if any(row.grad is not None and not is_plain(row.grad) for row in bucket.rows):
             return False
         for name, tensors in state.tensors.items():
             for tensor, row in zip(tensors, bucket.rows, strict=True):
