@@ -24,9 +24,9 @@ from pathlib import Path
 
 from bench import peers
 from bench.machine import ROOT, first_line
-from bench.records import COPY, Estimate, Record, Run
+from bench.records import COPY, TORCH_COPY, Estimate, Record, Run
 
-YARDSTICKS = ("torch copy_", peers.REFERENCE, "2 x SGD", peers.FOREACH, "loop over buffers")
+YARDSTICKS = (TORCH_COPY, peers.REFERENCE, "2 x SGD", peers.FOREACH, "loop over buffers")
 """What a record's figures are relative to: the first of these that is among its contenders."""
 
 
