@@ -49,7 +49,8 @@ NVCC = find_nvcc() if NATIVE and CUDA != "0" else None
 
 if CUDA == "1" and NVCC is None:
     raise SystemExit(
-        "sam_fast: SAM_FAST_CUDA=1 asks for the CUDA module, but there is no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda (or SAM_FAST_NATIVE=0)"
+        "sam_fast: SAM_FAST_CUDA=1 asks for the CUDA module, but there is no nvcc in CUDA_HOME, on the PATH or in "
+        "/usr/local/cuda (or SAM_FAST_NATIVE=0)"
     )
 
 

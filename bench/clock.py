@@ -49,61 +49,30 @@ class HostTimer:
         return taken
 
 
-class DeviceTimer:
-    """By a GPU's events. With a head start the device sleeps while the host launches, so that the work is timed and not the launches.
+class Gpu:
+    """What a timer asks of the current CUDA device."""
 
-    Where the device wakes up before the host has launched everything, as it does when there are more launches than the driver's queue holds, the
-    times are the sums of the kernels' durations from the profiler, without the gaps between them.
-    """
+    Event: Any = torch.cuda.Event
+    kind = "CUDA"
 
-    def __init__(self, head_start: float, cuda: Any = torch.cuda) -> None:
-        self.head_start = head_start
-        self.cuda = cuda
-        self.rounds = 0
-        self.by_kernels = False
-        self.launches: int | None = None
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
-    @property
-    def method(self) -> str:
-        if self.by_kernels:
-            return "sum of the kernels' durations"
-        return f"events, {1e3 * self.head_start:g} ms head start" if self.head_start else "events, with launches"
+    def sleep(self, seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
 
-    def __call__(self, run: Callable[[], object]) -> float:
-        self.rounds += 1
-        if self.head_start and (self.by_kernels or self.rounds == 1):
-            durations = kernel_seconds(run, self.cuda)
-            self.launches = len(durations)
-            return sum(durations)
-        begin, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
-        # What was queued before must not run while the host launches: without a head start the work would get one.
-        self.cuda.synchronize()
-        if self.head_start:
-            self.cuda._sleep(int(self.head_start * CYCLES_PER_SECOND))
-        begin.record()
-        run()
-        late = begin.query()
-        end.record()
-        end.synchronize()
-        if self.head_start and self.rounds == WARMUP:
-            self.by_kernels = late
-        return float(begin.elapsed_time(end)) / 1e3
+    def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
+        """How long each kernel, copy and memset that ``run`` launches takes; empty where the profiler may not look."""
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, self.kind)]) as profile:
+            run()
+            self.synchronize()
+        # Not profile.events(), which takes seconds for thousands of launches.
+        events, device = profile.profiler.kineto_results.events(), getattr(torch.autograd.DeviceType, self.kind)
+        return [e.duration_ns() / 1e9 for e in events if e.device_type() == device and not e.is_user_annotation()]
 
 
-def kernel_seconds(run: Callable[[], object], cuda: Any = torch.cuda) -> list[float]:
-    """How long each kernel, copy and memset that ``run`` launches takes."""
-    kind = "CUDA" if cuda is torch.cuda else "CPU"
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
-        run()
-        cuda.synchronize()
-    # Not profile.events(), which takes seconds for thousands of launches.
-    events = profile.profiler.kineto_results.events()
-    device = getattr(torch.autograd.DeviceType, kind)
-    return [e.duration_ns() / 1e9 for e in events if e.device_type() == device and not e.is_user_annotation()]
-
-
-class Rehearsal:
-    """Stands in for ``torch.cuda`` where there is no GPU, to show that everything runs. Its times are the host's and say nothing."""
+class Rehearsal(Gpu):
+    """Stands in where there is no GPU, to show that everything runs. Its times are the host's and say nothing."""
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -124,5 +93,51 @@ class Rehearsal:
     def synchronize(self) -> None:
         pass
 
-    def _sleep(self, cycles: int) -> None:
+    def sleep(self, seconds: float) -> None:
         pass
+
+    def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
+        return [HostTimer()(run)]
+
+
+class DeviceTimer:
+    """By a GPU's events. With a head start the device sleeps while the host launches, so that the work is timed and not the launches.
+
+    Where the device wakes up before the host has launched everything, as it does when there are more launches than the driver's queue holds, the
+    times are the sums of the kernels' durations from the profiler, without the gaps between them.
+    """
+
+    def __init__(self, head_start: float, gpu: Gpu) -> None:
+        self.head_start = head_start
+        self.gpu = gpu
+        self.rounds = 0
+        self.late = False
+        self.launches: int | None = None
+
+    @property
+    def method(self) -> str:
+        if not self.head_start:
+            return "events, with launches"
+        if self.late:
+            return "sum of the kernels' durations" if self.launches else "events; the head start was too short and there is no profiler"
+        return f"events, {1e3 * self.head_start:g} ms head start"
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self.rounds += 1
+        if self.head_start and (self.rounds == 1 or (self.late and self.launches)):
+            durations = self.gpu.kernel_seconds(run)
+            self.launches = len(durations) or None
+            return sum(durations)
+        begin, end = self.gpu.Event(enable_timing=True), self.gpu.Event(enable_timing=True)
+        # What was queued before must not run while the host launches: without a head start the work would get one.
+        self.gpu.synchronize()
+        if self.head_start:
+            self.gpu.sleep(self.head_start)
+        begin.record()
+        run()
+        late = begin.query()
+        end.record()
+        end.synchronize()
+        if self.head_start and self.rounds == WARMUP:
+            self.late = late
+        return float(begin.elapsed_time(end)) / 1e3

@@ -43,6 +43,7 @@ BUILDS: tuple[dict[str, str], ...] = ({"SAM_FAST_CUDA": "1"}, {"SAM_FAST_CUDA": 
 """Tried one after the other: with CUDA kernels; without them, for the triton and torch backends; without any compiler."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 TESTS = ["-p", "bench.outcomes", "--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
+GPU_TESTS, OTHER_TESTS = ["tests/gpu"], ["tests", "--ignore=tests/gpu"]
 SELECT = "not scaling and not import and not straw_man"
 
 
@@ -178,7 +179,8 @@ def build(check: Check, architecture: str) -> bool:
         print(f"   the build with {options} failed", flush=True)
     if step.state == PASSED and reason:
         # The later ones serve what needs no CUDA module; the step itself has failed.
-        step.state, step.detail = FAILED, f"without the CUDA module, whose build failed; what follows was built with {options}\n{reason}"
+        used = " ".join(f"{key}={value}" for key, value in options.items())
+        step.state, step.detail = FAILED, f"without the CUDA module, whose build failed; what follows was built with {used}\n{reason}"
         check.done(step)
         return True
     return step.state == PASSED
@@ -192,7 +194,7 @@ def run_all(check: Check, arguments: argparse.Namespace) -> None:
         return
     processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
     options = [*TESTS, *(["-n", str(processes)] if installed("pytest-xdist") else []), *(["--timeout=60"] if installed("pytest-timeout") else [])]
-    tests(check, "tests", [*options, "tests/gpu"])
+    tests(check, "tests", [*options, *GPU_TESTS])
     benchmarks(check, arguments)
     for tool in SANITIZERS:
         if not list(ROOT.glob("sam_fast/_cuda*.so")):
@@ -202,7 +204,7 @@ def run_all(check: Check, arguments: argparse.Namespace) -> None:
         extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable, "tests/gpu/small_run.py"]
         check.run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    tests(check, "others", [*options, "tests", "--ignore=tests/gpu"])
+    tests(check, "others", [*options, *OTHER_TESTS])
 
 
 def tests(check: Check, name: str, options: list[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bench.clock import BASELINE, OURS, WARMUP, DeviceTimer, HostTimer, Rehearsal, Timer
+from bench.clock import BASELINE, OURS, WARMUP, DeviceTimer, Gpu, HostTimer, Rehearsal, Timer
 from bench.records import COPY, Record
 from sam_fast import SAM, backends
 from sam_fast.bucket import Bucket
@@ -84,17 +84,16 @@ class Machine:
     """Where a run's tensors are, and how their work is timed."""
 
     def __init__(self, kind: str) -> None:
-        self.gpu = kind != "cpu"
         self.rehearsal = kind == "rehearsal"
+        self.gpu = Rehearsal() if self.rehearsal else Gpu() if kind == "cuda" else None
         self.kind = "cuda" if self.gpu else "cpu"
         """What the records are of: a rehearsal's go where a GPU's would."""
         self.device = "cpu" if self.rehearsal else kind
-        self.cuda: Any = Rehearsal() if self.rehearsal else torch.cuda
 
     def timer(self, head_start: float | None) -> Timer:
         if self.gpu and head_start is not None:
-            return DeviceTimer(head_start, self.cuda)
-        return HostTimer(self.cuda.synchronize if self.gpu else nothing)
+            return DeviceTimer(head_start, self.gpu)
+        return HostTimer(self.gpu.synchronize if self.gpu else nothing)
 
     def flush(self) -> None:
         """Leave a GPU's cache full of what was written: it must be neither a help nor, when written back, somebody else's cost."""

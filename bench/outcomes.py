@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-MARK = "== "
+MARK = ":: "
 
 
 @pytest.hookimpl(wrapper=True)
