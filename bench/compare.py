@@ -120,20 +120,8 @@ def install(what: str) -> Path:
 def measured(site: Path, select: str, device: str, number: int, extra: Sequence[str]) -> Run:
     """One run of the selected benchmarks with the package that is in ``site``."""
     saved = site / f"run-{number}.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--benchmark-only",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(site),
-        str(site / "bench"),
-        "-k",
-        select,
-    ]
+    options = ["-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--rootdir"]
+    command = [sys.executable, *options, str(site), str(site / "bench"), "-k", select]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     probe = subprocess.run(
         [sys.executable, "-c", "import sam_fast; print(sam_fast.__file__)"], cwd=site, env=environment, capture_output=True, text=True

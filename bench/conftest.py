@@ -6,7 +6,6 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from bench import shapes
 from bench.harness import PARTS, Bench
 from bench.machine import describe, load_average
-from bench.records import Memory, Record, Run, geometric_mean
+from bench.records import Memory, Run
 from bench.replay import REPLAY
 
 
@@ -124,30 +123,15 @@ def save(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    from bench.report import comparison  # not before the tests: it imports some of them, whose assertions pytest rewrites
+
     run = config.stash[RUN]
     write = terminalreporter.write_line
-    for group, members in groupby(sorted(run.records, key=lambda r: r.group), key=lambda r: r.group):
-        rows = list(members)
-        write("")
-        write(f"== {group}: median ms; times faster than each baseline (95 % interval)")
-        for row in rows:
-            write(as_line(row))
-        for name in rows[0].baselines:
-            ratios = [row.faster_than(name).value for row in rows if name in row.rounds]
-            write(f"geometric mean over {len(ratios)}: {geometric_mean(ratios):.2f} times faster than {name}; least: {min(ratios):.2f}")
+    for group in dict.fromkeys(r.group for r in run.records):
+        for line in comparison(run, group):
+            write(line)
     for m in run.memory:
         write(f"memory, {m.case}: {m.contender} {m.bytes_peak / 1e6:.0f} MB")
     for text in run.left_out:
         write(f"not run: {text}")
     save(config)
-
-
-def as_line(row: Record) -> str:
-    line = f"{row.case:32s} {row.elements / 1e6:8.2f}M {row.seconds().value * 1e3:10.4f} ms  {row.invalid()}"
-    for name in row.baselines:
-        ratio = row.faster_than(name)
-        line += f"  {name} {ratio.value:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
-    share = row.share_of_copy()
-    if share is not None:
-        line += f"  {(row.bandwidth() or 0) / 1e9:.1f} GB/s = {100 * share.value:.0f} % of a copy's {row.copy_bandwidth() / 1e9:.1f}"
-    return line

@@ -272,8 +272,8 @@ class Bench:
                 record.facts["launches"] = {name: sum(t.launches or 0 for t in its) for name, its in used.items() if its[0].launches is not None}
             made.append(self.add(record))
         self.shown = made[0]
-        wrong = [f"{record.key}: {reason}" for record in made if (reason := record.invalid())]
-        assert not wrong, "; ".join(wrong)
+        wrong = {record.key: record.invalid() for record in made if record.invalid()}
+        assert not wrong, "; ".join(f"{key}: {reason}" for key, reason in wrong.items())
         return made
 
     def add(self, record: Record) -> Record:
@@ -300,6 +300,13 @@ def streaming_copy(device: str) -> Contender:
     backend = backends.choose(source)
     bucket = Bucket([source], [0], backend)
     return Contender(lambda: backend.save(bucket), head_start=OURS)
+
+
+def usable(device: str) -> list[str]:
+    """Backends that take this device's tensors, the preferred one first."""
+    probe = torch.zeros(16, device=device)
+    best = backends.choose(probe).name
+    return sorted((name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None), key=lambda name: name != best)
 
 
 # ---- Parameters and gradients ----------------------------------------------------------------------------------------------------------------

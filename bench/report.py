@@ -174,8 +174,8 @@ def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
         lines += [
             "### Weak scaling",
             "",
-            "Each process has one thread and resnet18's parameters, as replicas or as shards of DTensors. The last column is the efficiency: what "
-            "one process takes over what each of two takes.",
+            f"Each process has one {'thread' if run.machine['kind'] == 'cpu' else 'GPU'} and resnet18's parameters, as replicas or as shards of "
+            "DTensors. The last column is the efficiency: what one process takes over what each of several takes.",
             "",
             *comparison(run, WEAK_SCALING),
         ]

@@ -9,23 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from bench.clock import OURS
-from bench.harness import BYTES_PER_ELEMENT, Backward, Bench, Contender, Method, Plan, Problem, check_close, copies, make_params
+from bench.harness import BYTES_PER_ELEMENT, Backward, Bench, Contender, Method, Plan, Problem, check_close, copies, make_params, usable
 from bench.records import TORCH_COPY
 from bench.shapes import SHAPES
 from bench.test_optimizer_step import BASES, DTYPES
-from sam_fast import SAM, BatchNormSnapshot, backends
+from sam_fast import SAM, BatchNormSnapshot
 from sam_fast.backends import GroupOptions
 
 OPS = ["grad_norm", "perturb", "restore", "restore_sgd", "restore_adam"]
 STATE = {"restore_sgd": {"momentum_buffer"}, "restore_adam": {"step", "exp_avg", "exp_avg_sq"}}
 """What the base optimizer keeps of each parameter, which the bytes of the operation include."""
-
-
-def usable(device: str) -> list[str]:
-    """Backends that take this device's tensors, the preferred one first."""
-    probe = torch.zeros(16, device=device)
-    best = backends.choose(probe).name
-    return sorted((name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None), key=lambda name: name != best)
 
 
 def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from bench import peers
 from bench.clock import WITH_LAUNCHES
-from bench.harness import FEWER_PARTS, PARTS, Bench, Method, Plan, Problem, make_params
+from bench.harness import FEWER_PARTS, PARTS, Bench, Method, Plan, Problem, make_params, usable
 from bench.peers import COMPILED, FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.shapes import MODELS, ONE, SHAPES, TINY, elements
-from sam_fast import backends
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
     "SGD": (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}, 20),
@@ -150,9 +149,7 @@ def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: 
 )
 def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str, part: int | None) -> None:
     """Every backend but the best, which the other tests measure."""
-    probe = torch.zeros(16, device=bench.device)
-    best = backends.choose(probe).name
-    others = [name for name in backends.available() if name != best and backends.BACKENDS[name].rejects(probe) is None]
+    best, *others = usable(bench.device)
     for name in others:
         step_case(bench, base, shapes, FEW, variant=f", {name} backend", part=part, backend=name)
     if not others:
