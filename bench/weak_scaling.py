@@ -2,8 +2,9 @@
 
 Every process has one thread (with ``--device cuda`` a GPU of its own) and the same number of parameters, whatever the
 number of processes: as DDP's replicas, or as its shards of a model that grows with it (DTensor, as FSDP2 has them).
-Timed are first_step and second_step, gradients being there; the time of a round is that of the slowest process. Rounds of all cases take turns. Processes share the memory's bandwidth, which is what the optimizer is made of: the streaming
-copy of the last column, which no communication slows down, says how much of a loss is the machine's.
+Timed are first_step and second_step, gradients being there; the time of a round is that of the slowest process. Rounds of
+all cases take turns. Processes share the memory's bandwidth, which is what the optimizer is made of: the streaming copy of
+the last column, which no communication slows down, says how much of a loss is the machine's.
 """
 
 from __future__ import annotations
