@@ -55,7 +55,7 @@ def twice(iteration: Callable[[], None]) -> Callable[[], None]:
     return both
 
 
-def captured(iteration: Callable[[], None]) -> Callable[[], None]:
+def captured(model: nn.Module, iteration: Callable[[], None]) -> Callable[[], None]:
     """The iteration as one CUDA graph, after some eager ones that allocate everything."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -66,6 +66,10 @@ def captured(iteration: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         iteration()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    graph.replay()
+    moved = nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert 0 < float(moved.norm()) < float("inf"), "the graph takes no step, so it is not timed"
     return graph.replay
 
 
@@ -107,7 +111,7 @@ def test_training_iteration(bench: Bench, name: str) -> None:
         REFERENCE: Contender(sam_iteration(models[3], ReferenceSAM(models[3].parameters(), torch.optim.SGD, **SGD), x, y)),
     }
     if bench.device == "cuda":
-        contenders[GRAPH] = Contender(captured(sam_iteration(models[4], sam(models[4]), x, y)))
+        contenders[GRAPH] = Contender(captured(models[4], sam_iteration(models[4], sam(models[4]), x, y)))
     for contender in contenders.values():
         contender.head_start = WITH_LAUNCHES  # as a loop waits for it
     bench.run(
