@@ -1,4 +1,4 @@
-"""How a piece of work is timed: on the CPU by the host's clock, on a GPU by events or by the durations of its kernels."""
+"""How work is timed: on the CPU by the host's clock, on a GPU by events or by the durations of its kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WARMUP = 2
 """Rounds that are not counted. On a GPU the first counts launches, the second decides between events and kernels."""
 
 OURS, BASELINE = 3e-3, 20e-3
-"""Head starts in seconds: longer than the host needs to launch one step of ours, and of what launches several kernels for each parameter."""
+"""Head starts in seconds: longer than the host needs to launch a step of ours, or several kernels for each parameter."""
 WITH_LAUNCHES = 0.0
 """No head start: the device is idle when the work begins, and launching counts."""
 HOST_ALONE = None
@@ -32,7 +32,7 @@ class Timer(Protocol):
 
 
 class HostTimer:
-    """By the host's clock. A device is waited for before and after: untimed, or with ``work`` the time ends with it."""
+    """By the host's clock. A device is waited for before and after: untimed, or, with ``work``, timed."""
 
     method = "host clock"
     launches: int | None = None
@@ -102,10 +102,10 @@ class Rehearsal(Gpu):
 
 
 class DeviceTimer:
-    """By a GPU's events. With a head start the device sleeps while the host launches, so that the work is timed and not the launches.
+    """By a GPU's events. With a head start the device sleeps while the host launches: the work is timed, not the launches.
 
-    Where the device wakes up before the host has launched everything, as it does when there are more launches than the driver's queue holds, the
-    times are the sums of the kernels' durations from the profiler, without the gaps between them.
+    Where the device wakes up before the host has launched everything, as it does when there are more launches than the
+    driver's queue holds, the times are the sums of the kernels' durations from the profiler, without the gaps between.
     """
 
     def __init__(self, head_start: float, gpu: Gpu) -> None:

@@ -44,9 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         shapes.shrink()
     selection = "rehearsal" if bench.machine.rehearsal else "smoke" if bench.smoke else "full" if bench.full else "default"
     config.stash[BENCH] = bench
-    config.stash[RUN] = Run(
-        {**describe(device, config.getoption("--commit")), "seconds": "0", "selection": selection}, bench.records, [], bench.left_out
-    )
+    machine = {**describe(device, config.getoption("--commit")), "seconds": "0", "selection": selection}
+    config.stash[RUN] = Run(machine, bench.records, [], bench.left_out)
     config.stash[BEGIN] = time.monotonic()
 
 

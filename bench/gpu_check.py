@@ -1,14 +1,15 @@
-"""Builds sam_fast on a machine with an NVIDIA GPU, tests it there, measures it, watches it with compute-sanitizer, and keeps what was found.
+"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found. See docs/gpu.md.
 
-    python3 -m bench.gpu_check [--results DIR] [--logs DIR] [--commit SHA] [--only STEPS] [--minutes M] [--wheels DIR]       or: make gpu-check
+    python3 -m bench.gpu_check [--results DIR] [--logs DIR] [--commit SHA] [--only STEPS] [--minutes M] [--wheels DIR]
 
-Steps, in this order: build; tests (tests/gpu, by themselves); benchmarks (chosen cases of the suite in bench/, with --device cuda --save); sanitizers
-(memcheck, racecheck); others (all other tests for GPUs). docs/gpu.md says how to run it. It uses the PyTorch of the Python that runs it and needs no
-network, no make and no git: the package is installed into that Python's environment, editable, without build isolation. One step that fails does not
-stop the next; where the CUDA module cannot be built, the rest goes on without it.
+Steps, in this order: build; tests (tests/gpu, by themselves); benchmarks (chosen cases of the suite in bench/); sanitizers
+(memcheck, racecheck); others (all other tests for GPUs). It uses the PyTorch of the Python that runs it and needs no
+network, no make and no git: the package is installed into that Python's environment, editable, without build isolation.
+A step that fails does not stop the next; where the CUDA module cannot be built, the rest goes on without it.
 
-Written after each step: ``gpu-check.json``, what became of it. While a step runs: ``<step>.log``, every test's outcome as it is known, and after each
-benchmark ``cuda.json``, which bench.report reads. These are 8 files at most. Exits with 0 if everything that was asked for passed.
+Written after each step: ``gpu-check.json``, what became of it. While a step runs: ``<step>.log`` with every test's outcome
+as it is known, and after each benchmark ``cuda.json``, which bench.report reads. These are 8 files at most. Exits with 0
+if everything that was asked for passed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bench.records import replace
 
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
 STEPS = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
-"""Step -> its share of the time. What one does not use goes to those behind it, so that the limits never add up to more than there is."""
+"""Step -> its share of the time. What one does not use goes to the next; the limits never add up to more than there is."""
 SANITIZERS = ("memcheck", "racecheck")
 ASKED = {step: "sanitizers" if step in SANITIZERS else step for step in STEPS}
 """Step -> its name in --only."""
@@ -102,7 +103,7 @@ class Check:
         self.logs.mkdir(parents=True, exist_ok=True)
         path = self.logs / f"{step.name}.log"
         with path.open("a" if step.name == "build" else "w") as log:
-            # In a process group of its own, so that what it has started can be stopped with it: the steps behind it measure.
+            # In a process group of its own, so that what it has started can be stopped with it: other steps measure.
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 code = process.wait(limit)

@@ -30,7 +30,7 @@ FEWER_PARTS = PARTS[::2]
 """Of large cases, whose contenders are made anew for each part: together they would not fit the memory."""
 
 CACHES = 10
-"""How many times a GPU's cache what moves must be, for bytes per second to be the memory's: a tenth of it may then come out of the cache."""
+"""How many times a GPU's cache the bytes that move must be, for their rate to be the memory's: a tenth may be cached."""
 
 BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28}
 """Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies; restore_sgd reads
@@ -96,7 +96,7 @@ class Machine:
         return HostTimer(self.gpu.synchronize if self.gpu else nothing)
 
     def flush(self) -> None:
-        """Leave a GPU's cache full of what was written: it must be neither a help nor, when written back, somebody else's cost."""
+        """Leave a GPU's cache full of what was written last, for every contender alike."""
         if self.device != "cpu":
             streaming_copy(self.device).stages[""]()
 
@@ -238,8 +238,8 @@ class Bench:
         """Measure one case. The first contender is the one that the others are baselines of.
 
         Args:
-            bytes_moved: that must move, for each stage where there are several; where given, the streaming copy joins the contenders. On a GPU it
-                is left out where the cache would hold too much of it.
+            bytes_moved: that must move, for each stage where there are several; where given, the streaming copy joins the
+                contenders. On a GPU it is left out where the cache would hold too much of it.
             total: name of a further record, the sum over the stages.
             facts: what else a reader of the record should know.
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: each test's outcome in a line of its own as soon as it is known, failures with their reason, so that a run that is killed
+"""A pytest plugin that writes each test's outcome as soon as it is known, failures with their reason: a run that is killed
 has them in its log. ``python -m pytest -p bench.outcomes --no-summary``
 """
 

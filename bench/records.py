@@ -96,9 +96,9 @@ class Record:
         return median([self.bytes_moved / seconds / (self.copy_bytes / copy) for seconds, copy in per_round])
 
     def invalid(self) -> str:
-        """Why this cannot have been measured right; empty if it can. On a GPU only what reads and does not write may be faster than a copy.
+        """Why this cannot have been measured right; empty if it can.
 
-        A CPU's cache can hold all of a case, and its copy is no bound.
+        On a GPU only what does not write may be faster than a copy. A CPU's cache can hold all of a case: no bound there.
         """
         if self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY):
             return ""

@@ -128,27 +128,18 @@ def _gpu_lines(issue: int, gpu: Run | None) -> list[Line]:
     def ratio(record: Record | None, baseline: str) -> float | None:
         return record.faster_than(baseline).value if record is not None and baseline in record.rounds else None
 
+    def share(group: str) -> float | None:
+        return _least_share(_of_models(run, group, big))[0]
+
     if issue == 3:
         return [
             _line(3, "GPU: first_step on resnet50 at least 10 times faster than the reference", ratio(first, peers.REFERENCE), 10.0),
             _line(3, "GPU: at least 3 times faster than pytorch_optimizer's SAM with foreach", ratio(first, peers.PEER_FOREACH), 3.0),
-            _line(
-                3,
-                "GPU: first_step at 90 % of a copy's bandwidth from 80M parameters on",
-                _least_share(_of_models(run, "first_step, SGD", big))[0],
-                0.9,
-                "%",
-            ),
+            _line(3, "GPU: first_step at 90 % of a copy's bandwidth from 80M parameters on", share("first_step, SGD"), 0.9, "%"),
             _line(3, "GPU: host time of first_step for 161 parameters under 60 us, in a loop of its own", host, 60e-6, "us", True),
         ]
     return [
         _line(4, "GPU: whole step on resnet50 at least 10 times faster than the reference", ratio(step, peers.REFERENCE), 10.0),
-        _line(
-            4,
-            "GPU: whole step at 90 % of a copy's bandwidth from 80M parameters on",
-            _least_share(_of_models(run, "optimizer step, SGD", big))[0],
-            0.9,
-            "%",
-        ),
+        _line(4, "GPU: whole step at 90 % of a copy's bandwidth from 80M parameters on", share("optimizer step, SGD"), 0.9, "%"),
         Line(4, "GPU: second_step is one launch", f"{launches or ''}", MET if launches == 1 else NOT_MET if launches else NOT_MEASURED),
     ]

@@ -22,10 +22,10 @@ STATE = {"restore_sgd": {"momentum_buffer"}, "restore_adam": {"step", "exp_avg",
 
 
 def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:
-    """An operation on the optimizer's one bucket, whose parameters have gradients, checked: a wrong result is not timed.
+    """An operation on the optimizer's one bucket, whose parameters have gradients. A wrong result is not timed.
 
-    ``restore_sgd`` and ``restore_adam`` are ``second_step`` itself, checked with the whole step: what goes on around the kernel is a few
-    microseconds, on a GPU before it starts.
+    ``restore_sgd`` and ``restore_adam`` are ``second_step`` itself, checked with the whole step: what goes on around the
+    kernel takes a few microseconds, on a GPU before it starts.
     """
     (bucket, partials, sums), *others = optimizer._perturbation._bucket_sums
     assert not others, "one bucket"
