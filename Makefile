@@ -2,7 +2,7 @@
 #   make demo    train a small network on Fashion-MNIST with SGD and with SAM, and compare them
 #   make test    all tests: those of the CPU, those that execute the CUDA kernels without a GPU, and the Triton kernels in Triton's interpreter
 #   make bench   the benchmarks (under 10 minutes on two cores); make bench-again a second run, make bench-report the report of both
-#   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, sanitizers, benchmarks; under 9 minutes, no network
+#   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, benchmarks, sanitizers; no network (docs/gpu.md)
 #   make lint    ruff, mypy
 #   make sanitize  the kernel tests, CPU's and CUDA's, under AddressSanitizer, UBSan and ThreadSanitizer
 
@@ -76,12 +76,12 @@ bench bench-again: $(VENV)/installed
 
 # bench/results, docs/benchmarks.md with its pictures and the table in the README, from the run of `make bench` (and of `make bench-again`).
 bench-report: $(VENV)/installed
-	$(BIN)/python -m bench.report $(wildcard $(RUNS)/bench.json) $(addprefix --again ,$(wildcard $(RUNS)/bench-again.json))
+	$(BIN)/python -m bench.report $(wildcard $(RUNS)/bench.json $(RUNS)/gpu/cuda.json) $(addprefix --again ,$(wildcard $(RUNS)/bench-again.json))
 
-# On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have PyTorch for it: builds, tests, watches and measures.
-RESULTS ?= bench/results
+# On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have PyTorch for it: builds, tests, measures and watches.
+# GPU_CHECK takes options: make gpu-check GPU_CHECK="--only build,tests --minutes 8".
 gpu-check:
-	$(PYTHON) -m bench.gpu_check --results $(RESULTS)
+	$(PYTHON) -m bench.gpu_check --results $(RUNS)/gpu $(GPU_CHECK)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Environment variables:
     SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone.
-    SAM_FAST_CUDA=auto    build the CUDA module if nvcc is found, in CUDA_HOME or on the PATH (the default). 1: it must be; 0: never.
+    SAM_FAST_CUDA=auto    build the CUDA module if nvcc is found: in CUDA_HOME if that is set, else on the PATH or in /usr/local/cuda (the
+                          default). 1: it must be; 0: never.
     CMAKE_CUDA_ARCHITECTURES=90;100  the GPUs to build for, in CMake's notation (default: 80, 90 and, with CUDA 12.8 or newer, 100). Or
     TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"  the same in PyTorch's notation.
     SAM_FAST_WERROR=1     compiler warnings are errors.
@@ -33,25 +34,31 @@ if CUDA not in ("0", "1", "auto"):
     raise SystemExit(f"sam_fast: SAM_FAST_CUDA={CUDA!r} is unknown: use 0, 1 or auto")
 
 
+INSTALLED = "/usr/local/cuda/bin"
+
+
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, else the one on the PATH."""
+    """nvcc of CUDA_HOME, else the one on the PATH, else where CUDA installs itself."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=os.path.join(home, "bin"))
-    return shutil.which("nvcc")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=INSTALLED)
 
 
 NVCC = find_nvcc() if NATIVE and CUDA != "0" else None
 
 if CUDA == "1" and NVCC is None:
-    raise SystemExit("sam_fast: SAM_FAST_CUDA=1 asks for the CUDA module, but there is no nvcc in CUDA_HOME or on the PATH (or SAM_FAST_NATIVE=0)")
+    raise SystemExit(
+        "sam_fast: SAM_FAST_CUDA=1 asks for the CUDA module, but there is no nvcc in CUDA_HOME, on the PATH or in "
+        "/usr/local/cuda (or SAM_FAST_NATIVE=0)"
+    )
 
 
 def what_is_built() -> dict[str, str]:
     """Module -> "built", or why it is not built, as planned; the build corrects it."""
     if not NATIVE:
         return {"sam_fast._cpu": "not built: SAM_FAST_NATIVE=0", "sam_fast._cuda": "not built: SAM_FAST_NATIVE=0"}
-    reason = "SAM_FAST_CUDA=0" if CUDA == "0" else "no nvcc in CUDA_HOME or on the PATH"
+    reason = "SAM_FAST_CUDA=0" if CUDA == "0" else "no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda"
     return {"sam_fast._cpu": "built", "sam_fast._cuda": "built" if NVCC else f"not built: {reason}"}
 
 

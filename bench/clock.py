@@ -1,35 +1,144 @@
-"""How a piece of work is timed: on a device by its events, on the CPU by the host's clock."""
+"""How work is timed: on the CPU by the host's clock, on a GPU by events or by the durations of its kernels."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
+WARMUP = 2
+"""Rounds that are not counted. On a GPU the first counts launches, the second decides between events and kernels."""
 
-class Clock:
-    """Times work on a device with events, on the CPU with the host's clock."""
+OURS, BASELINE = 3e-3, 20e-3
+"""Head starts in seconds: longer than the host needs to launch a step of ours, or several kernels for each parameter."""
+WITH_LAUNCHES = 0.0
+"""No head start: the device is idle when the work begins, and launching counts."""
+HOST_ALONE = None
+"""Only until the call returns: the device's work is waited for untimed."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.head_start = 40_000_000
-        """Cycles, about 20 ms: longer than the reference needs to launch thousands of kernels."""
+CYCLES_PER_SECOND = 2e9
+"""Of a GPU, about."""
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        if self.device == "cpu":
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The device sleeps some milliseconds while the host runs ahead: what is timed is the work, not the launches.
-        torch.cuda._sleep(self.head_start)
-        first.record()
+
+class Timer(Protocol):
+    """Times the rounds of one piece of work."""
+
+    method: str
+    launches: int | None
+
+    def __call__(self, run: Callable[[], object]) -> float: ...
+
+
+class HostTimer:
+    """By the host's clock. A device is waited for before and after: untimed, or, with ``work``, timed."""
+
+    method = "host clock"
+    launches: int | None = None
+
+    def __init__(self, synchronize: Callable[[], object] = lambda: None, work: bool = False) -> None:
+        self.synchronize = synchronize
+        self.work = work
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self.synchronize()
+        begin = time.perf_counter()
         run()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        taken = time.perf_counter() - begin
+        self.synchronize()
+        return time.perf_counter() - begin if self.work else taken
+
+
+class Gpu:
+    """What a timer asks of the current CUDA device."""
+
+    Event: Any = torch.cuda.Event
+    kind = "CUDA"
 
     def synchronize(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
+
+    def sleep(self, seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
+
+    def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
+        """How long each kernel, copy and memset that ``run`` launches takes; empty where the profiler may not look."""
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, self.kind)]) as profile:
+            run()
+            self.synchronize()
+        # Not profile.events(), which takes seconds for thousands of launches.
+        events, device = profile.profiler.kineto_results.events(), getattr(torch.autograd.DeviceType, self.kind)
+        return [e.duration_ns() / 1e9 for e in events if e.device_type() == device and not e.is_user_annotation()]
+
+
+class Rehearsal(Gpu):
+    """Stands in where there is no GPU, to show that everything runs. Its times are the host's and say nothing."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Rehearsal.Event) -> float:
+            return 1e3 * (end.at - self.at)
+
+    def synchronize(self) -> None:
+        pass
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+    def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
+        return [HostTimer()(run)]
+
+
+class DeviceTimer:
+    """By a GPU's events. With a head start the device sleeps while the host launches: the work is timed, not the launches.
+
+    Where the device wakes up before the host has launched everything, as it does when there are more launches than the
+    driver's queue holds, the times are the sums of the kernels' durations from the profiler, without the gaps between.
+    """
+
+    def __init__(self, head_start: float, gpu: Gpu) -> None:
+        self.head_start = head_start
+        self.gpu = gpu
+        self.rounds = 0
+        self.late = False
+        self.launches: int | None = None
+
+    @property
+    def method(self) -> str:
+        if not self.head_start:
+            return "events, with launches"
+        if self.late:
+            return "sum of the kernels' durations" if self.launches else "events; the head start was too short and there is no profiler"
+        return f"events, {1e3 * self.head_start:g} ms head start"
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self.rounds += 1
+        if self.head_start and (self.rounds == 1 or (self.late and self.launches)):
+            durations = self.gpu.kernel_seconds(run)
+            self.launches = len(durations) or None
+            return sum(durations)
+        begin, end = self.gpu.Event(enable_timing=True), self.gpu.Event(enable_timing=True)
+        # What was queued before must not run while the host launches: without a head start the work would get one.
+        self.gpu.synchronize()
+        if self.head_start:
+            self.gpu.sleep(self.head_start)
+        begin.record()
+        run()
+        late = begin.query()
+        end.record()
+        end.synchronize()
+        if self.head_start and self.rounds == WARMUP:
+            self.late = late
+        return float(begin.elapsed_time(end)) / 1e3

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from bench import peers
 from bench.machine import ROOT, first_line
-from bench.records import COPY, Estimate, Record, Run
+from bench.records import COPY, TORCH_COPY, Estimate, Record, Run
 
-YARDSTICKS = ("torch copy_", peers.REFERENCE, "2 x SGD", peers.FOREACH, "loop over buffers")
+YARDSTICKS = (TORCH_COPY, peers.REFERENCE, "2 x SGD", peers.FOREACH, "loop over buffers")
 """What a record's figures are relative to: the first of these that is among its contenders."""
 
 
@@ -120,20 +120,8 @@ def install(what: str) -> Path:
 def measured(site: Path, select: str, device: str, number: int, extra: Sequence[str]) -> Run:
     """One run of the selected benchmarks with the package that is in ``site``."""
     saved = site / f"run-{number}.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--benchmark-only",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(site),
-        str(site / "bench"),
-        "-k",
-        select,
-    ]
+    options = ["-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--rootdir"]
+    command = [sys.executable, *options, str(site), str(site / "bench"), "-k", select]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     probe = subprocess.run(
         [sys.executable, "-c", "import sam_fast; print(sam_fast.__file__)"], cwd=site, env=environment, capture_output=True, text=True

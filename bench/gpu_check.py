@@ -1,34 +1,51 @@
-"""Builds sam_fast on a machine with an NVIDIA GPU, tests it there, watches it with compute-sanitizer, measures it, and keeps what was found.
+"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found. See docs/gpu.md.
 
-    python -m bench.gpu_check [--results bench/results] [--minutes 9] [--only build,tests]        or: make gpu-check
+    python3 -m bench.gpu_check [--results DIR] [--logs DIR] [--commit SHA] [--only STEPS] [--minutes M] [--wheels DIR]
 
-Uses the PyTorch of the Python that runs it and needs no network: the package is installed into that environment, editable, without build isolation.
-Writes ``<device>.json`` and ``<device>.md``; a step that could not run is in both as not run, with the reason. Every step's whole output goes to
-``<step>.log`` under build/gpu-check (``--logs``).
+Steps, in this order: build; tests (tests/gpu, by themselves); benchmarks (chosen cases of the suite in bench/); sanitizers
+(memcheck, racecheck); others (all other tests for GPUs). It uses the PyTorch of the Python that runs it and needs no
+network, no make and no git: the package is installed into that Python's environment, editable, without build isolation.
+A step that fails does not stop the next; where the CUDA module cannot be built, the rest goes on without it.
+
+Written after each step: ``gpu-check.json``, what became of it. While a step runs: ``<step>.log`` with every test's outcome
+as it is known, and after each benchmark ``cuda.json``, which bench.report reads. These are 8 files at most. Exits with 0
+if everything that was asked for passed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 
-from bench.machine import ROOT, commit_and_date, first_line
+from bench.machine import ROOT, describe, find, installed
+from bench.outcomes import count
+from bench.records import replace
 
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-STEPS = ("build", "tests", "memcheck", "racecheck", "benchmarks")
+PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
+STEPS = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
+"""Step -> its share of the time. What one does not use goes to the next; the limits never add up to more than there is."""
+SANITIZERS = ("memcheck", "racecheck")
+ASKED = {step: "sanitizers" if step in SANITIZERS else step for step in STEPS}
+"""Step -> its name in --only."""
+SPARE = 12.0
+"""Seconds for starting and ending."""
+
+PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check"]
+BUILD = [*PIP, "--no-build-isolation", "-v", "-e", "."]
+BUILDS: tuple[dict[str, str], ...] = ({"SAM_FAST_CUDA": "1"}, {"SAM_FAST_CUDA": "0"}, {"SAM_FAST_NATIVE": "0"})
+"""Tried one after the other: with CUDA kernels; without them, for the triton and torch backends; without any compiler."""
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+TESTS = ["-p", "bench.outcomes", "--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
+GPU_TESTS, OTHER_TESTS = ["tests/gpu"], ["tests", "--ignore=tests/gpu"]
+SELECT = "(not scaling or weak_scaling) and not import and not straw_man"
 
 
 @dataclass
@@ -36,199 +53,225 @@ class Step:
     """What became of one step."""
 
     name: str
-    state: str
+    state: str = NOT_RUN
     seconds: float = 0.0
     detail: str = ""
     command: str = ""
+    commit: str = ""
 
 
 class Check:
-    """Runs steps one after the other within a time limit; a step that fails does not stop the next one, except the build."""
+    """Runs steps one after the other within a time limit and writes down after each what became of it."""
 
-    def __init__(self, minutes: float, logs: Path, only: Sequence[str] = STEPS) -> None:
-        self.deadline = time.monotonic() + 60 * minutes
+    def __init__(self, minutes: float, results: Path, logs: Path, only: list[str], machine: dict[str, str], missing: list[str]) -> None:
+        self.deadline = time.monotonic() + 60 * minutes - SPARE
+        self.file = results / "gpu-check.json"
         self.logs = logs
-        self.only = only
-        self.steps: list[Step] = []
+        self.waiting = {name: share for name, share in STEPS.items() if ASKED[name] in only}
+        self.asked = list(self.waiting)
+        self.machine = machine
+        self.missing = missing
+        earlier = json.loads(self.file.read_text())["steps"] if self.file.is_file() else []
+        kept = {step["name"]: Step(**step) for step in earlier if step["commit"] == machine["commit"] and step["name"] not in self.asked}
+        self.steps = {name: kept.get(name) or Step(name, commit=machine["commit"]) for name in STEPS if name in kept or name in self.asked}
+        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
 
-    def run(self, name: str, command: list[str], limit: float, cwd: Path = ROOT, **environment: str) -> Step:
-        """Run a command for at most ``limit`` seconds and record how it ended."""
-        step = Step(name, NOT_RUN, command=" ".join(command))
-        self.steps.append(step)
-        limit = min(limit, self.deadline - time.monotonic())
-        program = find(command[0])
-        if name not in self.only:
-            step.detail = "not asked for (--only)"
-        elif program is None:
+    def limit(self, name: str) -> float:
+        """Seconds that a step may take now: its share of what is left."""
+        return (self.deadline - time.monotonic()) * self.waiting[name] / sum(self.waiting.values())
+
+    def run(self, name: str, command: list[str], **environment: str) -> Step:
+        """Run a step's command, if it was asked for, and record how it ended."""
+        step = self.steps.get(name, Step(name))
+        if name not in self.waiting:
+            return step
+        limit, program = self.limit(name), find(command[0])
+        step.command = " ".join([*(f"{key}={value}" for key, value in environment.items()), *command])
+        if program is None:
             step.detail = f"{command[0]} is not installed"
         elif limit < 5:
             step.detail = "the time was up"
         else:
-            self._run(step, [program, *command[1:]], limit, cwd, {**os.environ, **environment})
-        print(f"   {name}: {step.state}{f' ({step.seconds:.0f} s)' if step.seconds else ''}\n   {step.detail}", flush=True)
-        return step
+            self._run(step, [program, *command[1:]], limit, {**self.environment, **environment})
+        return self.done(step)
 
-    def _run(self, step: Step, command: list[str], limit: float, cwd: Path, environment: dict[str, str]) -> None:
-        print(f"-- {step.name}: {step.command}", flush=True)
+    def _run(self, step: Step, command: list[str], limit: float, environment: dict[str, str]) -> None:
+        step.state, step.detail = RUNNING, "was running when this was written"
+        self.write()
+        print(f"-- {step.name}, at most {limit:.0f} s: {step.command}", flush=True)
         begin = time.monotonic()
-        # In a process group of its own, so that what it has started can be stopped with it: the steps behind it measure.
-        process = subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-        )
-        try:
-            output, _ = process.communicate(timeout=limit)
-            step.state = PASSED if process.returncode == 0 else FAILED
-            step.detail = "\n".join(output.splitlines()[-40:]) if process.returncode else output.strip().rpartition("\n")[2]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            step.state = FAILED
-            step.detail = f"stopped after {limit:.0f} s\n" + "\n".join(output.splitlines()[-20:])
-        step.seconds = time.monotonic() - begin
         self.logs.mkdir(parents=True, exist_ok=True)
-        (self.logs / f"{step.name}.log").write_text(output)
+        path = self.logs / f"{step.name}.log"
+        with path.open("a" if step.name == "build" else "w") as log:
+            # In a process group of its own, so that what it has started can be stopped with it: other steps measure.
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        step.seconds = round(time.monotonic() - begin, 1)
+        step.state = PASSED if code == 0 else FAILED
+        tail = path.read_text(errors="replace").splitlines()[-1 if code == 0 else -30 :]
+        step.detail = "\n".join([f"stopped after {limit:.0f} s"] * (code is None) + tail)
 
     def skip(self, name: str, reason: str) -> None:
-        self.steps.append(Step(name, NOT_RUN, detail=reason))
-        print(f"   {name}: {NOT_RUN}: {reason}", flush=True)
+        if name in self.waiting:
+            self.done(Step(name, detail=reason, commit=self.machine["commit"]))
+
+    def done(self, step: Step) -> Step:
+        self.waiting.pop(step.name, None)
+        self.steps[step.name] = step
+        self.write()
+        print(f"   {step.name}: {step.state} ({step.seconds:.0f} s)\n   {step.detail}", flush=True)
+        return step
+
+    def write(self) -> None:
+        content = {"machine": self.machine, "missing": self.missing, "steps": [asdict(step) for step in self.steps.values()]}
+        replace(self.file, json.dumps(content, indent=1) + "\n")
 
 
-def find(program: str) -> str | None:
-    """Where a program is; CUDA's tools are not always on the PATH."""
-    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(program) or shutil.which(program, path=os.pathsep.join([f"{cuda}/bin", f"{cuda}/compute-sanitizer"]))
+def missing_here() -> list[str]:
+    """What is not there, and what follows."""
+    setuptools = installed("setuptools")
+    native = "no native module can be built, neither for GPUs nor for the CPU"
+    needs = [
+        ("setuptools 77 or newer", int(setuptools.partition(".")[0] or 0) >= 77, "the package cannot be built, and nothing runs"),
+        ("cmake", find("cmake"), native),
+        ("pybind11", installed("pybind11"), native),
+        ("nvcc", find("nvcc"), "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1"),
+        ("pytest", installed("pytest"), "no tests and no benchmarks"),
+        ("pytest-benchmark", installed("pytest-benchmark"), "no benchmarks"),
+        ("pytest-xdist", installed("pytest-xdist"), "tests run one after the other and may not end in time"),
+        ("hypothesis", installed("hypothesis"), "tests/test_properties.py does not run"),
+        ("compute-sanitizer", find("compute-sanitizer"), "no sanitizers"),
+        ("pytorch_optimizer", installed("pytorch_optimizer"), "it is left out of the peers; the target that names it is not measured"),
+    ]
+    return [f"{what}: {follows}" for what, there, follows in needs if not there]
 
 
-def describe_machine() -> dict[str, str]:
-    """Device, driver and versions. Raises SystemExit where there is no CUDA device."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu-check needs an NVIDIA GPU and a PyTorch that sees it: torch.cuda.is_available() is False. Nothing was run or written.")
-    properties = torch.cuda.get_device_properties(0)
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "not installed"
-    return {
-        "device": properties.name,
-        "compute capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": str(properties.multi_processor_count),
-        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": first_line("nvcc", "--version", matching="release"),
-        "torch": str(torch.__version__),
-        "CUDA of torch": str(torch.version.cuda),
-        "triton": triton_version,
-        "python": sys.version.split()[0],
-        **commit_and_date(),
-    }
+def use_wheels(folder: Path) -> None:
+    """Install wheels into a folder of their own, for this process and those that it starts."""
+    site = ROOT / "build" / "gpu-check-site"
+    wheels = [str(path) for path in sorted(folder.resolve().glob("*.whl"))]
+    if not wheels:
+        raise SystemExit(f"--wheels: there is no .whl in {folder}")
+    subprocess.run([*PIP, "--quiet", "--upgrade", "--target", str(site), *wheels], check=True)
+    sys.path.insert(0, str(site))
+    importlib.invalidate_caches()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def count_tests(report: Path) -> str:
-    """``7 passed, 1 skipped`` out of a JUnit file."""
-    if not report.is_file():
-        return "no report"
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    total = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    for suite in suites:
-        for key in total:
-            total[key] += int(suite.get(key, 0))
-    passed = total["tests"] - total["failures"] - total["errors"] - total["skipped"]
-    return f"{passed} passed, {total['failures'] + total['errors']} failed, {total['skipped']} skipped"
+def build(check: Check, architecture: str) -> bool:
+    """Install the package, with CUDA kernels or else without. False if that fails, too."""
+    if "build" not in check.waiting:
+        return True
+    (check.logs / "build.log").unlink(missing_ok=True)
+    share, reason = check.waiting["build"], ""
+    for options in BUILDS:
+        check.waiting["build"] = share
+        step = check.run("build", BUILD, CMAKE_CUDA_ARCHITECTURES=architecture, **options)
+        if step.state != FAILED:
+            break
+        reason = reason or step.detail
+        print(f"   the build with {options} failed", flush=True)
+    if step.state == PASSED and reason:
+        # The later ones serve what needs no CUDA module; the step itself has failed.
+        used = " ".join(f"{key}={value}" for key, value in options.items())
+        step.state, step.detail = FAILED, f"without the CUDA module, whose build failed; what follows was built with {used}\n{reason}"
+        check.done(step)
+        return True
+    return step.state == PASSED
 
 
-def run_all(check: Check, machine: dict[str, str], scratch: Path) -> dict[str, Any]:
-    """Every step; returns the benchmarks' output."""
-    python = sys.executable
-    build = check.run(
-        "build",
-        [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-e", "."],
-        150,
-        SAM_FAST_CUDA="1",
-        CMAKE_CUDA_ARCHITECTURES=machine["compute capability"].replace(".", ""),
-    )
-    if build.state == FAILED:
-        for name in ("tests", "memcheck", "racecheck", "benchmarks"):
+def run_all(check: Check, arguments: argparse.Namespace) -> None:
+    """Every step that was asked for, in order."""
+    if not build(check, check.machine.get("compute capability", "9.0").replace(".", "")):
+        for name in list(check.waiting):
             check.skip(name, "the build failed")
-        return {}
-    report = scratch / "tests.xml"
-    extra = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    extra += ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors", f"--junitxml={report}"]
-    tests = check.run("tests", [python, "-m", "pytest", *options, *extra, "tests"], 240)
-    if tests.state != NOT_RUN:
-        tests.detail = f"{count_tests(report)}\n{tests.detail}".strip()
-    small = [python, "tests/gpu/small_run.py"]
-    for tool in ("memcheck", "racecheck"):
+        return
+    processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
+    options = [*TESTS, *(["-n", str(processes)] if installed("pytest-xdist") else []), *(["--timeout=60"] if installed("pytest-timeout") else [])]
+    tests(check, "tests", [*options, *GPU_TESTS])
+    benchmarks(check, arguments)
+    for tool in SANITIZERS:
+        if not list(ROOT.glob("sam_fast/_cuda*.so")):
+            check.skip(tool, "the CUDA module was not built")
         # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
         # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
-        options = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        check.run(tool, ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9", *small], 110, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    figures = scratch / "figures.json"
-    left = max(10.0, min(130.0, check.deadline - time.monotonic() - 25))
-    check.run("benchmarks", [python, "-m", "bench.gpu", "--json", str(figures), "--seconds", f"{left:.0f}"], left + 25)
-    return json.loads(figures.read_text()) if figures.is_file() else {}
+        extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable, "tests/gpu/small_run.py"]
+        check.run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    tests(check, "others", [*options, *OTHER_TESTS])
 
 
-def write_results(folder: Path, machine: dict[str, str], steps: list[Step], measured: dict[str, Any]) -> Path:
-    """``<device>.json`` with everything and ``<device>.md`` to read; returns the first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine, "steps": [asdict(step) for step in steps], **measured}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(as_markdown(machine, steps, measured))
-    return path
+def tests(check: Check, name: str, options: list[str]) -> None:
+    step = check.run(name, [*PYTEST, *options], OMP_NUM_THREADS="1")
+    log = check.logs / f"{name}.log"
+    if step.seconds and log.is_file():
+        outcomes = count(log)
+        if step.state == PASSED and " passed" not in outcomes:
+            step.state = NOT_RUN
+        step.detail = f"{outcomes}\n{step.detail}"
+        check.write()
 
 
-def as_markdown(machine: dict[str, str], steps: list[Step], measured: dict[str, Any]) -> str:
-    lines = [f"# sam_fast on {machine['device']}", "", *(f"- {key}: {value}" for key, value in machine.items() if key != "device"), ""]
-    lines += ["| step | result | seconds | |", "|---|---|---|---|"]
-    lines += [f"| {s.name} | {s.state} | {s.seconds:.0f} | {s.detail.splitlines()[0] if s.detail else ''} |" for s in steps]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for figure in measured.get("figures", []):
-        groups.setdefault(figure["group"], []).append(figure)
-    for group, figures in groups.items():
-        lines += [
-            "",
-            f"## {group}",
-            "",
-            "| case | contender | median us | quartiles | GB/s | share of a copy | times faster than |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for f in figures:
-            rate = "" if f["gigabytes_per_second"] is None else f"{f['gigabytes_per_second']:.0f}"
-            share = "" if f["share_of_copy"] is None else f"{100 * f['share_of_copy']:.0f} %"
-            faster = ", ".join(f"{other} {ratio:.2f}" for other, ratio in f["times_faster_than"].items())
-            low, high = (1e6 * s for s in f["spread"])
-            lines.append(f"| {f['case']} | {f['contender']} | {1e6 * f['seconds']:.1f} | {low:.1f} - {high:.1f} | {rate} | {share} | {faster} |")
-    if measured.get("left_out"):
-        lines += ["", "Not run:", "", *(f"- {text}" for text in measured["left_out"])]
-    return "\n".join(lines) + "\n"
+def benchmarks(check: Check, arguments: argparse.Namespace) -> None:
+    """Chosen cases of the suite; what there is no time for is listed in the file."""
+    if "benchmarks" not in check.waiting:
+        return
+    (arguments.results / "cuda.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+    minutes = max(check.limit("benchmarks") - 30, 5) / 60  # so that the last case ends in time
+    saved = ["--save", str((arguments.results / "cuda.json").resolve()), "--commit", check.machine["commit"]]
+    options = ["bench", "--benchmark-only", "--device", arguments.device, "--minutes", f"{minutes:.2f}", "-k", arguments.select]
+    check.run("benchmarks", [*PYTEST, "-p", "bench.outcomes", "-rN", "--benchmark-quiet", *options, *saved])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
-    parser.add_argument("--logs", type=Path, default=ROOT / "build" / "gpu-check", help="where the steps' output goes")
-    parser.add_argument("--only", default=",".join(STEPS), help="steps to run, of " + ",".join(STEPS))
-    arguments = parser.parse_args()
+def require_gpu() -> None:
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(f"gpu-check needs PyTorch, which {sys.executable} does not have. Nothing was run or written.") from None
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu-check needs an NVIDIA GPU and a PyTorch that sees it: torch.cuda.is_available() is False. Nothing was run or written.")
+
+
+def as_table(steps: dict[str, Step]) -> str:
+    rows = [(s.name, s.state, f"{s.seconds:.0f} s", s.detail.partition("\n")[0]) for s in steps.values()]
+    return "\n".join(f"{name:12s} {state:8s} {seconds:>6s}  {detail}" for name, state, seconds, detail in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu-check", help="where cuda.json and gpu-check.json go")
+    parser.add_argument("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
+    parser.add_argument("--commit", default="", help="of these files, where they came without git")
+    names = list(dict.fromkeys(ASKED.values()))
+    parser.add_argument("--only", default=",".join(names), help="steps to run, of " + ",".join(names))
+    parser.add_argument("--minutes", type=float, default=17.0, help="for everything")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels that the steps are to have, installed beside the environment")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "rehearsal"], help="rehearsal: the benchmarks on the CPU, to try this program")
+    parser.add_argument("--select", default=SELECT, help="the benchmarks to run, as pytest's -k")
+    arguments = parser.parse_args(argv)
     only = arguments.only.split(",")
-    if unknown := set(only) - set(STEPS):
-        parser.error(f"--only names {', '.join(sorted(unknown))}: the steps are {', '.join(STEPS)}")
-    machine = describe_machine()
-    check = Check(arguments.minutes - 0.2, arguments.logs, only)
-    scratch = ROOT / "build" / "gpu-check"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    measured = run_all(check, machine, scratch)
-    path = write_results(arguments.results, machine, check.steps, measured)
-    print(path.with_suffix(".md").read_text())
-    print(f"written: {path} and {path.with_suffix('.md')}")
-    return 0 if all(step.state == PASSED for step in check.steps if step.name in only) else 1
+    if unknown := set(only) - set(names):
+        parser.error(f"--only names {', '.join(sorted(unknown))}: the steps are {', '.join(names)}")
+    if arguments.wheels is not None:
+        use_wheels(arguments.wheels)
+    if arguments.device == "cuda":
+        require_gpu()
+    missing = missing_here()
+    print("\n".join(["missing here:", *(f"   {line}" for line in missing)] if missing else ["nothing is missing"]), flush=True)
+    logs = arguments.logs or arguments.results / "logs"
+    check = Check(arguments.minutes, arguments.results, logs, only, describe(arguments.device, arguments.commit), missing)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
+    run_all(check, arguments)
+    print(as_table(check.steps))
+    print(f"written: {check.file}, the figures beside it, the logs in {logs}")
+    return 0 if all(check.steps[name].state == PASSED for name in check.asked) else 1
 
 
 if __name__ == "__main__":

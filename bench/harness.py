@@ -16,23 +16,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bench.clock import Clock
+from bench.clock import BASELINE, OURS, WARMUP, DeviceTimer, Gpu, HostTimer, Rehearsal, Timer
 from bench.records import COPY, Record
-from sam_fast import backends
+from sam_fast import SAM, backends
 from sam_fast.bucket import Bucket
 
 COPY_BYTES = {"cpu": 64_000_000, "cuda": 1 << 30}
 """How much the streaming copy copies: more than the caches of the machines this runs on."""
 
-WARMUP = 2
-"""Rounds that are not counted."""
-
 PARTS = tuple(range(5))
-"""Cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
+"""On a CPU, cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
 FEWER_PARTS = PARTS[::2]
 """Of large cases, whose contenders are made anew for each part: together they would not fit the memory."""
 
-BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28, "first_step": 20}
+CACHES = 10
+"""How many times a GPU's cache the bytes that move must be, for their rate to be the memory's: a tenth may be cached."""
+
+BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28}
 """Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies; restore_sgd reads
 backup, g and momentum and writes w and momentum; restore_adam the same with two moments."""
 
@@ -50,7 +50,7 @@ def nothing() -> None:
 class Contender:
     """What is timed: one piece of work, or several ``stages`` one after the other, each timed by itself.
 
-    ``prepare`` runs before and ``finish`` after each stage, untimed.
+    ``prepare`` runs before and ``finish`` after each stage, untimed. ``head_start``: see bench/clock.py; on the CPU there is none.
     """
 
     def __init__(
@@ -58,10 +58,12 @@ class Contender:
         run: Callable[[], object] | dict[str, Callable[[], object]],
         prepare: Callable[[], object] = nothing,
         finish: Callable[[], object] = nothing,
+        head_start: float | None = BASELINE,
     ) -> None:
         self.stages = run if isinstance(run, dict) else {"": run}
         self.prepare = prepare
         self.finish = finish
+        self.head_start = head_start
 
 
 @dataclass
@@ -74,16 +76,47 @@ class Plan:
     """At least and at most."""
 
 
-def measure(clock: Clock, contenders: dict[str, Contender], plan: Plan) -> dict[str, dict[str, list[float]]]:
-    """Seconds by stage and contender, one number for each round.
+GPU_PLAN = Plan(seconds=2.5, rounds=(11, 60))
+"""Of every case on a GPU, which is measured in one part."""
+
+
+class Machine:
+    """Where a run's tensors are, and how their work is timed."""
+
+    def __init__(self, kind: str) -> None:
+        self.rehearsal = kind == "rehearsal"
+        self.gpu = Rehearsal() if self.rehearsal else Gpu() if kind == "cuda" else None
+        self.kind = "cuda" if self.gpu else "cpu"
+        """What the records are of: a rehearsal's go where a GPU's would."""
+        self.device = "cpu" if self.rehearsal else kind
+
+    def timer(self, head_start: float | None) -> Timer:
+        if self.gpu and head_start is not None:
+            return DeviceTimer(head_start, self.gpu)
+        return HostTimer(self.gpu.synchronize if self.gpu else nothing)
+
+    def flush(self) -> None:
+        """Leave a GPU's cache full of what was written last, for every contender alike."""
+        if self.device != "cpu":
+            streaming_copy(self.device).stages[""]()
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        return 0 if self.rehearsal or not self.gpu else int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+
+def measure(machine: Machine, contenders: dict[str, Contender], plan: Plan) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, Timer]]]:
+    """Seconds by stage and contender, one number for each round; and what timed them.
 
     A round runs every contender once, in an order drawn anew, so that none always finds the caches and the allocator as the same other left
     them. Numbers of one round belong together: they are compared with each other.
     """
     times: dict[str, dict[str, list[float]]] = {}
+    timers: dict[str, dict[str, Timer]] = {}
     for name, contender in contenders.items():
         for stage in contender.stages:
             times.setdefault(stage, {})[name] = []
+            timers.setdefault(stage, {})[name] = machine.timer(contender.head_start)
     order = list(contenders)
     shuffle = random.Random(0).shuffle
     settle_allocator()
@@ -98,7 +131,8 @@ def measure(clock: Clock, contenders: dict[str, Contender], plan: Plan) -> dict[
                 contender = contenders[name]
                 for stage, run in contender.stages.items():
                     contender.prepare()
-                    times[stage][name].append(clock.seconds(run))
+                    machine.flush()
+                    times[stage][name].append(timers[stage][name](run))
                     contender.finish()
             done += 1
             if done == WARMUP:
@@ -106,7 +140,7 @@ def measure(clock: Clock, contenders: dict[str, Contender], plan: Plan) -> dict[
                 rounds = WARMUP + max(least, min(most, int(plan.seconds / max(time.perf_counter() - begin, 1e-9))))
     finally:
         gc.enable()
-    return {stage: {name: values[WARMUP:] for name, values in by_name.items()} for stage, by_name in times.items()}
+    return {stage: {name: values[WARMUP:] for name, values in by_name.items()} for stage, by_name in times.items()}, timers
 
 
 @cache
@@ -156,14 +190,15 @@ def settle_allocator() -> None:
 
 
 class Bench:
-    """Measures cases on one device and collects their records. ``replay`` shows a record's rounds to pytest-benchmark."""
+    """Measures cases on one machine and collects their records. ``replay`` shows a record's rounds to pytest-benchmark."""
 
-    def __init__(self, device: str = "cpu", full: bool = False, smoke: bool = False) -> None:
-        self.device = device
+    def __init__(self, kind: str = "cpu", full: bool = False, smoke: bool = False) -> None:
+        self.machine = Machine(kind)
+        self.device = self.machine.device
         self.full = full
-        self.smoke = smoke
+        self.smoke = smoke or self.machine.rehearsal
         """Does it run at all? Tiny shapes (shapes.shrink) and a few rounds; the figures say nothing."""
-        self.clock = Clock(device)
+        self.parts = PARTS[:1] if self.machine.gpu else PARTS
         self.records: list[Record] = []
         self.shown: Record | None = None
         """What the last test has measured."""
@@ -180,16 +215,13 @@ class Bench:
             make: makes the contenders; its argument says whether their results must still be checked.
             anew: keep nothing; the other parts only need no second check. For large cases.
         """
-        if anew and self.device == "cpu" and not self.smoke:
+        if anew and not self.machine.gpu and not self.smoke:
             back_memory()
         made: T = self._kept.pop(key) if key in self._kept else make(key not in self._checked)
         self._checked.add(key)
-        if not anew and part is not None and part != PARTS[-1]:
+        if not anew and part is not None and part != self.parts[-1]:
             self._kept[key] = made
         return made
-
-    def copy(self) -> Contender:
-        return streaming_copy(self.device)
 
     def run(
         self,
@@ -206,29 +238,42 @@ class Bench:
         """Measure one case. The first contender is the one that the others are baselines of.
 
         Args:
-            bytes_moved: that must move, for each stage where there are several; where given, the streaming copy joins the contenders.
+            bytes_moved: that must move, for each stage where there are several; where given, the streaming copy joins the
+                contenders. On a GPU it is left out where the cache would hold too much of it.
             total: name of a further record, the sum over the stages.
             facts: what else a reader of the record should know.
+
+        Raises:
+            AssertionError: a figure cannot be right (:meth:`Record.invalid`). The records are kept, and say so.
         """
         target = next(iter(contenders))
-        plan = Plan(0.0, (3, 3)) if self.smoke else plan or Plan()
-        rounds = measure(self.clock, {**contenders, COPY: self.copy()} if bytes_moved else contenders, plan)
-        copy_rounds = rounds[""].pop(COPY) if bytes_moved else []
+        plan = Plan(0.0, (3, 3)) if self.smoke else GPU_PLAN if self.machine.gpu else plan or Plan()
+        by_stage = bytes_moved if isinstance(bytes_moved, dict) else {"": bytes_moved}
+        by_stage = {stage: moved for stage, moved in by_stage.items() if moved and moved >= CACHES * self.machine.cache_bytes}
+        rounds, timers = measure(self.machine, {**contenders, COPY: streaming_copy(self.device)} if by_stage else contenders, plan)
+        copy_rounds = rounds[""].pop(COPY) if by_stage else []
         if not rounds.get(""):
             rounds.pop("", None)
-        by_stage = bytes_moved if isinstance(bytes_moved, dict) else dict.fromkeys(rounds, bytes_moved)
+        parts = {stage: [stage] for stage in rounds}
         if total is not None:
             sums = {name: [math.fsum(parts) for parts in zip(*(rounds[s][name] for s in rounds), strict=True)] for name in contenders}
-            by_stage = {**by_stage, total: sum(b or 0 for b in by_stage.values()) or None}
+            if all(stage in by_stage for stage in rounds):
+                by_stage[total] = sum(by_stage.values())
+            parts[total] = list(rounds)
             rounds = {total: sums, **rounds}
         made = []
         for stage, by_name in rounds.items():
             name = f"{stage}, {group}" if stage else group
-            record = Record(name, case, target, by_name, elements, by_stage.get(stage), copy_rounds, COPY_BYTES[self.device] * 2, facts)
-            record.facts["device"] = self.device
-            record.facts["threads"] = torch.get_num_threads()
+            record = Record(name, case, target, by_name, elements, by_stage.get(stage), copy_rounds, COPY_BYTES[self.device] * 2, dict(facts))
+            record.facts |= {"device": self.machine.kind, "threads": torch.get_num_threads()}
+            if self.machine.gpu:
+                used = {name: [timers[part][name] for part in parts[stage]] for name in contenders}
+                record.facts["timed by"] = {name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()}
+                record.facts["launches"] = {name: sum(t.launches or 0 for t in its) for name, its in used.items() if its[0].launches is not None}
             made.append(self.add(record))
         self.shown = made[0]
+        wrong = {record.key: record.invalid() for record in made if record.invalid()}
+        assert not wrong, "; ".join(f"{key}: {reason}" for key, reason in wrong.items())
         return made
 
     def add(self, record: Record) -> Record:
@@ -251,10 +296,17 @@ def streaming_copy(device: str) -> Contender:
     source = torch.rand(COPY_BYTES[device] // 4, device=device)
     if device != "cpu":
         target = torch.empty_like(source)
-        return Contender(lambda: target.copy_(source))
+        return Contender(lambda: target.copy_(source), head_start=OURS)
     backend = backends.choose(source)
     bucket = Bucket([source], [0], backend)
-    return Contender(lambda: backend.save(bucket))
+    return Contender(lambda: backend.save(bucket), head_start=OURS)
+
+
+def usable(device: str) -> list[str]:
+    """Backends that take this device's tensors, the preferred one first."""
+    probe = torch.zeros(16, device=device)
+    best = backends.choose(probe).name
+    return sorted((name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None), key=lambda name: name != best)
 
 
 # ---- Parameters and gradients ----------------------------------------------------------------------------------------------------------------
@@ -313,12 +365,13 @@ class Method:
     params: list[nn.Parameter]
     settings: str = ""
 
-    def contender(self, gradients: Sequence[Tensor]) -> Contender:
+    def contender(self, gradients: Sequence[Tensor], **head_start: float | None) -> Contender:
         """first_step and second_step as in a training loop: each finds the gradients of a new backward pass."""
         return Contender(
             {"first_step": self.optimizer.first_step, "second_step": self.optimizer.second_step},
             prepare=Backward(self.params, gradients),
             finish=self.optimizer.zero_grad,
+            **{"head_start": OURS if isinstance(self.optimizer, SAM) else BASELINE, **head_start},
         )
 
 
@@ -385,14 +438,14 @@ class Problem:
             backward()
             method.optimizer.first_step()
             if step == 0:
-                _check_close(name, method.params, self.perturbed, norm_error * self._largest_climb)
+                check_close(name, method.params, self.perturbed, norm_error * self._largest_climb)
             method.optimizer.zero_grad()
             backward()
             method.optimizer.second_step()
             method.optimizer.zero_grad()
         # AdamW's steps are of the size of lr whatever the gradient: a gradient near zero may be rounded to either side of it.
         slack = 0.0 if self.base is torch.optim.SGD else 0.01 * STEPS * float(self.options["lr"])
-        _check_close(name, method.params, self.stepped, slack)
+        check_close(name, method.params, self.stepped, slack)
 
     @cached_property
     def _largest_climb(self) -> float:
@@ -410,7 +463,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
-def _check_close(name: str, params: Sequence[Tensor], wanted: list[Tensor], slack: float) -> None:
+def check_close(name: str, params: Sequence[Tensor], wanted: list[Tensor], slack: float) -> None:
     # Rounded once or twice to the parameter's dtype: units in the last place of a weight of sd 0.02, all below 0.2. 16-bit momentum adds more.
     epsilon = torch.finfo(params[0].dtype).eps
     rtol, atol = (max(8 * epsilon, 1e-12), 0.05 * epsilon) if epsilon < 1e-4 else (2 * epsilon, 0.01 * epsilon)

@@ -22,30 +22,61 @@ def first_line(*command: str, matching: str = "") -> str:
     return next((line.strip() for line in done.stdout.splitlines() if matching in line), "")
 
 
-def commit_and_date() -> dict[str, str]:
-    """The commit, ``with changes`` if the tree is not clean, and the date."""
-    changed = first_line("git", "status", "--porcelain", "--untracked-files=no")
+def commit_and_date(commit: str = "") -> dict[str, str]:
+    """The commit, ``with changes`` if the tree is not clean, and the date. ``commit``: where the files came without git."""
+    if not commit:
+        changed = first_line("git", "status", "--porcelain", "--untracked-files=no")
+        commit = first_line("git", "rev-parse", "HEAD") + (" with changes" if changed else "")
     return {
-        "commit": first_line("git", "rev-parse", "HEAD") + (" with changes" if changed else ""),
+        "commit": commit or "unknown",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def describe(device: str) -> dict[str, str]:
+def describe(device: str, commit: str = "") -> dict[str, str]:
     """Device, versions, commit, date."""
-    import torch
-
-    import sam_fast
-
+    packages = ["torch", "pytorch_optimizer"]
     if device == "cpu":
+        import torch
+
+        import sam_fast
+
         isa = sam_fast.backends.build_info().get("cpu: instruction set in use", "no native module")
         name = {"device": processor(), "threads": str(torch.get_num_threads()), "instruction set": isa}
     else:
-        properties = torch.cuda.get_device_properties(0)
-        name = {"device": properties.name, "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "pytorch_optimizer") if _installed(package)}
-    load = f"{os.getloadavg()[0]:.1f}"  # at the end of a run on an idle machine: at most its number of threads
-    return {"kind": device, **name, **versions, "python": sys.version.split()[0], "load average": load, **commit_and_date()}
+        packages.append("triton")
+        name = {"device": "none: a rehearsal on the CPU, whose figures say nothing"} if device == "rehearsal" else gpu()
+    found = {package: version for package in packages if (version := installed(package))}
+    kind = "cpu" if device == "cpu" else "cuda"
+    return {"kind": kind, **name, **found, "python": sys.version.split()[0], "load average": load_average(), **commit_and_date(commit)}
+
+
+def load_average() -> str:
+    """At the end of a run on an idle machine: at most its number of threads."""
+    return f"{os.getloadavg()[0]:.1f}"
+
+
+def gpu() -> dict[str, str]:
+    """The first CUDA device: name, compute capability, driver and tools."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    nvcc = find("nvcc")
+    return {
+        "device": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB, cache {properties.L2_cache_size / 2**20:.0f} MiB",
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": first_line(nvcc, "--version", matching="release") if nvcc else "not found",
+        "CUDA of torch": str(torch.version.cuda),
+    }
+
+
+def find(program: str) -> str | None:
+    """Where a program is; CUDA's tools are not always on the PATH."""
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(program) or shutil.which(program, path=os.pathsep.join([f"{cuda}/bin", f"{cuda}/compute-sanitizer"]))
 
 
 def processor() -> str:
@@ -59,9 +90,9 @@ def processor() -> str:
     return f"{count} cores of {name}{family}" if count else name
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> str:
+    """A package's version; empty if it is not installed."""
     try:
-        importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,7 @@ PLAIN = "SGD"
 CONTENDERS = (PLAIN, "sam_fast", "sam_fast, flatten", REFERENCE, PEER_LOOP, PEER_FOREACH, FOREACH)
 DEFAULT = CONTENDERS[:4]
 WIDTH, LAYERS, BATCH = 2048, 8, 8
-
-
-@dataclass(frozen=True)
-class Model:
-    case: str
-    elements: int
-
-
-def measured_in() -> Model:
-    return Model(f"{LAYERS} linear layers of {WIDTH}", LAYERS * (WIDTH * WIDTH + WIDTH))
+CASE, ELEMENTS = f"{LAYERS} linear layers of {WIDTH}", LAYERS * (WIDTH * WIDTH + WIDTH)
 
 
 def make(contender: str, params: list[nn.Parameter]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import Method, Problem, copies
-from sam_fast import SAM
+from sam_fast import SAM, backends
 from sam_fast.reference import ReferenceSAM
 
 REFERENCE, REFERENCE_FUSED = "reference", "reference, fused base"
@@ -110,7 +110,8 @@ def sam_fast(problem: Problem, **settings: Any) -> Method:
     params = copies(problem.start)
     said = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     optimizer = SAM(params, problem.base, rho=problem.rho, adaptive=problem.adaptive, **settings, **problem.options)
-    return Method(optimizer, params, f"SAM({said})" if said else "SAM, default settings")
+    backend = backends.choose(params[0], settings.get("backend")).name
+    return Method(optimizer, params, f"{f'SAM({said})' if said else 'SAM, default settings'}, {backend} backend")
 
 
 def _reference(problem: Problem, **extra: Any) -> Method:

@@ -12,7 +12,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import peers
-from bench.records import Record, Run
+from bench.records import TORCH_COPY, Record, Run
 from bench.shapes import MODELS
 from bench.test_scaling import BY_ELEMENTS, BY_TENSORS
 from bench.test_training import GRAPH, REFERENCE, SGD_TWICE
@@ -65,7 +65,7 @@ def roofline(run: Run) -> Any:
     for x, record in enumerate(records):
         for name in record.rounds:
             rate, share = record.bandwidth(name), record.share_of_copy(name)
-            if rate is None or share is None or name == "torch copy_":
+            if rate is None or share is None or name == TORCH_COPY:
                 continue
             ours = name == record.target
             axis.plot([x], [100 * share.value], "D" if ours else "o", color=COLOURS["sam_fast"] if ours else "#bbbbbb", ms=7 if ours else 4)

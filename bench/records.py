@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-COPY = "streaming copy"
+COPY, TORCH_COPY = "streaming copy", "torch copy_"
+
+CEILING = 1.1
+"""A GPU's memory is not faster than that, relative to the copy."""
+READ_ONLY = "op grad_norm"
+"""What only reads, which some memories do faster than they copy: groups that begin so."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,17 @@ class Record:
         per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=True)
         return median([self.bytes_moved / seconds / (self.copy_bytes / copy) for seconds, copy in per_round])
 
+    def invalid(self) -> str:
+        """Why this cannot have been measured right; empty if it can.
+
+        On a GPU only what does not write may be faster than a copy. A CPU's cache can hold all of a case: no bound there.
+        """
+        if self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY):
+            return ""
+        shares = {name: share.value for name in self.rounds if name != TORCH_COPY and (share := self.share_of_copy(name)) is not None}
+        above = [f"{name} at {100 * share:.0f} % of the copy's bandwidth" for name, share in shares.items() if share > CEILING]
+        return f"invalid, an error in the measurement: {', '.join(above)}" if above else ""
+
     def floor(self) -> float | None:
         """Seconds that the bytes take at the streaming copy's bandwidth."""
         return None if self.bytes_moved is None else self.bytes_moved / self.copy_bandwidth()
@@ -137,7 +154,7 @@ class Run:
                 self.machine[fact] += f" + {part.machine[fact]}"
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write everything, all at once: whoever is killed meanwhile leaves the file as it was."""
         data = asdict(self)
         for record in data["records"]:
             record["rounds"] = {name: _rounded(values) for name, values in record["rounds"].items()}
@@ -145,14 +162,25 @@ class Run:
         # One record a line: readable differences, small files.
         lines = {name: ",\n  ".join(json.dumps(item) for item in data.pop(name)) for name in ("records", "memory")}
         head = json.dumps(data, indent=1)[:-2]
-        path.write_text(head + "".join(f',\n "{name}": [\n  {text}\n ]' for name, text in lines.items()) + "\n}\n")
+        replace(path, head + "".join(f',\n "{name}": [\n  {text}\n ]' for name, text in lines.items()) + "\n}\n")
 
     @classmethod
     def load(cls, path: Path) -> Run:
+        """What was saved, without the records that cannot be right: these are among what was left out."""
         data = json.loads(path.read_text())
-        data["records"] = [Record(**r) for r in data["records"]]
+        records = [Record(**r) for r in data["records"]]
+        data["records"] = [r for r in records if not r.invalid()]
+        data["left_out"] += [f"{r.key.replace(' | ', ', ')}: {reason}" for r in records if (reason := r.invalid())]
         data["memory"] = [Memory(**m) for m in data["memory"]]
         return cls(**data)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

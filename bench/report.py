@@ -144,7 +144,7 @@ def picture(name: str, pictures: tuple[str, ...]) -> list[str]:
 def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
     kind = {"cpu": "On the CPU", "cuda": "On a GPU"}[run.machine["kind"]]
     lines = [f"## {kind}", "", *(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
-    lines += baseline_settings(run)
+    lines += [*timing(run), *baseline_settings(run)]
     lines += ["### Whole optimizer step", ""]
     lines += [
         "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
@@ -174,8 +174,8 @@ def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
         lines += [
             "### Weak scaling",
             "",
-            "Each process has one thread and resnet18's parameters, as replicas or as shards of DTensors. The last column is the efficiency: what "
-            "one process takes over what each of two takes.",
+            f"Each process has one {'thread' if run.machine['kind'] == 'cpu' else 'GPU'} and resnet18's parameters, as replicas or as shards of "
+            "DTensors. The last column is the efficiency: what one process takes over what each of several takes.",
             "",
             *comparison(run, WEAK_SCALING),
         ]
@@ -195,6 +195,16 @@ def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
+
+
+def timing(run: Run) -> list[str]:
+    """How a GPU's figures were taken; nothing for a CPU's, which are all the host's clock."""
+    ways: dict[str, set[str]] = {}
+    for record in run.records:
+        for name, way in record.facts.get("timed by", {}).items():
+            ways.setdefault(way, set()).add(f"{name} ({record.group}, {record.case})" if "durations" in way else name)
+    rows = [[way, "; ".join(sorted(names))] for way, names in ways.items()]
+    return ["### How each was timed", "", *table(["by", "contenders"], rows), ""] if rows else []
 
 
 def baseline_settings(run: Run) -> list[str]:
@@ -325,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
         if run is not part:
             run.add(part)
     for run in runs.values():
+        if arguments.root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
+            parser.error("a smoke run's or a rehearsal's figures say nothing and are not published; --root writes them elsewhere")
         before = results(arguments.root, run.machine["kind"])
         if before is not None and "planted" in before.agreement:
             run.agreement["planted"] = before.agreement["planted"]  # made by itself, see bench.planted

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Bench
-from bench.memory import CONTENDERS, DEFAULT, measured_in
+from bench.memory import CASE, CONTENDERS, DEFAULT, ELEMENTS
 from bench.records import Memory
 
 ROOT = Path(__file__).parent.parent
@@ -21,5 +21,6 @@ def test_memory(bench: Bench, memory: list[Memory], contender: str) -> None:
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     peak = int(done.stdout)
     # The weights and their gradients are there in any case; less was not measured right.
-    assert peak > 2 * 4 * measured_in().elements
-    memory.append(Memory(measured_in().case, contender, peak, bench.device, "allocator" if bench.device == "cuda" else "peak RSS of a child process"))
+    assert peak > 2 * 4 * ELEMENTS
+    how = "allocator" if bench.device == "cuda" else "peak RSS of a child process"
+    memory.append(Memory(CASE, contender, peak, bench.device, how))

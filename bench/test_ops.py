@@ -8,21 +8,63 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import BYTES_PER_ELEMENT, Backward, Bench, Contender, Method, Plan, Problem, copies, make_params
-from bench.ops import operation_contenders
+from bench.clock import OURS
+from bench.harness import BYTES_PER_ELEMENT, Backward, Bench, Contender, Method, Plan, Problem, check_close, copies, make_params, usable
+from bench.records import TORCH_COPY
 from bench.shapes import SHAPES
 from bench.test_optimizer_step import BASES, DTYPES
-from sam_fast import SAM, BatchNormSnapshot, backends
+from sam_fast import SAM, BatchNormSnapshot
+from sam_fast.backends import GroupOptions
 
-TORCH_COPY = "torch copy_"
 OPS = ["grad_norm", "perturb", "restore", "restore_sgd", "restore_adam"]
+STATE = {"restore_sgd": {"momentum_buffer"}, "restore_adam": {"step", "exp_avg", "exp_avg_sq"}}
+"""What the base optimizer keeps of each parameter, which the bytes of the operation include."""
 
 
-def usable(device: str) -> list[str]:
-    """Backends that take this device's tensors, the preferred one first."""
-    probe = torch.zeros(16, device=device)
-    best = backends.choose(probe).name
-    return sorted((name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None), key=lambda name: name != best)
+def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:
+    """An operation on the optimizer's one bucket, whose parameters have gradients. A wrong result is not timed.
+
+    ``restore_sgd`` and ``restore_adam`` are ``second_step`` itself, checked with the whole step: what goes on around the
+    kernel takes a few microseconds, on a GPU before it starts.
+    """
+    (bucket, partials, sums), *others = optimizer._perturbation._bucket_sums
+    assert not others, "one bucket"
+    backend, options = bucket.backend, GroupOptions(optimizer.param_groups)
+    params = list(bucket.all_params)
+
+    def collect() -> None:
+        backend.collect(bucket, options)
+
+    def perturb() -> None:
+        backend.perturb(bucket, options, sums.partials, 1e-12, sums.norm)
+
+    collect()
+    backend.grad_norm(bucket, options, partials)
+    here = Problem(params, rho=problem.rho, adaptive=problem.adaptive)  # the parameters have moved since problem was made
+    norm, wanted = float(sums.partials.sum().sqrt()), here.norm()
+    assert abs(norm - wanted) <= 1e-6 * wanted, f"the norm is {norm}, not {wanted}, so it is not timed"
+    before, wanted_params = [p.detach().clone() for p in params], here.perturbed
+    perturb()
+    check_close("perturb", params, wanted_params, 0.0)
+    backend.restore(bucket)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)), "restore is not exact, so it is not timed"
+    if op == "grad_norm":
+        return Contender(lambda: backend.grad_norm(bucket, options, partials), prepare=collect, head_start=OURS)
+    if op == "perturb":
+        return Contender(perturb, prepare=collect, finish=lambda: backend.restore(bucket), head_start=OURS)
+    if op == "restore":
+        return Contender(lambda: backend.restore(bucket, release=False), prepare=lambda: backend.save(bucket), head_start=OURS)
+    kept = {name for p in params for name, value in optimizer.state[p].items() if value is not None}
+    assert kept == STATE[op], f"{op} was to be timed, but the base optimizer keeps {kept}"
+    backward = Backward(params, [p.grad.clone() for p in params if p.grad is not None])
+
+    def first_step() -> None:
+        backward()
+        optimizer.first_step()
+        optimizer.zero_grad()
+        backward()
+
+    return Contender(optimizer.second_step, prepare=first_step, finish=lambda: (optimizer.zero_grad(), backward()), head_start=OURS)
 
 
 def torch_copy(start: list[nn.Parameter]) -> Contender:
@@ -36,6 +78,10 @@ def torch_copy(start: list[nn.Parameter]) -> Contender:
     return Contender(run)
 
 
+DEFAULT_SHAPES = {"cpu": "resnet50", "cuda": "vit_base_patch16_224"}
+"""A GPU's cache holds a good part of resnet50."""
+
+
 def op_cases() -> list[Any]:
     cases = []
     for op in OPS:
@@ -44,11 +90,10 @@ def op_cases() -> list[Any]:
                 continue  # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
             for shapes in SHAPES:
                 for adaptive in (False, True) if op in ("grad_norm", "perturb") else (False,):
-                    default = shapes == "resnet50" and (
-                        dtype == "float32" or (dtype == "bfloat16" and op in ("perturb", "restore_sgd") and not adaptive)
-                    )
+                    default = dtype == "float32" or (dtype == "bfloat16" and op in ("perturb", "restore_sgd") and not adaptive)
+                    full = [kind for kind, chosen in DEFAULT_SHAPES.items() if shapes != chosen or not default]
                     name = f"{op}{', adaptive' if adaptive else ''}-{dtype}-{shapes}"
-                    cases.append(pytest.param(op, dtype, shapes, adaptive, id=name, marks=[] if default else [pytest.mark.full]))
+                    cases.append(pytest.param(op, dtype, shapes, adaptive, id=name, marks=[pytest.mark.full(*full)] if full else []))
     return cases
 
 
@@ -57,7 +102,7 @@ def test_op(bench: Bench, op: str, dtype: str, shapes: str, adaptive: bool) -> N
     base, options, _ = BASES["AdamW" if op == "restore_adam" else "SGD"]
     start = make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device)
     problem = Problem(start, base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive)
-    names = usable(bench.device) if bench.full else usable(bench.device)[:1]
+    names = usable(bench.device) if bench.full or bench.machine.gpu else usable(bench.device)[:1]
     contenders: dict[str, Contender] = {}
     gradients: list[Tensor] = problem.gradients()
     for name in names:
@@ -65,7 +110,7 @@ def test_op(bench: Bench, op: str, dtype: str, shapes: str, adaptive: bool) -> N
         optimizer = SAM(params, base, rho=problem.rho, adaptive=adaptive, backend=name, **options)
         problem.check(name, Method(optimizer, params))
         Backward(params, gradients)()
-        contenders[name] = operation_contenders(optimizer, problem)[op]
+        contenders[name] = contender_of(op, optimizer, problem)
     contenders[TORCH_COPY] = torch_copy(start)
     # grad_norm and perturb read the weights anyway or not at all: an adaptive norm reads them too.
     per_element = BYTES_PER_ELEMENT[op] + (4 if adaptive and op == "grad_norm" else 0)
@@ -110,5 +155,5 @@ def test_batchnorm_snapshot(bench: Bench, layers: int) -> None:
         torch._foreach_copy_(kept, buffers)
         torch._foreach_copy_(buffers, kept)
 
-    contenders = {"sam_fast": Contender(run), "loop over buffers": Contender(loop), "foreach": Contender(foreach)}
+    contenders = {"sam_fast": Contender(run, head_start=OURS), "loop over buffers": Contender(loop), "foreach": Contender(foreach)}
     bench.run("BatchNorm snapshot, save + restore", f"{layers} layers", contenders, elements=129 * layers, plan=Plan(1.5, (50, 300)))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.harness import FEWER_PARTS, PARTS, Bench, Method, Plan, Problem, make_params
+from bench.clock import WITH_LAUNCHES
+from bench.harness import FEWER_PARTS, PARTS, Bench, Method, Plan, Problem, make_params, usable
 from bench.peers import COMPILED, FOREACH, PEER_FOREACH, PEER_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.shapes import MODELS, ONE, SHAPES, TINY, elements
-from sam_fast import backends
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
     "SGD": (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}, 20),
@@ -42,6 +42,7 @@ def step_case(
     adaptive: bool = False,
     variant: str = "",
     part: int | None = None,
+    timing: dict[str, float] | None = None,
     **settings: Any,
 ) -> None:
     base, options, second_bytes = BASES[base_name]
@@ -65,7 +66,7 @@ def step_case(
     bench.run(
         f"{base_name}{variant}",
         shapes,
-        {name: method.contender(gradients) for name, method in methods.items()},
+        {name: method.contender(gradients, **timing or {}) for name, method in methods.items()},
         elements=count,
         bytes_moved=moved,
         total="optimizer step",
@@ -100,8 +101,15 @@ def test_optimizer_step(bench: Bench, base: str, shapes: str, part: int | None) 
     every = bench.full or (base == "SGD" and shapes in EVERY_BASELINE)
     baselines = ALL if every else TARGETS if base == "SGD" and shapes in MODELS else FEW
     # Compiling takes a while, and longer the more tensors there are.
-    compiled = (COMPILED,) if bench.full or (shapes, base) == ("resnet18", "SGD") else ()
+    compiled = (COMPILED,) if bench.full or (not bench.machine.gpu and (shapes, base) == ("resnet18", "SGD")) else ()
     step_case(bench, base, shapes, baselines + compiled, part=part)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shapes", EVERY_BASELINE)
+def test_optimizer_step_with_launches(bench: Bench, shapes: str) -> None:
+    """What a training loop waits for whose device is idle, as it is where launching takes longer than the work."""
+    step_case(bench, "SGD", shapes, ALL, variant=", with launches", timing={"head_start": WITH_LAUNCHES})
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -141,9 +149,7 @@ def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: 
 )
 def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str, part: int | None) -> None:
     """Every backend but the best, which the other tests measure."""
-    probe = torch.zeros(16, device=bench.device)
-    best = backends.choose(probe).name
-    others = [name for name in backends.available() if name != best and backends.BACKENDS[name].rejects(probe) is None]
+    best, *others = usable(bench.device)
     for name in others:
         step_case(bench, base, shapes, FEW, variant=f", {name} backend", part=part, backend=name)
     if not others:

@@ -39,6 +39,8 @@ def cases(counts: list[int], large_from: int, full_from: int) -> list[Any]:
 
 
 def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads: int, part: int) -> None:
+    if bench.machine.gpu and threads != torch.get_num_threads():
+        pytest.skip("threads are the CPU's")
     base, options, second_bytes = BASES["SGD"]
     if bench.smoke:
         elements = min(elements, 10_000)
@@ -69,13 +71,9 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
 
 @pytest.mark.parametrize(("elements", "part", "threads"), cases(ELEMENTS, LARGE, 100_000_000))
 def test_scaling_with_elements(bench: Bench, elements: int, part: int, threads: int) -> None:
-    if bench.device != "cpu" and threads != torch.get_num_threads():
-        pytest.skip("threads are the CPU's")
     scaling_case(bench, BY_ELEMENTS, SPLIT, elements, threads, part)
 
 
 @pytest.mark.parametrize(("tensors", "part", "threads"), cases(TENSORS, 10_000, 10_000))
 def test_scaling_with_tensors(bench: Bench, tensors: int, part: int, threads: int) -> None:
-    if bench.device != "cpu" and threads != torch.get_num_threads():
-        pytest.skip("threads are the CPU's")
     scaling_case(bench, BY_TENSORS, tensors, FIXED, threads, part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from bench.harness import Bench
 from bench.records import Record
@@ -16,9 +17,9 @@ GROUP = "weak scaling"
 
 def test_weak_scaling(bench: Bench) -> None:
     """The quotient of both is the efficiency. Processes on one machine share its memory: the streaming copy shows what that costs."""
-    most = min(os.cpu_count() or 1, 2)
-    if bench.device != "cpu" or most == 1:
-        pytest.skip("needs two cores, and is the CPU's")
-    rounds = {named(size): measured(size, MODELS["resnet18"], 3 if bench.smoke else 30) for size in (1, most)}
+    most = torch.cuda.device_count() if bench.device == "cuda" else min(os.cpu_count() or 1, 2)
+    if most == 1:
+        pytest.skip("needs two cores, or two GPUs")
+    rounds = {named(size): measured(size, MODELS["resnet18"], 3 if bench.smoke else 30, bench.device) for size in (1, most)}
     for case in rounds[named(1)]:
         bench.shown = bench.add(Record(GROUP, case, named(most), {name: by_case[case] for name, by_case in rounds.items()}))

@@ -1,9 +1,10 @@
 """Weak scaling of the optimizer's own time, from one process to several on one machine: ``python -m bench.weak_scaling``, or test_weak_scaling.py.
 
-Every process has one thread and the same number of parameters, whatever the number of processes: as DDP's replicas, or as its shards of a
-model that grows with it (DTensor, as FSDP2 has them). Timed are first_step and second_step, gradients being there; the time of a round is that of
-the slowest process. Rounds of all cases take turns. Processes share the memory's bandwidth, which is what the optimizer is made of: the streaming
-copy of the last column, which no communication slows down, says how much of a loss is the machine's.
+Every process has one thread (with ``--device cuda`` a GPU of its own) and the same number of parameters, whatever the
+number of processes: as DDP's replicas, or as its shards of a model that grows with it (DTensor, as FSDP2 has them).
+Timed are first_step and second_step, gradients being there; the time of a round is that of the slowest process. Rounds of
+all cases take turns. Processes share the memory's bandwidth, which is what the optimizer is made of: the streaming copy of
+the last column, which no communication slows down, says how much of a loss is the machine's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from bench.clock import HostTimer
 from bench.shapes import MODELS
 from sam_fast import SAM
 
@@ -28,12 +29,12 @@ COPY_ELEMENTS = 16_000_000
 RHO = 0.05
 
 
-def optimizer_of(shapes: list[list[int]], sharded: bool) -> SAM:
+def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
     """SAM around SGD with momentum, on parameters of these local shapes that have gradients."""
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),)) if sharded else None
+    mesh = init_device_mesh(device, (distributed.get_world_size(),)) if sharded else None
     params = []
     for shape in shapes:
-        weight, grad = torch.randn(shape) * 0.02, torch.randn(shape) * 0.001
+        weight, grad = torch.randn(shape, device=device) * 0.02, torch.randn(shape, device=device) * 0.001
         p = nn.Parameter(weight if mesh is None else DTensor.from_local(weight, mesh, [Shard(0)], run_check=False))
         p.grad = grad if mesh is None else DTensor.from_local(grad, mesh, [Shard(0)], run_check=False)
         params.append(p)
@@ -58,14 +59,18 @@ def check(optimizer: SAM) -> None:
     optimizer.restore()
 
 
-def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int) -> None:
+def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int, device: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    replicas, shards = optimizer_of(shapes, False), optimizer_of(shapes, True)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    timer = HostTimer(torch.cuda.synchronize if device == "cuda" else lambda: None, work=True)
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+    replicas, shards = optimizer_of(shapes, False, device), optimizer_of(shapes, True, device)
     check(replicas)
     check(shards)
-    source = torch.randn(COPY_ELEMENTS)
+    source = torch.randn(COPY_ELEMENTS, device=device)
     target = torch.empty_like(source)
     cases: dict[str, Callable[[], object]] = {
         "replica, first_step": replicas.first_step,
@@ -74,23 +79,21 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int)
         "shard, second_step": shards.second_step,
         "streaming copy": lambda: target.copy_(source),
     }
-    times = torch.zeros(len(cases), rounds, dtype=torch.float64)
+    times = torch.zeros(len(cases), rounds, dtype=torch.float64, device=device)
     for turn in range(-2, rounds):  # two rounds to warm up
         for i, case in enumerate(cases.values()):
             distributed.barrier()
-            begin = time.perf_counter()
-            case()
-            times[i, turn] = time.perf_counter() - begin
+            times[i, turn] = timer(case)
     distributed.all_reduce(times, op=distributed.ReduceOp.MAX)
     if rank == 0:
         Path(f"{store}.json").write_text(json.dumps({name: row.tolist() for name, row in zip(cases, times, strict=True)}))
     distributed.destroy_process_group()
 
 
-def measured(size: int, shapes: list[list[int]], rounds: int) -> dict[str, list[float]]:
+def measured(size: int, shapes: list[list[int]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """The rounds' seconds by case, with ``size`` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (size, f"{folder}/store", shapes, rounds), nprocs=size)
+        multiprocessing.spawn(work, (size, f"{folder}/store", shapes, rounds, device), nprocs=size)
         result: dict[str, list[float]] = json.loads(Path(f"{folder}/store.json").read_text())
     return result
 
@@ -104,11 +107,12 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18", choices=sorted(MODELS), help="whose parameters each process has")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
-    rounds = {size: measured(size, MODELS[arguments.model], arguments.rounds) for size in arguments.processes}
+    rounds = {size: measured(size, MODELS[arguments.model], arguments.rounds, arguments.device) for size in arguments.processes}
     runs = {size: {case: statistics.median(seconds) for case, seconds in by_case.items()} for size, by_case in rounds.items()}
     least = min(runs)
-    print(f"{arguments.model}, {torch.get_num_threads()} cores; milliseconds, and the efficiency (time with {least} / time with n)\n")
+    print(f"{arguments.model}, {arguments.device}; milliseconds, and the efficiency (time with {least} / time with n)\n")
     print("| case | " + " | ".join(map(named, runs)) + " |\n|---|" + "---|" * len(runs))
     for case, least_time in runs[least].items():
         cells = [f"{run[case] * 1e3:.2f} ({least_time / run[case]:.0%})" for run in runs.values()]

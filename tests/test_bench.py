@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from bench import compare, report, targets
-from bench.clock import Clock
-from bench.harness import Contender, Method, Plan, Problem, make_params, measure
+from bench.clock import BASELINE, OURS, WITH_LAUNCHES, DeviceTimer, Gpu, Rehearsal
+from bench.harness import COPY_BYTES, Bench, Contender, Machine, Method, Plan, Problem, make_params, measure
 from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE, sam_fast
-from bench.records import Record, Run, disagreement, median
+from bench.records import COPY, Record, Run, disagreement, median
+from bench.test_ops import contender_of
+from sam_fast import SAM
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"kind": "cpu", "device": "d", "threads": "2", "instruction set": "avx2", "torch": "t", "date": "2026-01-01T00:00", "commit": "c" * 40}
@@ -109,7 +111,7 @@ def test_a_round_times_every_stage_of_every_contender_once():
     calls: list[str] = []
     stages = {"one": lambda: calls.append("a1"), "two": lambda: calls.append("a2")}
     contenders = {"a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")), "b": Contender(lambda: calls.append("b"))}
-    times = measure(Clock("cpu"), contenders, Plan(0.0, (4, 4)))
+    times, _ = measure(Machine("cpu"), contenders, Plan(0.0, (4, 4)))
     assert {stage: {name: len(v) for name, v in by_name.items()} for stage, by_name in times.items()} == {
         "one": {"a": 4},
         "two": {"a": 4},
@@ -120,10 +122,159 @@ def test_a_round_times_every_stage_of_every_contender_once():
     assert calls.count("a1") == calls.count("a2") == calls.count("b") == 6  # two rounds are not counted
 
 
+class FakeGpu(Rehearsal):
+    """A device that does what it is told and writes down what that was. ``late``: it wakes up before everything is launched."""
+
+    def __init__(self, late: bool) -> None:
+        self.calls: list[object] = []
+
+        class Event(Rehearsal.Event):
+            def record(event) -> None:
+                self.calls.append("record")
+
+            def query(event) -> bool:
+                return late
+
+            def elapsed_time(event, end: object) -> float:
+                return 7.0
+
+        self.Event = Event
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def sleep(self, seconds: float) -> None:
+        self.calls.append(seconds)
+
+    def kernel_seconds(self, run) -> list[float]:
+        run()
+        return [0.5, 0.25]
+
+
+def test_without_a_head_start_the_device_is_idle_when_the_time_begins():
+    gpu = FakeGpu(late=True)
+    timer = DeviceTimer(WITH_LAUNCHES, gpu)
+    for _ in range(3):
+        gpu.calls.clear()
+        assert timer(lambda: gpu.calls.append("run")) == 7e-3
+        assert gpu.calls == ["synchronize", "record", "run", "record"]
+    assert timer.method == "events, with launches"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
+def test_where_the_head_start_is_too_short_the_kernels_are_added_up(late):
+    gpu = FakeGpu(late)
+    timer = DeviceTimer(OURS, gpu)
+    times = [timer(lambda: None) for _ in range(4)]
+    assert gpu.calls[:4] == ["synchronize", 3e-3, "record", "record"]
+    assert times == [0.75, 7e-3, *([0.75] * 2 if late else [7e-3] * 2)]  # the first counts launches
+    assert timer.launches == 2
+    assert timer.method == ("sum of the kernels' durations" if late else "events, 3 ms head start")
+
+
+def test_head_starts_are_as_long_as_they_must_be_and_said_in_the_record():
+    problem = Problem(make_params([[30, 7], [11]]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
+    ours, reference = sam_fast(problem).contender(problem.gradients()), MAKERS[REFERENCE](problem).contender(problem.gradients())
+    assert (ours.head_start, reference.head_start) == (OURS, BASELINE) == (3e-3, 20e-3)
+    record = Bench("rehearsal").run("g", "c", {"sam_fast": ours, "reference": reference}, elements=221)[0]
+    assert record.facts["timed by"] == {"sam_fast": "events, 3 ms head start", "reference": "events, 20 ms head start"}
+
+
+def test_the_profiler_s_kernels_are_counted():
+    class OnTheCpu(Gpu):
+        kind = "CPU"
+
+        def synchronize(self) -> None:
+            pass
+
+    x = torch.ones(1000)
+
+    def run() -> None:
+        with torch.profiler.record_function("an annotation, which is no kernel"):
+            for _ in range(5):
+                x.neg_()
+
+    durations = OnTheCpu().kernel_seconds(run)
+    assert len(durations) == 5
+    assert 0 < sum(durations) < 10
+
+
+def record_at(share: float, group: str, device: str = "cuda") -> Record:
+    """Whose target moves bytes at this share of the copy's bandwidth."""
+    return Record(group, "resnet50", "cuda", {"cuda": [1.0 / share] * 9, "torch copy_": [0.01] * 9}, 1, 100, [1.0] * 9, 100, {"device": device})
+
+
+def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
+    wrong = [record_at(1.11, "op restore_sgd"), record_at(1.4, "first_step, SGD")]
+    right = [record_at(1.09, "op restore_adam"), record_at(1.4, "op grad_norm"), record_at(1.4, "op perturb", "cpu")]
+    assert "cuda at 111 % of the copy's bandwidth" in wrong[0].invalid()
+    assert not any(record.invalid() for record in right)
+    Run({**MACHINE, "kind": "cuda"}, wrong + right).save(tmp_path / "run.json")
+    run = Run.load(tmp_path / "run.json")
+    assert [r.group for r in run.records] == [r.group for r in right]
+    assert [text.partition(",")[0] for text in run.left_out] == ["op restore_sgd", "first_step"]
+    assert "| 140 %" not in "\n".join(line for line in report.markdown(run_with(), run).splitlines() if "first_step" in line)
+
+
+def test_a_benchmark_with_a_figure_that_cannot_be_right_fails():
+    bench = Bench("rehearsal")
+    elements = 100 * COPY_BYTES["cpu"]
+    with pytest.raises(AssertionError, match=r"op perturb \| big: invalid, an error in the measurement: sam_fast at"):
+        bench.run("op perturb", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=16 * elements)
+    assert bench.records[0].invalid()
+    bench.run("op grad_norm", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=4 * elements)
+
+
+def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
+    bench = Bench("rehearsal")
+    bench.machine.cache_bytes = 1
+    run = {"first_step": lambda: None, "second_step": lambda: None}
+    records = bench.run("g", "c", {"a": Contender(run)}, elements=1, bytes_moved={"first_step": 9, "second_step": 10}, total="all")
+    assert {r.group: r.bytes_moved for r in records} == {"all, g": None, "first_step, g": None, "second_step, g": 10}
+    assert COPY not in records[0].rounds
+
+
+@pytest.mark.parametrize(
+    ("op", "base", "options"),
+    [("restore_sgd", torch.optim.SGD, {}), ("restore_sgd", torch.optim.AdamW, {}), ("restore_adam", torch.optim.SGD, {"momentum": 0.9})],
+)
+def test_an_operation_is_timed_with_its_own_base_optimizer(op, base, options):
+    problem = Problem(make_params([[300, 7], [11], []]), base, {"lr": 1e-4, **options})
+    method = sam_fast(problem)
+    problem.check("sam_fast", method)
+    for p, g in zip(method.params, problem.gradients(), strict=True):
+        p.grad = g.clone()
+    with pytest.raises(AssertionError, match="was to be timed, but the base optimizer keeps"):
+        contender_of(op, method.optimizer, problem)
+
+
+@pytest.mark.parametrize("op", ["grad_norm", "perturb", "restore"])
+def test_a_wrong_operation_is_not_timed(op, monkeypatch):
+    problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
+    optimizer = SAM(make_params([[300, 7], [11], []]), torch.optim.SGD, backend="torch", lr=1e-4, momentum=0.9)
+    optimizer.first_step()
+    optimizer.restore()
+    contender_of(op, optimizer, problem)
+    backend = type(optimizer._perturbation._bucket_sums[0][0].backend)
+    right = getattr(backend, op)
+
+    def wrong(self, bucket, *others, **named):
+        right(self, bucket, *others, **named)
+        if op == "grad_norm":
+            others[1].mul_(1 + 1e-5)
+        else:
+            with torch.no_grad():
+                bucket.all_params[0][299, 6] *= 1 + 3e-6
+
+    monkeypatch.setattr(backend, op, wrong)
+    with pytest.raises(AssertionError, match="so it is not timed"):
+        contender_of(op, optimizer, problem)
+
+
 def test_targets_that_were_not_measured_say_so():
     states = {line.target: line.state for line in targets.lines(Run(MACHINE))}
     assert set(states.values()) == {targets.NOT_MEASURED}
-    assert {line.measured for line in targets.lines(Run(MACHINE))} == {"", "counted by tests/gpu, which need one"}
+    assert {line.measured for line in targets.lines(Run(MACHINE))} == {""}
 
 
 def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):

@@ -154,6 +154,20 @@ def test_cuda_that_is_asked_for_but_cannot_be_built_is_an_error(monkeypatch, tmp
         setup_py(monkeypatch, SAM_FAST_CUDA="yes")
 
 
+def test_nvcc_is_found_where_cuda_installs_itself(monkeypatch, tmp_path):
+    find_nvcc = setup_py(monkeypatch, PATH=str(tmp_path))["find_nvcc"]
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert find_nvcc.__globals__["INSTALLED"] == "/usr/local/cuda/bin"
+    monkeypatch.setitem(find_nvcc.__globals__, "INSTALLED", str(tmp_path / "cuda"))
+    assert find_nvcc() is None
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "nvcc").touch(0o755)
+    assert find_nvcc() == str(tmp_path / "cuda" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # where it is said to be, it must be
+    assert find_nvcc() is None
+
+
 def test_architectures_in_pytorchs_notation(monkeypatch):
     options = setup_py(monkeypatch, TORCH_CUDA_ARCH_LIST="8.0 9.0a;10.0+PTX")["cuda_options"]
     assert "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real;100" in options()
