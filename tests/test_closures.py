@@ -1,0 +1,241 @@
+"""step(closure): which passes a closure computes, said explicitly or found out, against plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import make_params, same_bits, values
+from plain_sam import PlainSAM, furthest
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from sam_fast import SAM
+
+CLOSE = 1e-12
+
+
+class Loop:
+    """A small network in float64, SAM on it and plain SAM on a copy; counts the closure's calls."""
+
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.twin = copy.deepcopy(self.model)
+        self.optimizer = SAM(self.model.parameters(), rho=0.5, lr=0.1, **options)
+        self.plain = PlainSAM(self.twin.parameters(), rho=0.5, lr=0.1)
+        self.data = [(torch.randn(16, 4).double(), torch.randn(16, 1).double()) for _ in range(8)]
+        self.calls = 0
+
+    def closure(self, step: int) -> Any:
+        def call() -> Any:
+            self.calls += 1
+            loss = mse_loss(self.model(self.data[step][0]), self.data[step][1])
+            loss.backward()
+            return loss.detach()
+
+        return call
+
+    def plain_step(self, first: int, second: int | None = None) -> None:
+        for step, advance in ((first, self.plain.first_step), (first if second is None else second, self.plain.second_step)):
+            mse_loss(self.twin(self.data[step][0]), self.data[step][1]).backward()
+            advance()
+
+    def off(self) -> float:
+        return furthest(self.model.parameters(), self.twin.parameters())
+
+
+def saliency(loop: Loop) -> None:
+    x = loop.data[7][0].clone().requires_grad_()
+    loop.model(x).abs().sum().backward()
+
+
+LEFT_OVER = {
+    "nothing": lambda loop: None,
+    "zeroed by the model": lambda loop: loop.model.zero_grad(set_to_none=False),
+    "set to None by the model": lambda loop: loop.model.zero_grad(),
+    "zeroed by hand": lambda loop: [p.grad.zero_() for p in loop.model.parameters() if p.grad is not None],
+    "zeros": lambda loop: [setattr(p, "grad", torch.zeros_like(p)) for p in loop.model.parameters()],
+    "zeroed by the optimizer": lambda loop: loop.optimizer.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("left", LEFT_OVER)
+@pytest.mark.parametrize("mode", ["auto", "both"])
+def test_gradients_of_zeros_are_no_first_pass(flatten, left, mode):
+    loop = Loop(flatten=flatten, closure=mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(6):
+            LEFT_OVER[left](loop)
+            loop.optimizer.step(loop.closure(step))
+            loop.plain_step(step)
+    assert loop.off() < CLOSE
+    assert loop.calls == 12
+
+
+@pytest.mark.parametrize("where", ["constructor", "call"])
+def test_both_discards_what_is_left_over(flatten, where):
+    """Saliency maps, FGSM, logged gradients: of other data, and not zero."""
+    loop = Loop(flatten=flatten, **({"closure": "both"} if where == "constructor" else {}))
+    options = {} if where == "constructor" else {"passes": "both"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            saliency(loop)
+            loop.optimizer.step(loop.closure(step), **options)
+            loop.plain_step(step)
+    assert loop.off() < CLOSE
+
+
+@pytest.mark.parametrize("where", ["constructor", "call", "first_pass"])
+def test_second_takes_the_gradients_that_are_there_without_a_word(flatten, where):
+    loop = Loop(flatten=flatten, **({"closure": "second"} if where == "constructor" else {}))
+    options = {"passes": "second"} if where == "call" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            loop.optimizer.zero_grad()
+            if where == "first_pass":
+                with loop.optimizer.first_pass(loop.model):
+                    loop.closure(7 - step)()
+            else:
+                loop.closure(7 - step)()
+            loop.optimizer.step(loop.closure(step), **options)
+            loop.plain_step(7 - step, step)
+    assert loop.off() < CLOSE
+    assert loop.calls == 8
+
+
+def test_auto_warns_once_when_it_takes_gradients_that_were_there(flatten):
+    loop = Loop(flatten=flatten)
+    with pytest.warns(UserWarning, match=r'closure="second".*closure="both"') as caught:
+        for step in range(4):
+            loop.closure(step)()
+            loop.optimizer.step(loop.closure(step))
+            loop.optimizer.zero_grad()
+            loop.plain_step(step)
+    assert [w.filename for w in caught] == [__file__]
+    assert loop.off() < CLOSE
+
+
+def test_a_zero_gradient_counts_no_step_of_stochastic_rounding():
+    optimizer = SAM(make_params([20], torch.bfloat16), lr=0.0, stochastic_rounding=True)
+    p = optimizer.param_groups[0]["params"][0]
+    for count in (1, 2):
+        p.grad = torch.zeros_like(p)
+        optimizer.step(lambda: (p * p).sum().backward())
+        assert optimizer.param_groups[0]["rounding_step"] == count
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_a_closure_while_perturbed_is_the_second_pass(flatten, zero_grad):
+    """Frameworks turn second_step into step(closure) with a closure of their own, which may do nothing."""
+    loop = Loop(flatten=flatten)
+    for step in range(6):
+        loop.closure(step)()
+        loop.optimizer.first_step(zero_grad=True)
+        if step % 2:
+            loop.closure(step)()
+            assert loop.optimizer.step(lambda: "nothing done") == "nothing done"
+        else:
+            assert float(loop.optimizer.step(loop.closure(step))) > 0
+        loop.optimizer.zero_grad()
+        loop.plain_step(step)
+    assert loop.off() < CLOSE
+
+
+def test_a_closure_while_perturbed_that_raises_restores(flatten):
+    loop = Loop(flatten=flatten)
+    before = values(list(loop.model.parameters()))
+    loop.closure(0)()
+    loop.optimizer.first_step(zero_grad=True)
+
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.optimizer.step(fails)
+    assert not loop.optimizer.perturbed
+    assert same_bits(values(list(loop.model.parameters())), before)
+
+
+@pytest.mark.parametrize("how", ["closure while perturbed", "second"])
+def test_the_random_state_of_first_pass_is_replayed_in_the_closure(how):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))
+    optimizer, masks = SAM(model.parameters(), lr=0.1), []
+    x = torch.ones(4, 6)
+
+    def closure() -> None:
+        y = model(x)
+        masks.append(y == 0)
+        y.sum().backward()
+
+    with optimizer.first_pass(model, replay_rng=True):
+        closure()
+    after = torch.get_rng_state()
+    if how == "closure while perturbed":
+        optimizer.first_step(zero_grad=True)
+    optimizer.step(closure)
+    assert torch.equal(*masks)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_first_pass_that_a_closure_for_both_would_forget_is_refused():
+    params = make_params([4])
+    optimizer = SAM(params, lr=0.1, closure="both")
+    with optimizer.first_pass(nn.ParameterList(params), replay_rng=True):
+        pass
+    with pytest.raises(ValueError, match=r"step\(closure, replay_rng=True\)"):
+        optimizer.step(lambda: None)
+    assert not optimizer.perturbed
+
+
+def test_a_copy_keeps_the_mode():
+    optimizer = copy.deepcopy(SAM(make_params([4]), lr=0.1, closure="both"))
+    calls = []
+    optimizer.step(lambda: calls.append(1))
+    assert len(calls) == 2
+
+
+# ---- Closures of Lightning's automatic optimization ----------------------------------------------------------------------------------------
+
+
+class LightningLike:
+    """What Lightning hands to step: it zeroes gradients, unless it adds to those of earlier micro-batches."""
+
+    def __init__(self, closure: Any, zero_grad: Any) -> None:
+        self._step_fn, self._zero_grad_fn = closure, zero_grad
+
+    def __call__(self) -> Any:
+        if self._zero_grad_fn is not None:
+            self._zero_grad_fn()
+        return self._step_fn()
+
+
+def wrapped(model: Any, optimizer: Any, closure: Any) -> Any:
+    return closure()
+
+
+def test_a_lightning_closure_is_called_for_both_whatever_is_left_over():
+    loop = Loop()
+    for step in range(4):
+        saliency(loop)
+        loop.optimizer.step(partial(wrapped, loop.model, loop.optimizer, LightningLike(loop.closure(step), loop.model.zero_grad)))
+        loop.plain_step(step)
+    assert loop.off() < CLOSE
+
+
+@pytest.mark.parametrize("mode", ["auto", "both"])
+def test_accumulation_in_lightning_is_an_error(mode):
+    loop = Loop(closure=mode)
+    before = values(list(loop.model.parameters()))
+    loop.closure(0)()  # the first micro-batch
+    with pytest.raises(RuntimeError, match="accumulate_grad_batches=1"):
+        loop.optimizer.step(partial(wrapped, loop.model, loop.optimizer, LightningLike(loop.closure(1), None)))
+    assert not loop.optimizer.perturbed
+    assert same_bits(values(list(loop.model.parameters())), before)
