@@ -148,7 +148,7 @@ def test_a_base_optimizer_without_train_has_none():
     assert not hasattr(optimizer, "train")
     assert not hasattr(optimizer, "_private_to_nobody")
     assert not hasattr(optimizer, "found_inf")
-    with pytest.raises(AttributeError, match="'SAM'.*'nonsense'.*SGD"):
+    with pytest.raises(AttributeError, match=r"'SAM'.*'nonsense'.*SGD"):
         _ = optimizer.nonsense
 
 
