@@ -3,7 +3,8 @@
 ``from sam_fast import SAM`` replaces the reference implementation; see :class:`SAM`.
 """
 
-from .batchnorm import BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
+from .batchnorm import disable_running_stats, enable_running_stats, frozen_running_stats
+from .running_stats import BatchNormSnapshot
 from .sam import SAM
 
 __version__ = "0.1.0"

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .amp import forget, scaling_of, step_base, tell_scaler
 from .backends import forced
-from .batchnorm import frozen_running_stats
+from .batchnorm import frozen_running_stats, settle_running_stats
+from .closures import uncounted_forwards
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, without_old_weights
 from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
+from .running_stats import ExtraBuffers, Models, as_models, check_extra_buffers, check_models
 from .sharded import forget_gathered_weights, give_up_pass
 
 ROUNDING_STEP = "rounding_step"
@@ -267,19 +269,29 @@ class SAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None, *, replay_rng: bool = False) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        replay_rng: bool = False,
+        model: Models | None = None,
+        extra_buffers: ExtraBuffers = (),
+    ) -> Any:
         """The second step; or, with a closure, a whole SAM step.
 
         Without a closure, while perturbed: restore w and step the base optimizer. Called by a ``torch.amp.GradScaler``, the gradients are
         unscaled first, and there is no step of the base optimizer if a gradient of either pass was not finite.
 
         With a closure: if there are gradients that no step with a closure has used and ``zero_grad`` has not zeroed, they are the first pass,
-        and the closure is the second; otherwise the closure is called for both.
+        and the closure is the second; otherwise the closure is called for both. BatchNorm statistics count the first pass alone.
 
         Args:
             closure: computes the loss, calls backward and returns the loss.
             replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the random state afterwards is
                 that after the first call.
+            model: modules whose BatchNorm statistics the second call must leave alone although it does not call them, as where a compiled
+                function does: a module, or a list or tuple. Modules that are called are found without it.
+            extra_buffers: further buffers that the second call must leave as they were; see :func:`sam_fast.disable_running_stats`.
 
         Returns:
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
@@ -287,10 +299,14 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: no closure and no first_step before; or a closure while perturbed, or from a GradScaler. If the closure raises, w is
                 restored.
-            ValueError: ``replay_rng`` where the closure would not be called for both passes.
+            ValueError: ``replay_rng`` where the closure would not be called for both passes; a pattern in ``extra_buffers`` that fits nothing in
+                ``model``.
+            TypeError: ``model`` or ``extra_buffers`` is of the wrong type.
         """
         try:
-            return self._step_without_closure(replay_rng) if closure is None else self._step_with_closure(closure, replay_rng)
+            if closure is None:
+                return self._step_without_closure(replay_rng)
+            return self._step_with_closure(closure, replay_rng, model, extra_buffers)
         except BaseException:
             forget(self)  # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
             raise
@@ -315,8 +331,9 @@ class SAM(Optimizer):
         grads = list(self._gradients())
         return bool(grads) and not any(grad.any() for grad in grads)
 
-    def _step_with_closure(self, closure: Callable[[], Any], replay_rng: bool) -> Any:
+    def _step_with_closure(self, closure: Callable[[], Any], replay_rng: bool, model: Models | None, extra_buffers: ExtraBuffers) -> Any:
         self._require_restored("step(closure)")
+        extra_buffers = check_extra_buffers(extra_buffers) if model is None else check_models(model, extra_buffers, "step(model=)")[1]
         if hasattr(self, "found_inf"):
             raise RuntimeError("GradScaler.step with a closure would not check the second gradient: use first_step() and scaler.step(optimizer)")
         first_pass_done = self._has_new_gradients()
@@ -333,7 +350,8 @@ class SAM(Optimizer):
                     self.zero_grad()
                     loss = closure()
                 self.first_step(zero_grad=True)
-                with random_state.replayed() if random_state is not None else nullcontext():
+                replayed = random_state.replayed() if random_state is not None else nullcontext()
+                with uncounted_forwards(model, extra_buffers, closure), replayed:
                     second_loss = closure()
             except BaseException:
                 self.restore()
@@ -344,6 +362,7 @@ class SAM(Optimizer):
         return second_loss if first_pass_done else loss
 
     def _update(self) -> None:
+        settle_running_stats(self._params())
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
         scaling = scaling_of(self, None if self._own_gradient else self._perturbation.norm)
         self._forget_first_pass()
@@ -371,6 +390,7 @@ class SAM(Optimizer):
         self._forget_first_pass()
         if self._perturbation.active:
             self._perturbation.restore()
+        settle_running_stats(self._params())
 
     def _forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step, replayed or not."""
@@ -401,11 +421,11 @@ class SAM(Optimizer):
     # ---- The two passes ------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def first_pass(self, model: nn.Module, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
+    def first_pass(self, model: Models, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
         """Around the first forward and backward; optional.
 
         Args:
-            model: the model, as it is called (the DDP wrapper where there is one).
+            model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
             replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to start from, so that dropout
                 draws the same masks in both passes.
             sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient). With a
@@ -413,32 +433,44 @@ class SAM(Optimizer):
 
         Raises:
             RuntimeError: the weights are perturbed.
+            TypeError: ``model`` is neither a module nor a list or tuple of modules.
             ValueError: ``sync=False`` where there can be no gradient of one replica: FSDP2 without HSDP, or DDP's first pass with a static graph.
         """
         self._require_restored("first_pass")
+        models = as_models(model, "first_pass(model)")
         self._random_state = RandomState.capture(self._devices()) if replay_rng else None
         self._own_gradient = not sync
         try:
-            with nullcontext() if sync else without_gradient_sync(model):
+            with ExitStack() as stack:
+                for module in () if sync else models:
+                    stack.enter_context(without_gradient_sync(module))
                 yield
         except BaseException:
             self._forget_first_pass()
             raise
 
     @contextmanager
-    def second_pass(self, model: nn.Module) -> Iterator[None]:
+    def second_pass(self, model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
         """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were, dropout draws the first pass's masks if
         ``first_pass`` was asked to remember, and if the body raises, the weights are restored before the exception goes on.
 
+        Args:
+            model: the model, or a list or tuple of models.
+            extra_buffers: further buffers that are to end as they were; see :func:`sam_fast.disable_running_stats`.
+
         Raises:
             RuntimeError: there was no first_step.
+            TypeError: ``model`` or ``extra_buffers`` is of the wrong type. The weights are still perturbed, as after any wrong call.
+            ValueError: a pattern in ``extra_buffers`` fits nothing. The same holds.
         """
         self._require_perturbed("second_pass")
+        models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
         random_state, self._random_state = self._random_state, None
         try:
             if self._perturbation.sharding is not None:
-                forget_gathered_weights(model)
-            with frozen_running_stats(model):
+                for module in models:
+                    forget_gathered_weights(module)
+            with frozen_running_stats(models, extra_buffers):
                 if random_state is None:
                     yield
                 else:
@@ -447,11 +479,15 @@ class SAM(Optimizer):
         except BaseException:
             self.restore()
             if self._perturbation.sharding is not None:
-                give_up_pass(model)
+                for module in models:
+                    give_up_pass(module)
             raise
 
+    def _params(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
     def _devices(self) -> set[torch.device]:
-        return {p.device for group in self.param_groups for p in group["params"]}
+        return {p.device for p in self._params()}
 
     def _require_perturbed(self, what: str) -> None:
         if not self._perturbation.active:
