@@ -51,48 +51,73 @@ def uncounted_forwards(
         ValueError: ``models`` are given, and a pattern in ``extra_buffers`` fits nothing in them.
     """
     given = [] if models is None else as_models(models, "step(closure, model=model)")
-    extra_buffers = check_extra_buffers(extra_buffers)
-    seen: set[nn.Module] = set()
     with ExitStack() as stack:
-
-        def save(roots: list[nn.Module], in_place: bool = False, every_pattern: bool = False) -> None:
-            layers = find_layers(roots, extra_buffers, seen, every_pattern)
-            if layers.modules:
-                stack.callback(_put_back, roots, save_layers(roots, layers), in_place)
-
-        def before_forward(module: nn.Module, args: Any) -> None:
-            if module not in seen and not torch.compiler.is_compiling():
-                save([module], in_place=_is_functional_call(sys._getframe(1)))
-
+        second = _Uncounted(check_extra_buffers(extra_buffers), stack)
         if given:
-            save(given, every_pattern=True)
+            second.save(given, every_pattern=True)
         found, compiled = _refers_to(closure)
         for module in found:
-            if module not in seen:
-                save([module])
-        hooks = ModuleHooks(before_forward)
-        hooks.install()
-        stack.callback(hooks.remove)
+            if module not in second.seen:
+                second.save([module])
+        _active.append(second)
+        _hooks.install()
+        stack.callback(_end, second)
         yield
-        if compiled and models is None and not any(module._parameters or module._buffers for module in seen):
+        if compiled and models is None and not any(_has_tensors(module) for module in second.seen):
             _warn(compiled)
 
 
-def _put_back(roots: list[nn.Module], snapshot: BatchNormSnapshot, in_place: bool) -> None:
-    if in_place:
-        snapshot._restore_in_place()
-    else:
-        snapshot.restore()
-        keep(roots, snapshot)
+class _Uncounted:
+    """What was saved, and which modules were seen, since forward passes do not count."""
+
+    def __init__(self, extra_buffers: ExtraBuffers, stack: ExitStack) -> None:
+        self.seen: set[nn.Module] = set()
+        self._extra_buffers = extra_buffers
+        self._stack = stack
+
+    def save(self, roots: list[nn.Module], every_pattern: bool = False) -> None:
+        layers = find_layers(roots, self._extra_buffers, self.seen, every_pattern)
+        if layers.modules:
+            self._stack.callback(_put_back, roots, save_layers(roots, layers))
+
+    def save_in_place(self, module: nn.Module) -> None:
+        """What the module holds now may be the caller's own tensors: they too count once, but they must not stay in the module."""
+        inside: set[nn.Module] = set()
+        layers = find_layers([module], self._extra_buffers, inside, every_pattern=False)
+        self.seen |= inside
+        snapshot = BatchNormSnapshot._of_layers(layers)
+        snapshot.save()
+        self._stack.callback(snapshot._restore_in_place)
 
 
-def _is_functional_call(frame: Any) -> bool:
-    """Whether a module is called by torch.func.functional_call: it has its own buffers back when the call ends."""
-    while frame is not None:
-        if frame.f_code is _FUNCTIONAL_CALL:
-            return True
-        frame = frame.f_back
-    return False
+def _before_forward(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    functional = sys._getframe(4).f_code is _FUNCTIONAL_CALL  # behind three functions of nn.Module
+    for second in _active:
+        if functional:
+            second.save_in_place(module)
+        elif module not in second.seen:
+            second.save([module])
+
+
+_hooks = ModuleHooks(_before_forward)
+_active: list[_Uncounted] = []
+
+
+def _end(second: _Uncounted) -> None:
+    _active.remove(second)
+    if not _active:
+        _hooks.remove()
+
+
+def _put_back(roots: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
+    snapshot.restore()
+    keep(roots, snapshot)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(tensor is not None for owned in (module._parameters, module._buffers) for tensor in owned.values())
 
 
 def _warn(compiled: Iterable[Any]) -> None:

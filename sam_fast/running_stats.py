@@ -291,6 +291,8 @@ class BatchNormSnapshot:
             except RuntimeError:
                 if not _reshape(bucket):
                     raise
+            if bucket.empty_rows:  # the kernels pass them over
+                _reshape(bucket)
         # Autograd may have saved a statistic that a layer changed in place: it must notice that the value is gone. PyTorch's own layers change
         # theirs without a new version, since their backward does not need them.
         increment_version([t for t, version in zip(self._versioned, self._versions, strict=True) if t._version != version])
@@ -359,7 +361,8 @@ class BatchNormSnapshot:
 
 def _copy_back(row: Tensor, backup: Tensor) -> None:
     if row.shape != backup.shape:
-        row.data.resize_(backup.shape)
+        with torch.no_grad():
+            row.resize_(backup.shape)
     row.data.copy_(backup)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SmallNet, batches, normal, same_bits
+from cases import SmallNet, batches, same_bits
 from norms import KINDS, Kind, MovingNorm, ReassigningNorm, Recorder, forward_only, statistics, unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -40,9 +40,7 @@ class MixedNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.InstanceNorm2d(4, track_running_stats=True))
-        self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(144, 9), MovingNorm(9), nn.ReLU(), ReassigningNorm(9), nn.BatchNorm1d(9), nn.Linear(9, 10)
-        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(144, 9), MovingNorm(9), nn.ReLU(), ReassigningNorm(9), nn.BatchNorm1d(9), nn.Linear(9, 10))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -386,7 +384,7 @@ def test_the_end_of_one_optimizers_step_leaves_another_models_step_right() -> No
 
 def test_what_is_loaded_into_one_model_stands_when_the_others_step_ends() -> None:
     a, of_a, _ = trained(SmallNet)
-    b, of_b, _ = trained(SmallNet)
+    b, _, _ = trained(SmallNet)
     load(b)
     changed = statistics(b)
     x, y = batches(1, seed=3)[0]
@@ -412,7 +410,7 @@ def test_frozen_layers_that_are_loaded_stand_although_their_weights_are_trained(
 
 
 def test_an_exception_between_the_calls() -> None:
-    model, optimizer, expected = trained(SmallNet)
+    model, optimizer, _ = trained(SmallNet)
     twin = SmallNet()
     twin.load_state_dict(model.state_dict())
     x, y = batches(1, seed=3)[0]
@@ -460,7 +458,7 @@ def test_there_is_no_hook_but_between_the_end_of_a_step_and_the_next_pass() -> N
 
 
 def test_frozen_blocks_inside() -> None:
-    model, optimizer, expected = trained(MixedNet)
+    model, _, expected = trained(MixedNet)
     x, y = batches(1, seed=3)[0]
     with frozen_running_stats(model):
         backward(model, x, y)
