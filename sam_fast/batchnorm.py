@@ -4,16 +4,17 @@ The statistics are copied before the second pass and copied back after it. Unlik
 False this keeps ``num_batches_tracked`` right, survives NaN batches, works for any layer that keeps statistics, and changes no attribute of
 any module, so ``torch.compile`` has nothing to recompile.
 
-Statistics that were disabled and not enabled again are put back when a SAM step ends, so that evaluation and checkpoints see the first passes
-alone. The layers stay disabled, but from there on what they hold is right, whoever has written it: a checkpoint may be loaded. It is saved
-again before the next forward pass in training mode, which a hook on all modules notices. There is no such hook at any other time.
+Statistics that were disabled and not enabled again are put back when a SAM step ends: evaluation and checkpoints see
+the first passes alone. The layers stay disabled. Until they run again, what they hold is right, whoever has written it (a
+checkpoint may be loaded), and it is saved just before they run. A hook on all modules notices that, and is there only as
+long as it is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, finalize, ref
 
 import torch
@@ -23,33 +24,61 @@ from .module_hooks import ModuleHooks
 from .running_stats import BatchNormSnapshot, ExtraBuffers, Layers, Models, as_models, find_layers
 
 
+class StepState(Protocol):
+    """What tells whether a SAM step is under way."""
+
+    active: bool
+
+
 class _Group:
     """Layers that one call has disabled."""
 
     def __init__(self, snapshot: BatchNormSnapshot) -> None:
         self.snapshot = snapshot
-        self.settled = False  # what the layers hold is right, and the snapshot may be out of date; otherwise it is the other way round
+        self.settled = False  # the layers hold the right statistics; False: the snapshot does
+        self.fresh = False  # settled since it was disabled: the snapshot is right unless something was loaded
         self.partial = False  # some of the layers were enabled again
 
     def layers(self) -> list[nn.Module]:
-        return [layer for layer in (known() for known in self.snapshot._layers) if layer is not None and _disabled.get(layer) is self]
+        layers = (known() for known in self.snapshot._layers)
+        return [layer for layer in layers if layer is not None and _disabled.get(layer) is self]
 
-    def put_back(self) -> None:
-        if self.partial:
-            self.snapshot._restore_layers(self.layers())
-        else:
+    def put_back(self, layers: list[nn.Module]) -> None:
+        if len(layers) == len(self.snapshot._layers):
             self.snapshot.restore()
+        elif layers:
+            self.snapshot._restore_layers(layers)
 
     def settle(self) -> None:
         """Note that what the layers hold is right."""
-        self.settled = True
+        self.settled, self.fresh = True, False
         finalize(self, _watch_if_settled).atexit = False
         if self.partial:
-            extra = {known(): names for known, names in zip(self.snapshot._layers, self.snapshot._extra, strict=True)}
+            known = zip(self.snapshot._layers, self.snapshot._extra, strict=True)
+            extra = {layer: names for layer, names in ((layer(), names) for layer, names in known) if layer is not None}
             layers = self.layers()
-            self.snapshot = BatchNormSnapshot._of_layers(Layers(layers, {layer: extra[layer] for layer in layers if extra[layer]}))
+            self.snapshot = BatchNormSnapshot._of_layers(Layers(layers, {layer: extra[layer] for layer in layers}))
             self.snapshot.save()
             self.partial = False
+
+    def run_unseen(self, layers: list[nn.Module], params: Iterable[Tensor] | None = None) -> list[nn.Module]:
+        """Those of the layers, which are settled, that seem to have run where no hook is called, as in a compiled function.
+
+        A forward pass leads to gradients. Where nothing but counters is changed, putting back harms nobody.
+
+        Args:
+            layers: those that are or were in the group.
+            params: the parameters whose gradients count; None means all.
+        """
+        if self.fresh and not self.snapshot._has_changed(counters=False):
+            return layers
+        trained = None if params is None else set(map(id, params))
+        running = [layer for layer in layers if layer.training]
+        for layer in running:
+            for p in layer._parameters.values():
+                if p is not None and p.grad is not None and (trained is None or id(p) in trained):
+                    return running
+        return []
 
 
 # The layers that disable_running_stats was called for. A group lives as long as one of its layers.
@@ -61,8 +90,10 @@ _spare: WeakKeyDictionary[nn.Module, BatchNormSnapshot] = WeakKeyDictionary()
 
 def save_layers(models: list[nn.Module], layers: Layers) -> BatchNormSnapshot:
     """A snapshot of ``layers``, saved: the one that was kept for ``models`` if it fits."""
-    spare = _spare.pop(models[0], None) if models else None
-    snapshot = spare if spare is not None and spare._covers(layers) else BatchNormSnapshot._of_layers(layers)
+    snapshot = _spare.pop(models[0], None) if models else None
+    if snapshot is None or not snapshot._covers(layers):
+        snapshot = BatchNormSnapshot._of_layers(layers)
+        _below.clear()  # there are modules that were not known
     snapshot.save()
     return snapshot
 
@@ -96,7 +127,12 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
         group = _Group(save_layers(models, layers))
         _disabled.update((layer, group) for layer in layers.modules)
         _groups.add(group)
-        _below.clear()
+        if layers.extra:
+            _below.clear()
+        if not any(step.active for step in _steps):  # in a step the second pass follows at once
+            group.settle()
+            group.fresh = True
+            _watch_if_settled()
 
 
 def enable_running_stats(model: Models) -> None:
@@ -118,13 +154,11 @@ def enable_running_stats(model: Models) -> None:
         if group is not None:
             members.setdefault(group, []).append(layer)
     for group, layers in members.items():
-        whole = len(layers) == len(group.snapshot._layers)
         if not group.settled:
-            if whole:
-                group.snapshot.restore()
-            else:
-                group.snapshot._restore_layers(layers)
-        if whole:
+            group.put_back(layers)
+        elif group.fresh:
+            group.put_back(group.run_unseen(layers))
+        if len(layers) == len(group.snapshot._layers):
             keep(models, group.snapshot)
             _groups.discard(group)
         else:
@@ -135,10 +169,12 @@ def enable_running_stats(model: Models) -> None:
 
 
 def _candidates(models: list[nn.Module]) -> Iterable[nn.Module]:
-    """The modules that may have been disabled. All where the user has named buffers: their names are not asked for again."""
+    """The modules that may be disabled: all that are, where the user has named buffers, whose names are not known here."""
     seen: set[nn.Module] = set()
     layers = find_layers(models, seen=seen).modules
-    return seen if any(any(group.snapshot._extra) for group in _groups) else layers
+    if any(any(group.snapshot._extra) for group in _groups):
+        return [module for module in seen if module in _disabled]
+    return layers
 
 
 @contextmanager
@@ -162,7 +198,14 @@ def frozen_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> Ite
         keep(models, snapshot)
 
 
-# ---- The end of a step ------------------------------------------------------------------------------------------------------------------------
+# ---- Steps of SAM -----------------------------------------------------------------------------------------------------
+
+_steps: WeakSet[StepState] = WeakSet()
+
+
+def announce_steps(state: StepState) -> None:
+    """Let it be known of an optimizer whose ``state`` says when a step of it is under way."""
+    _steps.add(state)
 
 
 def settle_running_stats(params: Iterable[Tensor]) -> None:
@@ -174,19 +217,21 @@ def settle_running_stats(params: Iterable[Tensor]) -> None:
     if not _disabled:
         return
     _pass.give_up()
-    stepped: set[int] | None = None
+    params = list(params) if any(group.settled for group in _groups) else []
     for group in list(_groups):
+        layers = group.layers() if group.partial or group.settled else None
         if not group.settled:
-            group.put_back()
+            if layers is None:
+                group.snapshot.restore()
+            else:
+                group.put_back(layers)
             group.settle()
-            continue
-        # No forward pass was seen since the last step. If the layers have had gradients all the same, it was where no hook is called.
-        if stepped is None:
-            stepped = {id(p) for p in params if p.grad is not None}
-        unseen = [layer for layer in group.layers() if layer.training and any(id(p) in stepped for p in layer._parameters.values())]
-        if unseen:
-            group.snapshot._restore_layers(unseen)
+        elif layers is not None:
+            group.put_back(group.run_unseen(layers, params))
     _watch_if_settled()
+
+
+# ---- Forward passes of layers that are disabled -------------------------------------------------------------------------
 
 
 class _UncountedPass:
@@ -206,16 +251,16 @@ class _UncountedPass:
         """Undo it now; nothing happens if there is none."""
         groups, self.module, self.groups = self.groups, None, []
         for group in groups:
-            group.put_back()
+            group.put_back(group.layers())
 
 
-# The modules that were called, and the layers in each that were disabled.
+# Modules that were called, and in each of them the layers that may be disabled.
 _below: WeakKeyDictionary[nn.Module, list[ReferenceType[nn.Module]]] = WeakKeyDictionary()
 _pass = _UncountedPass()
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
-    """Before layers that are right run in training mode, save them."""
+    """Save what the layers in ``module`` hold if it is right and they are about to change it."""
     if torch.compiler.is_compiling():
         return
     if _pass.module is not None:
@@ -223,23 +268,28 @@ def _before_forward(module: nn.Module, args: Any) -> None:
         return
     layers = _below.get(module)
     if layers is None:
-        layers = _below[module] = [ref(layer) for layer in _candidates([module]) if layer in _disabled]
-    groups: dict[_Group, None] = {}
+        layers = _below[module] = [ref(layer) for layer in _candidates([module])]
+    if not layers:
+        return
+    settled = sum(group.settled for group in _groups)
+    groups: list[_Group] = []
     for known in layers:
         layer = known()
         if layer is not None and layer.training:
             group = _disabled.get(layer)
-            if group is not None and group.settled:
-                groups[group] = None
-    if not groups:
-        return
+            if group is not None and group.settled and group not in groups:
+                groups.append(group)
+                if len(groups) == settled:
+                    break
     if torch.is_grad_enabled():
         for group in groups:
             group.snapshot.save()
             group.settled = False
-        _watch_if_settled()
+        if len(groups) == settled:
+            _watch.remove()
     else:
-        # Statistics that were reset and then see passes without gradients are being estimated anew, as by torch.optim.swa_utils.update_bn.
+        # Statistics that were reset and then see passes without gradients are being estimated anew, as by
+        # torch.optim.swa_utils.update_bn: they count.
         uncounted = [group for group in groups if not group.snapshot._has_changed()]
         if uncounted:
             _pass.begin(module, uncounted)

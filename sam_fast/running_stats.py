@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from operator import is_
 from typing import Any, NamedTuple
 from weakref import ref
@@ -32,10 +31,33 @@ function that takes the qualified name and the tensor and returns True for those
 """
 
 
-@lru_cache(maxsize=4096)
+_COUNTER = "num_batches_tracked"
+
+
 def _is_statistic(name: str) -> bool:
     name = name.rpartition("/")[2]  # Keras' parameters are called by their paths
-    return name.startswith(("running_", "moving_")) or name == "num_batches_tracked"
+    return name.startswith(("running_", "moving_")) or name == _COUNTER
+
+
+class _Names(dict[str, bool]):
+    """For each name whether it is a statistic's, asked for once: models are walked in every step."""
+
+    def __missing__(self, name: str) -> bool:
+        self[name] = found = _is_statistic(name)
+        return found
+
+
+_names = _Names()
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    for name in module._buffers.keys():  # noqa: SIM118 - a scripted module's is no dict and cannot be iterated
+        if _names[name]:
+            return True
+    for name in module._parameters.keys():  # noqa: SIM110, SIM118
+        if _names[name]:
+            return True
+    return False
 
 
 def as_models(models: Any, argument: str) -> list[nn.Module]:
@@ -120,10 +142,10 @@ def find_layers(
         if module in seen:
             continue
         seen.add(module)
-        # A scripted module's dicts are no dicts, and cannot be iterated themselves.
-        if any(map(_is_statistic, module._buffers.keys())) or any(map(_is_statistic, module._parameters.keys())) or module in extra:
+        if _keeps_statistics(module) or module in extra:
             found.append(module)
-        stack.extend(child for child in module._modules.values() if child is not None)
+        if children := module._modules:
+            stack.extend(child for child in children.values() if child is not None)
     return Layers(found, extra)
 
 
@@ -242,12 +264,13 @@ class BatchNormSnapshot:
         self._layer_of: list[int] = []  # for each of them the index of its layer
         for index, layer in enumerate(layers.modules):
             owned = [_buffers_of(layer)]
-            if any(_is_statistic(name) or name in self._extra[index] for name in layer._parameters.keys()):  # noqa: SIM118 - see find_layers
+            if any(_names[name] or name in self._extra[index] for name in layer._parameters.keys()):  # noqa: SIM118 - see _keeps_statistics
                 owned.append(_FrozenParameters(layer))
             self._owned += owned
             self._layer_of += [index] * len(owned)
         self._names: list[tuple[str, ...]] = []
-        self._places: list[tuple[int, Any, str]] = []
+        self._places: list[tuple[Any, str]] = []
+        self._place_layers: list[int] = []
         self._tensors: list[Tensor | None] = []
         self._versioned: list[Tensor] = []
         self._versions: list[int] = []
@@ -295,8 +318,10 @@ class BatchNormSnapshot:
                 _reshape(bucket)
         # Autograd may have saved a statistic that a layer changed in place: it must notice that the value is gone. PyTorch's own layers change
         # theirs without a new version, since their backward does not need them.
-        increment_version([t for t, version in zip(self._versioned, self._versions, strict=True) if t._version != version])
-        self._note_versions()
+        versions = [t._version for t in self._versioned]
+        if versions != self._versions:
+            increment_version([t for t, old, new in zip(self._versioned, self._versions, versions, strict=True) if old != new])
+            self._note_versions()
 
     def _restore_layers(self, layers: Iterable[nn.Module]) -> None:
         """Restore some of the layers only."""
@@ -307,15 +332,19 @@ class BatchNormSnapshot:
     def _note_versions(self) -> None:
         self._versions = [t._version for t in self._versioned]
 
-    def _has_changed(self) -> bool:
+    def _has_changed(self, counters: bool = True) -> bool:
         """Whether a statistic is another tensor or has another version than after the last save or restore.
 
-        A PyTorch layer's own forward pass gives a new version to its counter, others to what they change.
+        PyTorch's BatchNorm gives a new version to nothing but its counter when it runs; other layers, and compiled ones,
+        to all that they change. ``counters=False`` leaves counters out.
         """
-        return not self._is_unchanged() or self._versions != [t._version for t in self._versioned]
+        if not self._is_unchanged():
+            return True
+        left_out = set() if counters else {id(t) for (_, name), t in zip(self._places, self._tensors, strict=True) if name == _COUNTER}
+        return any(t._version != old and id(t) not in left_out for t, old in zip(self._versioned, self._versions, strict=True))
 
     def _look_up(self) -> list[Tensor | None]:
-        return [owned.get(name) for _, owned, name in self._places]
+        return [owned.get(name) for owned, name in self._places]
 
     def _is_unchanged(self) -> bool:
         """True if the layers have the same statistics, by name and object, as when the buckets were built."""
@@ -323,12 +352,11 @@ class BatchNormSnapshot:
 
     def _build(self) -> None:
         self._names = [tuple(owned) for owned in self._owned]
-        self._places = [
-            (index, owned, name)
-            for index, owned, names in zip(self._layer_of, self._owned, self._names, strict=True)
-            for name in names
-            if _is_statistic(name) or name in self._extra[index]
-        ]
+        self._places, self._place_layers = [], []
+        for index, owned, names in zip(self._layer_of, self._owned, self._names, strict=True):
+            places = [(owned, name) for name in names if _names[name] or name in self._extra[index]]
+            self._places += places
+            self._place_layers += [index] * len(places)
         # A lazy buffer becomes a real one without becoming another object: remembered as None, it is looked at again next time.
         self._tensors = [None if t is None or is_lazy(t) or _is_transformed(t) else t for t in self._look_up()]
         members: dict[tuple[torch.device, torch.dtype, Backend], list[Tensor]] = {}
@@ -348,7 +376,7 @@ class BatchNormSnapshot:
         """
         backups = {id(row): backup for bucket in self._buckets for row, backup in zip(bucket.rows, bucket.flat_rows, strict=True)}
         chosen = set(chosen)
-        for (index, owned, name), old in zip(self._places, self._tensors, strict=True):
+        for (owned, name), index, old in zip(self._places, self._place_layers, self._tensors, strict=True):
             new = owned.get(name)
             if old is None or new is None or index not in chosen or (replaced_only and new is old):
                 continue

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .amp import forget, scaling_of, step_base, tell_scaler
 from .backends import forced
-from .batchnorm import frozen_running_stats, settle_running_stats
+from .batchnorm import announce_steps, frozen_running_stats, settle_running_stats
 from .closures import uncounted_forwards
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, without_old_weights
@@ -100,6 +100,7 @@ class SAM(Optimizer):
         self.defaults = {**base.defaults, **self._sam_defaults}
         self._forget_first_pass()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
+        announce_steps(self._perturbation)
         self._prepare()
 
     # ---- One state, one list of groups: the base optimizer's -----------------------------------------------------------------------------
@@ -198,6 +199,7 @@ class SAM(Optimizer):
         super().__setstate__(state)
         self._forget_first_pass()
         self._perturbation = Perturbation(*settings)
+        announce_steps(self._perturbation)
         self._prepare()
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:

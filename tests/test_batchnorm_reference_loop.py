@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SmallNet, batches, same_bits
+from cases import SmallNet, batches, normal, same_bits
 from norms import KINDS, Kind, MovingNorm, ReassigningNorm, Recorder, forward_only, statistics, unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -339,6 +339,68 @@ def test_what_somebody_changes_stands_where_enable_is_never_called(make: Callabl
     for x, y in batches(2, seed=4):
         plain_step(model, optimizer, x, y)
         assert unchanged(model, changed)
+
+
+@every_net
+@every_change
+def test_what_somebody_changes_after_disable_and_before_the_first_step_stands(
+    make: Callable[[], nn.Module], change: Callable[[nn.Module], None]
+) -> None:
+    """Freeze the statistics, then load a checkpoint, then train."""
+    model = make()
+    model(batches(1)[0][0])
+    optimizer = SAM(model.parameters(), lr=0.01)
+    disable_running_stats(model)
+    change(model)
+    changed = statistics(model)
+    for x, y in batches(2, seed=4):
+        plain_step(model, optimizer, x, y)
+        assert unchanged(model, changed)
+    enable_running_stats(model)
+    assert unchanged(model, changed)
+
+
+@pytest.mark.parametrize("change", [load, reset, copy_in, replace], ids=lambda change: change.__name__)
+def test_what_somebody_changes_between_disable_and_enable_stands(change: Callable[[nn.Module], None]) -> None:
+    model = MixedNet()
+    model(batches(1)[0][0])
+    disable_running_stats(model)
+    change(model)
+    changed = statistics(model)
+    enable_running_stats(model)
+    assert unchanged(model, changed)
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["module", "function"])
+@pytest.mark.parametrize("order", ["enable-then-step", "step-then-enable", "no-step"])
+def test_layers_whose_module_is_not_called(seen: bool, order: str) -> None:
+    """A functional second pass: no hook tells of it."""
+    norm, weight = nn.BatchNorm1d(3), nn.Parameter(torch.ones(3))
+    optimizer = SAM([weight, *norm.parameters()], lr=0.1)
+
+    def run(seed: int) -> None:
+        x = normal((8, 3), torch.Generator().manual_seed(seed)) * weight
+        statistics_and_weights = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        out = norm(x) if seen else nn.functional.batch_norm(x, *statistics_and_weights, training=True)
+        out.square().sum().backward()
+
+    for seed in range(3):
+        run(seed)
+        first = statistics(norm)
+        if order == "no-step":
+            disable_running_stats(norm)
+            run(seed + 10)
+            enable_running_stats(norm)
+        else:
+            optimizer.first_step(zero_grad=True)
+            disable_running_stats(norm)
+            run(seed + 10)
+            if order == "enable-then-step":
+                enable_running_stats(norm)
+            optimizer.second_step(zero_grad=True)
+            assert unchanged(norm, first)
+            enable_running_stats(norm)
+        assert unchanged(norm, first)
 
 
 def test_estimating_anew_is_what_it_is_for_a_model_that_was_never_disabled() -> None:
