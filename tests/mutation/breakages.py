@@ -226,8 +226,8 @@ BREAKAGES = [
     ),
     Breakage(
         "BatchNorm's counter is not restored",
-        "sam_fast/batchnorm.py",
-        'return name.startswith(("running_", "moving_")) or name == "num_batches_tracked"',
+        "sam_fast/running_stats.py",
+        'return name.startswith(("running_", "moving_")) or name == _COUNTER',
         'return name.startswith(("running_", "moving_"))',
         ("test_batchnorm.py",),
     ),
@@ -237,6 +237,27 @@ BREAKAGES = [
         "    try:\n        yield\n    finally:\n        snapshot.restore()\n",
         "    yield\n    if True:\n        snapshot.restore()\n",
         ("test_batchnorm_switches.py::test_frozen_ends_however_the_body_ends",),
+    ),
+    Breakage(
+        "disabled statistics are not put back when a step ends",
+        "sam_fast/sam.py",
+        "    def _update(self) -> None:\n        settle_running_stats(self._params())\n",
+        "    def _update(self) -> None:\n",
+        ("test_batchnorm_reference_loop.py::test_the_model_holds_the_first_passes_when_a_step_has_ended",),
+    ),
+    Breakage(
+        "what was loaded is overwritten by the next step",
+        "sam_fast/batchnorm.py",
+        "            group.snapshot.save()\n            group.settled = False\n",
+        "            group.settled = False\n",
+        ("test_batchnorm_reference_loop.py::test_what_somebody_changes_stands_where_enable_is_never_called",),
+    ),
+    Breakage(
+        "the second call of a closure counts",
+        "sam_fast/closures.py",
+        "            second.save([module])\n\n\n_hooks",
+        "            pass\n\n\n_hooks",
+        ("test_batchnorm_closure.py",),
     ),
     Breakage(
         "the second pass draws other masks",
