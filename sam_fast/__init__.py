@@ -4,8 +4,8 @@
 """
 
 from .batchnorm import disable_running_stats, enable_running_stats, frozen_running_stats
-from .running_stats import BatchNormSnapshot
 from .sam import SAM
+from .snapshot import BatchNormSnapshot
 
 __version__ = "0.1.0"
 

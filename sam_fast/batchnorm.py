@@ -1,13 +1,13 @@
 """Keeping BatchNorm statistics right: SAM's second forward pass runs at ``w + e``, and must not count.
 
-The statistics are copied before the second pass and copied back after it. Unlike setting ``momentum`` to 0 or ``track_running_stats`` to
-False this keeps ``num_batches_tracked`` right, survives NaN batches, works for any layer that keeps statistics, and changes no attribute of
-any module, so ``torch.compile`` has nothing to recompile.
+The statistics are copied before the second pass and copied back after it. Unlike setting ``momentum`` to 0 or
+``track_running_stats`` to False this keeps ``num_batches_tracked`` right, survives NaN batches, works for any layer
+that keeps statistics, and changes no attribute of any module, so ``torch.compile`` has nothing to recompile.
 
 Statistics that were disabled and not enabled again are put back when a SAM step ends: evaluation and checkpoints see
-the first passes alone. The layers stay disabled. Until they run again, what they hold is right, whoever has written it (a
-checkpoint may be loaded), and it is saved just before they run. A hook on all modules notices that, and is there only as
-long as it is needed.
+the first passes alone. The layers stay disabled. Until they run again, what they hold is right, whoever has written it
+(a checkpoint may be loaded), and it is saved just before they run. A hook on all modules notices that, and is there
+only as long as it is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .module_hooks import ModuleHooks
-from .running_stats import BatchNormSnapshot, ExtraBuffers, Layers, Models, as_models, find_layers
+from .running_stats import ExtraBuffers, Layers, Models, as_models, find_layers
+from .snapshot import BatchNormSnapshot
 
 
 class StepState(Protocol):
@@ -62,7 +63,8 @@ class _Group:
             self.partial = False
 
     def run_unseen(self, layers: list[nn.Module], params: Iterable[Tensor] | None = None) -> list[nn.Module]:
-        """Those of the layers, which are settled, that seem to have run where no hook is called, as in a compiled function.
+        """Those of the layers, which are settled, that seem to have run where no hook is called, as in a compiled
+        function.
 
         A forward pass leads to gradients. Where nothing but counters is changed, putting back harms nobody.
 
@@ -107,13 +109,15 @@ def keep(models: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
 def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> None:
     """From here to :func:`enable_running_stats` forward passes of ``model`` do not count in its running statistics.
 
-    They are saved here and put back there, and already when a SAM step ends. A layer for which this was called before keeps what was saved
-    then. Statistics that somebody loads or resets between the end of a step and the next forward pass stand.
+    They are saved here and put back there, and already when a SAM step ends. A layer for which this was called before
+    keeps what was saved then. Statistics that somebody loads or resets between the end of a step and the next forward
+    pass stand.
 
     Args:
         model: a module, or a list or tuple of modules.
-        extra_buffers: names of further buffers that are to be kept (``"weight_u"``, ``"*.observer.*"``), or a function that takes a qualified
-            name and a tensor and returns a bool. See :data:`sam_fast.running_stats.ExtraBuffers`.
+        extra_buffers: names of further buffers that are to be kept (``"weight_u"``, ``"*.observer.*"``), or a function
+            that takes a qualified name and a tensor and returns a bool. See
+            :data:`sam_fast.running_stats.ExtraBuffers`.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -138,8 +142,8 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
 def enable_running_stats(model: Models) -> None:
     """Undo :func:`disable_running_stats` for the layers of ``model``: the statistics are what they were then.
 
-    Does nothing to layers for which it was not called. ``model`` may be the model that was disabled, a wrapper of it, a part, or a list of
-    modules.
+    Does nothing to layers for which it was not called. ``model`` may be the model that was disabled, a wrapper of it, a
+    part, or a list of modules.
 
     Raises:
         TypeError: ``model`` is neither a module nor a list or tuple of modules.
@@ -169,7 +173,9 @@ def enable_running_stats(model: Models) -> None:
 
 
 def _candidates(models: list[nn.Module]) -> Iterable[nn.Module]:
-    """The modules that may be disabled: all that are, where the user has named buffers, whose names are not known here."""
+    """The modules that may be disabled: all that are, where the user has named buffers, whose names are not known
+    here.
+    """
     seen: set[nn.Module] = set()
     layers = find_layers(models, seen=seen).modules
     if any(any(group.snapshot._extra) for group in _groups):
@@ -198,7 +204,7 @@ def frozen_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> Ite
         keep(models, snapshot)
 
 
-# ---- Steps of SAM -----------------------------------------------------------------------------------------------------
+# ---- Steps of SAM ----------------------------------------------------------------------------------------------------
 
 _steps: WeakSet[StepState] = WeakSet()
 
@@ -231,11 +237,13 @@ def settle_running_stats(params: Iterable[Tensor]) -> None:
     _watch_if_settled()
 
 
-# ---- Forward passes of layers that are disabled -------------------------------------------------------------------------
+# ---- Forward passes of layers that are disabled ----------------------------------------------------------------------
 
 
 class _UncountedPass:
-    """A forward pass without gradients, in training mode, of layers that are disabled: it is undone as soon as it ends."""
+    """A forward pass without gradients, in training mode, of layers that are disabled: it is undone as soon as it
+    ends.
+    """
 
     def __init__(self) -> None:
         self.module: ReferenceType[nn.Module] | None = None

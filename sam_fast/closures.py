@@ -19,10 +19,13 @@ from torch.optim import Optimizer
 
 from .batchnorm import keep, save_layers
 from .module_hooks import ModuleHooks
-from .running_stats import BatchNormSnapshot, ExtraBuffers, Models, as_models, check_extra_buffers, find_layers
+from .running_stats import ExtraBuffers, Models, as_models, check_extra_buffers, find_layers
+from .snapshot import BatchNormSnapshot
 
 LIMIT = 300
-"""Objects that are looked at to find what a closure refers to: a trainer may lead to everything there is. Hooks find the rest."""
+"""Objects that are looked at to find what a closure refers to: a trainer may lead to everything there is. Hooks find
+the rest.
+"""
 
 _COMPILED = "_torchdynamo_orig_callable"
 _FUNCTIONAL_CALL: CodeType | None = getattr(getattr(stateless, "_functional_call", None), "__code__", None)
@@ -38,13 +41,15 @@ def uncounted_forwards(
 ) -> Iterator[None]:
     """Forward passes inside do not count in running statistics, whatever modules they are of and however the body ends.
 
-    Statistics are saved at the beginning for ``models`` and for modules that ``closure`` refers to, and for every other module when it is
-    called, with all that is in it. They are put back at the end.
+    Statistics are saved at the beginning for ``models`` and for modules that ``closure`` refers to, and for every other
+    module when it is called, with all that is in it. They are put back at the end.
 
     Args:
-        models: what may run without that a module is called, as in a compiled function: a module, or a list or tuple of modules.
+        models: what may run without that a module is called, as in a compiled function: a module, or a list or tuple of
+            modules.
         extra_buffers: as in :func:`sam_fast.disable_running_stats`. Without ``models`` a pattern may fit nothing.
-        closure: what is called inside. If all it is seen to run is a compiled function in which no module is found, a warning asks for ``models``.
+        closure: what is called inside. If all it is seen to run is a compiled function in which no module is found, a
+            warning asks for ``models``.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -81,7 +86,9 @@ class _Uncounted:
             self._stack.callback(_put_back, roots, save_layers(roots, layers))
 
     def save_in_place(self, module: nn.Module) -> None:
-        """What the module holds now may be the caller's own tensors: they too count once, but they must not stay in the module."""
+        """What the module holds now may be the caller's own tensors: they too count once, but they must not stay in the
+        module.
+        """
         inside: set[nn.Module] = set()
         layers = find_layers([module], self._extra_buffers, inside, every_pattern=False)
         self.seen |= inside
@@ -126,16 +133,20 @@ def _warn(compiled: Iterable[Any]) -> None:
         key = getattr(original, "__code__", original)
         if key not in _warned:
             _warned.add(key)
+            name = getattr(original, "__qualname__", original)
             warnings.warn(
-                f"step(closure) cannot see which modules the compiled function {getattr(original, '__qualname__', original)} runs: if they keep "
-                "BatchNorm statistics, those of its second pass count too. Pass step(closure, model=model), where model may be a list of modules",
+                f"step(closure) cannot see which modules the compiled function {name} runs: if they keep BatchNorm "
+                "statistics, those of its second pass count too. Pass step(closure, model=model), where model may be a "
+                "list of modules",
                 RuntimeWarning,
                 stacklevel=7,
             )
 
 
 def _refers_to(closure: Any) -> tuple[list[nn.Module], list[Any]]:
-    """The modules and compiled functions that a closure leads to: through what it encloses, the globals it names, and objects' attributes."""
+    """The modules and compiled functions that a closure leads to: through what it encloses, the globals it names, and
+    objects' attributes.
+    """
     modules: list[nn.Module] = []
     compiled: list[Any] = []
     queue, known = [closure], {id(closure)}

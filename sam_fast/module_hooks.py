@@ -19,15 +19,19 @@ _IGNORED = ("ignore", re.compile(r"Using `torch\.compile\(module\)` when there a
 class ModuleHooks:
     """A pair of global module hooks that can be put in and taken out again.
 
-    Where Dynamo compiles while they are in, its guards hold their keys: these stay the same, so that nothing is compiled again and again. In what
-    is compiled they are not called.
+    Where Dynamo compiles while they are in, its guards hold their keys: these stay the same, so that nothing is
+    compiled again and again. In what is compiled they are not called.
 
     Args:
         before: takes a module and its positional arguments, before its forward pass.
         after: takes a module, its positional arguments and its output, also after a forward pass that raises; or None.
     """
 
-    def __init__(self, before: Callable[[nn.Module, Any], None], after: Callable[[nn.Module, Any, Any], None] | None = None) -> None:
+    def __init__(
+        self,
+        before: Callable[[nn.Module, Any], None],
+        after: Callable[[nn.Module, Any, Any], None] | None = None,
+    ) -> None:
         self._before = before
         self._after = after
         self._key = RemovableHandle(OrderedDict()).id
@@ -38,7 +42,8 @@ class ModuleHooks:
         """Does nothing if they are in."""
         if self._installed:
             return
-        # The warning concerns the hooks of others too. Not through warnings.filterwarnings, which forgets what has been shown once.
+        # The warning concerns the hooks of others too. Not through warnings.filterwarnings, which forgets what has been
+        # shown once.
         self._silenced = not torch_module._has_any_global_hook() or _IGNORED in warnings.filters
         if self._silenced:
             warnings.filters.insert(0, _IGNORED)  # type: ignore[attr-defined]
@@ -53,7 +58,11 @@ class ModuleHooks:
         if not self._installed:
             return
         self._installed = False
-        hooks = torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks, torch_module._global_forward_hooks_always_called
+        hooks = (
+            torch_module._global_forward_pre_hooks,
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_hooks_always_called,
+        )
         for known in hooks:
             known.pop(self._key, None)
         if self._silenced and _IGNORED in warnings.filters:  # not if somebody has changed the filters since

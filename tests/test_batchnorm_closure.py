@@ -93,7 +93,9 @@ def loss_of(call: Callable[[Any, Tensor], Tensor], model: nn.Module, x: Tensor, 
 
 
 class Trial:
-    """step(closure) beside the oracle: in a second model, both passes with the buffers copied back by hand after the second."""
+    """step(closure) beside the oracle: in a second model, both passes with the buffers copied back by hand after the
+    second.
+    """
 
     def __init__(self, model: nn.Module, outside: bool, flatten: bool = False) -> None:
         self.model, self.outside = model, outside

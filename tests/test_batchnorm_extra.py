@@ -27,7 +27,9 @@ def batch(seed: int = 1) -> Tensor:
 
 
 class KerasNorm(nn.Module):
-    """Keeps its variables as Keras 3 does on torch: parameters under their paths, statistics among them as frozen ones."""
+    """Keeps its variables as Keras 3 does on torch: parameters under their paths, statistics among them as frozen
+    ones.
+    """
 
     def __init__(self, features: int = 4) -> None:
         super().__init__()
@@ -99,7 +101,7 @@ def passed(model: nn.Module, seed: int = 1) -> Tensor:
     return loss
 
 
-# ---- In every style ---------------------------------------------------------------------------------------------------------------------------
+# ---- In every style --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -209,7 +211,11 @@ def test_buffers_that_are_named(style: Any, extra: Any) -> None:
 def test_buffers_that_are_named_in_a_closure() -> None:
     model = ExtraNet()
     optimizer = SAM(model.parameters(), lr=0.1, rho=0.1)
-    for given in ({"extra_buffers": EXTRA}, {"extra_buffers": by_function, "model": model}, {"extra_buffers": EXTRA, "model": [model]}):
+    for given in (
+        {"extra_buffers": EXTRA},
+        {"extra_buffers": by_function, "model": model},
+        {"extra_buffers": EXTRA, "model": [model]},
+    ):
         twin = copy.deepcopy(model)
         twin(batch())
         optimizer.zero_grad()
@@ -271,7 +277,11 @@ def test_a_statistic_that_was_resized_in_place_gets_its_shape_back() -> None:
 @pytest.mark.parametrize("wrong", [3, None, ("a", 3), [torch.ones(1)]])
 def test_a_wrong_extra_buffers_is_refused(wrong: Any) -> None:
     model = ExtraNet()
-    for call in (BatchNormSnapshot, disable_running_stats, lambda m, extra_buffers: frozen_running_stats(m, extra_buffers).__enter__()):
+    for call in (
+        BatchNormSnapshot,
+        disable_running_stats,
+        lambda m, extra_buffers: frozen_running_stats(m, extra_buffers).__enter__(),
+    ):
         with pytest.raises(TypeError, match="extra_buffers"):
             call(model, extra_buffers=wrong)
 
@@ -303,13 +313,17 @@ def test_a_name_that_fits_nothing_is_refused_before_anything_is_changed(where: s
     assert not unchanged(model, before)
 
 
-# ---- Lists of models --------------------------------------------------------------------------------------------------------------------------
+# ---- Lists of models -------------------------------------------------------------------------------------------------
 
 
 @every_style
 @pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList])
 def test_lists_of_models(style: Any, kind: Callable[[list[nn.Module]], Any]) -> None:
-    models = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))]
+    models = [
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
+        nn.Linear(4, 4),
+        nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)),
+    ]
     optimizer = SAM([p for model in models for p in model.parameters()], lr=0.1, rho=0.1)
     for seed in range(3):
 
@@ -335,7 +349,11 @@ def test_first_pass_takes_a_list() -> None:
     optimizer.second_step()
 
 
-@pytest.mark.parametrize("wrong", [None, 3, "model", [nn.Linear(1, 1), None], {"a": nn.Linear(1, 1)}, nn.Linear], ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize(
+    "wrong",
+    [None, 3, "model", [nn.Linear(1, 1), None], {"a": nn.Linear(1, 1)}, nn.Linear],
+    ids=lambda w: type(w).__name__,
+)
 def test_anything_else_is_refused_before_anything_is_changed(wrong: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     optimizer = SAM(model.parameters(), lr=0.1)
@@ -349,7 +367,12 @@ def test_anything_else_is_refused_before_anything_is_changed(wrong: Any) -> None
         pass
     assert optimizer.perturbed
     assert same_bits(list(model.parameters()), climbed)
-    for call in (disable_running_stats, enable_running_stats, BatchNormSnapshot, lambda m: frozen_running_stats(m).__enter__()):
+    for call in (
+        disable_running_stats,
+        enable_running_stats,
+        BatchNormSnapshot,
+        lambda m: frozen_running_stats(m).__enter__(),
+    ):
         with pytest.raises(TypeError, match=r"torch\.nn\.Module, or a list or tuple"):
             call(wrong)
     with optimizer.second_pass(model):

@@ -1,4 +1,6 @@
-"""Statistics that were disabled and not enabled again: right whenever a step of SAM has ended, and nobody's later work is undone."""
+"""Statistics that were disabled and not enabled again: right whenever a step of SAM has ended, and nobody's later work
+is undone.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,15 @@ class MixedNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.InstanceNorm2d(4, track_running_stats=True))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(144, 9), MovingNorm(9), nn.ReLU(), ReassigningNorm(9), nn.BatchNorm1d(9), nn.Linear(9, 10))
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(144, 9),
+            MovingNorm(9),
+            nn.ReLU(),
+            ReassigningNorm(9),
+            nn.BatchNorm1d(9),
+            nn.Linear(9, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -79,7 +89,7 @@ def trained(make: Callable[[], nn.Module], end: str = "second_step", steps: int 
     return model, optimizer, recorder.replay()
 
 
-# ---- Right when a step has ended --------------------------------------------------------------------------------------------------------------
+# ---- Right when a step has ended -------------------------------------------------------------------------------------
 
 
 @every_net
@@ -91,7 +101,9 @@ def test_the_model_holds_the_first_passes_when_a_step_has_ended(make: Callable[[
 
 @every_net
 def test_all_copies_see_the_first_passes(make: Callable[[], nn.Module]) -> None:
-    """A state dict, a deep copy, a pickle, an average of buffers, evaluation: all made after second_step, before enable."""
+    """A state dict, a deep copy, a pickle, an average of buffers, evaluation: all made after second_step, before
+    enable.
+    """
     model, _, expected = trained(make)
     saved = make()
     saved.load_state_dict(copy.deepcopy(model.state_dict()))
@@ -149,7 +161,7 @@ def test_a_gradient_scaler_that_skips_the_step() -> None:
     assert unchanged(model, recorder.replay())
 
 
-# ---- Disabled for good ------------------------------------------------------------------------------------------------------------------------
+# ---- Disabled for good -----------------------------------------------------------------------------------------------
 
 
 def plain_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
@@ -255,7 +267,7 @@ def test_part_of_what_was_disabled_is_enabled_after_the_step() -> None:
     assert unchanged(norms[1], expected[3:])
 
 
-# ---- What somebody does between two steps stands ----------------------------------------------------------------------------------------------
+# ---- What somebody does between two steps stands ---------------------------------------------------------------------
 
 
 def load(model: nn.Module) -> None:
@@ -412,7 +424,7 @@ def test_estimating_anew_is_what_it_is_for_a_model_that_was_never_disabled() -> 
     assert unchanged(model, statistics(twin))
 
 
-# ---- Several models and optimizers ------------------------------------------------------------------------------------------------------------
+# ---- Several models and optimizers -----------------------------------------------------------------------------------
 
 
 def test_the_end_of_one_optimizers_step_leaves_another_models_step_right() -> None:
@@ -468,7 +480,7 @@ def test_frozen_layers_that_are_loaded_stand_although_their_weights_are_trained(
     assert unchanged(model, changed)
 
 
-# ---- Exceptions, freed models, no lasting hooks -----------------------------------------------------------------------------------------------
+# ---- Exceptions, freed models, no lasting hooks ----------------------------------------------------------------------
 
 
 def test_an_exception_between_the_calls() -> None:
