@@ -1,6 +1,4 @@
-"""The closure form. With gradients already there, the closure is the second pass; BatchNorm's statistics are frozen inside it.
-
-A model without BatchNorm can leave the first backward out: ``optimizer.step(closure)`` then calls the closure for both passes.
+"""The closure form: ``optimizer.step(closure)`` calls the closure for both passes. BatchNorm counts the first alone.
 
 Run: python examples/closure.py
 """
@@ -9,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sam_fast import SAM, frozen_running_stats
+from sam_fast import SAM
 
 
 def data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,16 +27,13 @@ optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=
 for epoch in range(5):
     for batch in torch.randperm(len(x)).split(100):
 
-        def second_pass(batch: torch.Tensor = batch) -> torch.Tensor:
-            with frozen_running_stats(model):
-                loss = cross_entropy(model(x[batch]), y[batch])
-                loss.backward()
+        def closure(batch: torch.Tensor = batch) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x[batch]), y[batch])
+            loss.backward()
             return loss
 
-        loss = cross_entropy(model(x[batch]), y[batch])
-        loss.backward()
-        optimizer.step(second_pass)
-        optimizer.zero_grad()
+        loss = optimizer.step(closure)
 
     model.eval()
     accuracy = (model(test_x).argmax(dim=1) == test_y).float().mean()

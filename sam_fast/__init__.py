@@ -3,8 +3,9 @@
 ``from sam_fast import SAM`` replaces the reference implementation; see :class:`SAM`.
 """
 
-from .batchnorm import BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
+from .batchnorm import disable_running_stats, enable_running_stats, frozen_running_stats
 from .sam import SAM
+from .snapshot import BatchNormSnapshot
 
 __version__ = "0.1.0"
 

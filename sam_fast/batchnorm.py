@@ -1,221 +1,321 @@
 """Keeping BatchNorm statistics right: SAM's second forward pass runs at ``w + e``, and must not count.
 
-The statistics are copied before the second pass and copied back after it. Unlike setting ``momentum`` to 0 or ``track_running_stats`` to
-False this keeps ``num_batches_tracked`` right, survives NaN batches, works for any layer that keeps statistics, and changes no attribute of
-any module, so ``torch.compile`` has nothing to recompile.
+The statistics are copied before the second pass and copied back after it. Unlike setting ``momentum`` to 0 or
+``track_running_stats`` to False this keeps ``num_batches_tracked`` right, survives NaN batches, works for any layer
+that keeps statistics, and changes no attribute of any module, so ``torch.compile`` has nothing to recompile.
+
+Statistics that were disabled and not enabled again are put back when a SAM step ends: evaluation and checkpoints see
+the first passes alone. The layers stay disabled. Until they run again, what they hold is right, whoever has written it
+(a checkpoint may be loaded), and it is saved just before they run. A hook on all modules notices that, and is there
+only as long as it is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+from typing import Any, Protocol
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
-from torch.nn.parameter import is_lazy
 
-from .backends import Backend, choose
-from .bucket import Bucket
-
-
-def _is_statistic(name: str) -> bool:
-    return name.startswith(("running_", "moving_")) or name == "num_batches_tracked"
+from .module_hooks import ModuleHooks
+from .running_stats import ExtraBuffers, Layers, Models, as_models, find_layers
+from .snapshot import BatchNormSnapshot
 
 
-def _find_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that keep running statistics, found by their buffers: every BatchNorm, SyncBatchNorm, InstanceNorm with tracking, custom ones."""
-    found, seen, stack = [], set(), [model]
-    while stack:
-        module = stack.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        for name in module._buffers.keys():  # noqa: SIM118 - a scripted module's is no dict and cannot be iterated
-            if _is_statistic(name):
-                found.append(module)
-                break
-        stack.extend(child for child in module._modules.values() if child is not None)
-    return found
+class StepState(Protocol):
+    """What tells whether a SAM step is under way."""
+
+    active: bool
 
 
-class _ScriptedBuffers:
-    """A scripted module's buffers, with the part of a dict's interface that is used here."""
+class _Group:
+    """Layers that one call has disabled."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
+    def __init__(self, snapshot: BatchNormSnapshot) -> None:
+        self.snapshot = snapshot
+        self.settled = False  # the layers hold the right statistics; False: the snapshot does
+        self.fresh = False  # settled since it was disabled: the snapshot is right unless something was loaded
+        self.partial = False  # some of the layers were enabled again
 
-    def __iter__(self) -> Iterator[str]:
-        module = self._module()
-        return iter([] if module is None else list(module._buffers.keys()))
+    def layers(self) -> list[nn.Module]:
+        layers = (known() for known in self.snapshot._layers)
+        return [layer for layer in layers if layer is not None and _disabled.get(layer) is self]
 
-    def get(self, name: str) -> Tensor | None:
-        return getattr(self._module(), name, None)
+    def put_back(self, layers: list[nn.Module]) -> None:
+        if len(layers) == len(self.snapshot._layers):
+            self.snapshot.restore()
+        elif layers:
+            self.snapshot._restore_layers(layers)
 
-    def __setitem__(self, name: str, value: Tensor) -> None:
-        setattr(self._module(), name, value)
+    def settle(self) -> None:
+        """Note that what the layers hold is right."""
+        self.settled, self.fresh = True, False
+        finalize(self, _watch_if_settled).atexit = False
+        if self.partial:
+            known = zip(self.snapshot._layers, self.snapshot._extra, strict=True)
+            extra = {layer: names for layer, names in ((layer(), names) for layer, names in known) if layer is not None}
+            layers = self.layers()
+            self.snapshot = BatchNormSnapshot._of_layers(Layers(layers, {layer: extra[layer] for layer in layers}))
+            self.snapshot.save()
+            self.partial = False
 
+    def run_unseen(self, layers: list[nn.Module], params: Iterable[Tensor] | None = None) -> list[nn.Module]:
+        """Those of the layers, which are settled, that seem to have run where no hook is called, as in a compiled
+        function.
 
-class BatchNormSnapshot:
-    """A copy of all running statistics of ``model``, taken and put back in one fused call per device and dtype.
+        A forward pass leads to gradients. Where nothing but counters is changed, putting back harms nobody.
 
-    Covered are the buffers named ``running_*``, ``moving_*`` and ``num_batches_tracked`` of every module that ``model`` has when the snapshot is
-    made. Modules without statistics, in evaluation mode or lazy and not yet run are left as they are.
-
-    Args:
-        model: any module. It is not kept alive.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._use(_find_layers(model))
-
-    @classmethod
-    def _of_layers(cls, layers: list[nn.Module]) -> BatchNormSnapshot:
-        snapshot = cls.__new__(cls)
-        snapshot._use(layers)
-        return snapshot
-
-    def _use(self, layers: list[nn.Module]) -> None:
-        # Weak: a layer may have a hook that leads to its model, and snapshots are kept for reuse.
-        self._layers = [ref(layer) for layer in layers]
-        self._owned: list[Any] = [layer._buffers if isinstance(layer._buffers, dict) else _ScriptedBuffers(layer) for layer in layers]
-        self._names: list[tuple[str, ...]] = []
-        self._places: list[tuple[Any, str]] = []
-        self._tensors: list[Tensor | None] = []
-        self._versioned: list[Tensor] = []
-        self._versions: list[int] = []
-        self._buckets: list[Bucket] = []
-        self._saved = False
-
-    def _covers(self, layers: list[nn.Module]) -> bool:
-        """True if these are the snapshot's layers."""
-        return len(layers) == len(self._layers) and all(known() is layer for known, layer in zip(self._layers, layers, strict=True))
-
-    def save(self) -> None:
-        """Copy the statistics. A second ``save`` replaces the first."""
-        if not (self._is_unchanged() and all(bucket.backend.save(bucket) for bucket in self._buckets)):
-            self._build()
-            for bucket in self._buckets:
-                bucket.backend.save(bucket)
-        self._versions = [t._version for t in self._versioned]
-        self._saved = True
-
-    def restore(self) -> None:
-        """Put the statistics back, bit for bit. May be called any number of times after one ``save``.
-
-        Raises:
-            RuntimeError: nothing was saved.
+        Args:
+            layers: those that are or were in the group.
+            params: the parameters whose gradients count; None means all.
         """
-        if not self._saved:
-            raise RuntimeError("BatchNormSnapshot.restore() needs save() before it")
-        for bucket in self._buckets:
-            bucket.backend.restore(bucket, release=False)
-        # Autograd may have saved a statistic that a layer changed in place: it must notice that the value is gone. PyTorch's own layers change
-        # theirs without a new version, since their backward does not need them.
-        increment_version([t for t, version in zip(self._versioned, self._versions, strict=True) if t._version != version])
-        if not all(map(is_, self._look_up(), self._tensors)):
-            self._put_back(self._owned, replaced_only=True)
-
-    def _restore_layers(self, layers: Iterable[nn.Module]) -> None:
-        """Restore some of the layers only."""
-        chosen = set(layers)
-        self._put_back([owned for layer, owned in zip(self._layers, self._owned, strict=True) if layer() in chosen], replaced_only=False)
-
-    def _look_up(self) -> list[Tensor | None]:
-        return [owned.get(name) for owned, name in self._places]
-
-    def _is_unchanged(self) -> bool:
-        """True if the layers have the same buffers, by name and object, as when the buckets were built."""
-        return self._names == [tuple(owned) for owned in self._owned] and all(map(is_, self._look_up(), self._tensors))
-
-    def _build(self) -> None:
-        self._names = [tuple(owned) for owned in self._owned]
-        self._places = [(owned, name) for owned, names in zip(self._owned, self._names, strict=True) for name in names if _is_statistic(name)]
-        # A lazy buffer becomes a real one without becoming another object: remembered as None, it is looked at again next time.
-        self._tensors = [None if tensor is None or is_lazy(tensor) else tensor for tensor in self._look_up()]
-        members: dict[tuple[torch.device, torch.dtype, Backend], list[Tensor]] = {}
-        seen: set[int] = set()
-        for tensor in self._tensors:
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                members.setdefault((tensor.device, tensor.dtype, choose(tensor, arithmetic=False)), []).append(tensor)
-        self._versioned = [row for rows in members.values() for row in rows if not row.is_inference()]
-        self._buckets = [Bucket(rows, [0] * len(rows), backend) for (_, _, backend), rows in members.items()]
-
-    def _put_back(self, chosen: list[Any], replaced_only: bool) -> None:
-        """Put statistics back one by one: where a layer now has another tensor under the name, and for some layers only.
-
-        A layer that assigns new tensors gets its old one back: the new one may be needed by its backward. A layer that was moved to another
-        device or dtype gets a new one there with the old values.
-        """
-        backups = {id(row): backup for bucket in self._buckets for row, backup in zip(bucket.rows, bucket.flat_rows, strict=True)}
-        chosen_ids = {id(owned) for owned in chosen}
-        for (owned, name), old in zip(self._places, self._tensors, strict=True):
-            new = owned.get(name)
-            if old is None or new is None or id(owned) not in chosen_ids or (replaced_only and new is old):
-                continue
-            if (new.device, new.dtype) == (old.device, old.dtype):
-                old.data.copy_(backups[id(old)])
-                owned[name] = old
-            else:
-                owned[name] = backups[id(old)].to(new.device, new.dtype, copy=True)
+        if self.fresh and not self.snapshot._has_changed(counters=False):
+            return layers
+        trained = None if params is None else set(map(id, params))
+        running = [layer for layer in layers if layer.training]
+        for layer in running:
+            for p in layer._parameters.values():
+                if p is not None and p.grad is not None and (trained is None or id(p) in trained):
+                    return running
+        return []
 
 
-# The layers that disable_running_stats was called for, and the snapshot that each is in.
-_disabled: WeakKeyDictionary[nn.Module, BatchNormSnapshot] = WeakKeyDictionary()
+# The layers that disable_running_stats was called for. A group lives as long as one of its layers.
+_disabled: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
+_groups: WeakSet[_Group] = WeakSet()
 # Snapshots that are not in use, kept so that a training loop builds its snapshot once.
 _spare: WeakKeyDictionary[nn.Module, BatchNormSnapshot] = WeakKeyDictionary()
 
 
-def _borrow(model: nn.Module, layers: list[nn.Module]) -> BatchNormSnapshot:
-    spare = _spare.pop(model, None)
-    return spare if spare is not None and spare._covers(layers) else BatchNormSnapshot._of_layers(layers)
+def save_layers(models: list[nn.Module], layers: Layers) -> BatchNormSnapshot:
+    """A snapshot of ``layers``, saved: the one that was kept for ``models`` if it fits."""
+    snapshot = _spare.pop(models[0], None) if models else None
+    if snapshot is None or not snapshot._covers(layers):
+        snapshot = BatchNormSnapshot._of_layers(layers)
+        _below.clear()  # there are modules that were not known
+    snapshot.save()
+    return snapshot
 
 
-def disable_running_stats(model: nn.Module) -> None:
+def keep(models: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
+    """Keep a snapshot that is no longer in use for the next :func:`save_layers`."""
+    if models:
+        _spare[models[0]] = snapshot
+
+
+def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> None:
     """From here to :func:`enable_running_stats` forward passes of ``model`` do not count in its running statistics.
 
-    They are saved here and put back there. A layer for which this was already called keeps what was saved then.
+    They are saved here and put back there, and already when a SAM step ends. A layer for which this was called before
+    keeps what was saved then. Statistics that somebody loads or resets between the end of a step and the next forward
+    pass stand.
+
+    Args:
+        model: a module, or a list or tuple of modules.
+        extra_buffers: names of further buffers that are to be kept (``"weight_u"``, ``"*.observer.*"``), or a function
+            that takes a qualified name and a tensor and returns a bool. See
+            :data:`sam_fast.running_stats.ExtraBuffers`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a pattern in ``extra_buffers`` fits nothing.
     """
-    layers = _find_layers(model)
+    models = as_models(model, "disable_running_stats(model)")
+    layers = find_layers(models, extra_buffers)
     if _disabled:
-        layers = [layer for layer in layers if layer not in _disabled]
-    if layers:
-        snapshot = _borrow(model, layers)
-        snapshot.save()
-        _disabled.update((layer, snapshot) for layer in layers)
+        layers = Layers([layer for layer in layers.modules if layer not in _disabled], layers.extra)
+    if layers.modules:
+        group = _Group(save_layers(models, layers))
+        _disabled.update((layer, group) for layer in layers.modules)
+        _groups.add(group)
+        if layers.extra:
+            _below.clear()
+        if not any(step.active for step in _steps):  # in a step the second pass follows at once
+            group.settle()
+            group.fresh = True
+            _watch_if_settled()
 
 
-def enable_running_stats(model: nn.Module) -> None:
+def enable_running_stats(model: Models) -> None:
     """Undo :func:`disable_running_stats` for the layers of ``model``: the statistics are what they were then.
 
-    Does nothing to layers for which it was not called. ``model`` may be the model that was disabled, a wrapper of it or a part.
+    Does nothing to layers for which it was not called. ``model`` may be the model that was disabled, a wrapper of it, a
+    part, or a list of modules.
+
+    Raises:
+        TypeError: ``model`` is neither a module nor a list or tuple of modules.
     """
+    models = as_models(model, "enable_running_stats(model)")
     if not _disabled:
         return
-    members: dict[BatchNormSnapshot, list[nn.Module]] = {}
-    for layer in _find_layers(model):
-        snapshot = _disabled.pop(layer, None)
-        if snapshot is not None:
-            members.setdefault(snapshot, []).append(layer)
-    for snapshot, layers in members.items():
-        if snapshot._covers(layers):
-            snapshot.restore()
-            _spare[model] = snapshot
+    _pass.give_up()
+    members: dict[_Group, list[nn.Module]] = {}
+    for layer in _candidates(models):
+        group = _disabled.pop(layer, None)
+        if group is not None:
+            members.setdefault(group, []).append(layer)
+    for group, layers in members.items():
+        if not group.settled:
+            group.put_back(layers)
+        elif group.fresh:
+            group.put_back(group.run_unseen(layers))
+        if len(layers) == len(group.snapshot._layers):
+            keep(models, group.snapshot)
+            _groups.discard(group)
         else:
-            snapshot._restore_layers(layers)
+            group.partial = True
+            if group.settled:
+                group.settle()
+    _watch_if_settled()
+
+
+def _candidates(models: list[nn.Module]) -> Iterable[nn.Module]:
+    """The modules that may be disabled: all that are, where the user has named buffers, whose names are not known
+    here.
+    """
+    seen: set[nn.Module] = set()
+    layers = find_layers(models, seen=seen).modules
+    if any(any(group.snapshot._extra) for group in _groups):
+        return [module for module in seen if module in _disabled]
+    return layers
 
 
 @contextmanager
-def frozen_running_stats(model: nn.Module) -> Iterator[None]:
-    """Forward passes inside do not count in the running statistics of ``model``, however the body ends. May be nested."""
-    snapshot = _borrow(model, _find_layers(model))
-    snapshot.save()
+def frozen_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
+    """Forward passes inside do not count in the running statistics of ``model``, however the body ends. May be nested.
+
+    Args:
+        model: a module, or a list or tuple of modules.
+        extra_buffers: as in :func:`disable_running_stats`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a pattern in ``extra_buffers`` fits nothing.
+    """
+    models = as_models(model, "frozen_running_stats(model)")
+    snapshot = save_layers(models, find_layers(models, extra_buffers))
     try:
         yield
     finally:
         snapshot.restore()
-        _spare[model] = snapshot
+        keep(models, snapshot)
+
+
+# ---- Steps of SAM ----------------------------------------------------------------------------------------------------
+
+_steps: WeakSet[StepState] = WeakSet()
+
+
+def announce_steps(state: StepState) -> None:
+    """Let it be known of an optimizer whose ``state`` says when a step of it is under way."""
+    _steps.add(state)
+
+
+def settle_running_stats(params: Iterable[Tensor]) -> None:
+    """Put back what is disabled, because a SAM step ends. The layers stay disabled.
+
+    Args:
+        params: the parameters of the optimizer, with the gradients of the second pass.
+    """
+    if not _disabled:
+        return
+    _pass.give_up()
+    params = list(params) if any(group.settled for group in _groups) else []
+    for group in list(_groups):
+        layers = group.layers() if group.partial or group.settled else None
+        if not group.settled:
+            if layers is None:
+                group.snapshot.restore()
+            else:
+                group.put_back(layers)
+            group.settle()
+        elif layers is not None:
+            group.put_back(group.run_unseen(layers, params))
+    _watch_if_settled()
+
+
+# ---- Forward passes of layers that are disabled ----------------------------------------------------------------------
+
+
+class _UncountedPass:
+    """A forward pass without gradients, in training mode, of layers that are disabled: it is undone as soon as it
+    ends.
+    """
+
+    def __init__(self) -> None:
+        self.module: ReferenceType[nn.Module] | None = None
+        self.depth = 0
+        self.groups: list[_Group] = []
+
+    def begin(self, module: nn.Module, groups: list[_Group]) -> None:
+        for group in groups:
+            group.snapshot.save()
+        self.module, self.depth, self.groups = ref(module), 0, groups
+
+    def give_up(self) -> None:
+        """Undo it now; nothing happens if there is none."""
+        groups, self.module, self.groups = self.groups, None, []
+        for group in groups:
+            group.put_back(group.layers())
+
+
+# Modules that were called, and in each of them the layers that may be disabled.
+_below: WeakKeyDictionary[nn.Module, list[ReferenceType[nn.Module]]] = WeakKeyDictionary()
+_pass = _UncountedPass()
+
+
+def _before_forward(module: nn.Module, args: Any) -> None:
+    """Save what the layers in ``module`` hold if it is right and they are about to change it."""
+    if torch.compiler.is_compiling():
+        return
+    if _pass.module is not None:
+        _pass.depth += _pass.module() is module
+        return
+    layers = _below.get(module)
+    if layers is None:
+        layers = _below[module] = [ref(layer) for layer in _candidates([module])]
+    if not layers:
+        return
+    settled = sum(group.settled for group in _groups)
+    groups: list[_Group] = []
+    for known in layers:
+        layer = known()
+        if layer is not None and layer.training:
+            group = _disabled.get(layer)
+            if group is not None and group.settled and group not in groups:
+                groups.append(group)
+                if len(groups) == settled:
+                    break
+    if torch.is_grad_enabled():
+        for group in groups:
+            group.snapshot.save()
+            group.settled = False
+        if len(groups) == settled:
+            _watch.remove()
+    else:
+        # Statistics that were reset and then see passes without gradients are being estimated anew, as by
+        # torch.optim.swa_utils.update_bn: they count.
+        uncounted = [group for group in groups if not group.snapshot._has_changed()]
+        if uncounted:
+            _pass.begin(module, uncounted)
+
+
+def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+    if _pass.module is not None and _pass.module() is module and not torch.compiler.is_compiling():
+        if _pass.depth:
+            _pass.depth -= 1
+        else:
+            _pass.give_up()
+
+
+_watch = ModuleHooks(_before_forward, _after_forward)
+
+
+def _watch_if_settled() -> None:
+    if any(group.settled for group in _groups):
+        _watch.install()
+    else:
+        _watch.remove()

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from .amp import ATTRIBUTES
+from .closure_stats import uncounted_forwards
+from .passes import RandomState
+from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_models
+
+if TYPE_CHECKING:
+    from .sam import SAM
 
 AUTO, BOTH, SECOND = "auto", "both", "second"
 
@@ -45,8 +55,81 @@ def are_new(gradients: Iterable[Tensor]) -> bool:
     return any(getattr(grad, SPENT, None) != grad._version for grad in gradients)
 
 
-def warn_of_taken_gradients() -> None:
-    warnings.warn(TAKEN, UserWarning, stacklevel=6)
+def closure_step(
+    optimizer: SAM,
+    closure: Callable[[], Any],
+    passes: str,
+    replay_rng: bool,
+    model: Models | None,
+    extra_buffers: ExtraBuffers,
+) -> Any:
+    """A whole step of ``optimizer`` with a closure; see :meth:`sam_fast.SAM.step`."""
+    check_closure_option("passes", passes)
+    extra_buffers = check_extra_buffers(extra_buffers) if model is None else check_models(model, extra_buffers, "step(model=)")[1]
+    if any(hasattr(optimizer, name) for name in ATTRIBUTES):
+        raise RuntimeError("GradScaler.step with a closure would not check the second gradient: use first_step() and scaler.step(optimizer)")
+    step = optimizer._step
+    first_pass_done = optimizer.perturbed or _takes_gradients(optimizer, closure, passes)
+    if replay_rng and first_pass_done:
+        raise ValueError(
+            "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not seen. Call zero_grad() to "
+            "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
+        )
+    if step.random_state is not None and not first_pass_done:
+        raise ValueError("first_pass(replay_rng=True), but the closure is to be called for both passes: use step(closure, replay_rng=True)")
+    loss = None
+    try:
+        with torch.enable_grad():
+            if first_pass_done and not optimizer.perturbed:
+                first_pass_done = _first_step_along_what_is_there(optimizer, passes)
+            if first_pass_done:
+                random_state, step.random_state = step.random_state, None
+            else:
+                random_state = RandomState.capture(optimizer._devices()) if replay_rng else None
+                optimizer.zero_grad()
+                loss = closure()
+                optimizer.first_step(zero_grad=True)
+            replayed = nullcontext() if random_state is None else random_state.replayed()
+            with uncounted_forwards(model, extra_buffers, closure), replayed:
+                second_loss = closure()
+    except BaseException:
+        optimizer.restore()
+        mark_spent(optimizer._gradients())  # they belong to a step that was given up
+        raise
+    optimizer._update()
+    mark_spent(optimizer._gradients())
+    return second_loss if first_pass_done else loss
+
+
+def _takes_gradients(optimizer: SAM, closure: Callable[[], Any], passes: str) -> bool:
+    """Whether the gradients that are there are to be the first pass, as far as can be said without looking at their values."""
+    if passes == SECOND:
+        if next(optimizer._gradients(), None) is None:
+            raise RuntimeError('passes="second" takes the gradients that are there for the first pass, but there are none: call backward() first')
+        return True
+    by_lightning = lightning_closure(closure)
+    if by_lightning is not None:
+        if by_lightning._zero_grad_fn is None and are_new(optimizer._gradients()):
+            raise RuntimeError(ACCUMULATED)
+        return False
+    return passes == AUTO and are_new(optimizer._gradients())
+
+
+def _first_step_along_what_is_there(optimizer: SAM, passes: str) -> bool:
+    """first_step along the gradients that are there. False if they are all zero: then it is undone, and there was no first pass."""
+    step, rounding_step = optimizer._step, optimizer._rounding_step()
+    optimizer.first_step(zero_grad=True)
+    if passes == SECOND or step.first_pass_entered:
+        return True
+    if float(optimizer.grad_norm) == 0.0:
+        optimizer._perturbation.restore()
+        if optimizer._rounds_stochastically():
+            optimizer._set_rounding_step(rounding_step)
+        return False
+    if not step.warned_of_gradients:
+        step.warned_of_gradients = True
+        warnings.warn(TAKEN, UserWarning, stacklevel=5)
+    return True
 
 
 def lightning_closure(closure: Callable[[], Any]) -> Any:

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .amp import ATTRIBUTES, forget, scaling_of, step_base, tell_scaler
+from .amp import forget, scaling_of, step_base, tell_scaler
 from .backends import forced
 from .base_step import BaseStep
-from .batchnorm import frozen_running_stats
-from .closures import (
-    ACCUMULATED,
-    AUTO,
-    SECOND,
-    are_new,
-    check_closure_option,
-    lightning_closure,
-    mark_spent,
-    warn_of_taken_gradients,
-)
+from .batchnorm import announce_steps, frozen_running_stats, settle_running_stats
+from .closures import AUTO, check_closure_option, closure_step, mark_spent
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
 from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
+from .running_stats import ExtraBuffers, Models, as_models, check_models
 from .sharded import forget_gathered_weights, give_up_pass
 from .wrapper import OptimizerWrapper
 
@@ -132,6 +124,7 @@ class SAM(OptimizerWrapper):
         self.defaults = {**base.defaults, **self._sam_defaults}
         self._step = _Step()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
+        announce_steps(self._perturbation)
         self._prepare()
 
     def __copy__(self) -> SAM:
@@ -160,6 +153,7 @@ class SAM(OptimizerWrapper):
         self._base_step = BaseStep(self.base_optimizer)
         self._step = _Step()
         self._perturbation = Perturbation(*settings)
+        announce_steps(self._perturbation)
         self._prepare()
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -237,7 +231,13 @@ class SAM(OptimizerWrapper):
             self.zero_grad()
 
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, passes: str | None = None, replay_rng: bool = False
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        passes: str | None = None,
+        replay_rng: bool = False,
+        model: Models | None = None,
+        extra_buffers: ExtraBuffers = (),
     ) -> Any:
         """The second step; or, with a closure, a whole SAM step.
 
@@ -245,13 +245,16 @@ class SAM(OptimizerWrapper):
         unscaled first, and there is no step of the base optimizer if a gradient of either pass was not finite.
 
         With a closure, while perturbed: the closure is the second pass. Otherwise it is called for both passes, or for the second if gradients are
-        there that are the first pass: see ``closure`` of the constructor.
+        there that are the first pass: see ``closure`` of the constructor. BatchNorm statistics count the first pass alone.
 
         Args:
             closure: computes the loss, calls backward and returns the loss.
             passes: "auto", "both" or "second", for this call instead of the constructor's ``closure``.
             replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the random state afterwards is
                 that after the first call.
+            model: modules whose BatchNorm statistics the second pass must leave alone although the closure does not call them, as where a
+                compiled function does: a module, or a list or tuple. Modules that are called are found without it.
+            extra_buffers: further buffers that the second pass must leave as they were; see :func:`sam_fast.disable_running_stats`.
 
         Returns:
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
@@ -259,12 +262,14 @@ class SAM(OptimizerWrapper):
         Raises:
             RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients; or a closure from a GradScaler. If the
                 closure raises, w is restored.
-            ValueError: ``replay_rng`` where the closure would not be called for both passes, or ``first_pass(replay_rng=True)`` where it would.
+            ValueError: ``replay_rng`` where the closure would not be called for both passes, or ``first_pass(replay_rng=True)`` where it would; a
+                pattern in ``extra_buffers`` that fits nothing in ``model``.
+            TypeError: ``model`` or ``extra_buffers`` is of the wrong type.
         """
         try:
             if closure is None:
                 return self._step_without_closure(passes, replay_rng)
-            return self._step_with_closure(closure, self._closure if passes is None else passes, replay_rng)
+            return closure_step(self, closure, self._closure if passes is None else passes, replay_rng, model, extra_buffers)
         except BaseException:
             forget(self)  # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
             raise
@@ -291,73 +296,8 @@ class SAM(OptimizerWrapper):
         grads = list(self._gradients())
         return bool(grads) and not any(grad.any() for grad in grads)
 
-    def _step_with_closure(self, closure: Callable[[], Any], passes: str, replay_rng: bool) -> Any:
-        check_closure_option("passes", passes)
-        if any(hasattr(self, name) for name in ATTRIBUTES):
-            raise RuntimeError("GradScaler.step with a closure would not check the second gradient: use first_step() and scaler.step(optimizer)")
-        first_pass_done = self._perturbation.active or self._first_pass_is_done(closure, passes)
-        if replay_rng and first_pass_done:
-            raise ValueError(
-                "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not seen. Call zero_grad() to "
-                "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
-            )
-        if self._step.random_state is not None and not first_pass_done:
-            raise ValueError(
-                "first_pass(replay_rng=True) was used, but the closure is to be called for both passes: use step(closure, replay_rng=True)"
-            )
-        loss = None
-        try:
-            with torch.enable_grad():
-                if first_pass_done and not self._perturbation.active:
-                    first_pass_done = self._climb_along_what_is_there(passes)
-                if not first_pass_done:
-                    random_state = RandomState.capture(self._devices()) if replay_rng else None
-                    self.zero_grad()
-                    loss = closure()
-                    self.first_step(zero_grad=True)
-                else:
-                    random_state, self._step.random_state = self._step.random_state, None
-                with random_state.replayed() if random_state is not None else nullcontext():
-                    second_loss = closure()
-        except BaseException:
-            self.restore()
-            mark_spent(self._gradients())  # they belong to a step that was given up
-            raise
-        self._update()
-        mark_spent(self._gradients())
-        return second_loss if first_pass_done else loss
-
-    def _first_pass_is_done(self, closure: Callable[[], Any], passes: str) -> bool:
-        """Whether the gradients that are there are to be the first pass, as far as can be said without looking at their values."""
-        if passes == SECOND:
-            if next(self._gradients(), None) is None:
-                raise RuntimeError('passes="second" takes the gradients that are there for the first pass, but there are none: call backward() first')
-            return True
-        by_lightning = lightning_closure(closure)
-        if by_lightning is not None:
-            if by_lightning._zero_grad_fn is None and are_new(self._gradients()):
-                raise RuntimeError(ACCUMULATED)
-            return False
-        return passes == AUTO and are_new(self._gradients())
-
-    def _climb_along_what_is_there(self, passes: str) -> bool:
-        """first_step along the gradients that are there. False if they are all zero: then it is undone, and there was no first pass."""
-        told = passes == SECOND or self._step.first_pass_entered
-        rounding_step = self._rounding_step()
-        self.first_step(zero_grad=True)
-        if told:
-            return True
-        if float(self._perturbation.norm) == 0.0:
-            self._perturbation.restore()
-            if self._rounds_stochastically():
-                self._set_rounding_step(rounding_step)
-            return False
-        if not self._step.warned_of_gradients:
-            self._step.warned_of_gradients = True
-            warn_of_taken_gradients()
-        return True
-
     def _update(self) -> None:
+        settle_running_stats(self._params())
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
         scaling = scaling_of(self, None if self._step.own_gradient else self._perturbation.norm)
         self._step.forget_first_pass()
@@ -386,6 +326,7 @@ class SAM(OptimizerWrapper):
         self._step.forget_first_pass()
         if self._perturbation.active:
             self._perturbation.restore()
+        settle_running_stats(self._params())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
@@ -403,11 +344,11 @@ class SAM(OptimizerWrapper):
     # ---- The two passes ------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def first_pass(self, model: nn.Module, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
+    def first_pass(self, model: Models, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
         """Around the first forward and backward; optional.
 
         Args:
-            model: the model, as it is called (the DDP wrapper where there is one).
+            model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
             replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to start from, so that dropout
                 draws the same masks in both passes.
             sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient). With a
@@ -415,36 +356,48 @@ class SAM(OptimizerWrapper):
 
         Raises:
             RuntimeError: the weights are perturbed.
+            TypeError: ``model`` is neither a module nor a list or tuple of modules.
             ValueError: ``sync=False`` where there can be no gradient of one replica: FSDP2 without HSDP, or DDP's first pass with a static graph.
         """
         self._require_restored("first_pass")
+        models = as_models(model, "first_pass(model)")
         self._step.random_state = RandomState.capture(self._devices()) if replay_rng else None
         self._step.own_gradient = not sync
         self._step.first_pass_entered = True
         try:
-            with nullcontext() if sync else without_gradient_sync(model):
+            with ExitStack() as stack:
+                for module in () if sync else models:
+                    stack.enter_context(without_gradient_sync(module))
                 yield
         except BaseException:
             self._step.forget_first_pass()
             raise
 
     @contextmanager
-    def second_pass(self, model: nn.Module) -> Iterator[None]:
+    def second_pass(self, model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
         """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were, dropout draws the first pass's masks if
         ``first_pass`` was asked to remember, and if the body raises, the weights are restored before the exception goes on.
 
         ``break``, ``continue`` and ``return`` out of the body end it as its last line does: the weights stay perturbed, for the second_step that
         follows. Call ``restore()`` before them to give the step up.
 
+        Args:
+            model: the model, or a list or tuple of models.
+            extra_buffers: further buffers that are to end as they were; see :func:`sam_fast.disable_running_stats`.
+
         Raises:
             RuntimeError: there was no first_step.
+            TypeError: ``model`` or ``extra_buffers`` is of the wrong type. The weights are still perturbed, as after any wrong call.
+            ValueError: a pattern in ``extra_buffers`` fits nothing. The same holds.
         """
         self._require_perturbed("second_pass")
+        models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
         random_state, self._step.random_state = self._step.random_state, None
         try:
             if self._perturbation.sharding is not None:
-                forget_gathered_weights(model)
-            with frozen_running_stats(model):
+                for module in models:
+                    forget_gathered_weights(module)
+            with frozen_running_stats(models, extra_buffers):
                 if random_state is None:
                     yield
                 else:
@@ -453,11 +406,15 @@ class SAM(OptimizerWrapper):
         except BaseException:
             self.restore()
             if self._perturbation.sharding is not None:
-                give_up_pass(model)
+                for module in models:
+                    give_up_pass(module)
             raise
 
+    def _params(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
     def _devices(self) -> set[torch.device]:
-        return {p.device for group in self.param_groups for p in group["params"]}
+        return {p.device for p in self._params()}
 
     def _require_perturbed(self, what: str) -> None:
         if not self._perturbation.active:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -65,7 +66,35 @@ def frozen(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: 
     optimizer.second_step(zero_grad=True)
 
 
-STYLES: list[Step] = [two_calls, two_calls_on_the_inner_model, second_pass, frozen]
+def reference_loop(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    enable_running_stats(compiled)
+    backward(compiled, x, y)
+    optimizer.first_step(zero_grad=True)
+    disable_running_stats(compiled)
+    backward(compiled, x, y)
+    optimizer.second_step(zero_grad=True)
+
+
+def closure(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    optimizer.step(lambda: backward(compiled, x, y))
+
+
+def closure_after_a_backward(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    backward(compiled, x, y)
+    optimizer.step(lambda: backward(compiled, x, y))
+
+
+STYLES: list[Step] = [two_calls, two_calls_on_the_inner_model, second_pass, frozen, reference_loop, closure, closure_after_a_backward]
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> Iterator[None]:
+    """PyTorch warns where a compiled model meets global hooks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Using `torch.compile")
+        yield
 
 
 def assert_right_and_compiled_once(model: nn.Module, backend: str, style: Step, steps: int = 4) -> None:
@@ -80,6 +109,7 @@ def assert_right_and_compiled_once(model: nn.Module, backend: str, style: Step, 
         style(model, compiled, optimizer, x, y)
     after = statistics(model)
     assert counter.frame_count == 1
+    enable_running_stats(model)
 
     model.load_state_dict(initial)
     for weights, x in passes:
@@ -117,3 +147,135 @@ def test_switching_momentum_would_have_been_noticed() -> None:
 def test_with_inductor() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 10))
     assert_right_and_compiled_once(model, "inductor", second_pass, steps=2)
+
+
+# ---- Where no hook is called: a compiled function around the model ------------------------------------------------------------------------------
+
+
+class Registry:
+    """Keeps a model where a closure does not lead to."""
+
+    model: nn.Module
+    function: Callable[[Tensor], Tensor]
+
+
+def run(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    loss = nn.functional.cross_entropy(function(x), y)
+    loss.backward()
+    return loss
+
+
+def first_passes_alone(model: nn.Module, function: Callable[[Tensor], Tensor], step: Callable[[Tensor, Tensor], None], data: list) -> bool:
+    """Train; then the first passes alone, with the same code: whether the statistics are the same."""
+    initial = copy.deepcopy(model.state_dict())
+    passes = []
+    for x, y in data:
+        passes.append(([p.detach().clone() for p in model.parameters()], x))
+        step(x, y)
+    after = statistics(model)
+    enable_running_stats(model)
+    model.load_state_dict(initial)
+    for weights, x in passes:
+        with torch.no_grad():
+            for p, w in zip(model.parameters(), weights, strict=True):
+                p.copy_(w)
+        function(x)
+    return same_bits(after, statistics(model))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("outside", [False, True], ids=["both-calls", "first-gradients-from-outside"])
+def test_a_compiled_function_that_the_closure_leads_to(outside: bool, compiler: str) -> None:
+    model = SmallNet()
+    counter = CompileCounterWithBackend(compiler)
+    function = torch.compile(lambda x: model(x) * 2, backend=counter)
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.1)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        if outside:
+            run(function, x, y)
+        optimizer.step(lambda: run(function, x, y))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert first_passes_alone(model, function, step, batches(3))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["model", "list"])
+def test_a_model_that_is_given(as_list: bool) -> None:
+    Registry.model = model = SmallNet()
+    Registry.function = staticmethod(torch.compile(lambda x: Registry.model(x), backend="eager"))
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.1)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        optimizer.step(lambda: run(Registry.function, x, y), model=[nn.ReLU(), model] if as_list else model)
+
+    assert first_passes_alone(model, Registry.function, step, batches(3))
+
+
+def test_a_model_that_cannot_be_found_is_asked_for_once() -> None:
+    Registry.model = model = SmallNet()
+    function = torch.compile(lambda x: Registry.model(x), backend="eager")
+    optimizer, loss = SAM(model.parameters(), lr=0.1, rho=0.1), nn.CrossEntropyLoss()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in batches(3):
+
+            def second(x: Tensor = x, y: Tensor = y) -> Tensor:
+                value = loss(function(x), y)
+                value.backward()
+                return value
+
+            optimizer.zero_grad()
+            optimizer.step(second)
+    (warning,) = [w for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert "model=model" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_a_compiled_loss_beside_a_model_is_no_reason_to_warn() -> None:
+    model = SmallNet()
+    loss = torch.compile(nn.functional.cross_entropy, backend="eager")
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for x, y in batches(2):
+            optimizer.zero_grad()
+            optimizer.step(lambda x=x, y=y: loss(model(x), y).backward())
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_disabled_for_good_around_a_compiled_function(compiler: str) -> None:
+    """No hook tells of its passes; gradients do."""
+    model = SmallNet()
+    function = torch.compile(lambda x: model(x) * 2, backend=compiler)
+    optimizer, before = SAM(model.parameters(), lr=0.1, rho=0.1), statistics(model)
+    disable_running_stats(model)
+    for x, y in batches(3):
+        run(function, x, y)
+        optimizer.first_step(zero_grad=True)
+        run(function, x, y)
+        optimizer.second_step(zero_grad=True)
+        assert same_bits(statistics(model), before)
+    enable_running_stats(model)
+
+
+def test_evaluation_and_loading_between_steps_compile_nothing_again_in_the_long_run() -> None:
+    model = SmallNet()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.1)
+    counts = []
+    for x, y in batches(4):
+        reference_loop(model, compiled, optimizer, x, y)
+        model.eval()
+        compiled(x)
+        model.train()
+        model.load_state_dict(model.state_dict())
+        counts.append(counter.frame_count)
+    assert counts[1:] == counts[:1] * 3
+    assert counts[0] == 2  # training and evaluation
+    enable_running_stats(model)

@@ -1,0 +1,195 @@
+"""The second call of a closure: its forward passes count in no running statistics, whatever modules it calls."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.nn.utils import stateless
+from torch.optim import Optimizer
+
+from .batchnorm import keep, save_layers
+from .module_hooks import ModuleHooks
+from .running_stats import ExtraBuffers, Models, as_models, check_extra_buffers, find_layers
+from .snapshot import BatchNormSnapshot
+
+LIMIT = 300
+"""Objects that are looked at to find what a closure refers to: a trainer may lead to everything there is. Hooks find
+the rest.
+"""
+
+_COMPILED = "_torchdynamo_orig_callable"
+_FUNCTIONAL_CALL: CodeType | None = getattr(getattr(stateless, "_functional_call", None), "__code__", None)
+
+_warned: WeakSet[Any] = WeakSet()
+
+
+@contextmanager
+def uncounted_forwards(
+    models: Models | None = None,
+    extra_buffers: ExtraBuffers = (),
+    closure: Callable[[], Any] | None = None,
+) -> Iterator[None]:
+    """Forward passes inside do not count in running statistics, whatever modules they are of and however the body ends.
+
+    Statistics are saved at the beginning for ``models`` and for modules that ``closure`` refers to, and for every other
+    module when it is called, with all that is in it. They are put back at the end.
+
+    Args:
+        models: what may run without that a module is called, as in a compiled function: a module, or a list or tuple of
+            modules.
+        extra_buffers: as in :func:`sam_fast.disable_running_stats`. Without ``models`` a pattern may fit nothing.
+        closure: what is called inside. If all it is seen to run is a compiled function in which no module is found, a
+            warning asks for ``models``.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: ``models`` are given, and a pattern in ``extra_buffers`` fits nothing in them.
+    """
+    given = [] if models is None else as_models(models, "step(closure, model=model)")
+    with ExitStack() as stack:
+        second = _Uncounted(check_extra_buffers(extra_buffers), stack)
+        if given:
+            second.save(given, every_pattern=True)
+        found, compiled = _refers_to(closure)
+        for module in found:
+            if module not in second.seen:
+                second.save([module])
+        _active.append(second)
+        _hooks.install()
+        stack.callback(_end, second)
+        yield
+        if compiled and models is None and not any(_has_tensors(module) for module in second.seen):
+            _warn(compiled)
+
+
+class _Uncounted:
+    """What was saved, and which modules were seen, since forward passes do not count."""
+
+    def __init__(self, extra_buffers: ExtraBuffers, stack: ExitStack) -> None:
+        self.seen: set[nn.Module] = set()
+        self._extra_buffers = extra_buffers
+        self._stack = stack
+
+    def save(self, roots: list[nn.Module], every_pattern: bool = False) -> None:
+        layers = find_layers(roots, self._extra_buffers, self.seen, every_pattern)
+        if layers.modules:
+            self._stack.callback(_put_back, roots, save_layers(roots, layers))
+
+    def save_in_place(self, module: nn.Module) -> None:
+        """What the module holds now may be the caller's own tensors: they too count once, but they must not stay in the
+        module.
+        """
+        inside: set[nn.Module] = set()
+        layers = find_layers([module], self._extra_buffers, inside, every_pattern=False)
+        self.seen |= inside
+        snapshot = BatchNormSnapshot._of_layers(layers)
+        snapshot.save()
+        self._stack.callback(snapshot._restore_in_place)
+
+
+def _before_forward(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    functional = sys._getframe(4).f_code is _FUNCTIONAL_CALL  # behind three functions of nn.Module
+    for second in _active:
+        if functional:
+            second.save_in_place(module)
+        elif module not in second.seen:
+            second.save([module])
+
+
+_hooks = ModuleHooks(_before_forward)
+_active: list[_Uncounted] = []
+
+
+def _end(second: _Uncounted) -> None:
+    _active.remove(second)
+    if not _active:
+        _hooks.remove()
+
+
+def _put_back(roots: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
+    snapshot.restore()
+    keep(roots, snapshot)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(tensor is not None for owned in (module._parameters, module._buffers) for tensor in owned.values())
+
+
+def _warn(compiled: Iterable[Any]) -> None:
+    for function in compiled:
+        original = getattr(function, _COMPILED)
+        key = getattr(original, "__code__", original)
+        if key not in _warned:
+            _warned.add(key)
+            name = getattr(original, "__qualname__", original)
+            warnings.warn(
+                f"step(closure) cannot see which modules the compiled function {name} runs: if they keep BatchNorm "
+                "statistics, those of its second pass count too. Pass step(closure, model=model), where model may be a "
+                "list of modules",
+                RuntimeWarning,
+                stacklevel=7,
+            )
+
+
+def _refers_to(closure: Any) -> tuple[list[nn.Module], list[Any]]:
+    """The modules and compiled functions that a closure leads to: through what it encloses, the globals it names, and
+    objects' attributes.
+    """
+    modules: list[nn.Module] = []
+    compiled: list[Any] = []
+    queue, known = [closure], {id(closure)}
+    for found in queue:  # which grows
+        if issubclass(type(found), nn.Module):
+            modules.append(found)
+            continue
+        if type(found) is FunctionType and _COMPILED in found.__dict__:
+            compiled.append(found)
+        for child in _children(found):
+            if id(child) not in known and len(known) < LIMIT and gc.is_tracked(child):
+                known.add(id(child))
+                queue.append(child)
+    return modules, compiled
+
+
+def _children(parent: Any) -> Iterable[Any]:
+    kind = type(parent)
+    if kind is FunctionType:
+        if _COMPILED in parent.__dict__:
+            return (parent.__dict__[_COMPILED],)
+        if _is_torchs(parent):
+            return ()
+        named = (parent.__globals__.get(name) for name in _names(parent.__code__))
+        return (*(parent.__closure__ or ()), parent.__defaults__, parent.__kwdefaults__, parent.__dict__, *named)
+    if kind in (list, tuple, set):
+        return islice(parent, LIMIT)
+    if kind is dict:
+        return islice(parent.values(), LIMIT)
+    if issubclass(kind, type | ModuleType | Optimizer) or _is_torchs(kind):
+        return ()
+    return gc.get_referents(parent)  # attributes, without running any code of theirs
+
+
+def _is_torchs(found: Any) -> bool:
+    """Whether it is a function or type of PyTorch's."""
+    return str(found.__module__).partition(".")[0] == "torch"
+
+
+def _names(code: CodeType) -> set[str]:
+    """What a function may look up in its globals, functions inside it included."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names

@@ -1,0 +1,69 @@
+"""Hooks before and after the forward pass of every module, for as long as they are needed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+# A compiled model warns that global hooks are called for it and for what it wraps. Ours expect that.
+_IGNORED = ("ignore", re.compile(r"Using `torch\.compile\(module\)` when there are global hooks"), UserWarning, None, 0)
+
+
+class ModuleHooks:
+    """A pair of global module hooks that can be put in and taken out again.
+
+    Where Dynamo compiles while they are in, its guards hold their keys: these stay the same, so that nothing is
+    compiled again and again. In what is compiled they are not called.
+
+    Args:
+        before: takes a module and its positional arguments, before its forward pass.
+        after: takes a module, its positional arguments and its output, also after a forward pass that raises; or None.
+    """
+
+    def __init__(
+        self,
+        before: Callable[[nn.Module, Any], None],
+        after: Callable[[nn.Module, Any, Any], None] | None = None,
+    ) -> None:
+        self._before = before
+        self._after = after
+        self._key = RemovableHandle(OrderedDict()).id
+        self._installed = False
+        self._silenced = False
+
+    def install(self) -> None:
+        """Does nothing if they are in."""
+        if self._installed:
+            return
+        # The warning concerns the hooks of others too. Not through warnings.filterwarnings, which forgets what has been
+        # shown once.
+        self._silenced = not torch_module._has_any_global_hook() or _IGNORED in warnings.filters
+        if self._silenced:
+            warnings.filters.insert(0, _IGNORED)  # type: ignore[attr-defined]
+        self._installed = True
+        torch_module._global_forward_pre_hooks[self._key] = self._before
+        if self._after is not None:
+            torch_module._global_forward_hooks[self._key] = self._after
+            torch_module._global_forward_hooks_always_called[self._key] = True
+
+    def remove(self) -> None:
+        """Does nothing if they are not in."""
+        if not self._installed:
+            return
+        self._installed = False
+        hooks = (
+            torch_module._global_forward_pre_hooks,
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_hooks_always_called,
+        )
+        for known in hooks:
+            known.pop(self._key, None)
+        if self._silenced and _IGNORED in warnings.filters:  # not if somebody has changed the filters since
+            warnings.filters.remove(_IGNORED)  # type: ignore[attr-defined]

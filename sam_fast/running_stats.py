@@ -1,0 +1,234 @@
+"""Running statistics: which tensors of a model they are.
+
+They are found by name among the buffers and frozen parameters of every module; a user can name more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+from weakref import ref
+
+from torch import Tensor, nn
+
+Models = nn.Module | Sequence[nn.Module]
+"""A module, or a list or tuple of modules."""
+
+ExtraBuffers = str | Iterable[str] | Callable[[str, Tensor], bool]
+"""Names what else is to be treated as running statistics, among all buffers and frozen parameters.
+
+Either one or more patterns (``*``, ``?`` and ``[...]`` are wildcards), which must fit a qualified name, as in
+``named_buffers()``, or what follows one of its dots: ``"weight_u"`` is every buffer of that name, ``"*.observer.*"``
+everything inside any module called ``observer``. Or a function that takes the qualified name and the tensor and returns
+True for those that are meant.
+"""
+
+
+CheckedBuffers = tuple[str, ...] | Callable[[str, Tensor], bool]
+
+COUNTER = "num_batches_tracked"
+
+
+def _is_statistic(name: str) -> bool:
+    name = name.rpartition("/")[2]  # Keras' parameters are called by their paths
+    return name.startswith(("running_", "moving_")) or name == COUNTER
+
+
+class _Names(dict[str, bool]):
+    """For each name whether it is a statistic's, asked for once: models are walked in every step."""
+
+    def __missing__(self, name: str) -> bool:
+        self[name] = found = _is_statistic(name)
+        return found
+
+
+STATISTIC = _Names()
+"""Whether a buffer or frozen parameter of that name is a running statistic."""
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    for name in module._buffers.keys():  # noqa: SIM118 - a scripted module's is no dict and cannot be iterated
+        if STATISTIC[name]:
+            return True
+    for name in module._parameters.keys():  # noqa: SIM110, SIM118
+        if STATISTIC[name]:
+            return True
+    return False
+
+
+def as_models(models: Any, argument: str) -> list[nn.Module]:
+    """``models`` as a list.
+
+    Raises:
+        TypeError: it is neither a module nor a list or tuple of modules.
+    """
+    if isinstance(models, nn.Module):
+        return [models]
+    wanted = f"{argument} must be a torch.nn.Module, or a list or tuple of them"
+    if not isinstance(models, list | tuple):
+        raise TypeError(f"{wanted}, got an object of type {type(models).__name__}")
+    for model in models:
+        if not isinstance(model, nn.Module):
+            inside = type(model).__name__
+            raise TypeError(f"{wanted}, got a {type(models).__name__} that holds an object of type {inside}")
+    return list(models)
+
+
+def check_extra_buffers(extra_buffers: Any) -> CheckedBuffers:
+    """``extra_buffers`` as a tuple of patterns, or the function that it is.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(extra_buffers, str):
+        return (extra_buffers,)
+    if isinstance(extra_buffers, Iterable):
+        patterns = tuple(extra_buffers)
+        if all(isinstance(pattern, str) for pattern in patterns):
+            return patterns
+    elif callable(extra_buffers):
+        return extra_buffers  # type: ignore[no-any-return]
+    raise TypeError(
+        "extra_buffers must be names or patterns of buffers, such as ('weight_u', '*.observer.*'), or a function "
+        f"(name, tensor) -> bool, got {extra_buffers!r}"
+    )
+
+
+def check_models(models: Any, extra_buffers: Any, argument: str) -> tuple[list[nn.Module], CheckedBuffers]:
+    """Both, checked, before anything is changed.
+
+    Raises:
+        TypeError: one of them is of the wrong type.
+        ValueError: a pattern in ``extra_buffers`` fits nothing in ``models``.
+    """
+    found, extra = as_models(models, argument), check_extra_buffers(extra_buffers)
+    if extra:
+        find_layers(found, extra)
+    return found, extra
+
+
+class Layers(NamedTuple):
+    """Modules that keep running statistics, and for some of them the names of further buffers that the user has
+    named.
+    """
+
+    modules: list[nn.Module]
+    extra: dict[nn.Module, frozenset[str]]
+
+
+def find_layers(
+    models: Iterable[nn.Module],
+    extra_buffers: ExtraBuffers = (),
+    seen: set[nn.Module] | None = None,
+    every_pattern: bool = True,
+) -> Layers:
+    """The modules that keep statistics: every BatchNorm, SyncBatchNorm, InstanceNorm with tracking, custom ones, Keras'
+    on torch.
+
+    Args:
+        models: where to look.
+        extra_buffers: see :data:`ExtraBuffers`.
+        seen: modules that are left out with all that is in them; those that were looked at are added.
+        every_pattern: every pattern must fit something.
+
+    Raises:
+        TypeError: ``extra_buffers`` is of the wrong type.
+        ValueError: a pattern in it fits nothing.
+    """
+    roots = list(models)
+    wanted = check_extra_buffers(extra_buffers)
+    extra = _find_extra(roots, wanted, every_pattern) if wanted else {}
+    seen = set() if seen is None else seen
+    found, stack = [], roots[::-1]
+    while stack:
+        module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if _keeps_statistics(module) or module in extra:
+            found.append(module)
+        if children := module._modules:
+            stack.extend(child for child in children.values() if child is not None)
+    return Layers(found, extra)
+
+
+def _find_extra(
+    models: list[nn.Module], wanted: tuple[str, ...] | Callable[[str, Tensor], bool], every_pattern: bool
+) -> dict[nn.Module, frozenset[str]]:
+    found: dict[nn.Module, frozenset[str]] = {}
+    fitting: set[str] = set()
+    for model in models:
+        for path, module in model.named_modules():
+            names = set()
+            for name, tensor in _named_tensors(module):
+                qualified = f"{path}.{name}" if path else name
+                if isinstance(wanted, tuple):
+                    fit = [pattern for pattern in wanted if fnmatchcase(f".{qualified}", f"*.{pattern}")]
+                    fitting.update(fit)
+                    chosen = bool(fit)
+                else:
+                    chosen = bool(wanted(qualified, tensor))
+                if chosen:
+                    names.add(name)
+            if names:
+                found[module] = found.get(module, frozenset()) | names
+    if isinstance(wanted, tuple) and every_pattern:
+        idle = [pattern for pattern in wanted if pattern not in fitting]
+        if idle:
+            listed = ", ".join(map(repr, idle))
+            raise ValueError(f"extra_buffers: nothing fits {listed}; model.named_buffers() lists the names")
+    return found
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for owned in (buffers_of(module), FrozenParameters(module)):
+        for name in owned:
+            tensor = owned.get(name)
+            if tensor is not None:
+                yield name, tensor
+
+
+# ---- The statistics of one module, by name ---------------------------------------------------------------------------
+
+
+class _ScriptedBuffers:
+    """A scripted module's buffers, with the part of a dict's interface that is used here."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+
+    def __iter__(self) -> Iterator[str]:
+        module = self._module()
+        return iter([] if module is None else list(module._buffers.keys()))
+
+    def get(self, name: str) -> Tensor | None:
+        return getattr(self._module(), name, None)
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        setattr(self._module(), name, value)
+
+
+class FrozenParameters:
+    """The parameters of a module that need no gradient, with the same interface. Keras on torch keeps statistics as
+    such.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+
+    def __iter__(self) -> Iterator[str]:
+        module = self._module()
+        return iter([] if module is None else list(module._parameters.keys()))
+
+    def get(self, name: str) -> Tensor | None:
+        parameter: Tensor | None = getattr(self._module(), name, None)
+        return None if parameter is None or parameter.requires_grad else parameter
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        setattr(self._module(), name, parameter)
+
+
+def buffers_of(module: nn.Module) -> Any:
+    return module._buffers if isinstance(module._buffers, dict) else _ScriptedBuffers(module)

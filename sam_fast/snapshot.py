@@ -1,0 +1,216 @@
+"""A copy of running statistics that can be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import is_
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
+
+from .backends import Backend, choose
+from .bucket import Bucket
+from .running_stats import (
+    COUNTER,
+    STATISTIC,
+    ExtraBuffers,
+    FrozenParameters,
+    Layers,
+    Models,
+    as_models,
+    buffers_of,
+    find_layers,
+)
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether it stands for another one inside a torch.func transform, and has no memory of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+class BatchNormSnapshot:
+    """A copy of all running statistics of ``model``, taken and put back in one fused call per device and dtype.
+
+    Covered are the buffers and frozen parameters named ``running_*``, ``moving_*`` and ``num_batches_tracked`` (also as
+    the last part of a path, ``norm/moving_mean``) of every module that ``model`` has when the snapshot is made, and
+    those that ``extra_buffers`` names. Modules without statistics, in evaluation mode or lazy and not yet run are left
+    as they are.
+
+    Args:
+        model: any module, or a list or tuple of modules. None is kept alive.
+        extra_buffers: what else to copy; see :data:`sam_fast.running_stats.ExtraBuffers`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a pattern in ``extra_buffers`` fits nothing.
+    """
+
+    def __init__(self, model: Models, extra_buffers: ExtraBuffers = ()) -> None:
+        self._use(find_layers(as_models(model, "BatchNormSnapshot(model)"), extra_buffers))
+
+    @classmethod
+    def _of_layers(cls, layers: Layers) -> BatchNormSnapshot:
+        snapshot = cls.__new__(cls)
+        snapshot._use(layers)
+        return snapshot
+
+    def _use(self, layers: Layers) -> None:
+        # Weak: a layer may have a hook that leads to its model, and snapshots are kept for reuse.
+        self._layers = [ref(layer) for layer in layers.modules]
+        self._extra = [layers.extra.get(layer, frozenset()) for layer in layers.modules]
+        self._owned: list[Any] = []
+        self._layer_of: list[int] = []  # for each of them the index of its layer
+        for index, layer in enumerate(layers.modules):
+            owned = [buffers_of(layer)]
+            parameters = layer._parameters.keys()  # a scripted module's dict cannot be iterated itself
+            if any(STATISTIC[name] or name in self._extra[index] for name in parameters):
+                owned.append(FrozenParameters(layer))
+            self._owned += owned
+            self._layer_of += [index] * len(owned)
+        self._names: list[tuple[str, ...]] = []
+        self._places: list[tuple[Any, str]] = []
+        self._place_layers: list[int] = []
+        self._tensors: list[Tensor | None] = []
+        self._versioned: list[Tensor] = []
+        self._versions: list[int] = []
+        self._buckets: list[Bucket] = []
+        self._saved = False
+
+    def _covers(self, layers: Layers) -> bool:
+        """True if these are the snapshot's layers."""
+        if len(layers.modules) != len(self._layers):
+            return False
+        named = bool(layers.extra) or any(self._extra)
+        if named and [layers.extra.get(layer, frozenset()) for layer in layers.modules] != self._extra:
+            return False
+        return all(known() is layer for known, layer in zip(self._layers, layers.modules, strict=True))
+
+    def save(self) -> None:
+        """Copy the statistics. A second ``save`` replaces the first."""
+        if not (self._is_unchanged() and all(bucket.backend.save(bucket) for bucket in self._buckets)):
+            self._build()
+            for bucket in self._buckets:
+                bucket.backend.save(bucket)
+        self._note_versions()
+        self._saved = True
+
+    def restore(self) -> None:
+        """Put the statistics back, bit for bit. May be called any number of times after one ``save``.
+
+        Raises:
+            RuntimeError: nothing was saved.
+        """
+        if not self._saved:
+            raise RuntimeError("BatchNormSnapshot.restore() needs save() before it")
+        self._restore_in_place()
+        if not all(map(is_, self._look_up(), self._tensors)):
+            self._put_back(range(len(self._layers)), replaced_only=True)
+
+    def _restore_in_place(self) -> None:
+        """Put the values back into the tensors that were saved, whoever has them now."""
+        for bucket in self._buckets:
+            try:
+                bucket.backend.restore(bucket, release=False)
+            except RuntimeError:
+                if not _reshape(bucket):
+                    raise
+            if bucket.empty_rows:  # the kernels pass them over
+                _reshape(bucket)
+        # Autograd may have saved a statistic that a layer changed in place: it must notice that the value is gone.
+        # PyTorch's own layers change theirs without a new version, since their backward does not need them.
+        versions = [t._version for t in self._versioned]
+        if versions != self._versions:
+            compared = zip(self._versioned, self._versions, versions, strict=True)
+            increment_version([t for t, old, new in compared if old != new])
+            self._note_versions()
+
+    def _restore_layers(self, layers: Iterable[nn.Module]) -> None:
+        """Restore some of the layers only."""
+        chosen = set(layers)
+        self._put_back([index for index, layer in enumerate(self._layers) if layer() in chosen], replaced_only=False)
+        self._note_versions()
+
+    def _note_versions(self) -> None:
+        self._versions = [t._version for t in self._versioned]
+
+    def _has_changed(self, counters: bool = True) -> bool:
+        """Whether a statistic is another tensor or has another version than after the last save or restore.
+
+        PyTorch's BatchNorm gives a new version to nothing but its counter when it runs; other layers, and compiled
+        ones, to all that they change. ``counters=False`` leaves counters out.
+        """
+        if not self._is_unchanged():
+            return True
+        changed = [t for t, old in zip(self._versioned, self._versions, strict=True) if t._version != old]
+        if counters or not changed:
+            return bool(changed)
+        named = zip(self._places, self._tensors, strict=True)
+        left_out = {id(tensor) for (_, name), tensor in named if name == COUNTER}
+        return any(id(tensor) not in left_out for tensor in changed)
+
+    def _look_up(self) -> list[Tensor | None]:
+        return [owned.get(name) for owned, name in self._places]
+
+    def _is_unchanged(self) -> bool:
+        """True if the layers have the same statistics, by name and object, as when the buckets were built."""
+        return self._names == [tuple(owned) for owned in self._owned] and all(map(is_, self._look_up(), self._tensors))
+
+    def _build(self) -> None:
+        self._names = [tuple(owned) for owned in self._owned]
+        self._places, self._place_layers = [], []
+        for index, owned, names in zip(self._layer_of, self._owned, self._names, strict=True):
+            places = [(owned, name) for name in names if STATISTIC[name] or name in self._extra[index]]
+            self._places += places
+            self._place_layers += [index] * len(places)
+        # A lazy buffer becomes a real one without becoming another object: remembered as None, it is looked at again
+        # next time.
+        self._tensors = [None if t is None or is_lazy(t) or _is_transformed(t) else t for t in self._look_up()]
+        members: dict[tuple[torch.device, torch.dtype, Backend], list[Tensor]] = {}
+        seen: set[int] = set()
+        for tensor in self._tensors:
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                members.setdefault((tensor.device, tensor.dtype, choose(tensor, arithmetic=False)), []).append(tensor)
+        self._versioned = [row for rows in members.values() for row in rows if not row.is_inference()]
+        self._buckets = [Bucket(rows, [0] * len(rows), backend) for (_, _, backend), rows in members.items()]
+
+    def _put_back(self, chosen: Iterable[int], replaced_only: bool) -> None:
+        """Put statistics back one by one: where a layer now has another tensor under the name, and for some layers
+        only.
+
+        A layer that assigns new tensors gets its old one back: the new one may be needed by its backward. A layer that
+        was moved to another device or dtype gets a new one there with the old values.
+        """
+        backups: dict[int, Tensor] = {}
+        for bucket in self._buckets:
+            backups.update(zip(map(id, bucket.rows), bucket.flat_rows, strict=True))
+        chosen = set(chosen)
+        for (owned, name), index, old in zip(self._places, self._place_layers, self._tensors, strict=True):
+            new = owned.get(name)
+            if old is None or new is None or index not in chosen or (replaced_only and new is old):
+                continue
+            if (new.device, new.dtype) == (old.device, old.dtype):
+                _copy_back(old, backups[id(old)])
+                owned[name] = old
+            else:
+                owned[name] = backups[id(old)].to(new.device, new.dtype, copy=True)
+
+
+def _copy_back(row: Tensor, backup: Tensor) -> None:
+    if row.shape != backup.shape:
+        with torch.no_grad():
+            row.resize_(backup.shape)
+    row.data.copy_(backup)
+
+
+def _reshape(bucket: Bucket) -> bool:
+    """Give rows that were resized in place, as observers do, their old shapes and values. False if there are none."""
+    saved = zip(bucket.rows, bucket.flat_rows, strict=True)
+    resized = [(row, backup) for row, backup in saved if row.shape != backup.shape]
+    for row, backup in resized:
+        _copy_back(row, backup)
+    return bool(resized)

@@ -1,0 +1,541 @@
+"""Statistics that were disabled and not enabled again: right whenever a step of SAM has ended, and nobody's later work
+is undone.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import SmallNet, batches, normal, same_bits
+from norms import KINDS, Kind, MovingNorm, ReassigningNorm, Recorder, forward_only, statistics, unchanged
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules import module as torch_module
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from sam_fast import SAM, disable_running_stats, enable_running_stats, frozen_running_stats
+
+
+@pytest.fixture(autouse=True)
+def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_hook_is_left() -> Any:
+    """Once a model is gone or enabled there is no global hook."""
+    yield
+    gc.collect()
+    assert not torch_module._has_any_global_hook()
+
+
+class MixedNet(nn.Module):
+    """A native layer, one that updates in place, one that makes new tensors, a cumulative average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.InstanceNorm2d(4, track_running_stats=True))
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(144, 9),
+            MovingNorm(9),
+            nn.ReLU(),
+            ReassigningNorm(9),
+            nn.BatchNorm1d(9),
+            nn.Linear(9, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+every_net = pytest.mark.parametrize("make", [SmallNet, MixedNet])
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    cross_entropy(model(x), y).backward()
+
+
+def reference_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor, end: str = "second_step") -> None:
+    enable_running_stats(model)
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    disable_running_stats(model)
+    backward(model, x, y)
+    if end == "second_step":
+        optimizer.second_step(zero_grad=True)
+    elif end == "step":
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        optimizer.restore()
+        optimizer.zero_grad()
+
+
+def trained(make: Callable[[], nn.Module], end: str = "second_step", steps: int = 3) -> tuple[nn.Module, SAM, list[Tensor]]:
+    """A model after some steps of the reference's loop, and the statistics that it must have."""
+    model = make()
+    optimizer, recorder = SAM(model.parameters(), lr=0.1, rho=0.1), Recorder(model)
+    for x, y in batches(steps):
+        recorder.first_pass(x)
+        reference_step(model, optimizer, x, y, end)
+    return model, optimizer, recorder.replay()
+
+
+# ---- Right when a step has ended -------------------------------------------------------------------------------------
+
+
+@every_net
+@pytest.mark.parametrize("end", ["second_step", "step", "restore"])
+def test_the_model_holds_the_first_passes_when_a_step_has_ended(make: Callable[[], nn.Module], end: str) -> None:
+    model, _, expected = trained(make, end)
+    assert unchanged(model, expected)
+
+
+@every_net
+def test_all_copies_see_the_first_passes(make: Callable[[], nn.Module]) -> None:
+    """A state dict, a deep copy, a pickle, an average of buffers, evaluation: all made after second_step, before
+    enable.
+    """
+    model, _, expected = trained(make)
+    saved = make()
+    saved.load_state_dict(copy.deepcopy(model.state_dict()))
+    average = AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    for seen in (saved, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert unchanged(seen, expected)
+    assert all(torch.equal(a, b) for a, b in zip(average.module.buffers(), expected, strict=True))
+    twin = make().eval()
+    twin.load_state_dict(model.state_dict())
+    (x, _), *_ = batches(1, seed=5)
+    assert same_bits([model.eval()(x)], [twin(x)])
+    assert unchanged(model, expected)
+
+
+def test_hooks_on_the_base_optimizers_step_see_the_first_passes() -> None:
+    model = SmallNet()
+    optimizer, recorder, seen = SAM(model.parameters(), lr=0.1), Recorder(model), []
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: seen.append(statistics(model)))
+    (x, y), *_ = batches(1)
+    recorder.first_pass(x)
+    reference_step(model, optimizer, x, y)
+    assert same_bits(seen[0], recorder.replay())
+
+
+def test_a_step_with_a_closure_puts_back_what_is_disabled() -> None:
+    """Disabled for good: momentum 0 in the reference. Neither pass counts."""
+    model = SmallNet()
+    optimizer, before = SAM(model.parameters(), lr=0.1), statistics(model)
+    disable_running_stats(model)
+    for x, y in batches(2):
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert unchanged(model, before)
+
+
+def test_a_gradient_scaler_that_skips_the_step() -> None:
+    model = SmallNet()
+    optimizer, recorder = SAM(model.parameters(), lr=0.1), Recorder(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    (x, y), *_ = batches(1)
+    recorder.first_pass(x)
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    disable_running_stats(model)
+    scaler.scale(cross_entropy(model(x), y) * float("inf")).backward()
+    scaler.step(optimizer)
+    assert not optimizer.perturbed
+    assert unchanged(model, recorder.replay())
+
+
+# ---- Disabled for good -----------------------------------------------------------------------------------------------
+
+
+def plain_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    backward(model, x, y)
+    optimizer.first_step(zero_grad=True)
+    backward(model, x, y)
+    optimizer.second_step(zero_grad=True)
+
+
+@every_net
+def test_enable_is_never_called(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    optimizer, before = SAM(model.parameters(), lr=0.1), statistics(model)
+    disable_running_stats(model)
+    for x, y in batches(3):
+        plain_step(model, optimizer, x, y)
+        assert unchanged(model, before)
+    x, _ = batches(1)[0]
+    expected = forward_only(model, x)
+    enable_running_stats(model)
+    assert unchanged(model, before)
+    model(x)
+    assert unchanged(model, expected)
+
+
+@every_net
+def test_disable_in_every_step_and_enable_only_at_the_end(make: Callable[[], nn.Module]) -> None:
+    """Only the very first pass counts: in the reference momentum is 0 from the first call on."""
+    model = make()
+    optimizer, recorder = SAM(model.parameters(), lr=0.1), Recorder(model)
+    for index, (x, y) in enumerate(batches(3)):
+        if index == 0:
+            recorder.first_pass(x)
+        backward(model, x, y)
+        optimizer.first_step(zero_grad=True)
+        disable_running_stats(model)
+        backward(model, x, y)
+        disable_running_stats(model)
+        optimizer.second_step(zero_grad=True)
+        assert unchanged(model, recorder.replay())
+    enable_running_stats(model)
+    assert unchanged(model, recorder.replay())
+
+
+@pytest.mark.parametrize("when", ["before-the-first-pass", "before-first-step"])
+def test_disabled_before_first_step(when: str) -> None:
+    model = SmallNet()
+    optimizer, recorder = SAM(model.parameters(), lr=0.1), Recorder(model)
+    (x, y), *_ = batches(1)
+    if when == "before-the-first-pass":
+        disable_running_stats(model)
+    else:
+        recorder.first_pass(x)
+    backward(model, x, y)
+    disable_running_stats(model)
+    optimizer.first_step(zero_grad=True)
+    backward(model, x, y)
+    optimizer.second_step(zero_grad=True)
+    assert unchanged(model, recorder.replay())
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_passes_between_the_end_of_a_step_and_enable_do_not_count(kind: Kind, grad: bool) -> None:
+    model = nn.Sequential(kind.make())
+    model(kind.batch(1))
+    optimizer = SAM([nn.Parameter(torch.ones(1))], lr=0.1)
+    disable_running_stats(model)
+    before = statistics(model)
+    optimizer.restore()
+    for seed in (2, 3):
+        with torch.set_grad_enabled(grad):
+            model(kind.batch(seed))
+        if not grad:
+            assert unchanged(model, before)
+    enable_running_stats(model)
+    assert unchanged(model, before)
+
+
+def test_a_pass_without_gradients_that_raises_does_not_count_either() -> None:
+    model, optimizer, expected = trained(SmallNet)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model(torch.randn(4, 1, 4, 4))  # too small for the head, behind both norms
+    assert unchanged(model, expected)
+    x, y = batches(1)[0]
+    reference_step(model, optimizer, x, y)
+    enable_running_stats(model)
+
+
+def test_part_of_what_was_disabled_is_enabled_after_the_step() -> None:
+    model, _, expected = trained(SmallNet)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    enable_running_stats(norms[0])
+    x, _ = batches(1, seed=3)[0]
+    twin = copy.deepcopy(model)
+    twin(x)
+    model(x)
+    with torch.no_grad():
+        model(x)
+        twin(x)
+    enable_running_stats(model)
+    assert unchanged(norms[0], statistics(next(m for m in twin.modules() if isinstance(m, nn.BatchNorm2d))))
+    assert unchanged(norms[1], expected[3:])
+
+
+# ---- What somebody does between two steps stands ---------------------------------------------------------------------
+
+
+def load(model: nn.Module) -> None:
+    torch.manual_seed(7)
+    state = {k: torch.randn_like(v).abs() if v.is_floating_point() else v + 40 for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def load_assigned(model: nn.Module) -> None:
+    model.load_state_dict({k: v.clone() + 1 for k, v in model.state_dict().items()}, assign=True)
+
+
+def reset(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "reset_running_stats"):
+            module.reset_running_stats()
+
+
+def copy_in(model: nn.Module) -> None:
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.copy_(torch.full_like(buffer, 3))
+
+
+def copy_in_data(model: nn.Module) -> None:
+    """No version counter moves."""
+    for buffer in model.buffers():
+        buffer.data.copy_(torch.full_like(buffer, 5))
+
+
+def replace(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.full_like(buffer, 2)
+
+
+def reestimate(model: nn.Module) -> None:
+    update_bn([x for x, _ in batches(3, seed=11)], model)
+
+
+def to_double_and_back(model: nn.Module) -> None:
+    copy_in(model)
+    model.double()
+    model.float()
+
+
+CHANGES = [load, load_assigned, reset, copy_in, copy_in_data, replace, reestimate, to_double_and_back]
+every_change = pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+
+
+@every_net
+@every_change
+def test_what_somebody_changes_stands(make: Callable[[], nn.Module], change: Callable[[nn.Module], None]) -> None:
+    model, optimizer, expected = trained(make)
+    (x, y), *_ = batches(1, seed=3)
+    model.eval()
+    model(x)
+    model.train()
+    change(model)
+    changed = statistics(model)
+    assert not unchanged(model, expected)
+    enable_running_stats(model)
+    assert unchanged(model, changed)
+    expected = forward_only(model, x)
+    reference_step(model, optimizer, x, y)
+    enable_running_stats(model)
+    assert unchanged(model, expected)
+
+
+@every_net
+@every_change
+def test_what_somebody_changes_stands_where_enable_is_never_called(make: Callable[[], nn.Module], change: Callable[[nn.Module], None]) -> None:
+    model = make()
+    optimizer = SAM(model.parameters(), lr=0.01)
+    disable_running_stats(model)
+    for x, y in batches(2):
+        plain_step(model, optimizer, x, y)
+    change(model)
+    changed = statistics(model)
+    for x, y in batches(2, seed=4):
+        plain_step(model, optimizer, x, y)
+        assert unchanged(model, changed)
+
+
+@every_net
+@every_change
+def test_what_somebody_changes_after_disable_and_before_the_first_step_stands(
+    make: Callable[[], nn.Module], change: Callable[[nn.Module], None]
+) -> None:
+    """Freeze the statistics, then load a checkpoint, then train."""
+    model = make()
+    model(batches(1)[0][0])
+    optimizer = SAM(model.parameters(), lr=0.01)
+    disable_running_stats(model)
+    change(model)
+    changed = statistics(model)
+    for x, y in batches(2, seed=4):
+        plain_step(model, optimizer, x, y)
+        assert unchanged(model, changed)
+    enable_running_stats(model)
+    assert unchanged(model, changed)
+
+
+@pytest.mark.parametrize("change", [load, reset, copy_in, replace], ids=lambda change: change.__name__)
+def test_what_somebody_changes_between_disable_and_enable_stands(change: Callable[[nn.Module], None]) -> None:
+    model = MixedNet()
+    model(batches(1)[0][0])
+    disable_running_stats(model)
+    change(model)
+    changed = statistics(model)
+    enable_running_stats(model)
+    assert unchanged(model, changed)
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["module", "function"])
+@pytest.mark.parametrize("order", ["enable-then-step", "step-then-enable", "no-step"])
+def test_layers_whose_module_is_not_called(seen: bool, order: str) -> None:
+    """A functional second pass: no hook tells of it."""
+    norm, weight = nn.BatchNorm1d(3), nn.Parameter(torch.ones(3))
+    optimizer = SAM([weight, *norm.parameters()], lr=0.1)
+
+    def run(seed: int) -> None:
+        x = normal((8, 3), torch.Generator().manual_seed(seed)) * weight
+        statistics_and_weights = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        out = norm(x) if seen else nn.functional.batch_norm(x, *statistics_and_weights, training=True)
+        out.square().sum().backward()
+
+    for seed in range(3):
+        run(seed)
+        first = statistics(norm)
+        if order == "no-step":
+            disable_running_stats(norm)
+            run(seed + 10)
+            enable_running_stats(norm)
+        else:
+            optimizer.first_step(zero_grad=True)
+            disable_running_stats(norm)
+            run(seed + 10)
+            if order == "enable-then-step":
+                enable_running_stats(norm)
+            optimizer.second_step(zero_grad=True)
+            assert unchanged(norm, first)
+            enable_running_stats(norm)
+        assert unchanged(norm, first)
+
+
+def test_estimating_anew_is_what_it_is_for_a_model_that_was_never_disabled() -> None:
+    model, _, _ = trained(MixedNet)
+    twin = copy.deepcopy(model)
+    reestimate(model)
+    reestimate(twin)
+    enable_running_stats(model)
+    assert unchanged(model, statistics(twin))
+
+
+# ---- Several models and optimizers -----------------------------------------------------------------------------------
+
+
+def test_the_end_of_one_optimizers_step_leaves_another_models_step_right() -> None:
+    """A whole step of A, at any moment of B's."""
+    for moment in range(5):
+        a, b = SmallNet(), MixedNet()
+        of_a, of_b = SAM(a.parameters(), lr=0.1), SAM(b.parameters(), lr=0.1)
+        record_a, record_b = Recorder(a), Recorder(b)
+        for step, ((x, y), (z, _)) in enumerate(zip(batches(3), batches(3, seed=9), strict=True)):
+
+            def step_a(now: int, x: Tensor = z, y: Tensor = y) -> None:
+                if now == moment:  # noqa: B023
+                    record_a.first_pass(x)  # noqa: B023
+                    reference_step(a, of_a, x, y)  # noqa: B023
+
+            step_a(0)
+            enable_running_stats(b)
+            record_b.first_pass(x)
+            backward(b, x, y)
+            step_a(1)
+            of_b.first_step(zero_grad=True)
+            step_a(2)
+            disable_running_stats(b)
+            step_a(3)
+            backward(b, x, y)
+            step_a(4)
+            of_b.second_step(zero_grad=True)
+            assert unchanged(b, record_b.replay()), (moment, step)
+            assert unchanged(a, record_a.replay()), (moment, step)
+
+
+def test_what_is_loaded_into_one_model_stands_when_the_others_step_ends() -> None:
+    a, of_a, _ = trained(SmallNet)
+    b, _, _ = trained(SmallNet)
+    load(b)
+    changed = statistics(b)
+    x, y = batches(1, seed=3)[0]
+    reference_step(a, of_a, x, y)
+    assert unchanged(b, changed)
+    enable_running_stats(b)
+    assert unchanged(b, changed)
+    enable_running_stats(a)
+
+
+def test_frozen_layers_that_are_loaded_stand_although_their_weights_are_trained() -> None:
+    """Evaluation mode: nothing runs that has to be put back, whatever gradients there are."""
+    model, optimizer, _ = trained(SmallNet)
+    load(model)
+    changed = statistics(model)
+    model.eval()
+    x, y = batches(1)[0]
+    plain_step(model, optimizer, x, y)
+    assert unchanged(model, changed)
+
+
+# ---- Exceptions, freed models, no lasting hooks ----------------------------------------------------------------------
+
+
+def test_an_exception_between_the_calls() -> None:
+    model, optimizer, _ = trained(SmallNet)
+    twin = SmallNet()
+    twin.load_state_dict(model.state_dict())
+    x, y = batches(1, seed=3)[0]
+    enable_running_stats(model)
+    backward(model, x, y)
+    twin(x)
+    optimizer.first_step(zero_grad=True)
+    disable_running_stats(model)
+    with pytest.raises(RuntimeError):
+        backward(model, x[:, :, :4, :4], y)
+    optimizer.restore()
+    assert unchanged(model, statistics(twin))
+    load(model)
+    changed = statistics(model)
+    enable_running_stats(model)
+    assert unchanged(model, changed)
+
+
+def test_a_model_that_is_freed_while_disabled_takes_everything_along() -> None:
+    model, optimizer, _ = trained(SmallNet)
+    other, of_other, _ = trained(SmallNet)
+    assert torch_module._has_any_global_hook()
+    enable_running_stats(other)
+    del model, optimizer
+    gc.collect()
+    assert not torch_module._has_any_global_hook()
+    x, y = batches(1)[0]
+    reference_step(other, of_other, x, y)
+    enable_running_stats(other)
+    assert not torch_module._has_any_global_hook()
+
+
+def test_there_is_no_hook_but_between_the_end_of_a_step_and_the_next_pass() -> None:
+    model = SmallNet()
+    optimizer = SAM(model.parameters(), lr=0.1)
+    seen = []
+    model.features[0].register_forward_pre_hook(lambda *_: seen.append(bool(torch_module._has_any_global_hook())))
+    disable_running_stats(model)
+    for x, y in batches(3):
+        plain_step(model, optimizer, x, y)
+        assert torch_module._has_any_global_hook()
+    assert seen == [False] * 6
+    enable_running_stats(model)
+    assert not torch_module._has_any_global_hook()
+
+
+def test_frozen_blocks_inside() -> None:
+    model, _, expected = trained(MixedNet)
+    x, y = batches(1, seed=3)[0]
+    with frozen_running_stats(model):
+        backward(model, x, y)
+    assert unchanged(model, expected)
+    enable_running_stats(model)
+    assert unchanged(model, expected)
