@@ -370,7 +370,10 @@ class SAM(Optimizer):
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
         self._forget_first_pass()
         if self._perturbation.active:
+            sharding = self._perturbation.sharding
             self._perturbation.restore()
+            if sharding is not None:
+                give_up_pass(part.param for part in sharding.parts.values())
 
     def _forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step, replayed or not."""
@@ -446,8 +449,6 @@ class SAM(Optimizer):
                         yield
         except BaseException:
             self.restore()
-            if self._perturbation.sharding is not None:
-                give_up_pass(model)
             raise
 
     def _devices(self) -> set[torch.device]:
