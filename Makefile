@@ -8,12 +8,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# What an environment has instead of the versions in constraints.txt: make test VENV=.venv-old PINS="torch==2.12.0"
+PINS ?=
 BIN = $(VENV)/bin
-PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
+PIP_INSTALL = -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test nightly test-main test-cuda test-triton gpu-check demo bench bench-again bench-report lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -21,6 +23,7 @@ all: test
 # are built for one architecture here; tests/test_cuda_compile.py compiles them for all.
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
+	{ printf '%s\n' $(PINS); grep -v $(foreach pin,- $(PINS),-e '^$(firstword $(subst ==, ,$(pin)))==') constraints.txt; } > $(VENV)/constraints.txt
 	$(BIN)/python $(PIP_INSTALL) --quiet torch
 	SAM_FAST_WERROR=$${SAM_FAST_WERROR-1} CMAKE_CUDA_ARCHITECTURES=$${CMAKE_CUDA_ARCHITECTURES-90} $(BIN)/python $(PIP_INSTALL) -v -e '.[test,bench,demo]' > $(VENV)/install.log 2>&1 \
 		|| { cat $(VENV)/install.log; exit 1; }
@@ -41,6 +44,21 @@ test: $(VENV)/installed
 # What takes minutes and seldom breaks: mistakes planted in the CUDA kernels, builds without a compiler, longer demos.
 nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
+	$(MAKE) --no-print-directory -k test-oldest test-next-oldest
+
+# With the oldest PyTorch that pyproject.toml allows, and with the next: all tests but those of the emulated CUDA kernels,
+# which know nothing of PyTorch. pip takes the builds that its indexes offer. PyPI's are for CUDA: 3 GB to download, 7 GB on
+# disk, and only their CPU half is used. Where an index has CPU builds (PIP_EXTRA_INDEX_URL) pip prefers those. Triton 3.6
+# is the one of both; its interpreter does not work with numpy 2.4. PyTorch 2.11 wants setuptools before 82.
+test-oldest: TORCH = 2.10.0
+test-next-oldest: TORCH = 2.11.0
+OTHER = $(MAKE) --no-print-directory -k VENV=.venv-torch-$(TORCH) PINS="torch==$(TORCH) triton==3.6.0 numpy==2.3.5 setuptools==81.0.0"
+test-oldest test-next-oldest:
+	$(OTHER) test-main test-triton; status=$$?; $(OTHER) versions && exit $$status
+
+versions: $(VENV)/installed
+	@$(BIN)/python --version
+	@$(BIN)/python -m pip list --format=freeze | grep -E '^(numpy|torch|triton)='
 
 # Files share out over three processes: many tests wait for others.
 test-main: $(VENV)/installed

@@ -325,7 +325,10 @@ class SAM(OptimizerWrapper):
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
         self._step.forget_first_pass()
         if self._perturbation.active:
+            sharding = self._perturbation.sharding
             self._perturbation.restore()
+            if sharding is not None:
+                give_up_pass(part.param for part in sharding.parts.values())
         settle_running_stats(self._params())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -405,9 +408,6 @@ class SAM(OptimizerWrapper):
                         yield
         except BaseException:
             self.restore()
-            if self._perturbation.sharding is not None:
-                for module in models:
-                    give_up_pass(module)
             raise
 
     def _params(self) -> Iterator[Tensor]:

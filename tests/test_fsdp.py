@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from cases import same_bits, values
+from cases import same_bits
 from parallel import RHO, SGD, TOLERANCE, batches, collectives, each_its_own, my_share, network, one_process, share, train, weights
-from processes import group_of
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -157,65 +155,6 @@ def in_bfloat16() -> tuple[list[Tensor], list[Tensor]]:
 def test_fsdp_with_a_mixed_precision_policy(two):
     for found, expected in two.run(in_bfloat16):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # gradients are reduced in float32
-
-
-def gives_up(when: str) -> bool:
-    """The second pass raises, on all ranks: FSDP2 may still have weights at w + e in gathered form."""
-    model = sharded_network((distributed.get_world_size(),))
-    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
-    data = [my_share(batch) for batch in batches(2)]
-    before = weights(model)
-    mse_loss(model(data[0][0]), data[0][1]).backward()
-    optimizer.first_step(zero_grad=True)
-    assert not same_bits(weights(model), before)
-    with suppress(ZeroDivisionError), optimizer.second_pass(model):
-        if when == "in forward":
-            model[3].register_forward_pre_hook(lambda *_: 1 / 0)
-        loss = mse_loss(model(data[0][0]), data[0][1])
-        if when == "after backward":
-            loss.backward()
-        raise ZeroDivisionError
-    model[3]._forward_pre_hooks.clear()
-    assert same_bits(weights(model), before)
-    optimizer.zero_grad()
-    train(model, optimizer, data)
-    torch.testing.assert_close(weights(model), one_process(2), **TOLERANCE)
-    return True
-
-
-@pytest.mark.parametrize("when", ["in forward", "before backward", "after backward"])
-def test_fsdp_step_that_is_given_up(two, when):
-    assert two.run(gives_up, when) == [True, True]
-
-
-def one_gives_up() -> tuple[bool, bool, str]:
-    """Rank 1 raises between forward and backward; rank 0 waits for it in its backward pass until the group's timeout."""
-    model = sharded_network((2,))
-    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
-    params = list(model.parameters())
-    before = values([p.to_local() for p in params])
-    x, y = my_share(batches(1)[0])
-    mse_loss(model(x), y).backward()
-    optimizer.first_step(zero_grad=True)
-    text = ""
-    try:
-        with optimizer.second_pass(model):
-            loss = mse_loss(model(x), y)
-            if distributed.get_rank() == 1:
-                raise RuntimeError("no memory")
-            loss.backward()
-    except RuntimeError as error:
-        text = str(error)
-    sharded = all(p is q for p, q in zip(model.parameters(), params, strict=True))
-    return sharded and same_bits([p.to_local() for p in params], before), optimizer.perturbed, text
-
-
-def test_fsdp_process_that_raises_leaves_none_perturbed():
-    with group_of(2, timeout=2.0) as group:
-        found = group.run(one_gives_up)
-    assert [(same, perturbed) for same, perturbed, _ in found] == [(True, False)] * 2
-    assert found[1][2] == "no memory"
-    assert found[0][2] not in ("", "no memory")
 
 
 def keeps_gathered_weights() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -116,6 +117,12 @@ def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
         "Makefile",
     ]
     assert not set(needed) - names
+
+
+def test_the_oldest_torch_that_is_declared_is_the_one_that_is_tested():
+    (declared,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    (tested,) = re.findall(r"^test-oldest: TORCH = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tested == f"{declared}.0"
 
 
 @pytest.mark.slow
