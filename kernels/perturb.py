@@ -57,7 +57,6 @@ def _move_chunk(
 ):
     compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     eta = eta.to(compute)
-    scale = scale.to(compute)
     lanes = tl.arange(0, BLOCK)
     part = aligned_part(weights | grads, count, BLOCK)
     wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
@@ -111,7 +110,7 @@ def perturb_kernel(
         grads = tl.load(table + num_rows + row)
         if grads != 0:
             rho, eta, adaptive = load_group(table + 2 * num_rows, group)
-            scale = climb_scale(norm, rho, eps)
+            scale = climb_scale(norm, rho, eps, tl.float64 if DTYPE == tl.float64 else tl.float32)
             if adaptive != 0.0:
                 _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, key, DTYPE, True, STOCHASTIC, BLOCK)
             else:
