@@ -58,6 +58,11 @@ void copy_rows(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, 
 
 }  // namespace
 
+void probe() {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, copy_kernel<true, PlainTables::Small>), "probe");
+}
+
 void backup(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, uint64_t* saved, void* flat, Place place) {
   copy_rows<true>(itemsize, bucket, rows, flat, place, [&](int64_t row) { return rows[row] != 0; });
   for (int64_t row = 0; row < bucket.num_rows; ++row) saved[row] = rows[row];

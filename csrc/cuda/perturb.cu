@@ -19,8 +19,8 @@ __device__ __forceinline__ typename T::Bits moved(typename T::Bits w, typename T
   else return w;
 }
 
-// The elements from `begin` to `end` of a tile, whole units. All: the threads' units are as many as there are, so that none has to look.
-template <class T, Mode M, class U, int Batch, bool All>
+// The elements from `begin` to `end` of a tile, whole units.
+template <class T, Mode M, class U, int Batch>
 __device__ __forceinline__ void climb_units(const Tile<kStates>& tile, int begin, int end, typename T::Bits* saved, typename T::Compute eta,
                                             typename T::Compute scale, const Dice& dice) {
   using Bits = typename T::Bits;
@@ -33,13 +33,13 @@ __device__ __forceinline__ void climb_units(const Tile<kStates>& tile, int begin
 #pragma unroll
     for (int k = 0; k < Batch; ++k) {
       const int i = first + k * kStride;
-      if (All || i < end) grads[k] = load_unit<true, U>(g + i);
-      if (All || i < end) weights[k] = load_unit<false, U>(w + i);
+      if (i < end) grads[k] = load_unit<true, U>(g + i);
+      if (i < end) weights[k] = load_unit<false, U>(w + i);
     }
 #pragma unroll
     for (int k = 0; k < Batch; ++k) {
       const int i = first + k * kStride;
-      if (!All && i >= end) continue;
+      if (i >= end) continue;
       store_unit<true>(saved + i, weights[k]);
 #pragma unroll
       for (int j = 0; j < U::kSize; ++j)
@@ -50,25 +50,51 @@ __device__ __forceinline__ void climb_units(const Tile<kStates>& tile, int begin
 }
 
 template <class T, Mode M>
+__device__ __forceinline__ void climb_full_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
+                                                const Dice& dice) {
+  using Bits = typename T::Bits;
+  constexpr int kSize = Vector<Bits>::kSize;
+  constexpr int kStride = kThreads * kSize;
+  const int first = static_cast<int>(threadIdx.x) * kSize;
+  Bits* w = reinterpret_cast<Bits*>(tile.address[kWeights]) + first;
+  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]) + first;
+  Vector<Bits> w_vectors[kVectorsPerThread], g_vectors[kVectorsPerThread];
+#pragma unroll
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    g_vectors[k] = load_unit<true, Vector<Bits>>(g + k * kStride);
+    w_vectors[k] = load_unit<false, Vector<Bits>>(w + k * kStride);
+  }
+#pragma unroll
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    store_unit<true>(saved + first + k * kStride, w_vectors[k]);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      w_vectors[k].element[i] =
+          moved<T, M>(w_vectors[k].element[i], g_vectors[k].element[i], eta, scale, dice, first + k * kStride + i);
+    store_unit<false>(w + k * kStride, w_vectors[k]);
+  }
+}
+
+template <class T, Mode M>
 __device__ __forceinline__ void climb_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
                                            const Dice& dice) {
   using Bits = typename T::Bits;
   const uint64_t addresses = tile.address[kWeights] | tile.address[kGrads];
   const int count = static_cast<int>(tile.count);
   if (tile.full<Bits>() && addresses % kVectorBytes == 0) {
-    climb_units<T, M, Vector<Bits>, kVectorsPerThread, true>(tile, 0, count, saved, eta, scale, dice);
+    climb_full_tile<T, M>(tile, saved, eta, scale, dice);
     return;
   }
   in_widest_units<Bits>(addresses, count, [&](auto unit, int begin, int end) {
     using U = decltype(unit);
-    climb_units<T, M, U, kUnitsPerBatch<U>, false>(tile, begin, end, saved, eta, scale, dice);
+    climb_units<T, M, U, kUnitsPerBatch<U>>(tile, begin, end, saved, eta, scale, dice);
   });
 }
 
 // Backs a tile up where the norm is not finite, which is rare: element by element.
 template <class T>
 __device__ __forceinline__ void hold_tile(const Tile<kStates>& tile, typename T::Bits* saved, const Dice& dice) {
-  climb_units<T, Mode::hold, Single<typename T::Bits>, 2, false>(tile, 0, static_cast<int>(tile.count), saved, 0, 0, dice);
+  climb_units<T, Mode::hold, Single<typename T::Bits>, 2>(tile, 0, static_cast<int>(tile.count), saved, 0, 0, dice);
 }
 
 template <class T, class Table>

@@ -10,7 +10,6 @@ import importlib.metadata
 import math
 import os
 from array import array
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..devices import is_capturing, made_current
 from .addresses import AddressBackend, AddressTable
 from .base import GroupOptions, StateTensors
 
@@ -46,22 +46,6 @@ def _kernels(module: str) -> Any:
     if bool(knobs.runtime.interpret) is not INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET has changed since sam_fast was imported: set it before")
     return importlib.import_module(f"sam_fast.kernels.{module}")
-
-
-def _guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device: makes it ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether the current stream records a graph rather than running what it is given."""
-    module = getattr(torch, device.type)
-    if not hasattr(module, "is_current_stream_capturing"):
-        return False
-    with _guard(device):
-        return bool(module.is_current_stream_capturing())
 
 
 @cache
@@ -98,7 +82,7 @@ class Upload:
 
     def begin(self) -> None:
         """Start an operation, or several that follow each other on the device: a graph must hold the copy that its kernels read."""
-        capturing = _capturing(self.device)
+        capturing = is_capturing(self.device)
         if capturing or self._captured:
             self._sent = None
         self._captured = capturing
@@ -264,13 +248,13 @@ class TritonBackend(AddressBackend):
 
     def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
         table: TritonTable = bucket.table
-        with _guard(bucket.device):
+        with made_current(bucket.device):
             _kernels("grad_norm").grad_norm(table.chunks, table.climb_table(options), table.num_rows, partials, bucket.dtype)
 
     def launch_perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
         table: TritonTable = bucket.table
         launch = _kernels("perturb").perturb
-        with _guard(bucket.device):
+        with made_current(bucket.device):
             uploaded = table.climb_table(options)
             flat = bucket.flat.view(torch.uint8)
             ticket, count = table.mark_saved(table.grads)
@@ -284,7 +268,7 @@ class TritonBackend(AddressBackend):
         if any(targets):
             launch = _kernels("copy").restore if restore else _kernels("copy").backup
             table.targets.begin()
-            with _guard(bucket.device):
+            with made_current(bucket.device):
                 uploaded = table.targets.send(targets)
                 flat = bucket.flat.view(torch.uint8)
                 ticket = table.ticket if restore else table.mark_saved(table.weights)[0]
@@ -329,7 +313,7 @@ class TritonBackend(AddressBackend):
             launch = getattr(_kernels(operation), operation)
             table.addresses.begin()
             table.numbers.begin()
-            with _guard(bucket.device):
+            with made_current(bucket.device):
                 launch(
                     table.programs,
                     table.chunks,
