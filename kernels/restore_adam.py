@@ -19,7 +19,7 @@ from .formulas import (
     widen,
 )
 from .rounding import narrow_weight, place_of, signed_key
-from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk
+from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 from .update import block_of, gradient_factor, is_set, learning_rate, source_of
 
 
@@ -101,40 +101,44 @@ def _step_chunk(
     scale = tl.where(tl.load(options + 7) != 0.0, -unscaling, unscaling).to(compute)
     minus_step_size = (-lr / correction1).to(compute)
     root_correction = correction2.to(compute)
-    lanes = tl.arange(0, BLOCK)
-    part = aligned_part(source | weights | grads | first | second | third, count, BLOCK)
-    s = tl.multiple_of(source.to(pointer), 16)
-    w = tl.multiple_of(weights.to(pointer) + begin, 16)
-    g = tl.multiple_of(grads.to(pointer) + begin, 16)
-    m = tl.multiple_of(first.to(pointer) + begin, 16)
-    v = tl.multiple_of(second.to(pointer) + begin, 16)
-    x = tl.multiple_of(third.to(pointer) + begin, 16)
-    for start in range(0, part, BLOCK):
-        at = start + lanes
-        place = place_of(slot, start, lanes)
-        _step(
-            s + at,
-            w + at,
-            g + at,
-            m + at,
-            v + at,
-            x + at,
-            None,
-            place,
-            scale,
-            decay,
-            factor,
-            keep1,
-            beta2,
-            keep2,
-            eps,
-            minus_step_size,
-            root_correction,
-            key,
-            compute,
-            AMSGRAD,
-            STOCHASTIC,
-        )
+    done = 0
+    for shift in tl.static_range(WIDTHS):
+        if is_wide(shift, DTYPE):
+            part = aligned_part(source | weights | grads | first | second | third, done, count, shift, BLOCK)
+            lanes = tl.arange(0, block_for(shift, BLOCK))
+            s = tl.multiple_of(source.to(pointer), 16 >> shift)
+            w = tl.multiple_of(weights.to(pointer) + begin, 16 >> shift)
+            g = tl.multiple_of(grads.to(pointer) + begin, 16 >> shift)
+            m = tl.multiple_of(first.to(pointer) + begin, 16 >> shift)
+            v = tl.multiple_of(second.to(pointer) + begin, 16 >> shift)
+            x = tl.multiple_of(third.to(pointer) + begin, 16 >> shift)
+            for start in range(done, part, block_for(shift, BLOCK)):
+                at = start + lanes
+                place = place_of(slot, start, lanes)
+                _step(
+                    s + at,
+                    w + at,
+                    g + at,
+                    m + at,
+                    v + at,
+                    x + at,
+                    None,
+                    place,
+                    scale,
+                    decay,
+                    factor,
+                    keep1,
+                    beta2,
+                    keep2,
+                    eps,
+                    minus_step_size,
+                    root_correction,
+                    key,
+                    compute,
+                    AMSGRAD,
+                    STOCHASTIC,
+                )
+            done = part
     s = source.to(pointer)
     w = weights.to(pointer) + begin
     g = grads.to(pointer) + begin
@@ -142,7 +146,7 @@ def _step_chunk(
     v = second.to(pointer) + begin
     x = third.to(pointer) + begin
     lanes = tl.arange(0, MASKED_BLOCK)
-    for start in range(part, count, MASKED_BLOCK):
+    for start in range(done, count, MASKED_BLOCK):
         at = start + lanes
         place = place_of(slot, start, lanes)
         _step(

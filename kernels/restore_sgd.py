@@ -9,7 +9,7 @@ import triton.language as tl
 from .copy import WORDS, copy_chunk
 from .formulas import decayed_gradient, narrow, sgd_momentum, sgd_nesterov, sgd_step, widen
 from .rounding import narrow_weight, place_of, signed_key
-from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk
+from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 from .update import block_of, gradient_factor, is_set, learning_rate, source_of
 
 
@@ -70,22 +70,29 @@ def _step_chunk(
     nesterov = tl.load(options + 4)
     scale = tl.where(tl.load(options + 5) != 0.0, -factor, factor).to(compute)
     minus_lr = (-lr).to(compute)
-    lanes = tl.arange(0, BLOCK)
-    part = aligned_part(source | weights | grads | buffers if MOMENTUM else source | weights | grads, count, BLOCK)
-    s = tl.multiple_of(source.to(pointer), 16)
-    w = tl.multiple_of(weights.to(pointer) + begin, 16)
-    g = tl.multiple_of(grads.to(pointer) + begin, 16)
-    m = tl.multiple_of(buffers.to(pointer) + begin, 16)
-    for start in range(0, part, BLOCK):
-        at = start + lanes
-        place = place_of(slot, start, lanes)
-        _step(s + at, w + at, g + at, m + at, scale, decay, minus_lr, momentum, keep, nesterov, None, place, key, compute, MOMENTUM, STOCHASTIC)
+    addresses = source | weights | grads | buffers if MOMENTUM else source | weights | grads
+    done = 0
+    for shift in tl.static_range(WIDTHS):
+        if is_wide(shift, DTYPE):
+            part = aligned_part(addresses, done, count, shift, BLOCK)
+            lanes = tl.arange(0, block_for(shift, BLOCK))
+            s = tl.multiple_of(source.to(pointer), 16 >> shift)
+            w = tl.multiple_of(weights.to(pointer) + begin, 16 >> shift)
+            g = tl.multiple_of(grads.to(pointer) + begin, 16 >> shift)
+            m = tl.multiple_of(buffers.to(pointer) + begin, 16 >> shift)
+            for start in range(done, part, block_for(shift, BLOCK)):
+                at = start + lanes
+                place = place_of(slot, start, lanes)
+                _step(
+                    s + at, w + at, g + at, m + at, scale, decay, minus_lr, momentum, keep, nesterov, None, place, key, compute, MOMENTUM, STOCHASTIC
+                )
+            done = part
     s = source.to(pointer)
     w = weights.to(pointer) + begin
     g = grads.to(pointer) + begin
     m = buffers.to(pointer) + begin
     lanes = tl.arange(0, MASKED_BLOCK)
-    for start in range(part, count, MASKED_BLOCK):
+    for start in range(done, count, MASKED_BLOCK):
         at = start + lanes
         place = place_of(slot, start, lanes)
         _step(s + at, w + at, g + at, m + at, scale, decay, minus_lr, momentum, keep, nesterov, at < count, place, key, compute, MOMENTUM, STOCHASTIC)

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../table.h"
@@ -12,10 +13,16 @@ namespace sam::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 4;  // independent 16-byte loads in flight, for each stream that is read
-// The same where rows lie askew or end, and units (format.h) may be narrower: 16 bytes, as far as registers allow.
+// The same where rows lie askew or end, and units (format.h) may be narrower: four elements of at most 16 bytes, but at least one unit. More would
+// not leave enough registers.
 template <class U>
-constexpr int kUnitsPerBatch = U::kBytes >= 4 ? 16 / U::kBytes : 4;
-constexpr int kBlocksPerProcessor = 3;  // what the registers must allow: 98 KB of loads in flight, five times what an H100 needs
+constexpr int kUnitsPerBatch = std::max(1, std::min(4 / U::kSize, 16 / U::kBytes));
+// What the registers must allow: 98 KB of loads in flight, five times what an H100 needs. Turing makes bfloat16 of several instructions.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocksPerProcessor = 2;
+#else
+constexpr int kBlocksPerProcessor = 3;
+#endif
 constexpr int kTileBytes = kThreads * kVectorsPerThread * 16;
 constexpr int kSlotBytes = 64;  // every slot starts on such a line: sam_fast.bucket.ALIGNMENT
 
