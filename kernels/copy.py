@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -71,9 +73,9 @@ def copy_kernel(
 
 def _launch(
     programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int, to_flat: bool
-) -> None:
+) -> Any:
     word, words_per_element = WORDS[itemsize]
-    copy_kernel[(programs,)](
+    return copy_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         rows,
@@ -89,8 +91,8 @@ def _launch(
     )
 
 
-def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
-    """Copy the rows to the flat buffer.
+def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> Any:
+    """Copy the rows to the flat buffer. Returns the compiled kernel, None in the interpreter.
 
     Args:
         programs: how many programs share the chunks out.
@@ -101,9 +103,9 @@ def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.
         ticket: positive.
         itemsize: bytes per element: 1, 2, 4, 8 or 16.
     """
-    _launch(programs, chunks, rows, flat, written, ticket, itemsize, True)
+    return _launch(programs, chunks, rows, flat, written, ticket, itemsize, True)
 
 
-def restore(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
+def restore(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> Any:
     """As :func:`backup`, from the flat buffer to the rows; nothing happens unless ``written`` holds ``ticket``."""
-    _launch(programs, chunks, rows, flat, written, ticket, itemsize, False)
+    return _launch(programs, chunks, rows, flat, written, ticket, itemsize, False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -80,15 +82,14 @@ def grad_norm(chunks: torch.Tensor, table: torch.Tensor, num_rows: int, partials
         partials: float64, written: partial sums of the squared norm.
         dtype: that of the rows.
     """
-    grad_norm_kernel[(partials.numel(),)](
-        chunks,
-        chunks.shape[0],
-        table,
-        num_rows,
-        partials,
-        DTYPE=DTYPES[dtype],
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-        # The squares of float32 and the 16-bit formats are exact, so that fusing saves an instruction and changes no bit.
-        enable_fp_fusion=True,
-    )
+    grad_norm_kernel[(partials.numel(),)](chunks, chunks.shape[0], table, num_rows, partials, **_options(dtype))
+
+
+def compiled(chunks: torch.Tensor, dtype: torch.dtype) -> Any:
+    """The kernel that :func:`grad_norm` launches. It is compiled but not launched: the number of partial sums is known only then."""
+    return grad_norm_kernel.warmup(chunks, 7, torch.int64, 7, torch.float64, grid=(1,), **_options(dtype))
+
+
+def _options(dtype: torch.dtype) -> dict[str, Any]:
+    # The squares of float32 and the 16-bit formats are exact, so that fusing saves an instruction and changes no bit.
+    return {"DTYPE": DTYPES[dtype], "BLOCK": BLOCK, "num_warps": NUM_WARPS, "enable_fp_fusion": True}

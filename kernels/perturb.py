@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -133,8 +135,8 @@ def perturb(
     ticket: int,
     rounding_key: int | None,
     dtype: torch.dtype,
-) -> None:
-    """Launch.
+) -> Any:
+    """Launch. Returns the compiled kernel, None in the interpreter.
 
     Args:
         programs: how many programs share the chunks out.
@@ -148,7 +150,7 @@ def perturb(
         rounding_key: 32 bits, for the stochastic rounding of 16-bit weights, or None.
     """
     key, stochastic = signed_key(rounding_key, dtype)
-    perturb_kernel[(programs,)](
+    return perturb_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         table,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -175,10 +177,12 @@ def _step_chunk(
 
 
 @triton.jit
-def _corrections(numbers, row, steps, DEVICE_STEPS: tl.constexpr):
+def _corrections(numbers, row, common1, common2, steps, DEVICE_STEPS: tl.constexpr):
     """``1 - beta1^t`` and ``sqrt(1 - beta2^t)`` of one row."""
     first = tl.load(numbers + 2 * row)
     second = tl.load(numbers + 2 * row + 1)
+    second = tl.where(first == 0.0, common2, second)
+    first = tl.where(first == 0.0, common1, first)
     if DEVICE_STEPS:
         t = (tl.load(steps.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
         first = bias_correction(first, t)
@@ -193,6 +197,8 @@ def restore_adam_kernel(
     table,
     num_rows,
     numbers,
+    common1: tl.float64,
+    common2: tl.float64,
     flat,
     written,
     ticket,
@@ -228,7 +234,7 @@ def restore_adam_kernel(
                 largest = tl.load(entry + 6 * num_rows)
                 options = numbers + 2 * num_rows + 8 * group
                 lr = learning_rate(table + 7 * num_rows, group, tl.load(options))
-                c1, c2 = _corrections(numbers, row, steps, DEVICE_STEPS)
+                c1, c2 = _corrections(numbers, row, common1, common2, steps, DEVICE_STEPS)
                 if tl.load(options + 6) != 0.0:
                     _step_chunk(
                         source, weights, grads, m, v, largest, begin, slot, count, options, lr, c1, c2, factor, key, DTYPE, BLOCK, True, STOCHASTIC
@@ -254,23 +260,26 @@ def restore_adam(
     rounding_key: int | None,
     dtype: torch.dtype,
     device_steps: bool,
-) -> None:
+    common: tuple[float, float],
+) -> Any:
     """Launch. What is not listed is as for :func:`sam_fast.kernels.restore_sgd.restore_sgd`.
 
     Args:
         table: int64 ``[7 * num_rows + 2 * num_groups]``; the states are the step counter, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``.
         numbers: int64 ``[2 * num_rows + 8 * num_groups]``, float64 bits: for each row ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number
-            of this step, and for each group ``struct AdamGroup`` (csrc/table.h).
+            of this step, or 0 and 0 for the ones in ``common``; and for each group ``struct AdamGroup`` (csrc/table.h).
         device_steps: ``numbers`` has ``log2(beta1)`` and ``log2(beta2)`` for each row instead, and the table the addresses of counters (float32) that
             have not counted this step yet. The kernel computes the corrections, within about 2^-52.
+        common: the two numbers of most rows. They change with every step, and as arguments they need no copy to the device.
     """
     key, stochastic = signed_key(rounding_key, dtype)
-    restore_adam_kernel[(programs,)](
+    return restore_adam_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         table,
         num_rows,
         numbers,
+        *common,
         flat,
         written,
         ticket,

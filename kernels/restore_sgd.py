@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -153,8 +155,8 @@ def restore_sgd(
     found_inf: torch.Tensor | None,
     rounding_key: int | None,
     dtype: torch.dtype,
-) -> None:
-    """Launch.
+) -> Any:
+    """Launch. Returns the compiled kernel, None in the interpreter.
 
     Args:
         programs: how many programs share the chunks out.
@@ -171,7 +173,7 @@ def restore_sgd(
         dtype: that of the rows and their state.
     """
     key, stochastic = signed_key(rounding_key, dtype)
-    restore_sgd_kernel[(programs,)](
+    return restore_sgd_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         table,

@@ -17,7 +17,7 @@ def made_current(device: torch.device) -> AbstractContextManager[Any]:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a graph rather than running what it is given."""
-    module = getattr(torch, device.type, None)
+    module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "is_current_stream_capturing"):
         return False
     with made_current(device):

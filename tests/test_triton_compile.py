@@ -90,7 +90,7 @@ def launch(
         if operation == "restore_sgd":
             restore_sgd.restore_sgd(*common)
         else:
-            restore_adam.restore_adam(*common, device_steps)
+            restore_adam.restore_adam(*common, device_steps, (0.1, 0.03))
     else:
         getattr(copy, operation)(7, table, numbers, flat, numbers[:1], ticket, dtype.itemsize)
 

@@ -137,22 +137,27 @@ __device__ __forceinline__ void store_unit(Bits* p, const U& unit) {
 // part(Single{}, whole, count) for the rest.
 template <class Bits, class Part>
 __device__ __forceinline__ void in_widest_units(uint64_t addresses, int count, const Part& part) {
-  int whole = 0;
-  const auto take = [&](auto unit) {
-    whole = count / decltype(unit)::kSize * decltype(unit)::kSize;
-    part(unit, 0, whole);
-  };
   constexpr int kBytes = static_cast<int>(sizeof(Bits));
-  if (addresses % 16 == 0) {
-    take(Unit<Bits, 16>{});
-  } else if (kBytes < 8 && addresses % 8 == 0) {
-    if constexpr (kBytes < 8) take(Unit<Bits, 8>{});
-  } else if (kBytes < 4 && addresses % 4 == 0) {
-    if constexpr (kBytes < 4) take(Unit<Bits, 4>{});
-  } else if (kBytes < 2 && addresses % 2 == 0) {
-    if constexpr (kBytes < 2) take(Unit<Bits, 2>{});
+  if constexpr (kBytes == 8) {  // one or the other: both in a row would take too many registers
+    if (addresses % 16 == 0 && count % 2 == 0) part(Vector<Bits>{}, 0, count);
+    else part(Single<Bits>{}, 0, count);
+  } else {
+    int whole = 0;
+    const auto take = [&](auto unit) {
+      whole = count / decltype(unit)::kSize * decltype(unit)::kSize;
+      part(unit, 0, whole);
+    };
+    if (addresses % 16 == 0) {
+      take(Unit<Bits, 16>{});
+    } else if (addresses % 8 == 0) {
+      take(Unit<Bits, 8>{});
+    } else if (kBytes < 4 && addresses % 4 == 0) {
+      if constexpr (kBytes < 4) take(Unit<Bits, 4>{});
+    } else if (kBytes < 2 && addresses % 2 == 0) {
+      if constexpr (kBytes < 2) take(Unit<Bits, 2>{});
+    }
+    part(Single<Bits>{}, whole, count);
   }
-  part(Single<Bits>{}, whole, count);
 }
 
 }  // namespace sam::cuda
