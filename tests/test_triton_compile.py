@@ -129,6 +129,27 @@ def wide(assembly: str, target: str) -> tuple[int, int]:
     return len(loads), len(stores)
 
 
+def narrow(assembly: str, target: str, size: int) -> tuple[int, int]:
+    """How many loads and stores of 8 or 4 bytes there are."""
+    if target.startswith("gfx"):
+        word = {8: "dwordx2", 4: "dword"}[size]
+        return tuple(len(re.findall(rf"\b(?:global|buffer)_{op}_{word}\b", assembly)) for op in ("load", "store"))  # type: ignore[return-value]
+    word = {8: r"v2\.[bfu]32", 4: r"(?<!v[24]\.)[bfu]32"}[size]
+    return tuple(len(re.findall(rf"\b{op}\.global\.[\w:.]*{word}\b", assembly)) for op in ("ld", "st"))  # type: ignore[return-value]
+
+
+def assert_narrow_accesses(kernel: Any, target: str, dtype: torch.dtype, arrays: tuple[int, int]) -> None:
+    """Rows that are not aligned to 16 bytes take 8, or 4 for the 16-bit formats: one at least for each of ``arrays`` that are read and written.
+
+    Nothing is moved through shared memory on the way, which a wrong order of the elements would make necessary.
+    """
+    text = assembly(kernel)
+    for size in (8, 4):
+        if size > dtype.itemsize:
+            assert all(found >= expected for found, expected in zip(narrow(text, target, size), arrays, strict=True)), size
+    assert not re.search(r"\bst\.shared\.v[24]|\bds_write_b128", text)
+
+
 def per_block(size: int, target: str) -> int:
     """16-byte accesses with which one thread moves its part of a block of ``size`` bytes."""
     return size // 16 // (table.NUM_WARPS * TARGETS[target][2])
@@ -166,6 +187,7 @@ def test_grad_norm(compiled, target, dtype, tmp_path):
     assert re.search(arithmetic.format(64), text)
     assert not re.search(arithmetic.format(32), text)
     assert_nothing_is_spilled(kernel, target, tmp_path)
+    assert_narrow_accesses(kernel, target, dtype, (3, 0))
 
 
 @each_target
@@ -191,6 +213,7 @@ def test_perturb(compiled, target, dtype, tmp_path):
         if dtype in (torch.bfloat16, torch.float16):
             assert re.search(r"\bcvt\.rn\.b?f16x2\.f32", text)
     assert_nothing_is_spilled(kernel, target, tmp_path)
+    assert_narrow_accesses(kernel, target, dtype, (4, 4))
 
 
 @each_target
@@ -202,6 +225,7 @@ def test_copy(compiled, target, operation, dtype, tmp_path):
     assert loads >= per_block(copy.BLOCK_BYTES, target)
     assert stores >= per_block(copy.BLOCK_BYTES, target)
     assert_nothing_is_spilled(kernel, target, tmp_path)
+    assert_narrow_accesses(kernel, target, dtype, (1, 1))
 
 
 @pytest.mark.parametrize("operation", ["restore_sgd", "restore_adam"])
@@ -229,6 +253,7 @@ def test_updates(compiled, target, operation, dtype, tmp_path):
             assert f"div.rn.f{bits}" in text
             assert f"sqrt.rn.f{bits}" in text
     assert_nothing_is_spilled(kernel, target, tmp_path)
+    assert_narrow_accesses(kernel, target, dtype, (reads, writes))
 
 
 def test_updates_keep_subnormal_numbers(compiled):
