@@ -301,4 +301,3 @@ def test_mps_has_no_float64(monkeypatch):
     scale = torch.tensor(3.0)
     as_if = SimpleNamespace(device=torch.device("mps"), reciprocal=scale.reciprocal)
     assert float(inverse_scale(as_if)) == float(torch.tensor(1.0 / 3.0))
-

@@ -37,5 +37,5 @@ def share(path: str) -> int:
     return len(found)
 
 
-SHARED = share(PATH)
-"""How many variables there are: an operation, a dtype and a size of arguments have their own."""
+SHARED = 0 if os.environ.get("SAM_FAST_EMULATED_SHARED") == "kept" else share(PATH)
+"""How many variables are poisoned: an operation, a dtype and a size of arguments have their own. ``SAM_FAST_EMULATED_SHARED=kept``: none."""

@@ -344,9 +344,7 @@ def test_every_alignment_takes_the_widest_access_in_the_second_step(base, option
 # ---- Devices and drivers -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("code", "name"), [(209, "cudaErrorNoKernelImageForDevice"), (35, "cudaErrorInsufficientDriver"), (999, "cudaErrorUnknown")]
-)
+@pytest.mark.parametrize(("code", "name"), [(209, "cudaErrorNoKernelImageForDevice"), (35, "cudaErrorInsufficientDriver"), (999, "cudaErrorUnknown")])
 def test_a_probe_that_fails_says_why_and_leaves_no_error_behind(code, name):
     backends.cuda._cuda.probe(0)
     probe_error.value = code
