@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-
 import triton.language as tl
 from triton.runtime import interpreter
 

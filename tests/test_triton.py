@@ -157,7 +157,7 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, dtype, shifts, ada
 
     def expected(*moves: tuple[int, int]) -> dict[int, int]:
         """Of blocks at these addresses, each moved so many times."""
-        found = {wide: 0 for wide in width.values()}
+        found = dict.fromkeys(width.values(), 0)
         for address, times in moves:
             for wide, count in blocks_by_width(chunks, address, width).items():
                 found[wide] += times * count

@@ -295,24 +295,26 @@ def test_a_scheduler_reaches_a_captured_step_through_a_learning_rate_on_the_devi
     assert same_bits(*results)
 
 
-@pytest.mark.parametrize("what", ["counters", "random state"])
-def test_what_cannot_be_captured_is_refused_with_the_reason(gpu_backend, what):
+@pytest.mark.parametrize(("replay_rng", "words"), [(False, "capturable=True"), (True, "replay_rng")])
+def test_what_cannot_be_captured_is_refused_with_the_reason(gpu_backend, replay_rng, words):
     model = nn.Linear(3, 2).cuda()
     optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.1, backend=gpu_backend)
     x = torch.ones(4, 3, device="cuda")
+
+    def step(replay_rng: bool = False) -> None:
+        with optimizer.first_pass(model, replay_rng=replay_rng):
+            model(x).sum().backward()
+        optimizer.first_step()
+        optimizer.second_step()
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step(replay_rng)
+
     for _ in range(2):
-        model(x).sum().backward()
-        optimizer.first_step()
-        optimizer.second_step()
-    with (
-        pytest.raises(RuntimeError, match={"counters": "capturable=True", "random state": "replay_rng"}[what]),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        if what == "random state":
-            with optimizer.first_pass(model, replay_rng=True):
-                model(x).sum().backward()
-        optimizer.first_step()
-        optimizer.second_step()
+        step()
+    with pytest.raises(RuntimeError, match=words):
+        capture()
 
 
 def test_eager_steps_between_replays_do_not_disturb_the_graph(gpu_backend):
