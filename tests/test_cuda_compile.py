@@ -111,7 +111,8 @@ def by_bytes(found: Counter[str], kind: str) -> dict[int, int]:
 @pytest.mark.parametrize("architecture", ["90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
-    """At least. perturb: 4 vectors of w and 4 of g in, 4 of the backup and 4 of w out, for SAM and once more for ASAM. grad_norm: 4 of g, and 4 of g and w.
+    """At least. perturb: 4 vectors of w and of g in, 4 of the backup and of w out, for SAM and once more for ASAM. grad_norm: 4 of g, and 4 of g
+    and w.
 
     restore_sgd: 2 of the backup, of g and of the momentum in, 2 of w and of the momentum out. restore_adam: 1 each of five in, of four out.
     """
