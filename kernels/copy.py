@@ -18,10 +18,10 @@ BLOCK_BYTES = 8192
 
 
 @triton.jit
-def copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr, TRIED: tl.constexpr = WIDTHS):
     backup = flat.to(tl.pointer_type(WORD))
     done = 0
-    for shift in tl.static_range(WIDTHS):
+    for shift in tl.static_range(TRIED):
         if is_wide(shift, WORD):
             part = aligned_part(address, done, count, shift, BLOCK)
             lanes = tl.arange(0, block_for(shift, BLOCK))

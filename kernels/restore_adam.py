@@ -225,7 +225,7 @@ def restore_adam_kernel(
             saved = backed_up & (tl.load(entry + 2 * num_rows) != 0)
             if skipped:
                 if saved:
-                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK)
+                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK, 1)  # skipped steps are rare: only 16 bytes or one element
             else:
                 source = source_of(weights, begin, saved, flat, slot, DTYPE)
                 steps = tl.load(entry + 3 * num_rows)

@@ -118,7 +118,6 @@ def restore_sgd_kernel(
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    backed_up = tl.load(written) == ticket
     factor = gradient_factor(grad_scale)
     skipped = is_set(found_inf)
     key = key.to(tl.uint32, bitcast=True)
@@ -127,10 +126,11 @@ def restore_sgd_kernel(
         weights = tl.load(table + row)
         grads = tl.load(table + num_rows + row)
         if grads != 0:
-            saved = backed_up & (tl.load(table + 2 * num_rows + row) != 0)
+            # Here, not once: the answer would be kept on the stack.
+            saved = (tl.load(written) == ticket) & (tl.load(table + 2 * num_rows + row) != 0)
             if skipped:
                 if saved:
-                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK)
+                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK, 1)  # skipped steps are rare: only 16 bytes or one element
             else:
                 source = source_of(weights, begin, saved, flat, slot, DTYPE)
                 buffers = tl.load(table + 3 * num_rows + row)

@@ -147,7 +147,8 @@ def assert_narrow_accesses(kernel: Any, target: str, dtype: torch.dtype, arrays:
     for size in (8, 4):
         if size > dtype.itemsize:
             assert all(found >= expected for found, expected in zip(narrow(text, size), arrays, strict=True)), size
-    if dtype.itemsize < 16:  # complex128 is two words, which the compiler keeps together even where they are masked
+    # complex128 is two words, which the compiler keeps together even where they are masked; with float64 masked blocks have the wide ones' size.
+    if dtype.itemsize < 8:
         assert not re.search(r"\bst\.shared\.v[24]", text)
 
 
@@ -254,7 +255,7 @@ def test_updates(compiled, target, operation, dtype, tmp_path):
             assert f"div.rn.f{bits}" in text
             assert f"sqrt.rn.f{bits}" in text
     assert_nothing_is_spilled(kernel, target, tmp_path)
-    assert_narrow_accesses(kernel, target, dtype, (reads, writes))
+    assert_narrow_accesses(kernel, target, dtype, (reads - 1, writes - 1))  # but for the copy
 
 
 def test_updates_keep_subnormal_numbers(compiled):
