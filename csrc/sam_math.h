@@ -7,6 +7,8 @@
 // ASAM: Kwon et al.,  https://arxiv.org/abs/2102.11600        e = rho * T^2 g / ||T g||,  T = |w| + eta
 #pragma once
 
+#include <cfloat>
+
 #ifdef __CUDACC__
 #define SAM_HD __host__ __device__ __forceinline__
 #else
@@ -43,7 +45,8 @@ SAM_HD V climb(V w, V g, V scale) {
 template <class V>
 SAM_HD V climb_adaptive(V w, V g, V eta, V scale) {
   const V t = asam_t(w, eta);
-  return w + (t * t * g) * scale;
+  // T g is at most the norm, so T g times the scale is at most rho. T T g alone may overflow, or lose its bits to underflow.
+  return w + ((t * g) * scale) * t;
 }
 
 // True if a first pass with this norm may perturb: an infinite or NaN norm has no direction.
@@ -51,9 +54,13 @@ SAM_HD bool can_climb(double norm) {
   return norm - norm == 0.0;
 }
 
-// 0 where norm and eps are both 0: a zero gradient moves nothing.
-SAM_HD double climb_scale(double norm, double rho, double eps) {
-  return norm + eps > 0.0 ? rho / (norm + eps) : 0.0;
+// rho / (norm + eps) in the arithmetic's own type. 0 where norm and eps are both 0: a zero gradient moves nothing. At most the largest finite
+// number: a scale of infinity would make NaN of every element whose gradient is 0.
+template <class Compute>
+SAM_HD Compute climb_scale(double norm, double rho, double eps) {
+  constexpr double kMost = sizeof(Compute) == sizeof(float) ? FLT_MAX : DBL_MAX;
+  const double scale = norm + eps > 0.0 ? rho / (norm + eps) : 0.0;
+  return static_cast<Compute>(scale > kMost ? kMost : (scale < -kMost ? -kMost : scale));
 }
 
 #ifdef SAM_ISA

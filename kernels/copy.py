@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .table import MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk
+from .table import MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 
 WORDS = {1: (tl.int8, 1), 2: (tl.int16, 1), 4: (tl.int32, 1), 8: (tl.int64, 1), 16: (tl.int64, 2)}
 """Itemsize -> the integer that an element is moved as, and how many of them it is."""
@@ -16,22 +18,25 @@ BLOCK_BYTES = 8192
 
 
 @triton.jit
-def copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    part = aligned_part(address, count, BLOCK)
-    wide: tl.constexpr = 128 // WORD.primitive_bitwidth
+def copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr, TRIED: tl.constexpr = WIDTHS):
     backup = flat.to(tl.pointer_type(WORD))
-    row = tl.multiple_of(address.to(tl.pointer_type(WORD)) + begin, 16)
-    for start in range(0, part, BLOCK):
-        place = tl.multiple_of(slot + start, wide)
-        if TO_FLAT:
-            tl.store(backup + place + lanes, tl.load(row + start + lanes))
-        else:
-            tl.store(row + start + lanes, tl.load(backup + place + lanes))
+    done = 0
+    for shift in tl.static_range(TRIED):
+        if is_wide(shift, WORD):
+            part = aligned_part(address, done, count, shift, BLOCK)
+            lanes = tl.arange(0, block_for(shift, BLOCK))
+            row = tl.multiple_of(address.to(tl.pointer_type(WORD)) + begin, 16 >> shift)
+            for start in range(done, part, block_for(shift, BLOCK)):
+                place = tl.multiple_of(slot + start, (128 >> shift) // WORD.primitive_bitwidth)
+                if TO_FLAT:
+                    tl.store(backup + place + lanes, tl.load(row + start + lanes))
+                else:
+                    tl.store(row + start + lanes, tl.load(backup + place + lanes))
+            done = part
     row = address.to(tl.pointer_type(WORD)) + begin
     backup += slot
     lanes = tl.arange(0, MASKED_BLOCK)
-    for start in range(part, count, MASKED_BLOCK):
+    for start in range(done, count, MASKED_BLOCK):
         mask = start + lanes < count
         if TO_FLAT:
             tl.store(backup + start + lanes, tl.load(row + start + lanes, mask=mask), mask=mask)
@@ -68,9 +73,9 @@ def copy_kernel(
 
 def _launch(
     programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int, to_flat: bool
-) -> None:
+) -> Any:
     word, words_per_element = WORDS[itemsize]
-    copy_kernel[(programs,)](
+    return copy_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         rows,
@@ -86,8 +91,8 @@ def _launch(
     )
 
 
-def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
-    """Copy the rows to the flat buffer.
+def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> Any:
+    """Copy the rows to the flat buffer. Returns the compiled kernel, None in the interpreter.
 
     Args:
         programs: how many programs share the chunks out.
@@ -98,9 +103,9 @@ def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.
         ticket: positive.
         itemsize: bytes per element: 1, 2, 4, 8 or 16.
     """
-    _launch(programs, chunks, rows, flat, written, ticket, itemsize, True)
+    return _launch(programs, chunks, rows, flat, written, ticket, itemsize, True)
 
 
-def restore(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> None:
+def restore(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> Any:
     """As :func:`backup`, from the flat buffer to the rows; nothing happens unless ``written`` holds ``ticket``."""
-    _launch(programs, chunks, rows, flat, written, ticket, itemsize, False)
+    return _launch(programs, chunks, rows, flat, written, ticket, itemsize, False)

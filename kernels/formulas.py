@@ -34,7 +34,7 @@ def climb(w, g, scale):
 @triton.jit
 def climb_adaptive(w, g, eta, scale):
     t = asam_t(w, eta)
-    return w + (t * t * g) * scale
+    return w + ((t * g) * scale) * t
 
 
 @triton.jit
@@ -44,10 +44,12 @@ def can_climb(norm):
 
 
 @triton.jit
-def climb_scale(norm, rho, eps):
-    """0 where norm and eps are both 0: a zero gradient moves nothing."""
+def climb_scale(norm, rho, eps, COMPUTE: tl.constexpr):
+    """rho / (norm + eps) in the arithmetic's dtype. 0 where norm and eps are both 0; at most that dtype's largest finite number."""
+    most: tl.constexpr = 3.4028234663852886e38 if COMPUTE == tl.float32 else 1.7976931348623157e308
     divisor = norm + eps
-    return tl.where(divisor > 0.0, rho, 0.0) / tl.where(divisor > 0.0, divisor, 1.0)
+    scale = tl.where(divisor > 0.0, rho, 0.0) / tl.where(divisor > 0.0, divisor, 1.0)
+    return tl.where(scale > most, most, tl.where(scale < -most, -most, scale)).to(COMPUTE)
 
 
 @triton.jit

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .formulas import can_climb, climb, climb_adaptive, climb_scale, widen
 from .rounding import narrow_weight, place_of, signed_key
-from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk, load_group
+from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk, load_group
 
 NORM_BLOCK = 1024
 
@@ -57,23 +59,25 @@ def _move_chunk(
 ):
     compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     eta = eta.to(compute)
-    scale = scale.to(compute)
-    lanes = tl.arange(0, BLOCK)
-    part = aligned_part(weights | grads, count, BLOCK)
-    wide: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     backup = flat.to(tl.pointer_type(DTYPE))
-    w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16)
-    g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16)
-    for start in range(0, part, BLOCK):
-        at = start + lanes
-        place = place_of(slot, start, lanes)
-        to = backup + tl.multiple_of(slot + start, wide) + lanes
-        _move(w + at, g + at, to, eta, scale, climbs, None, place, key, compute, ADAPTIVE, STOCHASTIC)
+    done = 0
+    for shift in tl.static_range(WIDTHS):
+        if is_wide(shift, DTYPE):
+            part = aligned_part(weights | grads, done, count, shift, BLOCK)
+            lanes = tl.arange(0, block_for(shift, BLOCK))
+            w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16 >> shift)
+            g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16 >> shift)
+            for start in range(done, part, block_for(shift, BLOCK)):
+                at = start + lanes
+                place = place_of(slot, start, lanes)
+                to = backup + tl.multiple_of(slot + start, (128 >> shift) // DTYPE.primitive_bitwidth) + lanes
+                _move(w + at, g + at, to, eta, scale, climbs, None, place, key, compute, ADAPTIVE, STOCHASTIC)
+            done = part
     w = weights.to(tl.pointer_type(DTYPE)) + begin
     g = grads.to(tl.pointer_type(DTYPE)) + begin
     backup += slot
     lanes = tl.arange(0, MASKED_BLOCK)
-    for start in range(part, count, MASKED_BLOCK):
+    for start in range(done, count, MASKED_BLOCK):
         at = start + lanes
         place = place_of(slot, start, lanes)
         _move(w + at, g + at, backup + at, eta, scale, climbs, at < count, place, key, compute, ADAPTIVE, STOCHASTIC)
@@ -111,7 +115,7 @@ def perturb_kernel(
         grads = tl.load(table + num_rows + row)
         if grads != 0:
             rho, eta, adaptive = load_group(table + 2 * num_rows, group)
-            scale = climb_scale(norm, rho, eps)
+            scale = climb_scale(norm, rho, eps, tl.float64 if DTYPE == tl.float64 else tl.float32)
             if adaptive != 0.0:
                 _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, key, DTYPE, True, STOCHASTIC, BLOCK)
             else:
@@ -131,8 +135,8 @@ def perturb(
     ticket: int,
     rounding_key: int | None,
     dtype: torch.dtype,
-) -> None:
-    """Launch.
+) -> Any:
+    """Launch. Returns the compiled kernel, None in the interpreter.
 
     Args:
         programs: how many programs share the chunks out.
@@ -146,7 +150,7 @@ def perturb(
         rounding_key: 32 bits, for the stochastic rounding of 16-bit weights, or None.
     """
     key, stochastic = signed_key(rounding_key, dtype)
-    perturb_kernel[(programs,)](
+    return perturb_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         table,

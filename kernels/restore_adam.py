@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from .formulas import (
     widen,
 )
 from .rounding import narrow_weight, place_of, signed_key
-from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk
+from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 from .update import block_of, gradient_factor, is_set, learning_rate, source_of
 
 
@@ -101,40 +103,44 @@ def _step_chunk(
     scale = tl.where(tl.load(options + 7) != 0.0, -unscaling, unscaling).to(compute)
     minus_step_size = (-lr / correction1).to(compute)
     root_correction = correction2.to(compute)
-    lanes = tl.arange(0, BLOCK)
-    part = aligned_part(source | weights | grads | first | second | third, count, BLOCK)
-    s = tl.multiple_of(source.to(pointer), 16)
-    w = tl.multiple_of(weights.to(pointer) + begin, 16)
-    g = tl.multiple_of(grads.to(pointer) + begin, 16)
-    m = tl.multiple_of(first.to(pointer) + begin, 16)
-    v = tl.multiple_of(second.to(pointer) + begin, 16)
-    x = tl.multiple_of(third.to(pointer) + begin, 16)
-    for start in range(0, part, BLOCK):
-        at = start + lanes
-        place = place_of(slot, start, lanes)
-        _step(
-            s + at,
-            w + at,
-            g + at,
-            m + at,
-            v + at,
-            x + at,
-            None,
-            place,
-            scale,
-            decay,
-            factor,
-            keep1,
-            beta2,
-            keep2,
-            eps,
-            minus_step_size,
-            root_correction,
-            key,
-            compute,
-            AMSGRAD,
-            STOCHASTIC,
-        )
+    done = 0
+    for shift in tl.static_range(WIDTHS):
+        if is_wide(shift, DTYPE):
+            part = aligned_part(source | weights | grads | first | second | third, done, count, shift, BLOCK)
+            lanes = tl.arange(0, block_for(shift, BLOCK))
+            s = tl.multiple_of(source.to(pointer), 16 >> shift)
+            w = tl.multiple_of(weights.to(pointer) + begin, 16 >> shift)
+            g = tl.multiple_of(grads.to(pointer) + begin, 16 >> shift)
+            m = tl.multiple_of(first.to(pointer) + begin, 16 >> shift)
+            v = tl.multiple_of(second.to(pointer) + begin, 16 >> shift)
+            x = tl.multiple_of(third.to(pointer) + begin, 16 >> shift)
+            for start in range(done, part, block_for(shift, BLOCK)):
+                at = start + lanes
+                place = place_of(slot, start, lanes)
+                _step(
+                    s + at,
+                    w + at,
+                    g + at,
+                    m + at,
+                    v + at,
+                    x + at,
+                    None,
+                    place,
+                    scale,
+                    decay,
+                    factor,
+                    keep1,
+                    beta2,
+                    keep2,
+                    eps,
+                    minus_step_size,
+                    root_correction,
+                    key,
+                    compute,
+                    AMSGRAD,
+                    STOCHASTIC,
+                )
+            done = part
     s = source.to(pointer)
     w = weights.to(pointer) + begin
     g = grads.to(pointer) + begin
@@ -142,7 +148,7 @@ def _step_chunk(
     v = second.to(pointer) + begin
     x = third.to(pointer) + begin
     lanes = tl.arange(0, MASKED_BLOCK)
-    for start in range(part, count, MASKED_BLOCK):
+    for start in range(done, count, MASKED_BLOCK):
         at = start + lanes
         place = place_of(slot, start, lanes)
         _step(
@@ -171,10 +177,12 @@ def _step_chunk(
 
 
 @triton.jit
-def _corrections(numbers, row, steps, DEVICE_STEPS: tl.constexpr):
+def _corrections(numbers, row, common1, common2, steps, DEVICE_STEPS: tl.constexpr):
     """``1 - beta1^t`` and ``sqrt(1 - beta2^t)`` of one row."""
     first = tl.load(numbers + 2 * row)
     second = tl.load(numbers + 2 * row + 1)
+    second = tl.where(first == 0.0, common2, second)
+    first = tl.where(first == 0.0, common1, first)
     if DEVICE_STEPS:
         t = (tl.load(steps.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
         first = bias_correction(first, t)
@@ -189,6 +197,8 @@ def restore_adam_kernel(
     table,
     num_rows,
     numbers,
+    common1: tl.float64,
+    common2: tl.float64,
     flat,
     written,
     ticket,
@@ -215,7 +225,7 @@ def restore_adam_kernel(
             saved = backed_up & (tl.load(entry + 2 * num_rows) != 0)
             if skipped:
                 if saved:
-                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK)
+                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK, 1)  # skipped steps are rare: only 16 bytes or one element
             else:
                 source = source_of(weights, begin, saved, flat, slot, DTYPE)
                 steps = tl.load(entry + 3 * num_rows)
@@ -224,7 +234,7 @@ def restore_adam_kernel(
                 largest = tl.load(entry + 6 * num_rows)
                 options = numbers + 2 * num_rows + 8 * group
                 lr = learning_rate(table + 7 * num_rows, group, tl.load(options))
-                c1, c2 = _corrections(numbers, row, steps, DEVICE_STEPS)
+                c1, c2 = _corrections(numbers, row, common1, common2, steps, DEVICE_STEPS)
                 if tl.load(options + 6) != 0.0:
                     _step_chunk(
                         source, weights, grads, m, v, largest, begin, slot, count, options, lr, c1, c2, factor, key, DTYPE, BLOCK, True, STOCHASTIC
@@ -250,23 +260,26 @@ def restore_adam(
     rounding_key: int | None,
     dtype: torch.dtype,
     device_steps: bool,
-) -> None:
+    common: tuple[float, float],
+) -> Any:
     """Launch. What is not listed is as for :func:`sam_fast.kernels.restore_sgd.restore_sgd`.
 
     Args:
         table: int64 ``[7 * num_rows + 2 * num_groups]``; the states are the step counter, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``.
         numbers: int64 ``[2 * num_rows + 8 * num_groups]``, float64 bits: for each row ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number
-            of this step, and for each group ``struct AdamGroup`` (csrc/table.h).
+            of this step, or 0 and 0 for the ones in ``common``; and for each group ``struct AdamGroup`` (csrc/table.h).
         device_steps: ``numbers`` has ``log2(beta1)`` and ``log2(beta2)`` for each row instead, and the table the addresses of counters (float32) that
             have not counted this step yet. The kernel computes the corrections, within about 2^-52.
+        common: the two numbers of most rows. They change with every step, and as arguments they need no copy to the device.
     """
     key, stochastic = signed_key(rounding_key, dtype)
-    restore_adam_kernel[(programs,)](
+    return restore_adam_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         table,
         num_rows,
         numbers,
+        *common,
         flat,
         written,
         ticket,

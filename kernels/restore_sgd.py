@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ import triton.language as tl
 from .copy import WORDS, copy_chunk
 from .formulas import decayed_gradient, narrow, sgd_momentum, sgd_nesterov, sgd_step, widen
 from .rounding import narrow_weight, place_of, signed_key
-from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, aligned_part, load_chunk
+from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 from .update import block_of, gradient_factor, is_set, learning_rate, source_of
 
 
@@ -70,22 +72,29 @@ def _step_chunk(
     nesterov = tl.load(options + 4)
     scale = tl.where(tl.load(options + 5) != 0.0, -factor, factor).to(compute)
     minus_lr = (-lr).to(compute)
-    lanes = tl.arange(0, BLOCK)
-    part = aligned_part(source | weights | grads | buffers if MOMENTUM else source | weights | grads, count, BLOCK)
-    s = tl.multiple_of(source.to(pointer), 16)
-    w = tl.multiple_of(weights.to(pointer) + begin, 16)
-    g = tl.multiple_of(grads.to(pointer) + begin, 16)
-    m = tl.multiple_of(buffers.to(pointer) + begin, 16)
-    for start in range(0, part, BLOCK):
-        at = start + lanes
-        place = place_of(slot, start, lanes)
-        _step(s + at, w + at, g + at, m + at, scale, decay, minus_lr, momentum, keep, nesterov, None, place, key, compute, MOMENTUM, STOCHASTIC)
+    addresses = source | weights | grads | buffers if MOMENTUM else source | weights | grads
+    done = 0
+    for shift in tl.static_range(WIDTHS):
+        if is_wide(shift, DTYPE):
+            part = aligned_part(addresses, done, count, shift, BLOCK)
+            lanes = tl.arange(0, block_for(shift, BLOCK))
+            s = tl.multiple_of(source.to(pointer), 16 >> shift)
+            w = tl.multiple_of(weights.to(pointer) + begin, 16 >> shift)
+            g = tl.multiple_of(grads.to(pointer) + begin, 16 >> shift)
+            m = tl.multiple_of(buffers.to(pointer) + begin, 16 >> shift)
+            for start in range(done, part, block_for(shift, BLOCK)):
+                at = start + lanes
+                place = place_of(slot, start, lanes)
+                _step(
+                    s + at, w + at, g + at, m + at, scale, decay, minus_lr, momentum, keep, nesterov, None, place, key, compute, MOMENTUM, STOCHASTIC
+                )
+            done = part
     s = source.to(pointer)
     w = weights.to(pointer) + begin
     g = grads.to(pointer) + begin
     m = buffers.to(pointer) + begin
     lanes = tl.arange(0, MASKED_BLOCK)
-    for start in range(part, count, MASKED_BLOCK):
+    for start in range(done, count, MASKED_BLOCK):
         at = start + lanes
         place = place_of(slot, start, lanes)
         _step(s + at, w + at, g + at, m + at, scale, decay, minus_lr, momentum, keep, nesterov, at < count, place, key, compute, MOMENTUM, STOCHASTIC)
@@ -109,7 +118,6 @@ def restore_sgd_kernel(
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    backed_up = tl.load(written) == ticket
     factor = gradient_factor(grad_scale)
     skipped = is_set(found_inf)
     key = key.to(tl.uint32, bitcast=True)
@@ -118,10 +126,11 @@ def restore_sgd_kernel(
         weights = tl.load(table + row)
         grads = tl.load(table + num_rows + row)
         if grads != 0:
-            saved = backed_up & (tl.load(table + 2 * num_rows + row) != 0)
+            # Here, not once: the answer would be kept on the stack.
+            saved = (tl.load(written) == ticket) & (tl.load(table + 2 * num_rows + row) != 0)
             if skipped:
                 if saved:
-                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK)
+                    copy_chunk(weights, flat, begin, slot, count, False, WORD, BLOCK, 1)  # skipped steps are rare: only 16 bytes or one element
             else:
                 source = source_of(weights, begin, saved, flat, slot, DTYPE)
                 buffers = tl.load(table + 3 * num_rows + row)
@@ -146,8 +155,8 @@ def restore_sgd(
     found_inf: torch.Tensor | None,
     rounding_key: int | None,
     dtype: torch.dtype,
-) -> None:
-    """Launch.
+) -> Any:
+    """Launch. Returns the compiled kernel, None in the interpreter.
 
     Args:
         programs: how many programs share the chunks out.
@@ -164,7 +173,7 @@ def restore_sgd(
         dtype: that of the rows and their state.
     """
     key, stochastic = signed_key(rounding_key, dtype)
-    restore_sgd_kernel[(programs,)](
+    return restore_sgd_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         table,

@@ -42,11 +42,32 @@ def load_group(groups, group):
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
 
+WIDTHS = tl.constexpr(4)
+"""How many widths of accesses are tried: 16, 8, 4 and 2 bytes, as far as they are wider than an element."""
+
+
 @triton.jit
-def aligned_part(addresses, count, BLOCK: tl.constexpr):
-    """How many elements at the front of a chunk can be moved in whole blocks, unmasked and 16 bytes at a time.
+def is_wide(SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    """Whether ``16 >> SHIFT`` bytes are more than one element."""
+    return (16 >> SHIFT) * 8 > DTYPE.primitive_bitwidth
+
+
+@triton.jit
+def block_for(SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements moved at once with accesses of ``16 >> SHIFT`` bytes, ``BLOCK`` being that for 16.
+
+    Each width has a number of its own, and masked accesses too: among blocks of one shape the compiler orders the elements of all as the widest
+    needs it, and moves the others' through shared memory before they are stored.
+    """
+    return BLOCK >> SHIFT if SHIFT == 0 or (BLOCK >> SHIFT) != MASKED_BLOCK else MASKED_BLOCK // 2
+
+
+@triton.jit
+def aligned_part(addresses, done, count, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Up to which element a chunk can be moved in whole blocks, unmasked and ``16 >> SHIFT`` bytes at a time; ``done`` elements have been moved.
 
     ``addresses``: those of the rows, or-ed together. They decide: a chunk begins a multiple of 16 bytes behind them, and in the flat buffer a
     multiple of 64 bytes. The compiler learns it from ``tl.multiple_of``; without that, or with a mask, it makes every access a scalar one.
     """
-    return tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
+    block: tl.constexpr = block_for(SHIFT, BLOCK)
+    return tl.where(addresses % (16 >> SHIFT) == 0, done + (count - done) // block * block, done)

@@ -4,6 +4,7 @@ compiler: str
 architectures: str
 device_type: str
 
+def probe(device: int, /) -> None: ...
 def grad_norm_blocks(device: int, dtype: int, rows: int, num_rows: int, /) -> int: ...
 def grad_norm(
     device: int,

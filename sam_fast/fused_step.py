@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from .amp import Scaling
 from .backends.base import StateTensors
 from .bucket import Bucket
+from .devices import refuse_capture
 from .perturbation import Perturbation
 from .sharded import local_tensor
 
@@ -340,7 +341,7 @@ def _state_of(
     columns = _columns_of(bucket, base, rule, grads, may_make)
     if isinstance(columns, str):
         return columns
-    if columns.host_steps and bucket.device.type == "cuda":
-        base._cuda_graph_capture_health_check()  # a counter on the host would stand still in a graph: raises, as base.step() does
+    if columns.host_steps:
+        refuse_capture(bucket.device, "Adam's step counters are on the host, where they stand still in a graph. Use the option capturable=True")
     table, learning_rates = options
     return StateTensors(columns.tensors, table, learning_rates, columns.device_steps, rounding_key)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import refuse_capture
 from .sharded import is_fsdp_module, own_gradients
 
 
@@ -20,9 +21,18 @@ class RandomState:
 
     @staticmethod
     def capture(devices: Iterable[torch.device]) -> RandomState:
-        """Read the generators of the CPU and of ``devices``. Nothing waits for a device."""
+        """Read the generators of the CPU and of ``devices``. Nothing waits for a device.
+
+        Raises:
+            RuntimeError: a graph is being captured on one of them.
+        """
         states: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
         for device in sorted(devices, key=str):
+            refuse_capture(
+                device,
+                "replay_rng=True reads and sets the random state on the host, once, and a replayed graph would not. Capture the step without "
+                "it; the second pass then draws masks of its own",
+            )
             module: Any = getattr(torch, device.type, None)
             if device.type != "cpu" and hasattr(module, "get_rng_state"):
                 states.append((device, module.get_rng_state(device)))

@@ -7,9 +7,12 @@ kernel was launched, and takes longer than most blocks of a kernel. So here it i
 from __future__ import annotations
 
 import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -29,3 +32,37 @@ def _replace_once(fn: Any) -> Any:
 
 
 interpreter._patch_lang = _replace_once
+
+
+class Unmasked:
+    """The accesses without a mask. They are compiled to wide ones, which fault at addresses that are not aligned; the interpreter would not mind.
+
+    ``width[n]``: in bytes, for a block of n elements; each width has blocks of its own size.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, width: dict[int, int]) -> None:
+        self.width = width
+        self.found: Counter[int] = Counter()
+        for name in ("create_load", "create_store"):
+            monkeypatch.setattr(interpreter.InterpreterBuilder, name, self._watched(getattr(interpreter.InterpreterBuilder, name)))
+
+    def _watched(self, access: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(builder: Any, pointers: Any, *args: Any) -> Any:
+            if pointers.data.size > 1:
+                width = self.width[pointers.data.size]
+                assert int(pointers.data.flat[0]) % width == 0
+                self.found[width] += 1
+            return access(builder, pointers, *args)
+
+        return watched
+
+
+def blocks_by_width(counts: Iterable[int], address: int, width: dict[int, int]) -> Counter[int]:
+    """How many blocks of each width move chunks of ``counts`` elements; ``address``: of everything that is moved, or-ed together."""
+    found: Counter[int] = Counter()
+    for count in counts:
+        for block, wide in sorted(width.items(), key=lambda item: -item[1]):
+            if address % wide == 0:
+                found[wide] += count // block
+                count %= block
+    return found

@@ -121,6 +121,7 @@ def test_the_best_backend_for_a_gpu_is_cuda_then_triton(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
     for name in ("cuda", "triton"):
         monkeypatch.setattr(type(backends.BACKENDS[name]), "unavailable", lambda self: None)
+        monkeypatch.setattr(type(backends.BACKENDS[name]), "unusable_on", lambda self, device: None)
         monkeypatch.setattr(type(backends.BACKENDS[name]), "rejects", lambda self, tensor, arithmetic=True: None)
     assert backends.choose(GpuTensor()).name == "cuda"
     monkeypatch.setattr(type(backends.BACKENDS["cuda"]), "rejects", lambda self, tensor, arithmetic=True: "not this one")

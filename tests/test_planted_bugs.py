@@ -56,7 +56,13 @@ def broken_sources(tmp_path: Path, file: str, right: str, wrong: str) -> Path:
     ("sanitizer", "file", "right", "wrong", "report"),
     [
         ("tsan", "cuda/reduce.h", "  __syncthreads();\n", "", "data race"),
-        ("asan", "cuda/perturb.cu", "      if (i < count) store<false>(w + i,", "      if (i <= count) store<false>(w + i,", "heap-buffer-overflow"),
+        (
+            "asan",
+            "cuda/format.h",
+            "    part(Single<Bits>{}, whole, count);\n",
+            "    part(Single<Bits>{}, whole, count + 1);\n",
+            "heap-buffer-overflow",
+        ),
     ],
     ids=["missing __syncthreads", "tail one element too long"],
 )

@@ -137,38 +137,40 @@ def test_same_bits_as_the_cpu_backend(dtype, adaptive, eps):
 
 
 @interpreter
-@each_dtype
-@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shifts", [(0, 0), (0, 1), (1, 0), (2, 2), (0, 2), (0, 4), (4, 0), (6, 2)], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
-def test_unmasked_accesses_are_aligned(monkeypatch, dtype, shifts, adaptive):
-    """They are compiled to 16-byte ones, which fault at other addresses; the interpreter would not mind."""
-    from triton.runtime.interpreter import InterpreterBuilder
+def test_every_alignment_takes_the_widest_access(monkeypatch, dtype, shifts, adaptive):
+    """Weights and gradients any number of elements behind an aligned address."""
+    from interpreter import Unmasked, blocks_by_width
 
-    unmasked = []
-
-    def watch(access):
-        def watched(self, pointers, *args):
-            if pointers.data.size > 1:
-                unmasked.append(int(pointers.data.flat[0]))
-            return access(self, pointers, *args)
-
-        return watched
-
-    for name in ("create_load", "create_store"):
-        monkeypatch.setattr(InterpreterBuilder, name, watch(getattr(InterpreterBuilder, name)))
-    size = CHUNK + 2100
-    w, g = (torch.rand(size + 1, dtype=torch.float64).to(dtype)[shift : shift + size] for shift in shifts)
+    chunks = [CHUNK, 2100]
+    w, g = (torch.rand(sum(chunks) + shift, dtype=torch.float64).to(dtype)[shift:] for shift in shifts)
     w.grad = g
     bucket = Bucket([w], [0], TRITON)
+    _ = bucket.flat
+    assert w.data_ptr() % 64 == shifts[0] * dtype.itemsize
+    assert g.data_ptr() % 64 == shifts[1] * dtype.itemsize
+    weights, grads = (shift * dtype.itemsize for shift in shifts)
+    width = {block: wide for block, wide in ((2048, 16), (1024, 8), (256, 4)) if wide > dtype.itemsize}
+    unmasked = Unmasked(monkeypatch, width)
+
+    def expected(*moves: tuple[int, int]) -> dict[int, int]:
+        """Of blocks at these addresses, each moved so many times."""
+        found = dict.fromkeys(width.values(), 0)
+        for address, times in moves:
+            for wide, count in blocks_by_width(chunks, address, width).items():
+                found[wide] += times * count
+        return {wide: count for wide, count in found.items() if count}
+
     climb(bucket, options(adaptive=adaptive))
-    TRITON.restore(bucket)
-    TRITON.save(bucket)
-    assert all(address % 16 == 0 for address in unmasked)
-    blocks = size // 2048
-    norm, climbed, copied = not shifts[1] and not (adaptive and shifts[0]), not any(shifts), not shifts[0]
-    expected = blocks * (norm * (1 + adaptive) + climbed * 4) + copied * 4 * (size * dtype.itemsize // 8192)
-    # A chunk's last block may be a part of one for the copies.
-    assert expected - 4 <= len(unmasked) <= expected
+    assert unmasked.found == expected((grads | (weights if adaptive else 0), 1 + adaptive), (weights | grads, 4))
+    words = {4: {2048: 16, 1024: 8}, 2: {4096: 16, 2048: 8, 1024: 4}, 8: {1024: 16}}[dtype.itemsize]
+    unmasked.width, width = words, words
+    for call in (TRITON.restore, TRITON.save):
+        unmasked.found.clear()
+        call(bucket)
+        assert unmasked.found == expected((weights, 2))
 
 
 @interpreter
@@ -255,27 +257,29 @@ def test_saving_again_and_again_uploads_once():
 def test_a_graph_has_its_own_tables(monkeypatch):
     """Captured copies are replayed: their memory belongs to the graph, and eager steps use other memory."""
     capturing = False
-    monkeypatch.setattr(backend, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(backend, "is_capturing", lambda device: capturing)
     upload = backend.Upload(torch.device("cpu"))
 
     def send(numbers: bytes) -> torch.Tensor:
         upload.begin()
         return upload.send(numbers)
 
-    first, second = b"1" * 16, b"2" * 16
+    first, second, third = b"1" * 16, b"2" * 16, b"3" * 16
     eager = send(first)
     capturing = True
-    captured = send(first)
-    assert upload.send(first) is captured  # what follows in the same operation reads the same copy
-    again = send(first)  # another operation may be in another graph
+    captured = send(second)
+    assert upload.send(second) is captured  # what follows in the same operation reads the same copy
+    again = send(second)  # another operation may be in another graph
+    assert send(first) is eager  # which is the graph's from now on
     capturing = False
     assert len({t.data_ptr() for t in (eager, captured, again)}) == 3
-    kept = [(host.clone(), device.clone()) for host, device in upload._kept]
-    assert send(second) is eager
-    assert send(second) is eager
+    kept = [t.clone() for t in (eager, captured, again)]
+    assert send(first) is eager
+    other = send(third)
+    assert send(third) is other
     assert upload.uploads == 4
-    assert all(torch.equal(a, b) for pair, copies in zip(kept, upload._kept, strict=True) for a, b in zip(pair, copies, strict=True))
-    assert [device.data_ptr() for _, device in upload._kept] == [captured.data_ptr(), again.data_ptr()]
+    assert all(torch.equal(a, b) for a, b in zip(kept, (eager, captured, again), strict=True))
+    assert other.numpy().tobytes() == third
 
 
 def test_an_upload_that_was_interrupted_is_made_again(monkeypatch):

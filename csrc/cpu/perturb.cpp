@@ -74,7 +74,7 @@ void perturb_of(const PerturbArgs& a, double norm) {
       const Bits* g = reinterpret_cast<const Bits*>(a.grads[c.row]) + c.begin;
       Bits* flat = static_cast<Bits*>(a.flat) + c.slot;
       const Group& group = a.groups[c.group];
-      const double scale = climb_scale(norm, group.rho, a.eps);
+      const auto scale = climb_scale<typename Storage<T>::Compute>(norm, group.rho, a.eps);
       const Dice dice{a.rounding.key, static_cast<uint32_t>(c.slot)};
       if (!climbs) std::memcpy(flat, w, static_cast<size_t>(c.count) * sizeof(Bits));
       else if (group.adaptive != 0.0) Climb<T>::template run<true, Stream, Stochastic>(w, g, flat, c.count, group.eta, scale, dice);

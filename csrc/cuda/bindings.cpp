@@ -48,6 +48,11 @@ sam::cuda::UpdateArgs update(uint64_t stream, int dtype, uint64_t rows, int64_t 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "sam_fast's CUDA kernels. Use sam_fast.backends, which checks tensors before it takes their addresses.";
 
+  m.def("probe", [](int device) {
+    const sam::cuda::DeviceGuard guard(device);
+    sam::cuda::probe();
+  });
+
   m.def("grad_norm_blocks", [](int device, int dtype, uint64_t rows, int64_t num_rows) {
     const sam::cuda::DeviceGuard guard(device);
     return sam::cuda::grad_norm_blocks(static_cast<sam::DType>(dtype), pointer<const sam::Row>(rows), num_rows);

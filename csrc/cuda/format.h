@@ -78,40 +78,86 @@ auto with_format(DType dtype, const Rounding& rounding, const Call& call) {
 
 constexpr int kVectorBytes = 16;  // the widest access that every architecture has
 
-// Sixteen bytes of elements.
-template <class Bits>
-struct alignas(kVectorBytes) Vector {
-  static constexpr int kSize = kVectorBytes / static_cast<int>(sizeof(Bits));
+// Elements that move in one access of so many bytes.
+template <class Bits, int Bytes>
+struct alignas(Bytes) Unit {
+  static constexpr int kBytes = Bytes;
+  static constexpr int kSize = Bytes / static_cast<int>(sizeof(Bits));
   Bits element[kSize];
 };
+template <class Bits>
+using Vector = Unit<Bits, kVectorBytes>;
+template <class Bits>
+using Single = Unit<Bits, static_cast<int>(sizeof(Bits))>;
+
+// What the machine moves at once.
+template <int Bytes>
+struct WordOf;
+template <>
+struct WordOf<16> { using type = uint4; };
+template <>
+struct WordOf<8> { using type = uint2; };
+template <>
+struct WordOf<4> { using type = unsigned int; };
+template <>
+struct WordOf<2> { using type = unsigned short; };
+template <>
+struct WordOf<1> { using type = unsigned char; };
 
 // Loads and stores go through intrinsics: the addresses come out of a table as integers, and plain accesses through them would be generic, or
 // split into narrower ones. Everything here is touched once: L1 is bypassed. Last: L2 need not keep these bytes either.
-template <bool Last, class Unit>
-__device__ __forceinline__ Unit load(const Unit* p) {
+template <bool Last, class Word>
+__device__ __forceinline__ Word load(const Word* p) {
   return Last ? __ldcs(p) : __ldcg(p);
 }
 
-template <bool Last, class Unit>
-__device__ __forceinline__ void store(Unit* p, Unit value) {
+template <bool Last, class Word>
+__device__ __forceinline__ void store(Word* p, Word value) {
   if constexpr (Last) __stcs(p, value);
   else __stcg(p, value);
 }
 
-// p is aligned to 16 bytes.
-template <bool Last, class Bits>
-__device__ __forceinline__ Vector<Bits> load_vector(const Bits* p) {
-  const uint4 raw = load<Last>(reinterpret_cast<const uint4*>(p));
-  Vector<Bits> v;
-  memcpy(&v, &raw, sizeof(v));
-  return v;
+// p is aligned to a unit.
+template <bool Last, class U, class Bits>
+__device__ __forceinline__ U load_unit(const Bits* p) {
+  const auto word = load<Last>(reinterpret_cast<const typename WordOf<U::kBytes>::type*>(p));
+  U unit;
+  memcpy(&unit, &word, sizeof(unit));
+  return unit;
 }
 
-template <bool Last, class Bits>
-__device__ __forceinline__ void store_vector(Bits* p, const Vector<Bits>& v) {
-  uint4 raw;
-  memcpy(&raw, &v, sizeof(v));
-  store<Last>(reinterpret_cast<uint4*>(p), raw);
+template <bool Last, class U, class Bits>
+__device__ __forceinline__ void store_unit(Bits* p, const U& unit) {
+  typename WordOf<U::kBytes>::type word;
+  memcpy(&word, &unit, sizeof(word));
+  store<Last>(reinterpret_cast<decltype(word)*>(p), word);
+}
+
+// Calls part(U{}, 0, whole) for the widest unit U that suits all of `addresses` (or-ed together) and the whole units among `count` elements, then
+// part(Single{}, whole, count) for the rest.
+template <class Bits, class Part>
+__device__ __forceinline__ void in_widest_units(uint64_t addresses, int count, const Part& part) {
+  constexpr int kBytes = static_cast<int>(sizeof(Bits));
+  if constexpr (kBytes == 8) {  // one or the other: both in a row would take too many registers
+    if (addresses % 16 == 0 && count % 2 == 0) part(Vector<Bits>{}, 0, count);
+    else part(Single<Bits>{}, 0, count);
+  } else {
+    int whole = 0;
+    const auto take = [&](auto unit) {
+      whole = count / decltype(unit)::kSize * decltype(unit)::kSize;
+      part(unit, 0, whole);
+    };
+    if (addresses % 16 == 0) {
+      take(Unit<Bits, 16>{});
+    } else if (addresses % 8 == 0) {
+      take(Unit<Bits, 8>{});
+    } else if (kBytes < 4 && addresses % 4 == 0) {
+      if constexpr (kBytes < 4) take(Unit<Bits, 4>{});
+    } else if (kBytes < 2 && addresses % 2 == 0) {
+      if constexpr (kBytes < 2) take(Unit<Bits, 2>{});
+    }
+    part(Single<Bits>{}, whole, count);
+  }
 }
 
 }  // namespace sam::cuda

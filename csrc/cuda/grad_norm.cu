@@ -24,43 +24,28 @@ __device__ __forceinline__ double as_double(typename T::Bits bits) {
   return static_cast<double>(T::widen(bits));
 }
 
-// A thread's part of a tile that is cut off or lies askew, element by element and in float64.
-template <class T, bool Adaptive>
-__device__ __forceinline__ double sum_of_odd_tile(const Tile<kStates>& tile, double eta) {
+// The squares of a thread's part of the elements from `begin` to `end`, whole units, every one in float64.
+template <class T, bool Adaptive, class U>
+__device__ __forceinline__ double sum_of_units(const Tile<kStates>& tile, int begin, int end, double eta) {
   using Bits = typename T::Bits;
+  constexpr int kStride = kThreads * U::kSize;
   const Bits* w = reinterpret_cast<const Bits*>(tile.address[kWeights]);
   const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]);
-  const int count = static_cast<int>(tile.count);
   double sum = 0.0;
 #pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x); first < count; first += kElementsPerBatch<Bits> * kThreads) {
-    Bits weights[kElementsPerBatch<Bits>] = {}, grads[kElementsPerBatch<Bits>] = {};  // zero bits are zero in every format, and add nothing
+  for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end; first += kUnitsPerBatch<U> * kStride) {
+    U weights[kUnitsPerBatch<U>] = {}, grads[kUnitsPerBatch<U>] = {};  // zero bits are zero in every format, and add nothing
 #pragma unroll
-    for (int k = 0; k < kElementsPerBatch<Bits>; ++k) {
-      const int i = first + k * kThreads;
-      if (i < count) grads[k] = load<false>(g + i);
-      if (Adaptive && i < count) weights[k] = load<false>(w + i);
+    for (int k = 0; k < kUnitsPerBatch<U>; ++k) {
+      const int i = first + k * kStride;
+      if (i < end) grads[k] = load_unit<false, U>(g + i);
+      if (Adaptive && i < end) weights[k] = load_unit<false, U>(w + i);
     }
 #pragma unroll
-    for (int k = 0; k < kElementsPerBatch<Bits>; ++k) sum += squared_term<double, Adaptive>(as_double<T>(weights[k]), as_double<T>(grads[k]), eta);
-  }
-  return sum;
-}
-
-// A thread's vectors of a full, aligned tile once more, every square in float64.
-template <class T, bool Adaptive>
-__device__ __forceinline__ double sum_in_float64(const typename T::Bits* w, const typename T::Bits* g, double eta) {
-  using Bits = typename T::Bits;
-  constexpr int kSize = Vector<Bits>::kSize;
-  double sum = 0.0;
-#pragma unroll 1
-  for (int k = 0; k < kVectorsPerThread; ++k) {
-    const Vector<Bits> g_vector = load_vector<false>(g + k * kThreads * kSize);
-    Vector<Bits> w_vector{};
-    if constexpr (Adaptive) w_vector = load_vector<false>(w + k * kThreads * kSize);
+    for (int k = 0; k < kUnitsPerBatch<U>; ++k)
 #pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      sum += squared_term<double, Adaptive>(as_double<T>(w_vector.element[i]), as_double<T>(g_vector.element[i]), eta);
+      for (int j = 0; j < U::kSize; ++j)
+        sum += squared_term<double, Adaptive>(as_double<T>(weights[k].element[j]), as_double<T>(grads[k].element[j]), eta);
   }
   return sum;
 }
@@ -78,8 +63,8 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
   Vector<Bits> w_vectors[kVectorsPerThread], g_vectors[kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < kVectorsPerThread; ++k) {
-    g_vectors[k] = load_vector<false>(g + k * kThreads * kSize);
-    if constexpr (Adaptive) w_vectors[k] = load_vector<false>(w + k * kThreads * kSize);
+    g_vectors[k] = load_unit<false, Vector<Bits>>(g + k * kThreads * kSize);
+    if constexpr (Adaptive) w_vectors[k] = load_unit<false, Vector<Bits>>(w + k * kThreads * kSize);
   }
   Compute sums[kVectorsPerThread];
   bool zero = true;
@@ -107,13 +92,18 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
   // A sum of zero is right where every gradient is: rows that took no part in the loss are common, and not worth a second look.
   const bool nothing = zero && sums[0] == Compute{};
   const bool trusted = sizeof(Compute) == sizeof(double) || nothing || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
-  return trusted ? static_cast<double>(sums[0]) : sum_in_float64<T, Adaptive>(w, g, eta);
+  return trusted ? static_cast<double>(sums[0]) : sum_of_units<T, Adaptive, Vector<Bits>>(tile, 0, static_cast<int>(tile.count), eta);
 }
 
 template <class T, bool Adaptive>
 __device__ __forceinline__ double sum_of_squares(const Tile<kStates>& tile, double eta) {
-  const bool aligned = ((tile.address[kGrads] | (Adaptive ? tile.address[kWeights] : 0)) % kVectorBytes) == 0;
-  return tile.full<typename T::Bits>() && aligned ? sum_of_full_tile<T, Adaptive>(tile, eta) : sum_of_odd_tile<T, Adaptive>(tile, eta);
+  using Bits = typename T::Bits;
+  const uint64_t addresses = tile.address[kGrads] | (Adaptive ? tile.address[kWeights] : 0);
+  if (tile.full<Bits>() && addresses % kVectorBytes == 0) return sum_of_full_tile<T, Adaptive>(tile, eta);
+  double sum = 0.0;
+  in_widest_units<Bits>(addresses, static_cast<int>(tile.count),
+                        [&](auto unit, int begin, int end) { sum += sum_of_units<T, Adaptive, decltype(unit)>(tile, begin, end, eta); });
+  return sum;
 }
 
 template <class T, class Table>

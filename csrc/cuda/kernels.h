@@ -26,6 +26,9 @@ struct Place {
   bool large_arguments;
 };
 
+// Throws if the current device has no machine code here, or the driver cannot run it.
+void probe();
+
 // The number of partial sums that grad_norm writes for these rows on the current device, whichever of them have a gradient.
 int grad_norm_blocks(DType dtype, const Row* rows, int64_t num_rows);
 

@@ -27,7 +27,30 @@ void launch(const char* what, void (*kernel)(Params...), unsigned blocks, unsign
 #endif
 }
 
-// Makes `device` the current one for as long as this lives.
+// Whether the device has a context already: from CUDA 12 on cudaSetDevice makes one, and takes hundreds of megabytes for it.
+inline bool has_context(int device) {
+  using GetState = int (*)(int, unsigned int*, int*);  // cuDevicePrimaryCtxGetState of the driver, which is not linked
+  static const GetState get_state = [] {
+    void* found = nullptr;
+#if CUDART_VERSION >= 12050
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
+#elif CUDART_VERSION >= 12000
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t status = cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
+#else
+    const cudaError_t status = cudaErrorNotSupported;  // CUDA 11's cudaSetDevice makes no context
+#endif
+    if (status != cudaSuccess) cudaGetLastError();
+    return status == cudaSuccess ? reinterpret_cast<GetState>(found) : nullptr;
+  }();
+  unsigned int flags = 0;
+  int active = 1;
+  return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
+}
+
+// Makes `device` the current one for as long as this lives. A device before it without a context stays without: `device` is then left current, as
+// PyTorch does, which remembers by itself which device its user wants.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
@@ -35,7 +58,7 @@ class DeviceGuard {
     if (previous_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
   }
   ~DeviceGuard() {
-    if (previous_ != device_) cudaSetDevice(previous_);
+    if (previous_ != device_ && has_context(previous_)) cudaSetDevice(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -19,28 +19,32 @@ __device__ __forceinline__ typename T::Bits moved(typename T::Bits w, typename T
   else return w;
 }
 
-// A tile that is cut off or lies askew, element by element.
-template <class T, Mode M>
-__device__ __forceinline__ void climb_odd_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
-                                               const Dice& dice) {
+// The elements from `begin` to `end` of a tile, whole units.
+template <class T, Mode M, class U, int Batch>
+__device__ __forceinline__ void climb_units(const Tile<kStates>& tile, int begin, int end, typename T::Bits* saved, typename T::Compute eta,
+                                            typename T::Compute scale, const Dice& dice) {
   using Bits = typename T::Bits;
+  constexpr int kStride = kThreads * U::kSize;
   Bits* w = reinterpret_cast<Bits*>(tile.address[kWeights]);
   const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]);
-  const int count = static_cast<int>(tile.count);
 #pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x); first < count; first += kElementsPerBatch<Bits> * kThreads) {
-    Bits weights[kElementsPerBatch<Bits>], grads[kElementsPerBatch<Bits>];
+  for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end; first += Batch * kStride) {
+    U weights[Batch], grads[Batch];
 #pragma unroll
-    for (int k = 0; k < kElementsPerBatch<Bits>; ++k) {
-      const int i = first + k * kThreads;
-      if (i < count) grads[k] = load<true>(g + i);
-      if (i < count) weights[k] = load<false>(w + i);
+    for (int k = 0; k < Batch; ++k) {
+      const int i = first + k * kStride;
+      if (i < end) grads[k] = load_unit<true, U>(g + i);
+      if (i < end) weights[k] = load_unit<false, U>(w + i);
     }
 #pragma unroll
-    for (int k = 0; k < kElementsPerBatch<Bits>; ++k) {
-      const int i = first + k * kThreads;
-      if (i < count) store<true>(saved + i, weights[k]);
-      if (i < count) store<false>(w + i, moved<T, M>(weights[k], grads[k], eta, scale, dice, i));
+    for (int k = 0; k < Batch; ++k) {
+      const int i = first + k * kStride;
+      if (i >= end) continue;
+      store_unit<true>(saved + i, weights[k]);
+#pragma unroll
+      for (int j = 0; j < U::kSize; ++j)
+        weights[k].element[j] = moved<T, M>(weights[k].element[j], grads[k].element[j], eta, scale, dice, i + j);
+      store_unit<false>(w + i, weights[k]);
     }
   }
 }
@@ -57,26 +61,40 @@ __device__ __forceinline__ void climb_full_tile(const Tile<kStates>& tile, typen
   Vector<Bits> w_vectors[kVectorsPerThread], g_vectors[kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < kVectorsPerThread; ++k) {
-    g_vectors[k] = load_vector<true>(g + k * kStride);
-    w_vectors[k] = load_vector<false>(w + k * kStride);
+    g_vectors[k] = load_unit<true, Vector<Bits>>(g + k * kStride);
+    w_vectors[k] = load_unit<false, Vector<Bits>>(w + k * kStride);
   }
 #pragma unroll
   for (int k = 0; k < kVectorsPerThread; ++k) {
-    store_vector<true>(saved + first + k * kStride, w_vectors[k]);
+    store_unit<true>(saved + first + k * kStride, w_vectors[k]);
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
       w_vectors[k].element[i] =
           moved<T, M>(w_vectors[k].element[i], g_vectors[k].element[i], eta, scale, dice, first + k * kStride + i);
-    store_vector<false>(w + k * kStride, w_vectors[k]);
+    store_unit<false>(w + k * kStride, w_vectors[k]);
   }
 }
 
 template <class T, Mode M>
 __device__ __forceinline__ void climb_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
                                            const Dice& dice) {
-  const bool aligned = (tile.address[kWeights] | tile.address[kGrads]) % kVectorBytes == 0;
-  if (tile.full<typename T::Bits>() && aligned) climb_full_tile<T, M>(tile, saved, eta, scale, dice);
-  else climb_odd_tile<T, M>(tile, saved, eta, scale, dice);
+  using Bits = typename T::Bits;
+  const uint64_t addresses = tile.address[kWeights] | tile.address[kGrads];
+  const int count = static_cast<int>(tile.count);
+  if (tile.full<Bits>() && addresses % kVectorBytes == 0) {
+    climb_full_tile<T, M>(tile, saved, eta, scale, dice);
+    return;
+  }
+  in_widest_units<Bits>(addresses, count, [&](auto unit, int begin, int end) {
+    using U = decltype(unit);
+    climb_units<T, M, U, kUnitsPerBatch<U>>(tile, begin, end, saved, eta, scale, dice);
+  });
+}
+
+// Backs a tile up where the norm is not finite, which is rare: element by element.
+template <class T>
+__device__ __forceinline__ void hold_tile(const Tile<kStates>& tile, typename T::Bits* saved, const Dice& dice) {
+  climb_units<T, Mode::hold, Single<typename T::Bits>, 2>(tile, 0, static_cast<int>(tile.count), saved, 0, 0, dice);
 }
 
 template <class T, class Table>
@@ -92,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (blockIdx.x == 0 && threadIdx.x == 0) *norm_out = norm;
   // Once per block and group: a float64 division is slow.
   for (int i = static_cast<int>(threadIdx.x); i < rows.num_groups; i += kThreads)
-    scales[i] = static_cast<Compute>(climb_scale(norm, rows.groups[i].rho, eps));
+    scales[i] = climb_scale<Compute>(norm, rows.groups[i].rho, eps);
   __syncthreads();
 
   const bool moves = can_climb(norm);
@@ -103,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     auto* saved = reinterpret_cast<typename T::Bits*>(flat + tile.slot);
     const Compute eta = static_cast<Compute>(group.eta), scale = scales[tile.group];
     const Dice dice = dice_of<T>(tile, rounding_key);
-    if (!moves) climb_odd_tile<T, Mode::hold>(tile, saved, eta, scale, dice);
+    if (!moves) hold_tile<T>(tile, saved, dice);
     else if (group.adaptive != 0.0) climb_tile<T, Mode::climb_adaptive>(tile, saved, eta, scale, dice);
     else climb_tile<T, Mode::climb>(tile, saved, eta, scale, dice);
   }

@@ -100,10 +100,12 @@ template <class Tables, class... Rest>
 void for_launches(const Bucket<typename Tables::Small::Group>& bucket, Place place, int itemsize,
                   const RowAddresses<Tables::Small::kAddresses>& addresses, const Rest&... rest) {
   using Small = typename Tables::Small;
-  const bool few = bucket.num_rows <= Small::kMaxRows && std::all_of(bucket.rows, bucket.rows + bucket.num_rows, [](const Row& row) {
-    return row.group < Small::kMaxGroups;
-  });
-  if (few || !place.large_arguments) for_tables<Small>(bucket, itemsize, addresses, rest...);
+  using Medium = typename Tables::Medium;
+  int64_t groups = 0;
+  for (int64_t i = 0; i < bucket.num_rows; ++i) groups = std::max(groups, bucket.rows[i].group + 1);
+  const auto fits = [&](int max_rows, int max_groups) { return bucket.num_rows <= max_rows && groups <= max_groups; };
+  if (fits(Small::kMaxRows, Small::kMaxGroups) || !place.large_arguments) for_tables<Small>(bucket, itemsize, addresses, rest...);
+  else if (fits(Medium::kMaxRows, Medium::kMaxGroups)) for_tables<Medium>(bucket, itemsize, addresses, rest...);
   else for_tables<typename Tables::Large>(bucket, itemsize, addresses, rest...);
 }
 

@@ -23,7 +23,8 @@ struct AdamOptions : AdamGroup {
 using AdamEntry = Entry<AdamOptions>;
 constexpr int kNumAddresses = kStates + 4;  // exp_avg, exp_avg_sq, max_exp_avg_sq, and the step counter if it is on the device
 constexpr int kCounter = kStates + 3;
-using AdamTables = Tables<Rows<AdamEntry, kNumAddresses, 48, 7>, Rows<AdamEntry, kNumAddresses, 448, 28>>;
+using AdamTables =
+    Tables<Rows<AdamEntry, kNumAddresses, 48, 7>, Rows<AdamEntry, kNumAddresses, 256, 16>, Rows<AdamEntry, kNumAddresses, 448, 28>>;
 
 template <class T>
 struct AdamStep {

@@ -5,7 +5,7 @@ namespace sam::cuda {
 namespace {
 
 using SgdEntry = Entry<SgdGroup>;
-using SgdTables = Tables<Rows<SgdEntry, 3, 76, 8>, Rows<SgdEntry, 3, 700, 40>>;
+using SgdTables = Tables<Rows<SgdEntry, 3, 76, 8>, Rows<SgdEntry, 3, 256, 16>, Rows<SgdEntry, 3, 700, 40>>;
 
 template <class T>
 struct SgdStep {

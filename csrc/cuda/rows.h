@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../table.h"
@@ -12,10 +13,16 @@ namespace sam::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 4;  // independent 16-byte loads in flight, for each stream that is read
-// The same where elements are moved one by one; as many as leave registers.
-template <class Bits>
-constexpr int kElementsPerBatch = sizeof(Bits) > 4 ? 2 : 4;
-constexpr int kBlocksPerProcessor = 3;  // what the registers must allow: 98 KB of loads in flight, five times what an H100 needs
+// The same where rows lie askew or end, and units (format.h) may be narrower: four elements of at most 16 bytes, but at least one unit. More would
+// not leave enough registers.
+template <class U>
+constexpr int kUnitsPerBatch = std::max(1, std::min(4 / U::kSize, 16 / U::kBytes));
+// What the registers must allow: 98 KB of loads in flight, five times what an H100 needs. Turing makes bfloat16 of several instructions.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocksPerProcessor = 2;
+#else
+constexpr int kBlocksPerProcessor = 3;
+#endif
 constexpr int kTileBytes = kThreads * kVectorsPerThread * 16;
 constexpr int kSlotBytes = 64;  // every slot starts on such a line: sam_fast.bucket.ALIGNMENT
 
@@ -88,20 +95,23 @@ struct Rows {
 
 constexpr size_t kOtherArguments = 96;  // an upper bound of what the kernels take beside the rows
 
-// The two sizes of an operation's rows.
-template <class SmallRows, class LargeRows>
+// The three sizes of an operation's rows. Medium is for most networks: all of it is copied at every launch, used or not.
+template <class SmallRows, class MediumRows, class LargeRows>
 struct Tables {
   using Small = SmallRows;
 #if CUDART_VERSION >= 12010
+  using Medium = MediumRows;
   using Large = LargeRows;
 #else
+  using Medium = SmallRows;
   using Large = SmallRows;
 #endif
   static_assert(sizeof(SmallRows) + kOtherArguments <= 4096);
+  static_assert(sizeof(MediumRows) < sizeof(LargeRows));
   static_assert(sizeof(LargeRows) + kOtherArguments <= 32764);
 };
 
 // Of grad_norm, perturb and copy.
-using PlainTables = Tables<Rows<Group, 2, 96, 24>, Rows<Group, 2, 800, 224>>;
+using PlainTables = Tables<Rows<Group, 2, 96, 24>, Rows<Group, 2, 256, 48>, Rows<Group, 2, 800, 224>>;
 
 }  // namespace sam::cuda

@@ -61,59 +61,39 @@ __device__ __forceinline__ float gradient_factor(const float* grad_scale, bool m
   return maximize ? -factor : factor;
 }
 
-// One element; as a Vector, where rows or tiles do not allow vectors.
-template <class Bits>
-struct Single {
-  static constexpr int kSize = 1;
-  Bits element[kSize];
-};
-
-template <class Unit, class Bits>
-__device__ __forceinline__ Unit load_unit(const Bits* p) {
-  if constexpr (Unit::kSize == 1 && sizeof(Bits) < kVectorBytes) return {{load<true>(p)}};
-  else return load_vector<true>(p);
-}
-
-template <bool Last, class Unit, class Bits>
-__device__ __forceinline__ void store_unit(Bits* p, const Unit& unit) {
-  if constexpr (Unit::kSize == 1 && sizeof(Bits) < kVectorBytes) store<Last>(p, unit.element[0]);
-  else store_vector<Last>(p, unit);
-}
-
-// step.apply(w, g, states) gives an element's new weight, from its weight and gradient, and updates the base optimizer's state. step.has(s): whether
-// there is such a state. Step::kUnitsPerBatch: of every stream, as many as leave registers. Without `moves` weights are only put back.
-template <class Unit, class T, class Step, int Addresses>
-__device__ __forceinline__ void update_tile(const Tile<Addresses>& tile, const typename T::Bits* from, const Step& step, bool moves,
-                                            const Dice& dice) {
+// The elements from `begin` to `end` of a tile, whole units. step.apply(w, g, states) gives an element's new weight, from its weight and gradient,
+// and updates the base optimizer's state. step.has(s): whether there is such a state. Step::kUnitsPerBatch: of every stream, as many as leave
+// registers. Without `moves` weights are only put back.
+template <class T, class U, class Step, int Addresses>
+__device__ __forceinline__ void update_units(const Tile<Addresses>& tile, int begin, int end, const typename T::Bits* from, const Step& step,
+                                             bool moves, const Dice& dice) {
   using Bits = typename T::Bits;
   using Compute = typename T::Compute;
-  constexpr int kStride = kThreads * Unit::kSize;
+  constexpr int kStride = kThreads * U::kSize;
   constexpr int K = Step::kNumStates;
-  constexpr int kUnitsPerBatch = Step::kUnitsPerBatch;
-  static_assert(kVectorsPerThread % kUnitsPerBatch == 0);
+  constexpr int kBatch = Step::kUnitsPerBatch;
   Bits* w = reinterpret_cast<Bits*>(tile.address[kWeights]);
   const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]);
-  const int count = static_cast<int>(tile.count);
 #pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x) * Unit::kSize; first < count; first += kUnitsPerBatch * kStride) {
-    Unit weights[kUnitsPerBatch], grads[kUnitsPerBatch], states[K][kUnitsPerBatch] = {};
+  for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end; first += kBatch * kStride) {
+    U weights[kBatch], grads[kBatch], states[K][kBatch] = {};
 #pragma unroll
-    for (int k = 0; k < kUnitsPerBatch; ++k) {
+    for (int k = 0; k < kBatch; ++k) {
       const int i = first + k * kStride;
-      if (Unit::kSize == 1 && i >= count) continue;
-      grads[k] = load_unit<Unit>(g + i);
-      weights[k] = load_unit<Unit>(from + i);
+      if (i >= end) continue;
+      grads[k] = load_unit<true, U>(g + i);
+      weights[k] = load_unit<true, U>(from + i);
 #pragma unroll
       for (int s = 0; s < K; ++s)
-        if (step.has(s)) states[s][k] = load_unit<Unit>(reinterpret_cast<const Bits*>(tile.address[kStates + s]) + i);
+        if (step.has(s)) states[s][k] = load_unit<true, U>(reinterpret_cast<const Bits*>(tile.address[kStates + s]) + i);
     }
 #pragma unroll
-    for (int k = 0; k < kUnitsPerBatch; ++k) {
+    for (int k = 0; k < kBatch; ++k) {
       const int i = first + k * kStride;
-      if (Unit::kSize == 1 && i >= count) continue;
+      if (i >= end) continue;
       if (moves) {
 #pragma unroll
-        for (int j = 0; j < Unit::kSize; ++j) {
+        for (int j = 0; j < U::kSize; ++j) {
           Compute state[K];
 #pragma unroll
           for (int s = 0; s < K; ++s) state[s] = T::widen(states[s][k].element[j]);
@@ -154,8 +134,9 @@ __device__ __forceinline__ void update_rows(const Table& rows, const Update& upd
 #pragma unroll
     for (int s = 0; s < Step::kNumStates; ++s)
       if (step.has(s)) all |= tile.address[kStates + s];
-    if (tile.template full<Bits>() && all % kVectorBytes == 0) update_tile<Vector<Bits>, T>(tile, from, step, moves, dice);
-    else update_tile<Single<Bits>, T>(tile, from, step, moves, dice);
+    in_widest_units<Bits>(all, static_cast<int>(tile.count), [&](auto unit, int begin, int end) {
+      update_units<T, decltype(unit)>(tile, begin, end, from, step, moves, dice);
+    });
   }
 }
 

@@ -26,7 +26,7 @@ BACKEND_VARIABLE = "SAM_FAST_BACKEND"
 BUILD_NOTE = Path(__file__).parent.parent / "_build_info.json"
 """What setup.py built and what not, by module."""
 
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 def available() -> list[str]:
@@ -88,11 +88,11 @@ def choose(tensor: Tensor, backend: str | None = None, arithmetic: bool = True) 
         return wanted
     for name in _preferred(tensor.device.type):
         candidate = BACKENDS[name]
-        reason = candidate.unavailable()
+        reason = candidate.unavailable() or candidate.unusable_on(tensor.device)
         if reason is None and candidate.rejects(tensor, arithmetic) is None:
             return candidate
-        if reason is not None and name not in _warned:
-            _warned.add(name)
+        if reason is not None and (name, reason) not in _warned:
+            _warned.add((name, reason))
             warnings.warn(f"sam_fast falls back from its {name} backend to a slower one: {reason}", RuntimeWarning, stacklevel=3)
     return torch.BACKEND
 

@@ -113,6 +113,10 @@ class Backend(ABC):
     def unavailable(self) -> str | None:
         """Why this backend cannot be used at all here, or None."""
 
+    def unusable_on(self, device: torch.device) -> str | None:
+        """Why this backend cannot be used on this device of a kind that it is for, or None."""
+        return None
+
     def build_info(self) -> dict[str, str]:
         """How this backend's native module was built; empty if it has none."""
         return {}

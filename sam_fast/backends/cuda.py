@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,26 @@ if TYPE_CHECKING:
 
 def _current_stream(device: torch.device) -> int:
     """The stream's handle; the default stream's is 0."""
-    # The public torch.cuda.current_stream() makes an object each time, at several times the cost.
-    return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+@cache
+def _why_unusable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, or None. Asked once: neither the module nor the driver changes while the process lives."""
+    try:
+        _cuda.probe(device.index or 0)
+    except RuntimeError as error:
+        reason = str(error)
+    else:
+        return None
+    if "cudaErrorNoKernelImageForDevice" in reason:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        todo = f"sam_fast._cuda was built for {_cuda.architectures}: build it with TORCH_CUDA_ARCH_LIST={capability}"
+    elif "cudaErrorInsufficientDriver" in reason:
+        todo = f"the driver is older than {_cuda.compiler} wants, which built sam_fast._cuda: update the driver, or build with its CUDA version"
+    else:
+        todo = "sam_fast._cuda cannot use this device"
+    return f"{todo} ({reason})"
 
 
 def _learning_rates(state: StateTensors) -> array[int]:
@@ -79,7 +98,13 @@ class CudaBackend(AddressBackend):
         return {} if _cuda is None else {"compiler": _cuda.compiler, "architectures": _cuda.architectures}
 
     def rejects_device(self, tensor: Tensor) -> str | None:
-        return None if tensor.device.type == _cuda.device_type else f"a tensor on {tensor.device} (the cuda backend takes CUDA tensors)"
+        if tensor.device.type != _cuda.device_type:
+            return f"a tensor on {tensor.device} (the cuda backend takes CUDA tensors)"
+        reason = self.unusable_on(tensor.device)
+        return None if reason is None else f"a tensor on {tensor.device}: {reason}"
+
+    def unusable_on(self, device: torch.device) -> str | None:
+        return _why_unusable(device)
 
     def attach(self, bucket: Bucket) -> CudaTable:
         return CudaTable(bucket)

@@ -136,10 +136,12 @@ class TorchBackend(Backend):
         for group, (indices, rows, grads) in participants.items():
             rho, eta, adaptive = options.of(group)
             # A zero gradient moves nothing, also where norm, eps included, is 0.
-            scale = torch.where(norm > 0, rho / norm, 0.0).to(rows[0].real.dtype)
+            dtype = rows[0].real.dtype
+            most = torch.finfo(dtype).max  # an infinite scale would make NaN of a gradient of 0
+            scale = torch.where(norm > 0, rho / norm, 0.0).clamp(-most, most).to(dtype)
             if adaptive:
                 t = _asam_t(rows, eta)
-                yield indices, list(torch._foreach_mul(torch._foreach_mul(torch._foreach_mul(t, t), grads), scale))
+                yield indices, list(torch._foreach_mul(torch._foreach_mul(torch._foreach_mul(t, grads), scale), t))
             else:
                 yield indices, list(torch._foreach_mul(grads, scale))
 

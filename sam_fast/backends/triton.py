@@ -10,7 +10,6 @@ import importlib.metadata
 import math
 import os
 from array import array
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .addresses import AddressBackend, AddressTable
+from ..devices import is_capturing, made_current
+from .addresses import DTYPE_CODES, AddressBackend, AddressTable
 from .base import GroupOptions, StateTensors
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 """Whether triton's interpreter stands in for a GPU; triton itself decides when the kernels are imported."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
-"""With 128 threads each, half of what a multiprocessor holds: enough loads under way, and few partial sums."""
+"""At most. With 128 threads each, half of what a multiprocessor holds: enough loads under way, and few partial sums."""
 
 INTERPRETED_PROGRAMS = 4
 
@@ -48,29 +48,25 @@ def _kernels(module: str) -> Any:
     return importlib.import_module(f"sam_fast.kernels.{module}")
 
 
-def _guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device: makes it ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether the current stream records a graph rather than running what it is given."""
-    module = getattr(torch, device.type)
-    if not hasattr(module, "is_current_stream_capturing"):
-        return False
-    with _guard(device):
-        return bool(module.is_current_stream_capturing())
-
-
 @cache
-def _max_programs(device: torch.device) -> int:
-    if device.type == "cpu":
-        return INTERPRETED_PROGRAMS
+def _multiprocessors(device: torch.device) -> int:
     properties = getattr(torch, device.type).get_device_properties(device)
-    multiprocessors = properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count
-    return int(multiprocessors) * PROGRAMS_PER_MULTIPROCESSOR
+    return int(properties.multi_processor_count if device.type == "cuda" else properties.gpu_subslice_count)
+
+
+def _programs_at_once(kernel: Any, device: torch.device) -> int:
+    """How many programs of a compiled kernel a multiprocessor runs at once, but at most ``PROGRAMS_PER_MULTIPROCESSOR``.
+
+    On NVIDIA GPUs its registers decide. Elsewhere neither Triton nor PyTorch says how many there are.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return PROGRAMS_PER_MULTIPROCESSOR
+    _ = kernel.run  # loads the machine code: only the driver knows its registers
+    properties: Any = torch.cuda.get_device_properties(device)
+    threads = kernel.metadata.num_warps * properties.warp_size
+    registers = -(-kernel.n_regs // 8) * 8 * threads  # they are given out in eights
+    fit = min(properties.regs_per_multiprocessor // registers, properties.max_threads_per_multi_processor // threads)
+    return int(max(1, min(PROGRAMS_PER_MULTIPROCESSOR, fit)))
 
 
 class _Copies(NamedTuple):
@@ -81,52 +77,61 @@ class _Copies(NamedTuple):
 class Upload:
     """8-byte numbers that the host keeps, in device memory: copied when they are not those that were sent last.
 
-    A graph replays its copy, from the memory it was captured with to the memory it was captured with. So what a capture uses is used by nothing
-    else and is kept as long as this object; it comes from a spare pair where there is one, because pinned memory should not be allocated while
-    a graph is captured.
+    A graph replays its copies, from the memory it was captured with to the memory it was captured with. So what a capture uses is written by nothing
+    else afterwards, and is kept as long as this object. If the numbers are what an eager operation has sent last, a capture uses that memory and
+    copies nothing. Otherwise it takes a spare pair: pinned memory should not be allocated while a graph is captured.
     """
+
+    SPARES = 2
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.uploads = 0
-        self._sent: bytes | None = None
         self._captured = False
-        self._eager: Tensor | None = None
-        self._latest: Tensor | None = None
-        self._spare: _Copies | None = None
-        self._kept: list[_Copies] = []
+        self._sent: tuple[bytes, Tensor] | None = None  # valid for the operation that has begun
+        self._eager: tuple[bytes, Tensor] | None = None  # None while it is not known what the device has
+        self._memory: Tensor | None = None  # of eager operations
+        self._spares: list[_Copies] = []
+        self._kept: list[_Copies | Tensor] = []
 
     def begin(self) -> None:
-        """Start an operation, or several that follow each other on the device: a graph must hold the copy that its kernels read."""
-        capturing = _capturing(self.device)
-        if capturing or self._captured:
-            self._sent = None
-        self._captured = capturing
+        """Start an operation, or several that follow each other on the device: a graph must hold the copies that its kernels read."""
+        self._captured = is_capturing(self.device)
+        self._sent = None
 
     def send(self, numbers: bytes) -> Tensor:
         """An int64 tensor on the device with ``numbers``; they are valid for what is launched after this call."""
-        if numbers != self._sent or self._latest is None:
+        if self._sent is None or self._sent[0] != numbers:
             self._sent = None  # if this is interrupted, it is not known what the device has
             with torch.inference_mode(False):
-                self._latest = self._send_captured(numbers) if self._captured else self._send(numbers)
-            self._sent = numbers
-            self.uploads += 1
-        return self._latest
+                self._sent = (numbers, self._send_captured(numbers) if self._captured else self._send(numbers))
+        return self._sent[1]
 
     def _send(self, numbers: bytes) -> Tensor:
+        if self._eager is not None and self._eager[0] == numbers:
+            return self._eager[1]
+        self._eager = None
         count = len(numbers) // 8
-        if self._eager is None or self._eager.numel() != count:
-            self._eager = torch.empty(count, dtype=torch.int64, device=self.device)
+        if self._memory is None or self._memory.numel() != count:
+            self._memory = self._new_device(count)
         # A new pinned tensor each time: an earlier copy may still be reading the last one. PyTorch reuses its memory when that is done.
-        self._copy(numbers, _Copies(self._new_host(count), self._eager))
-        if self.device.type != "cpu" and (self._spare is None or self._spare.device.numel() != count):
-            self._spare = self._new(count)
-        return self._eager
+        self._copy(numbers, _Copies(self._new_host(count), self._memory))
+        self._eager = (numbers, self._memory)
+        if not self._spares or self._spares[0].device.numel() != count:
+            self._spares.clear()
+        while len(self._spares) < self.SPARES:
+            self._spares.append(self._new(count))
+        return self._memory
 
     def _send_captured(self, numbers: bytes) -> Tensor:
+        if self._eager is not None and self._eager[0] == numbers:
+            if self._memory is self._eager[1]:
+                self._kept.append(self._memory)
+                self._memory = None  # eager operations write elsewhere from now on
+            return self._eager[1]
         count = len(numbers) // 8
-        spare, self._spare = self._spare, None
-        copies = spare if spare is not None and spare.device.numel() == count else self._new(count)
+        fits = bool(self._spares) and self._spares[-1].device.numel() == count
+        copies = self._spares.pop() if fits else self._new(count)
         self._kept.append(copies)
         self._copy(numbers, copies)
         return copies.device
@@ -134,12 +139,16 @@ class Upload:
     def _copy(self, numbers: bytes, copies: _Copies) -> None:
         copies.host.copy_(torch.frombuffer(bytearray(numbers), dtype=torch.int64))
         copies.device.copy_(copies.host, non_blocking=True)
+        self.uploads += 1
 
     def _new_host(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
 
     def _new(self, count: int) -> _Copies:
-        return _Copies(self._new_host(count), torch.empty(count, dtype=torch.int64, device=self.device))
+        return _Copies(self._new_host(count), self._new_device(count))
+
+    def _new_device(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=self.device)
 
 
 class TritonTable(AddressTable):
@@ -155,13 +164,27 @@ class TritonTable(AddressTable):
         with torch.inference_mode(False):
             self.chunks = bucket.chunks.to(device)
             self.written = torch.zeros(1, dtype=torch.int64, device=device)
+        self.device = device
         self.ticket = 0
         self.num_rows = len(bucket.rows)
-        self.programs = max(1, min(len(bucket.chunks), _max_programs(device)))
+        self._programs: dict[str, int] = {}
+        if not INTERPRETED and bucket.dtype in DTYPE_CODES:
+            with made_current(device):
+                self.learn("grad_norm", _kernels("grad_norm").compiled(self.chunks, bucket.dtype))
         self.climb = Upload(device)
         self.targets = Upload(device)
         self.addresses = Upload(device)
         self.numbers = Upload(device)
+
+    def programs(self, operation: str) -> int:
+        """How many programs share the chunks out: as many as the device runs at once. More would wait until others have ended."""
+        default = INTERPRETED_PROGRAMS if INTERPRETED else _multiprocessors(self.device) * PROGRAMS_PER_MULTIPROCESSOR
+        return max(1, min(len(self.chunks), self._programs.get(operation, default)))
+
+    def learn(self, operation: str, kernel: Any) -> None:
+        """Note what an operation was compiled to, for its next launch; its result is the same with any number of programs."""
+        if kernel is not None and operation not in self._programs:
+            self._programs[operation] = _multiprocessors(self.device) * _programs_at_once(kernel, self.device)
 
     def climb_table(self, options: GroupOptions) -> Tensor:
         """Weights, gradients and group options on the device."""
@@ -255,7 +278,7 @@ class TritonBackend(AddressBackend):
 
     def num_partials(self, bucket: Bucket) -> int:
         table: TritonTable = bucket.table
-        return table.programs
+        return table.programs("grad_norm")
 
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
         table: TritonTable = bucket.table
@@ -264,31 +287,49 @@ class TritonBackend(AddressBackend):
 
     def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
         table: TritonTable = bucket.table
-        with _guard(bucket.device):
+        with made_current(bucket.device):
             _kernels("grad_norm").grad_norm(table.chunks, table.climb_table(options), table.num_rows, partials, bucket.dtype)
 
     def launch_perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
         table: TritonTable = bucket.table
         launch = _kernels("perturb").perturb
-        with _guard(bucket.device):
+        with made_current(bucket.device):
             uploaded = table.climb_table(options)
             flat = bucket.flat.view(torch.uint8)
             ticket, count = table.mark_saved(table.grads)
             key = options.rounding_key
-            launch(table.programs, table.chunks, uploaded, table.num_rows, partials, eps, norm, flat, table.written, ticket, key, bucket.dtype)
+            table.learn(
+                "perturb",
+                launch(
+                    table.programs("perturb"),
+                    table.chunks,
+                    uploaded,
+                    table.num_rows,
+                    partials,
+                    eps,
+                    norm,
+                    flat,
+                    table.written,
+                    ticket,
+                    key,
+                    bucket.dtype,
+                ),
+            )
         return count
 
     def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
         table: TritonTable = bucket.table
         targets = table.saved_targets() if restore else table.weights.tobytes()
         if any(targets):
-            launch = _kernels("copy").restore if restore else _kernels("copy").backup
+            operation = "restore" if restore else "backup"
+            launch = getattr(_kernels("copy"), operation)
             table.targets.begin()
-            with _guard(bucket.device):
+            with made_current(bucket.device):
                 uploaded = table.targets.send(targets)
                 flat = bucket.flat.view(torch.uint8)
                 ticket = table.ticket if restore else table.mark_saved(table.weights)[0]
-                launch(table.programs, table.chunks, uploaded, flat, table.written, ticket, bucket.dtype.itemsize)
+                programs = table.programs(operation)
+                table.learn(operation, launch(programs, table.chunks, uploaded, flat, table.written, ticket, bucket.dtype.itemsize))
         if restore and release:
             table.release_saved()
 
@@ -305,10 +346,10 @@ class TritonBackend(AddressBackend):
         # A row without elements has no address, but a counter.
         rows = [row for row, p in enumerate(bucket.rows) if table.grads[row] or (state.device_steps and p.numel() == 0 and steps[row] is not None)]
         counters = [step for row in rows if (step := steps[row]) is not None]
-        corrections = _bias_corrections(bucket, state, rows)
+        common, corrections = _bias_corrections(bucket, state, rows)
         names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         groups = len(state.groups) // 8
-        self._restore_and_step("restore_adam", bucket, state, scaling, names, corrections + state.groups, groups, state.device_steps)
+        self._restore_and_step("restore_adam", bucket, state, scaling, names, corrections + state.groups, groups, state.device_steps, common)
         # After the launch: one that fails has counted nothing.
         if counters:
             torch._foreach_add_(counters, 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(()))
@@ -322,16 +363,16 @@ class TritonBackend(AddressBackend):
         names: tuple[str, ...],
         numbers: array[float],
         num_groups: int,
-        *more: bool,
+        *more: Any,
     ) -> None:
         table: TritonTable = bucket.table
         if any(table.grads):
             launch = getattr(_kernels(operation), operation)
             table.addresses.begin()
             table.numbers.begin()
-            with _guard(bucket.device):
-                launch(
-                    table.programs,
+            with made_current(bucket.device):
+                kernel = launch(
+                    table.programs(operation),
                     table.chunks,
                     table.step_table(state, names, num_groups),
                     table.num_rows,
@@ -345,13 +386,19 @@ class TritonBackend(AddressBackend):
                     bucket.dtype,
                     *more,
                 )
+                table.learn(operation, kernel)
         if table.release_stepped():  # rows whose gradient vanished between the passes
             self.launch_copy(bucket, True, True)
 
 
-def _bias_corrections(bucket: Bucket, state: StateTensors, rows: list[int]) -> array[float]:
-    """For every row ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device knows t."""
+def _bias_corrections(bucket: Bucket, state: StateTensors, rows: list[int]) -> tuple[tuple[float, float], array[float]]:
+    """``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device knows t.
+
+    Returns those of the first row, and a table with those of every row, but zeros where they are the first row's: it need not be copied to the
+    device at every step as long as all rows have stepped as often as each other.
+    """
     corrections = array("d", bytes(16 * len(bucket.rows)))
+    common: tuple[float, float] | None = None
     known: dict[tuple[int, float], tuple[float, float]] = {}
     for row in rows:
         step = state.tensors["step"][row]
@@ -363,8 +410,10 @@ def _bias_corrections(bucket: Bucket, state: StateTensors, rows: list[int]) -> a
                 known[group, t] = _log2(beta1), _log2(beta2)
             else:
                 known[group, t] = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
-        corrections[2 * row], corrections[2 * row + 1] = known[group, t]
-    return corrections
+        common = common or known[group, t]
+        if known[group, t] != common:
+            corrections[2 * row], corrections[2 * row + 1] = known[group, t]
+    return common or (1.0, 1.0), corrections
 
 
 def _log2(beta: float) -> float:

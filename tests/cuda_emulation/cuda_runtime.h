@@ -5,6 +5,9 @@
 // one running at the same time would hang. Only what the kernels use is here. A data race between threads of a block is a data race between
 // std::threads: ThreadSanitizer finds a missing __syncthreads.
 //
+// Shared memory is poisoned before every block: bytes of 0xff, which are NaN as floating-point numbers. `static` alone would keep what the block
+// before has written, and zero at first.
+//
 // What is not shown by this: memory ordering weaker than the CPU's, races between blocks, alignment faults of 16-byte accesses (UBSan reports
 // those), and speed.
 #pragma once
@@ -21,6 +24,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define SAM_CUDA_EMULATION
@@ -40,6 +44,9 @@
 struct dim3 {
   unsigned x = 1;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -47,31 +54,109 @@ struct alignas(16) uint4 {
 // ---- Host functions ---------------------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorUnknown = 999
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+constexpr unsigned long long cudaEnableDefault = 0;
+struct cudaFuncAttributes {};
 
-inline const char* cudaGetErrorString(cudaError_t status) { return status == cudaSuccess ? "no error" : "unspecified launch failure"; }
-inline const char* cudaGetErrorName(cudaError_t status) { return status == cudaSuccess ? "cudaSuccess" : "cudaErrorLaunchFailure"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+// What tests set and read through ctypes.
+#define SAM_VISIBLE [[gnu::visibility("default"), gnu::used]] inline
+extern "C" {
+// Launches so far.
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_launches{0};
+// The launch that many launches from now fails, once; negative: none.
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_fail_after{-1};
+// Nonzero: launches do nothing. What is left is what a launch costs on the host, less the driver's part.
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_skip{0};
+// Size in bytes of the arguments of the last launch.
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_argument_bytes{0};
+// Nonzero: loads and stores are counted below, those of 2^i bytes in element i.
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_counts_accesses{0};
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_loads[5] = {};
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_stores[5] = {};
+// The error that the next look-up of a kernel finds, and the last one that nobody has asked for yet.
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_probe_error{0};
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_last_error{0};
+// The current device, and bit by bit which devices have a context.
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_device{0};
+SAM_VISIBLE std::atomic<int64_t> sam_emulation_contexts{0};
+}
+
+inline const char* cudaGetErrorName(cudaError_t status) {
+  switch (status) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    default: return "cudaErrorUnknown";
+  }
+}
+inline const char* cudaGetErrorString(cudaError_t status) {
+  switch (status) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    default: return "unknown error";
+  }
+}
+inline cudaError_t cudaGetLastError() { return static_cast<cudaError_t>(sam_emulation_last_error.exchange(cudaSuccess)); }
+inline cudaError_t cudaGetDevice(int* device) { return *device = static_cast<int>(sam_emulation_device), cudaSuccess; }
+// As from CUDA 12 on: a device that becomes the current one gets a context.
+inline cudaError_t cudaSetDevice(int device) {
+  sam_emulation_device = device;
+  sam_emulation_contexts |= int64_t{1} << device;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-// Few blocks, so that every block walks many tiles.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+  int (*get_state)(int, unsigned*, int*) = [](int device, unsigned* flags, int* active) {
+    *flags = 0;
+    *active = static_cast<int>(sam_emulation_contexts >> device & 1);
+    return 0;
+  };
+  *function = reinterpret_cast<void*>(get_state);
+  return *result = cudaDriverEntryPointSuccess, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  sam_emulation_last_error = sam_emulation_probe_error.load();
+  return static_cast<cudaError_t>(sam_emulation_probe_error.load());
+}
+// Few blocks, so that every block walks many tiles; SAM_FAST_EMULATED_BLOCKS sets another number.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* wanted = std::getenv("SAM_FAST_EMULATED_BLOCKS");
+  return *value = wanted == nullptr ? 3 : std::atoi(wanted), cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
 
-// ---- What tests set and read through ctypes ---------------------------------------------------------------------------------------------
+// ---- Shared memory ----------------------------------------------------------------------------------------------------------------------
 
-extern "C" {
-// Launches so far.
-[[gnu::visibility("default"), gnu::used]] inline std::atomic<int64_t> sam_emulation_launches{0};
-// The launch that many launches from now fails, once; negative: none.
-[[gnu::visibility("default"), gnu::used]] inline std::atomic<int64_t> sam_emulation_fail_after{-1};
-// Nonzero: launches do nothing. What is left is what a launch costs on the host, less the driver's part.
-[[gnu::visibility("default"), gnu::used]] inline std::atomic<int64_t> sam_emulation_skip{0};
+namespace emulation {
+
+inline std::vector<std::pair<unsigned char*, int64_t>> shared;
+
+// Byte by byte: under AddressSanitizer a variable's size includes what lies around it.
+[[gnu::no_sanitize("address", "thread")]] inline void poison_shared() noexcept {
+  for (const auto& [address, size] : shared)
+    for (int64_t i = 0; i < size; ++i) const_cast<volatile unsigned char*>(address)[i] = 0xff;
+}
+
+}  // namespace emulation
+
+// Notes a __shared__ variable. plugin.py knows them all from the module's symbols.
+extern "C" SAM_VISIBLE void sam_emulation_share(void* address, int64_t size) {
+  emulation::shared.emplace_back(static_cast<unsigned char*>(address), size);
 }
 
 // ---- Threads ----------------------------------------------------------------------------------------------------------------------------
@@ -88,7 +173,7 @@ struct Warp {
 // The threads of a block. They wait for the next launch in between: to start hundreds of threads for every launch is what takes the time.
 class Pool {
  public:
-  explicit Pool(unsigned threads) : barrier(threads), start_(threads + 1), finish_(threads + 1) {
+  explicit Pool(unsigned threads) : barrier(threads), between_(threads, Poison{}), start_(threads + 1), finish_(threads + 1) {
     for (unsigned w = 0; w < threads / kWarp; ++w) warps.push_back(std::make_unique<Warp>());
     for (unsigned t = 0; t < threads; ++t) std::thread([this, t] { work(t); }).detach();
   }
@@ -97,6 +182,7 @@ class Pool {
   void run(unsigned blocks, const std::function<void()>& kernel) {
     blocks_ = blocks;
     kernel_ = &kernel;
+    poison_shared();
     start_.arrive_and_wait();
     finish_.arrive_and_wait();
   }
@@ -105,8 +191,13 @@ class Pool {
   std::vector<std::unique_ptr<Warp>> warps;
 
  private:
+  struct Poison {
+    void operator()() noexcept { poison_shared(); }
+  };
+
   void work(unsigned thread);
 
+  std::barrier<Poison> between_;
   std::barrier<> start_, finish_;
   unsigned blocks_ = 0;
   const std::function<void()>* kernel_ = nullptr;
@@ -124,7 +215,7 @@ inline void Pool::work(unsigned thread) {
     for (unsigned b = 0; b < blocks_; ++b) {
       block_index.x = b;
       (*kernel_)();
-      barrier.arrive_and_wait();  // the next block only when this one is done
+      between_.arrive_and_wait();  // the next block only when this one is done
     }
     finish_.arrive_and_wait();
   }
@@ -133,6 +224,7 @@ inline void Pool::work(unsigned thread) {
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, unsigned blocks, unsigned threads, cudaStream_t, const Args&... args) {
   ++sam_emulation_launches;
+  sam_emulation_argument_bytes = static_cast<int64_t>((sizeof(Args) + ...));
   if (sam_emulation_fail_after >= 0 && sam_emulation_fail_after-- == 0) return cudaErrorLaunchFailure;
   if (sam_emulation_skip != 0) return cudaSuccess;
   static std::mutex mutex;
@@ -166,20 +258,34 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return value;
 }
 
+namespace emulation {
+
+template <class T>
+void count(std::atomic<int64_t> (&counters)[5]) {
+  static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0);
+  if (sam_emulation_counts_accesses != 0) ++counters[sizeof(T) == 1 ? 0 : sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : sizeof(T) == 8 ? 3 : 4];
+}
+
+}  // namespace emulation
+
 template <class T>
 T __ldcs(const T* p) {
+  emulation::count<T>(sam_emulation_loads);
   return *p;
 }
 template <class T>
 T __ldcg(const T* p) {
+  emulation::count<T>(sam_emulation_loads);
   return *p;
 }
 template <class T>
 void __stcs(T* p, T value) {
+  emulation::count<T>(sam_emulation_stores);
   *p = value;
 }
 template <class T>
 void __stcg(T* p, T value) {
+  emulation::count<T>(sam_emulation_stores);
   *p = value;
 }
 

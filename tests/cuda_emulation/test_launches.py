@@ -24,15 +24,26 @@ pytestmark = pytest.mark.stand_in
 _library = ctypes.CDLL(PATH)
 launches = ctypes.c_int64.in_dll(_library, "sam_emulation_launches")
 fail_after = ctypes.c_int64.in_dll(_library, "sam_emulation_fail_after")
+argument_bytes = ctypes.c_int64.in_dll(_library, "sam_emulation_argument_bytes")
+counts_accesses = ctypes.c_int64.in_dll(_library, "sam_emulation_counts_accesses")
+loads = (ctypes.c_int64 * 5).in_dll(_library, "sam_emulation_loads")
+stores = (ctypes.c_int64 * 5).in_dll(_library, "sam_emulation_stores")
+probe_error = ctypes.c_int64.in_dll(_library, "sam_emulation_probe_error")
+last_error = ctypes.c_int64.in_dll(_library, "sam_emulation_last_error")
+current_device = ctypes.c_int64.in_dll(_library, "sam_emulation_device")
+contexts = ctypes.c_int64.in_dll(_library, "sam_emulation_contexts")
 
 ROWS = 800
+MEDIUM_ROWS = 256
 SMALL_ROWS = 96
+TILE_BYTES = 16384
 
 
 @pytest.fixture(autouse=True)
 def _no_fault_left() -> Iterator[None]:
     yield
     fail_after.value = -1
+    counts_accesses.value = probe_error.value = last_error.value = current_device.value = contexts.value = 0
     backends.cuda._cuda.use_large_arguments(True)
 
 
@@ -218,3 +229,136 @@ def test_both_orders_of_perturb_give_the_same_bits(monkeypatch):
         results.append(values(params))
         optimizer.restore()
     assert same_bits(*results)
+
+
+# ---- Sizes of the arguments ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "most"), [(1, 4096), (96, 4096), (97, 11_000), (161, 11_000), (256, 11_000), (257, 32_764), (800, 32_764)])
+def test_arguments_are_no_larger_than_they_need_be(number, most):
+    """Three sizes: all of them is copied at every launch."""
+    optimizer, _ = make([3] * number)
+    for call in (optimizer.first_step, optimizer.restore):
+        call()
+        assert most / 3.5 < argument_bytes.value <= most
+
+
+@pytest.mark.parametrize(("groups", "most"), [(24, 4096), (25, 11_000), (48, 11_000), (49, 32_764)])
+def test_groups_count_for_the_size_of_the_arguments_too(groups, most):
+    optimizer, _ = make([3] * groups, groups)
+    optimizer.first_step()
+    assert most / 3.5 < argument_bytes.value <= most
+
+
+@fused
+@pytest.mark.parametrize("number", [77, 161, 256])
+def test_a_medium_size_for_fused_second_steps(base, options, rows, small_rows, number):
+    optimizer, _ = second_steps(number, "cuda", base, **options)
+    optimizer.second_step()
+    assert 4096 < argument_bytes.value < 19_000
+
+
+# ---- Widths of accesses ----------------------------------------------------------------------------------------------------------------------
+
+
+def units(nbytes: int, alignment: int, itemsize: int) -> dict[int, int]:
+    """Accesses by width that move ``nbytes`` at an address that is a multiple of ``alignment``: the widest as often as they fit, then elements."""
+    width = max(alignment, itemsize)
+    if itemsize == 8 and nbytes % 16:
+        width = 8
+    found = {width: nbytes // width}
+    if nbytes % width:
+        found[itemsize] = found.get(itemsize, 0) + nbytes % width // itemsize
+    return found
+
+
+def total(parts: list[dict[int, int]]) -> dict[int, int]:
+    return {width: sum(part.get(width, 0) for part in parts) for width in sorted({width for part in parts for width in part})}
+
+
+def moved(call) -> tuple[dict[int, int], dict[int, int]]:
+    """The loads and stores of a call, by width in bytes."""
+    loads[:] = stores[:] = [0] * 5
+    counts_accesses.value = 1
+    call()
+    counts_accesses.value = 0
+    return tuple({1 << i: n for i, n in enumerate(found) if n} for found in (loads, stores))  # type: ignore[return-value]
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+
+@dtypes
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("behind", [(0, 0), (0, 2), (0, 4), (0, 8), (4, 8), (8, 0), (2, 6)], ids=str)
+def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
+    """A row of one whole tile and a part of one; weights and gradients so many bytes behind an aligned address."""
+    itemsize = dtype.itemsize
+    if any(shift % itemsize for shift in behind):
+        pytest.skip("no element lies there")
+    size = TILE_BYTES // itemsize + 1005
+    w, g = (torch.ones(size + shift // itemsize, dtype=dtype)[shift // itemsize :] for shift in behind)
+    assert (w.data_ptr() % 64, g.data_ptr() % 64) == behind
+    p = torch.nn.Parameter(w)
+    assert p.data_ptr() == w.data_ptr()
+    p.grad = g
+    optimizer = SAM([p], lr=0.1, adaptive=adaptive, backend="cuda")
+    optimizer.first_step()
+    optimizer.restore()
+    (bucket,) = optimizer._perturbation.buckets
+    options = backends.GroupOptions(optimizer.param_groups)
+    partials, norm = torch.zeros(bucket.backend.num_partials(bucket), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    assert bucket.backend.collect(bucket, options)
+
+    def alignment(*shifts: int) -> int:
+        return min(16, *(shift & -shift or 16 for shift in shifts))
+
+    tiles = (TILE_BYTES, 1005 * itemsize)
+    of_norm = total([units(tile, alignment(*behind) if adaptive else alignment(behind[1]), itemsize) for tile in tiles] * (1 + adaptive))
+    assert moved(lambda: bucket.backend.grad_norm(bucket, options, partials)) == (of_norm, {})
+    of_climb = total([units(tile, alignment(*behind), itemsize) for tile in tiles] * 2)
+    assert moved(lambda: bucket.backend.perturb(bucket, options, partials, 0.0, norm)) == (of_climb, of_climb)
+    of_copy = total([units(size * itemsize // TILE_BYTES * TILE_BYTES, alignment(behind[0]), 1), units(tiles[1], alignment(behind[0]), 1)])
+    assert moved(lambda: bucket.backend.restore(bucket)) == (of_copy, of_copy)
+
+
+@dtypes
+@pytest.mark.parametrize("shift", [0, 2, 4, 8])
+@fused
+def test_every_alignment_takes_the_widest_access_in_the_second_step(base, options, rows, small_rows, dtype, shift):
+    itemsize = dtype.itemsize
+    if shift % itemsize:
+        pytest.skip("no element lies there")
+    size = TILE_BYTES // itemsize + 1005
+    p = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+    p.grad = torch.ones(size + shift // itemsize, dtype=dtype)[shift // itemsize :]
+    optimizer = SAM([p], base, lr=0.1, backend="cuda", **options)
+    optimizer.first_step()
+    optimizer.second_step()
+    optimizer.first_step()
+    arrays = (3, 2) if base is torch.optim.SGD else (4, 3)
+    parts = [units(tile, shift or 16, itemsize) for tile in (TILE_BYTES, 1005 * itemsize)]
+    assert moved(optimizer.second_step) == tuple(total(parts * times) for times in arrays)
+
+
+# ---- Devices and drivers -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("code", "name"), [(209, "cudaErrorNoKernelImageForDevice"), (35, "cudaErrorInsufficientDriver"), (999, "cudaErrorUnknown")])
+def test_a_probe_that_fails_says_why_and_leaves_no_error_behind(code, name):
+    backends.cuda._cuda.probe(0)
+    probe_error.value = code
+    with pytest.raises(RuntimeError, match=rf"CUDA error in probe: .*\({name}\)"):
+        backends.cuda._cuda.probe(0)
+    assert last_error.value == 0
+
+
+@pytest.mark.parametrize("has_context", [False, True])
+def test_the_device_before_is_made_current_again_only_if_it_has_a_context(has_context):
+    """Making it current would give it one, with hundreds of megabytes of its memory."""
+    contexts.value = int(has_context)
+    backends.cuda._cuda.probe(1)
+    assert contexts.value == 2 + has_context
+    assert current_device.value == (0 if has_context else 1)
+    backends.cuda._cuda.probe(1)
+    assert contexts.value == 2 + has_context

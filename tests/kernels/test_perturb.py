@@ -176,3 +176,56 @@ def test_threads_do_not_change_bits(step, threads):
     s.partials.copy_(partials)
     s.perturb()
     assert same_bits(values(params), values(once))
+
+
+def climbed(step, w: float, g: float, size: int, dtype=torch.float32, eps: float = 0.0, **options):
+    """``size`` weights and gradients around two numbers after a climb, what they were, and the norm."""
+    factors = torch.linspace(0.5, 1.5, size, dtype=torch.float64)
+    p = torch.nn.Parameter((factors * w).to(dtype))
+    p.grad = (factors.flip(0) * g).to(dtype)
+    before = values([p])[0]
+    s = step([p], options=[options])
+    s.grad_norm()
+    return p, before, s.perturb(eps)
+
+
+@pytest.mark.parametrize(("w", "g"), [(1e3, 1e33), (1e-15, 1e-15), (-1e3, 1e33), (1e15, 1e-15), (1e-30, 1e5)], ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-12])
+@pytest.mark.parametrize("size", [7, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_asams_products_neither_overflow_nor_underflow(step, w, g, eps, size, dtype):
+    """T T g has no float32 that is right, and e has one."""
+    p, before, norm = climbed(step, w, g, size, dtype, eps, rho=0.5, adaptive=True)
+    want = expected(before, p.grad, norm, rho=0.5, adaptive=True, eps=eps)
+    # A scale below 1e-38 is subnormal, and has fewer bits.
+    bound = 0.5 * EPSILON[dtype] * want.abs() + 1e-5 * (want - before.double()).abs() + EPSILON[torch.float32] * want.abs()
+    assert bool(((p.detach().double() - want).abs() <= bound).all())
+    assert eps > 0.0 or not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("rho", [0.05, -0.05])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_a_tiny_norm_does_not_make_the_scale_infinite(step, rho, adaptive):
+    """1e-44 is a subnormal float32; a scale of infinity times a gradient of 0 would be NaN."""
+    p = torch.nn.Parameter(torch.ones(100))
+    p.grad = torch.zeros(100)
+    p.grad[::2] = 1e-44
+    s = step([p], options=[{"rho": abs(rho), "adaptive": adaptive, "maximize": rho < 0}])
+    s.grad_norm()
+    assert 0.0 < s.perturb(eps=0.0) < 1.5e-40
+    moved = p.detach() - 1.0
+    assert torch.equal(moved[1::2], torch.zeros(50))
+    assert bool(moved.isfinite().all())
+    assert bool((moved[::2] * rho >= 0).all())
+
+
+def test_a_tiny_norm_of_float64_does_not_make_the_scale_infinite_either(step, kernels):
+    p = torch.nn.Parameter(torch.ones(100, dtype=torch.float64))
+    p.grad = torch.zeros_like(p)
+    s = step([p])
+    s.grad_norm()
+    s.partials.zero_()
+    s.partials[0] = 5e-324  # the norm is 2e-162, rho 1e155 times the largest number times that
+    s.options.values[0] = 1e155
+    s.perturb(eps=0.0)
+    assert torch.equal(p, torch.ones_like(p))

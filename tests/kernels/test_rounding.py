@@ -134,7 +134,7 @@ def test_perturb_has_the_bits_of_the_formula(step, dtype, adaptive):
         w, g = p.detach().float(), p.grad.float()
         scale = torch.tensor(0.05 / (0.5 + 1e-12), dtype=torch.float32)
         t = w.abs() + torch.tensor(0.01, dtype=torch.float32)
-        exact = w + (t * t * g) * scale if adaptive else w + g * scale
+        exact = w + ((t * g) * scale) * t if adaptive else w + g * scale
         index = torch.arange(slot, slot + p.numel(), dtype=torch.int32)
         assert same_bits([got], [round_stochastically(exact, dtype, index, KEY)])
         slot += -(-p.numel() // 32) * 32  # slots start on 64-byte lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,22 +106,22 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
     if operation == "restore_sgd":
         restore_sgd.restore_sgd(*common)
     else:
-        restore_adam.restore_adam(*common, False)
+        restore_adam.restore_adam(*common, False, (0.0, 0.0))
     assert same_bits([w], [wanted])
 
 
-@pytest.mark.parametrize("shifted", [None, "weight", "gradient", "state"])
+@pytest.mark.parametrize("shift", [0, 1, 2, 4, 6])
+@pytest.mark.parametrize("shifted", ["weight", "gradient", "state"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @one_of_each
-def test_unmasked_accesses_are_aligned(monkeypatch, operation, name, shifted):
-    """They are compiled to 16-byte ones, which fault at other addresses; the interpreter would not mind."""
-    from triton.runtime.interpreter import InterpreterBuilder
+def test_every_alignment_takes_the_widest_access(monkeypatch, operation, name, dtype, shifted, shift):
+    from interpreter import Unmasked, blocks_by_width
 
     size = CHUNK + 1100
-    (p,) = make_params([size])
+    (p,) = make_params([size], dtype)
 
     def moved(tensor: Tensor, what: str) -> Tensor:
-        shift = int(what == shifted)
-        return torch.cat([torch.zeros(shift), tensor.detach()])[shift:]
+        return torch.cat([torch.zeros(shift if what == shifted else 0, dtype=dtype), tensor.detach()])[shift if what == shifted else 0 :]
 
     w = moved(p, "weight")
     w.grad = moved(p.grad, "gradient")
@@ -131,21 +130,12 @@ def test_unmasked_accesses_are_aligned(monkeypatch, operation, name, shifted):
     state[last][0] = moved(state[last][0], "state")
     s = Step(TRITON, [w])
     s.climb()
-    unmasked = []
-
-    def watch(access: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(self, pointers, *args):
-            if pointers.data.size > 1:
-                unmasked.append(int(pointers.data.flat[0]))
-            return access(self, pointers, *args)
-
-        return watched
-
-    for access in ("create_load", "create_store"):
-        monkeypatch.setattr(InterpreterBuilder, access, watch(getattr(InterpreterBuilder, access)))
+    width = {1024: 16, 256: 8} if dtype == torch.float32 else {2048: 16, 1024: 8, 256: 4}
+    unmasked = Unmasked(monkeypatch, width)
     take(s, operation, name, state)
-    assert all(address % 16 == 0 for address in unmasked)
-    assert len(unmasked) == (0 if shifted else size // 1024 * (5 if operation == "restore_sgd" else 9))
+    blocks = blocks_by_width([CHUNK, 1100], shift * dtype.itemsize, width)
+    arrays = 5 if operation == "restore_sgd" else 9
+    assert unmasked.found == {wide: arrays * count for wide, count in blocks.items() if count}
 
 
 # ---- Decided on the device ---------------------------------------------------------------------------------------------------------------
@@ -342,7 +332,7 @@ def test_interrupted_second_step(monkeypatch, base, when):
 
 def test_a_graph_has_its_own_tables(monkeypatch):
     """Captured copies are replayed: each captured step keeps the memory of both of its tables."""
-    monkeypatch.setattr(backend, "_capturing", lambda device: True)
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
     params = make_params([30])
     state = make_state("restore_sgd", "momentum", params)
     s = Step(TRITON, params)
@@ -350,3 +340,29 @@ def test_a_graph_has_its_own_tables(monkeypatch):
         s.climb()
         take(s, "restore_sgd", "momentum", state)
         assert len(s.bucket.table.addresses._kept) == len(s.bucket.table.numbers._kept) == steps
+
+
+def test_adams_counters_on_the_host_cost_no_upload_per_step():
+    """The bias corrections change with every step, and go in as arguments. Rows with a counter of their own are the exception."""
+    params = make_params([30, 1500, 7, 9])
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3}]
+    optimizer = SAM(groups, torch.optim.AdamW, lr=0.01, backend="triton")
+    twin_params = make_params([30, 1500, 7, 9])
+    twin_groups = [{"params": twin_params[:2]}, {"params": twin_params[2:], "weight_decay": 0.3}]
+    twin = SAM(twin_groups, torch.optim.AdamW, lr=0.01, backend="cpu" if "cpu" in backends.available() else "torch")
+
+    def step() -> int:
+        tables = [bucket.table for bucket in optimizer._perturbation.step_buckets() or ()]
+        before = sum(table.numbers.uploads for table in tables)
+        for each in (optimizer, twin):
+            each.first_step()
+            each.second_step()
+        assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-8) for p, q in zip(params, twin_params, strict=True))
+        return sum(table.numbers.uploads for table in tables) - before
+
+    step()
+    assert [step() for _ in range(4)] == [1, 0, 0, 0]
+    gradient, params[3].grad, twin_params[3].grad = params[3].grad, None, None
+    step()
+    params[3].grad, twin_params[3].grad = gradient, gradient.clone()
+    assert [step() for _ in range(2)] == [1, 1]  # it is a step behind from now on

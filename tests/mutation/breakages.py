@@ -20,7 +20,7 @@ BREAKAGES = [
     Breakage(
         "ASAM with T instead of T squared",
         "csrc/sam_math.h",
-        "return w + (t * t * g) * scale;",
+        "return w + ((t * g) * scale) * t;",
         "return w + (t * g) * scale;",
         ("kernels/test_perturb.py::test_adaptive",),
     ),
@@ -34,8 +34,8 @@ BREAKAGES = [
     Breakage(
         "zero gradient divides zero by zero",
         "csrc/sam_math.h",
-        "return norm + eps > 0.0 ? rho / (norm + eps) : 0.0;",
-        "return rho / (norm + eps);",
+        "const double scale = norm + eps > 0.0 ? rho / (norm + eps) : 0.0;",
+        "const double scale = rho / (norm + eps);",
         ("test_weights.py::test_zero_gradient_moves_nothing_without_perturb_eps_either",),
     ),
     Breakage(

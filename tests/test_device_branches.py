@@ -1,0 +1,303 @@
+"""What runs only where tensors are on a GPU, or on MPS, reached on the CPU with a faked device."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from array import array
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import make_params
+
+from sam_fast import SAM, backends, devices, fused_step, perturbation
+from sam_fast.amp import inverse_scale
+from sam_fast.backends import triton as triton_backend
+from sam_fast.passes import RandomState
+
+CUDA, XPU = torch.device("cuda", 0), torch.device("xpu", 1)
+PACKAGE = Path(backends.__file__).parent.parent
+
+
+class FakeGpu:
+    """``torch.cuda`` as far as sam_fast asks it; notes what is made current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: str = "cuda") -> None:
+        self.entered: list[torch.device] = []
+        self.capturing = False
+        module = getattr(torch, kind)
+        monkeypatch.setattr(module, "device", self.device)
+        monkeypatch.setattr(module, "is_current_stream_capturing", lambda: self.capturing, raising=False)
+
+    def device(self, device: torch.device) -> Any:
+        self.entered.append(device)
+        return nullcontext()
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> FakeGpu:
+    return FakeGpu(monkeypatch)
+
+
+def test_no_private_function_of_torch_is_asked_about_devices():
+    private = re.compile(r"torch\.(?:_C|cuda\._|xpu\._|mps\._|accelerator\._)\w*|_graph_capture_health_check|_getCurrentRawStream")
+    found = {f"{path.name}: {hit}" for path in PACKAGE.rglob("*.py") for hit in private.findall(path.read_text())}
+    assert not found
+
+
+# ---- sam_fast/devices.py -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_device_is_made_current_where_there_is_a_current_one(monkeypatch):
+    for device in (CUDA, XPU):
+        fake = FakeGpu(monkeypatch, device.type)
+        with devices.made_current(device):
+            assert fake.entered == [device]
+    with devices.made_current(torch.device("cpu")), devices.made_current(torch.device("mps")):
+        pass
+
+
+def test_capturing_is_asked_of_the_devices_own_stream(gpu):
+    assert not devices.is_capturing(CUDA)
+    gpu.capturing = True
+    assert devices.is_capturing(CUDA)
+    assert gpu.entered == [CUDA, CUDA]
+    assert not devices.is_capturing(torch.device("cpu"))
+    assert not devices.is_capturing(torch.device("meta"))
+
+
+# ---- Captures that are refused ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])
+def test_adams_counters_on_the_host_are_no_error_on_a_gpu_unless_it_captures(gpu, base):
+    """The branch that every step of Adam takes on a GPU."""
+    params = make_params([10, 3])
+    optimizer = SAM(params, base, lr=0.1)
+    optimizer.first_step()
+    optimizer.second_step()
+    (bucket,) = optimizer._perturbation.buckets
+    rule = fused_step.RULES[base]
+    on_gpu = SimpleNamespace(**{name: getattr(bucket, name) for name in ("groups", "owners", "step_memory")}, device=CUDA)
+    arguments = (on_gpu, optimizer.base_optimizer, rule, None, [p.grad for p in params])
+    assert fused_step._state_of(*arguments) is not None
+    assert gpu.entered == [CUDA]
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match=r"graph on cuda:0: Adam's step counters are on the host.*capturable=True"):
+        fused_step._state_of(*arguments)
+
+
+def test_replaying_random_numbers_is_refused_while_a_graph_is_captured(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    restored = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(device))
+    state = RandomState.capture([CUDA])
+    state.apply()
+    assert restored == [CUDA]
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match=r"graph on cuda:0: replay_rng=True"):
+        RandomState.capture([CUDA])
+
+
+# ---- The cuda backend ------------------------------------------------------------------------------------------------------------------------
+
+
+class FakeModule:
+    """``sam_fast._cuda`` on a machine whose device or driver it may not fit."""
+
+    device_type = "cuda"
+    architectures = "80-real 90"
+    compiler = "nvcc 13.0"
+
+    def __init__(self, error: str | None) -> None:
+        self.error = error
+        self.probed: list[int] = []
+
+    def probe(self, device: int) -> None:
+        self.probed.append(device)
+        if self.error is not None:
+            raise RuntimeError(self.error)
+
+
+class GpuTensor:
+    """As much of a tensor on a GPU as the choice of a backend looks at."""
+
+    dtype = torch.float32
+    shape = torch.Size([3])
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+
+    def numel(self) -> int:
+        return 3
+
+    def stride(self) -> tuple[int, ...]:
+        return (1,)
+
+
+@pytest.fixture
+def with_module(monkeypatch):
+    """``with_module(error)``: the cuda backend has a module whose probe fails with ``error``."""
+
+    def install(error: str | None) -> FakeModule:
+        module = FakeModule(error)
+        monkeypatch.setattr(backends.cuda, "_cuda", module)
+        monkeypatch.setattr(backends, "_warned", set())
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+        monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+        backends.cuda._why_unusable.cache_clear()
+        return module
+
+    yield install
+    backends.cuda._why_unusable.cache_clear()
+
+
+ERRORS = {
+    "no kernel image": (
+        "CUDA error in probe: no kernel image is available for execution on the device (cudaErrorNoKernelImageForDevice)",
+        r"built for 80-real 90: build it with TORCH_CUDA_ARCH_LIST=7\.0 .*cudaErrorNoKernelImageForDevice",
+    ),
+    "insufficient driver": (
+        "CUDA error in cudaGetDevice: CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver)",
+        r"driver is older than nvcc 13\.0 wants.*update the driver.*cudaErrorInsufficientDriver",
+    ),
+    "anything else": ("CUDA error in probe: unknown error (cudaErrorUnknown)", r"cannot use this device.*cudaErrorUnknown"),
+}
+
+
+@pytest.mark.parametrize(("error", "words"), ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "no-triton"])
+def test_a_device_that_the_module_cannot_run_on_is_one_warning_and_the_next_backend(with_module, monkeypatch, error, words, triton):
+    module = with_module(error)
+    monkeypatch.setattr(triton_backend, "_installed", lambda: triton)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        names = [backends.choose(GpuTensor(index)).name for index in (0, 1, 0)]
+    assert names == ["triton" if triton else "torch"] * 3
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == (1 if triton else 2)
+    assert re.search(rf"falls back from its cuda backend to a slower one: .*{words}", messages[0])
+    assert module.probed == [0, 1]
+    with pytest.raises(ValueError, match=words):
+        backends.choose(GpuTensor(), "cuda")
+
+
+def test_a_device_that_the_module_runs_on_is_probed_once(with_module):
+    module = with_module(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [backends.choose(GpuTensor()).name for _ in range(3)] == ["cuda"] * 3
+    assert module.probed == [0]
+
+
+def test_launches_go_to_the_devices_current_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=4711 + device.index))
+    assert backends.cuda._current_stream(torch.device("cuda", 1)) == 4712
+    assert backends.cuda._current_stream(torch.device("cpu")) == 0
+
+
+# ---- The triton backend ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("registers", "expected"), [(88, 5), (85, 5), (64, 8), (32, 8), (255, 2)])
+def test_programs_come_from_the_compiled_kernel(monkeypatch, registers, expected):
+    h100 = SimpleNamespace(multi_processor_count=132, warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    triton_backend._multiprocessors.cache_clear()
+    loaded = []
+
+    class Kernel:
+        metadata = SimpleNamespace(num_warps=4)
+
+        @property
+        def run(self) -> None:
+            loaded.append(True)
+
+        @property
+        def n_regs(self) -> int:
+            assert loaded, "the number of registers is known once the machine code is loaded"
+            return registers
+
+    assert triton_backend._programs_at_once(Kernel(), CUDA) == expected
+    table = SimpleNamespace(bucket=SimpleNamespace(device=CUDA, chunks=range(10_000)), _programs={})
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    assert triton_backend.TritonTable.programs(table, "perturb") == 132 * 8
+    triton_backend.TritonTable.learn(table, "perturb", Kernel())
+    assert triton_backend.TritonTable.programs(table, "perturb") == 132 * expected
+    triton_backend._multiprocessors.cache_clear()
+
+
+def test_an_xpu_has_its_own_word_for_multiprocessors(monkeypatch):
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(gpu_subslice_count=64))
+    triton_backend._multiprocessors.cache_clear()
+    assert triton_backend._multiprocessors(XPU) == 64
+    assert triton_backend._programs_at_once(object(), XPU) == triton_backend.PROGRAMS_PER_MULTIPROCESSOR
+    triton_backend._multiprocessors.cache_clear()
+
+
+class OnGpu(triton_backend.Upload):
+    """Uploads for a GPU that is not here: memory is the CPU's, and nothing pinned may be allocated while a graph is captured."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        super().__init__(torch.device("cpu"))
+        self.device, self.gpu, self.allocated = CUDA, gpu, 0
+
+    def _new_host(self, count: int) -> torch.Tensor:
+        assert not self.gpu.capturing, "allocates pinned memory while a graph is captured"
+        self.allocated += 1
+        return torch.empty(count, dtype=torch.int64)
+
+    def _new_device(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int64)
+
+    def sent(self, *numbers: int) -> torch.Tensor:
+        self.begin()
+        return self.send(array("q", numbers).tobytes())
+
+
+def test_two_uploads_per_capture_allocate_nothing(gpu):
+    """Two steps in one graph, with gradients that lie elsewhere each time, and elsewhere than in the eager steps."""
+    upload = OnGpu(gpu)
+    eager = upload.sent(1, 2)
+    for first in (3, 5, 7):
+        gpu.capturing = True
+        captured = [upload.sent(first, first), upload.sent(first + 1, first + 1)]
+        gpu.capturing = False
+        assert [t.tolist() for t in captured] == [[first, first], [first + 1, first + 1]]
+        assert len({t.data_ptr() for t in (*captured, eager)}) == 3
+        assert upload.sent(first, 2) is eager  # and makes new spares
+        assert [t.tolist() for t in captured] == [[first, first], [first + 1, first + 1]]
+
+
+def test_a_capture_of_what_was_sent_before_copies_nothing_however_often(gpu):
+    """BatchNorm's statistics are saved and restored, at the same addresses as ever."""
+    upload = OnGpu(gpu)
+    eager = upload.sent(1, 2)
+    allocated, uploads = upload.allocated, upload.uploads
+    gpu.capturing = True
+    assert all(upload.sent(1, 2) is eager for _ in range(10))
+    gpu.capturing = False
+    assert (upload.allocated, upload.uploads) == (allocated, uploads)
+    assert upload.sent(1, 2) is eager
+    other = upload.sent(3, 4)
+    assert eager.tolist() == [1, 2], "the graph's memory is written by nobody else"
+    assert other.tolist() == [3, 4]
+
+
+# ---- MPS and others --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_mps_has_no_float64(monkeypatch):
+    made = []
+    monkeypatch.setattr(perturbation, "torch", SimpleNamespace(zeros=lambda *a, **k: made.append(k["dtype"]), float32=1, float64=2))
+    perturbation.NormSum(torch.device("mps"), 1, 0)
+    perturbation.NormSum(torch.device("cuda"), 1, 0)
+    assert made == [1, 1, 2, 2]
+    scale = torch.tensor(3.0)
+    as_if = SimpleNamespace(device=torch.device("mps"), reciprocal=scale.reciprocal)
+    assert float(inverse_scale(as_if)) == float(torch.tensor(1.0 / 3.0))
