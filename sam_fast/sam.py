@@ -364,7 +364,7 @@ class SAM(Optimizer):
         return second_loss if first_pass_done else loss
 
     def _update(self) -> None:
-        settle_running_stats(self._params())
+        settle_running_stats(self.param_groups)
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
         scaling = scaling_of(self, None if self._own_gradient else self._perturbation.norm)
         self._forget_first_pass()
@@ -392,7 +392,7 @@ class SAM(Optimizer):
         self._forget_first_pass()
         if self._perturbation.active:
             self._perturbation.restore()
-        settle_running_stats(self._params())
+        settle_running_stats(self.param_groups)
 
     def _forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step, replayed or not."""
@@ -485,11 +485,8 @@ class SAM(Optimizer):
                     give_up_pass(module)
             raise
 
-    def _params(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
-
     def _devices(self) -> set[torch.device]:
-        return {p.device for p in self._params()}
+        return {p.device for group in self.param_groups for p in group["params"]}
 
     def _require_perturbed(self, what: str) -> None:
         if not self._perturbation.active:
