@@ -214,16 +214,18 @@ def announce_steps(state: StepState) -> None:
     _steps.add(state)
 
 
-def settle_running_stats(params: Iterable[Tensor]) -> None:
+def settle_running_stats(param_groups: Iterable[dict[str, Any]]) -> None:
     """Put back what is disabled, because a SAM step ends. The layers stay disabled.
 
     Args:
-        params: the parameters of the optimizer, with the gradients of the second pass.
+        param_groups: those of the optimizer, whose parameters have the gradients of the second pass.
     """
     if not _disabled:
         return
     _pass.give_up()
-    params = list(params) if any(group.settled for group in _groups) else []
+    params: list[Tensor] = []
+    if any(group.settled for group in _groups):
+        params = [p for param_group in param_groups for p in param_group["params"]]
     for group in list(_groups):
         layers = group.layers() if group.partial or group.settled else None
         if not group.settled:

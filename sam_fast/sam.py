@@ -297,7 +297,7 @@ class SAM(OptimizerWrapper):
         return bool(grads) and not any(grad.any() for grad in grads)
 
     def _update(self) -> None:
-        settle_running_stats(self._params())
+        settle_running_stats(self.param_groups)
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
         scaling = scaling_of(self, None if self._step.own_gradient else self._perturbation.norm)
         self._step.forget_first_pass()
@@ -329,7 +329,7 @@ class SAM(OptimizerWrapper):
             self._perturbation.restore()
             if sharding is not None:
                 give_up_pass(part.param for part in sharding.parts.values())
-        settle_running_stats(self._params())
+        settle_running_stats(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
@@ -410,11 +410,8 @@ class SAM(OptimizerWrapper):
             self.restore()
             raise
 
-    def _params(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
-
     def _devices(self) -> set[torch.device]:
-        return {p.device for p in self._params()}
+        return {p.device for group in self.param_groups for p in group["params"]}
 
     def _require_perturbed(self, what: str) -> None:
         if not self._perturbation.active:

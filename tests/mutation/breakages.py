@@ -241,7 +241,7 @@ BREAKAGES = [
     Breakage(
         "disabled statistics are not put back when a step ends",
         "sam_fast/sam.py",
-        "    def _update(self) -> None:\n        settle_running_stats(self._params())\n",
+        "    def _update(self) -> None:\n        settle_running_stats(self.param_groups)\n",
         "    def _update(self) -> None:\n",
         ("test_batchnorm_reference_loop.py::test_the_model_holds_the_first_passes_when_a_step_has_ended",),
     ),
