@@ -16,6 +16,13 @@ from torch.utils.hooks import RemovableHandle
 _IGNORED = ("ignore", re.compile(r"Using `torch\.compile\(module\)` when there are global hooks"), UserWarning, None, 0)
 
 
+_our_keys: set[int] = set()
+
+
+def _others_have_hooks() -> bool:
+    return any(not _our_keys.issuperset(hooks) for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks))
+
+
 class ModuleHooks:
     """A pair of global module hooks that can be put in and taken out again.
 
@@ -35,6 +42,7 @@ class ModuleHooks:
         self._before = before
         self._after = after
         self._key = RemovableHandle(OrderedDict()).id
+        _our_keys.add(self._key)
         self._installed = False
         self._silenced = False
 
@@ -44,7 +52,7 @@ class ModuleHooks:
             return
         # The warning concerns the hooks of others too. Not through warnings.filterwarnings, which forgets what has been
         # shown once.
-        self._silenced = not torch_module._has_any_global_hook() or _IGNORED in warnings.filters
+        self._silenced = not _others_have_hooks()
         if self._silenced:
             warnings.filters.insert(0, _IGNORED)  # type: ignore[attr-defined]
         self._installed = True

@@ -29,7 +29,7 @@ from .running_stats import (
 
 def _is_transformed(tensor: Tensor) -> bool:
     """Whether it stands for another one inside a torch.func transform, and has no memory of its own."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 class BatchNormSnapshot:

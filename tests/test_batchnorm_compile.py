@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sam_fast import SAM, disable_running_stats, enable_running_stats, frozen_running_stats
+from sam_fast.batchnorm import _watch
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,9 @@ STYLES: list[Step] = [two_calls, two_calls_on_the_inner_model, second_pass, froz
 
 @pytest.fixture(autouse=True)
 def _no_warning() -> Iterator[None]:
-    """PyTorch warns where a compiled model meets global hooks."""
+    """PyTorch warns where a compiled model meets global hooks. What other tests have disabled is no longer waited for."""
+    gc.collect()
+    _watch.remove()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Using `torch.compile")
         yield

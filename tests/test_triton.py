@@ -75,11 +75,20 @@ def test_the_info_command_shows_its_state(capsys):
     assert ("triton: interpreter" in shown) is backend._installed()
 
 
-def somewhere(device: str, **changes: object) -> SimpleNamespace:
+class Facts(SimpleNamespace):
+    __torch_dispatch__ = torch.Tensor.__torch_dispatch__
+
+    def is_neg(self) -> bool:
+        return False
+
+    is_conj = is_neg
+
+
+def somewhere(device: str, **changes: object) -> Facts:
     """What the backend looks at in a tensor on a device that is not here."""
     dense = torch.zeros(3, 4)
     facts = {"device": torch.device(device), "dtype": torch.float32, "shape": dense.shape, "stride": dense.stride, "numel": dense.numel}
-    return SimpleNamespace(**{**facts, **changes})
+    return Facts(**{**facts, **changes})
 
 
 @pytest.mark.parametrize(
