@@ -1,4 +1,4 @@
-"""python -m bench.quality run | row TASK CONTENDER | time: the experiment, the reproduction of a row of its table, the contenders' time."""
+"""The experiment: its runs, a row of its table done again, the contenders' time on an idle machine, docs/quality.md."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.machine import processor
 from bench.quality import plan
 from bench.quality.contenders import CONTENDERS
 from bench.quality.tasks import TASKS
+from bench.quality.timing import measure
 from bench.quality.train import fix_allocator, train
 
 
@@ -57,13 +58,23 @@ def main() -> int:
     again.add_argument("task", choices=TASKS)
     again.add_argument("contender", choices=CONTENDERS)
     again.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    timed = commands.add_parser("time", help="time the contenders, on an otherwise idle machine")
+    timed.add_argument("--rounds", type=int, default=30, help="default: %(default)s, some ten minutes")
+    commands.add_parser("report", help="make docs/quality.md and its pictures from the results on file")
     arguments: Any = parser.parse_args()
     torch.set_num_threads(1)
     fix_allocator()
+    if arguments.command == "row":
+        return row(arguments.task, arguments.contender, arguments.seeds)
     if arguments.command == "run":
         run(arguments.hours)
-        return 0
-    return row(arguments.task, arguments.contender, arguments.seeds)
+    elif arguments.command == "time":
+        measure(arguments.rounds)
+    else:
+        from bench.quality.report import write  # the others do without scipy and matplotlib
+
+        write()
+    return 0
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Task:
 
 
 TASKS = {
-    "A": Task("fashion-mnist", 3000, 0.3, 20, 128, lrs=(0.05, 0.1, 0.2), decays=(1e-3, 5e-3, 2.5e-2)),
+    "A": Task("fashion-mnist", 3000, 0.5, 20, 128, lrs=(0.025, 0.05, 0.1), decays=(1e-2, 2e-2, 4e-2)),
     "B": Task("digits", 200, 0.0, 60, 32, lrs=(0.05, 0.1, 0.2), decays=(5e-4, 2.5e-3, 1.25e-2), repeats=3),
 }
 

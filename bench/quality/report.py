@@ -1,0 +1,353 @@
+"""Makes docs/quality.md and its pictures from the results on file: ``python -m bench.quality report``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from scipy.stats import bootstrap
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.machine import ROOT
+from bench.quality import plan
+from bench.quality.contenders import CONTENDERS
+from bench.quality.tasks import TASKS
+from bench.quality.timing import TIMES
+from bench.records import Estimate, median
+from bench.report import table
+
+PAGE, PICTURES = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
+TITLES = {
+    "sgd": "SGD",
+    "sam": "SAM",
+    "quarter": "first pass on 1/4 of the batch",
+    "every4": "every 4th step",
+    "previous": "along the previous gradient",
+    "late-half": "the last half of the steps",
+    "late-quarter": "the last quarter of the steps",
+    "eighth": "first pass on 1/8",
+    "every4+previous": "every 4th step, previous gradient in between",
+    "quarter-late-half": "first pass on 1/4, the last half of the steps",
+    "sgd-1.25x": "SGD, 1.25 times the epochs",
+    "sgd-2x": "SGD, twice the epochs",
+    "momentum+": "along the momentum",
+    "momentum-": "against the momentum",
+    "quarter-second-counts": "first pass on 1/4, the second counts in BatchNorm",
+    "every2": "every 2nd step",
+    "half": "first pass on 1/2",
+    "norms": "normalization layers only",
+    "norms-quarter": "normalization layers only, first pass on 1/4",
+    "friendly": "Friendly-SAM",
+}
+RESAMPLES = 9999
+
+
+def resampled(statistic: Any, *samples: list[float]) -> Estimate:
+    """A statistic with its 95 % interval from a paired bootstrap over the seeds (percentiles)."""
+    columns = [np.asarray(s) for s in samples]
+    value = float(statistic(*columns, axis=-1))
+    if len(columns[0]) < 3:
+        return Estimate(value, float("-inf"), float("inf"))
+    rng = np.random.default_rng(0)
+    found = bootstrap(columns, statistic, paired=True, n_resamples=RESAMPLES, method="percentile", rng=rng)
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def mean_difference(a: Any, b: Any, axis: int) -> Any:
+    return np.mean(a, axis=axis) - np.mean(b, axis=axis)
+
+
+def retained(a: Any, sgd: Any, sam: Any, axis: int) -> Any:
+    """The share of SAM's gain over SGD that ``a`` has."""
+    return mean_difference(a, sgd, axis) / mean_difference(sam, sgd, axis)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender on a task: its runs with the chosen setting, next to those of SGD and SAM on the same seeds."""
+
+    task: str
+    contender: str
+    setting: plan.Setting | None
+    runs: list[dict[str, Any]]
+    sgd: list[dict[str, Any]]
+    sam: list[dict[str, Any]]
+    time: Estimate | None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.runs) == plan.size(self.task, self.contender)[1]
+
+    @property
+    def cost(self) -> float:
+        return float(np.mean([r["cost"] for r in self.runs]))
+
+    @property
+    def accuracies(self) -> list[list[float]]:
+        return [[r["accuracy"] for r in runs] for runs in (self.runs, self.sgd, self.sam)]
+
+    @cached_property
+    def gain(self) -> Estimate:
+        """Over SGD, in points."""
+        return resampled(mean_difference, *self.accuracies[:2])
+
+    @cached_property
+    def reach(self) -> Estimate:
+        """The accuracy that the gain's interval stands for, given SGD's mean: what the seeds have in common is not in it."""
+        base = float(np.mean(self.accuracies[1]))
+        return Estimate(base + self.gain.value, base + self.gain.low, base + self.gain.high)
+
+    @cached_property
+    def share(self) -> Estimate:
+        """R, the retained gain."""
+        return resampled(retained, *self.accuracies)
+
+    @property
+    def sharpness(self) -> float | None:
+        """The share of SAM's reduction of sharpness; None where a run diverged."""
+        columns = [[r["sharpness"] for r in runs] for runs in (self.runs, self.sgd, self.sam)]
+        return None if any(None in c for c in columns) else float(retained(*map(np.asarray, columns), axis=-1))
+
+    @property
+    def verdict(self) -> str:
+        if not self.complete:
+            return "unfinished"
+        if self.contender in ("sgd", "sam"):
+            return ""
+        r, sharp = self.share, self.sharpness
+        if r.value < 0.9 or r.low < 0.75:
+            return "R < 0.7" if r.value < 0.7 else "not accepted"
+        if sharp is None or sharp < 0.8:
+            return "not accepted: sharpness"
+        if self.time is None:
+            return "accepted if its time is at most 1.30"
+        return "not accepted: time" if self.time.value > 1.3 else "accepted, stretch" if self.time.value <= 1.15 else "accepted"
+
+
+def rows(task: str, results: plan.Results, times: dict[str, Any]) -> list[Row]:
+    """A row for each contender, with the seeds that it, SGD and SAM have all run on."""
+    settings = {name: plan.chosen(task, name, results) for name in CONTENDERS}
+
+    def runs(name: str) -> dict[int, dict[str, Any]]:
+        setting = settings[name]
+        todo = {seed: plan.run_of(task, name, setting, seed) for seed in plan.seeds_of(task)[2]} if setting else {}
+        return {seed: results[run] for seed, run in todo.items() if run in results}
+
+    sgd, sam = runs("sgd"), runs("sam")
+    seconds = times.get("seconds", {}).get(task, {})
+    found = []
+    for name in CONTENDERS:
+        own = runs(name)
+        common = [seed for seed in own if seed in sgd and seed in sam]
+        time = median([a / b for a, b in zip(seconds[name], seconds["sgd"], strict=True)]) if name in seconds else None
+        columns = ([by_seed[seed] for seed in common] for by_seed in (own, sgd, sam))
+        found.append(Row(task, name, settings[name], *columns, time))
+    return found
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def interval(e: Estimate, digits: int = 2) -> str:
+    if not np.isfinite([e.value, e.low, e.high]).all():
+        return f"{e.value:.{digits}f}"
+    return f"{e.value:.{digits}f} ({e.low:.{digits}f} - {e.high:.{digits}f})"
+
+
+def main_table(found: list[Row]) -> list[str]:
+    head = ["contender", "seeds", "rho", "accuracy, %", "gain, points", "R", "of SAM's flattening", "cost", "time", ""]
+    lines = []
+    for row in found:
+        seeds = f"{len(row.runs)} of {plan.size(row.task, row.contender)[1]}"
+        rho = f"{row.setting.rho:g}" if row.setting and row.setting.rho else ""
+        measured = [""] * 5
+        if row.runs:
+            sharp = row.sharpness
+            measured = [
+                f"{np.mean(row.accuracies[0]):.2f}",
+                "" if row.contender == "sgd" else interval(row.gain),
+                "" if row.contender in ("sgd", "sam") else interval(row.share),
+                "diverged" if sharp is None else f"{100 * sharp:.0f} %",
+                f"{row.cost:.3g}",
+            ]
+        time = "not measured yet" if row.time is None else interval(row.time)
+        lines.append([TITLES[row.contender], seeds, rho, *measured, time, row.verdict])
+    return table(head, lines)
+
+
+def tuning_table(task: str, results: plan.Results) -> list[str]:
+    """Mean accuracy over the first tuning seeds, by setting."""
+    first, more, _ = plan.seeds_of(task)
+    lines = []
+    for name in CONTENDERS:
+        tried = plan.grid(task, name, results) or []
+        scores = [(s, plan.accuracy(task, name, s, first, results)) for s in tried]
+        if not scores or all(score is None for _, score in scores):
+            continue
+        label = "lr {0.lr:g}, decay {0.weight_decay:g}" if CONTENDERS[name].along is None else "{0.rho:g}"
+        cells = "; ".join(f"{label.format(s)}: {'' if score is None else f'{score:.2f}'}" for s, score in scores)
+        setting = plan.chosen(task, name, results)
+        at_edge = setting is not None and CONTENDERS[name].along and setting.rho in (tried[0].rho, tried[-1].rho)
+        choice = "not made yet" if setting is None else label.format(setting) + (", the edge of the grid" if at_edge else "")
+        lines.append([TITLES[name], cells, choice])
+    return table(["contender", f"setting: accuracy over {len(first)} seeds", f"best over {len(first) + len(more)}"], lines)
+
+
+def statistics_lines(by_task: dict[str, list[Row]]) -> list[str]:
+    """Which pass should count in BatchNorm's statistics, from the two contenders that differ in that alone."""
+    lines = []
+    for task, found in by_task.items():
+        first, second = (next(r for r in found if r.contender == name) for name in ("quarter", "quarter-second-counts"))
+        n = min(len(first.runs), len(second.runs))
+        if n < 3:
+            lines.append(f"- Task {task}: not measured yet.")
+            continue
+        difference = resampled(mean_difference, second.accuracies[0][:n], first.accuracies[0][:n])
+        lines.append(f"- Task {task}: {interval(difference)} points, {n} seeds.")
+    return lines
+
+
+def shipped(by_task: dict[str, list[Row]]) -> list[str]:
+    """What R says over both tasks."""
+    lines = []
+    for name in CONTENDERS:
+        both = [next(r for r in found if r.contender == name) for found in by_task.values()]
+        if name in ("sgd", "sam") or not all(r.complete for r in both):
+            continue
+        below = all(r.share.value < 0.7 for r in both)
+        accepted = [r.task for r in both if r.verdict.startswith("accepted")]
+        verdict = "not shipped: R < 0.7 on both tasks" if below else f"accepted on {' and '.join(accepted) or 'neither task'}"
+        lines.append([TITLES[name], *(f"{r.share.value:.2f}" for r in both), verdict])
+    if not lines:
+        return ["No contender has all its runs on both tasks yet, so nothing is accepted or rejected."]
+    return table(["contender", *(f"R on {task}" for task in by_task), ""], lines)
+
+
+def page(results: plan.Results, times: dict[str, Any]) -> str:
+    """docs/quality.md. Every figure in it is computed from ``results`` and ``times``."""
+    by_task = {task: rows(task, results, times) for task in TASKS}
+    planned = sum(sum(plan.size(task, name)) for task in TASKS for name in CONTENDERS)
+    processors = Counter(r["processor"] for r in results.values())
+    diverged = sum(r["diverged"] for r in results.values())
+    machine = times.get("machine")
+    lines = [
+        "# SAM's accuracy at close to SGD's price",
+        "",
+        f"Made by `python -m bench.quality report` from the first {len(results)} runs in `bench/results/quality.jsonl`; do not edit.",
+        "",
+        f"**{len(results)} of {planned} runs are done.** "
+        + ("" if len(results) == planned else "Rows that are not finished say so, and their figures will move."),
+        "",
+        *INTRODUCTION.splitlines(),
+        "",
+        "Runs by processor: " + "; ".join(f"{n} on {name}" for name, n in processors.items()) + f". Diverged: {diverged}.",
+        "Time: " + ("not measured yet" if machine is None else ", ".join(f"{k} {v}" for k, v in machine.items())) + ".",
+        "",
+        "## What the experiment accepts",
+        "",
+        *shipped(by_task),
+    ]
+    for task, found in by_task.items():
+        sgd = found[0].setting
+        lines += ["", f"## Task {task}", "", DESCRIPTIONS[task], ""]
+        if sgd:
+            lines += [f"Everyone trains with SGD's best learning rate, {sgd.lr:g}, and weight decay, {sgd.weight_decay:g}.", ""]
+        lines += main_table(found)
+    lines += ["", "![Accuracy over cost](quality/cost.png)", "", "## Which pass counts in BatchNorm's statistics", "", BATCHNORM, ""]
+    lines += statistics_lines(by_task)
+    lines += ["", "## Tuning", "", "![Tuning curves](quality/tuning.png)"]
+    for task in TASKS:
+        lines += ["", f"Task {task}, accuracy in percent:", "", *tuning_table(task, results)]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """\
+A SAM step costs two SGD steps, and the second pass is all that is left of that price. Each contender saves some of it.
+R is the share of SAM's gain over SGD that a contender keeps: mean(accuracy - SGD's) / mean(SAM's accuracy - SGD's).
+
+- Accuracy is the last epoch's, on test images that chose nothing: neither the epoch nor a setting.
+- For a seed all contenders have the same training images, initial weights and order of batches.
+- SGD's learning rate and weight decay are tuned first. Everyone inherits them and tunes the radius rho, over five values.
+  SGD with more epochs tunes its own learning rate and weight decay.
+- Tuning tries all settings on two fifths of the tuning seeds, then the best two on all of them. The table's seeds are others.
+- "Every k-th step" with SAM's rho and with k times that are values of one grid, and so are 1 and 5 times SAM's rho for
+  normalization layers.
+- Intervals: 95 %, paired bootstrap over the seeds.
+- Sharpness is the mean of L(w + e) - L(w) over training batches, e along the batch's gradient and 0.05 long. "Of SAM's
+  flattening" is the share of SAM's reduction of it.
+- Cost is passes counted, SGD's = 1: forward, gradients of activations and gradients of weights are a third each. Time is
+  the median of the ratios to SGD's time within a round of `python -m bench.quality time`.
+- The first pass's batch counts in BatchNorm's statistics, unless a row says otherwise. A single pass always counts.
+- Accepted: R at least 0.90 and its lower bound at least 0.75, at least 80 % of SAM's reduction of sharpness, at most 1.30
+  of SGD's time (stretch: 1.15). What has R under 0.7 on both tasks is not shipped.
+- Everything is float32 in plain PyTorch on one thread (`bench/quality`); nothing of sam_fast's kernels is in it."""
+DESCRIPTIONS = {
+    "A": "3,000 images of Fashion-MNIST, 2 x 2 pixels averaged, 30 % of the labels drawn anew at random; the demo's network (98,682 weights, "
+    "BatchNorm), 20 epochs, batches of 128. Tested on the 10,000 test images.",
+    "B": "200 of scikit-learn's digits, right labels; the same network, 60 epochs, batches of 32. Tested on the other 1,597 digits; as these are "
+    "few, there are three times as many seeds. It was found by a short search on other seeds (200 - 205).",
+}
+BATCHNORM = """\
+The contender whose first pass sees a quarter of the batch ran twice: its first pass counts, or its second. Accuracy where the
+second counts, less accuracy where the first does:"""
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------------------------------
+
+
+def cost_picture(by_task: dict[str, list[Row]]) -> Any:
+    figure, axes = plt.subplots(1, len(by_task), figsize=(6.5 * len(by_task), 5.5), layout="constrained", squeeze=False)
+    for axis, (task, found) in zip(axes[0], by_task.items(), strict=True):
+        for row in found:
+            if not row.runs:
+                continue
+            y = float(np.mean(row.accuracies[0]))
+            below, above = (y - row.reach.low, row.reach.high - y) if len(row.runs) > 2 else (0.0, 0.0)
+            colour = "#d62728" if row.contender in ("sgd", "sam") else "#1f77b4"
+            axis.errorbar(row.cost, y, yerr=[[below], [above]], fmt="o", ms=4, lw=0.8, color=colour)
+            axis.annotate(row.contender, (row.cost, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axis.set(xlabel="passes, SGD = 1", ylabel="test accuracy, %", title=f"task {task}")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def tuning_picture(results: plan.Results) -> Any:
+    names = [name for name in CONTENDERS if CONTENDERS[name].along]
+    figure, axes = plt.subplots(3, 6, figsize=(15, 7), layout="constrained", sharey=True)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for task in TASKS:
+            first = plan.seeds_of(task)[0]
+            sgd = plan.chosen(task, "sgd", results)
+            base = plan.accuracy(task, "sgd", sgd, first, results) if sgd else None
+            points = [(s.rho, plan.accuracy(task, name, s, first, results)) for s in plan.grid(task, name, results) or []]
+            done = [(rho, score - base) for rho, score in points if score is not None and base is not None]
+            axis.plot([rho for rho, _ in done], [gain for _, gain in done], "o-", ms=3, label=f"task {task}")
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize=9)
+        axis.axhline(0, color="black", lw=0.6)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("rho")
+    figure.supylabel("gain over SGD on the tuning seeds, points")
+    return figure
+
+
+def write(page_path: Path = PAGE, pictures: Path = PICTURES) -> None:
+    """Make the page and its pictures."""
+    results = plan.load()
+    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    page_path.write_text(page(results, times))
+    pictures.mkdir(exist_ok=True)
+    by_task = {task: rows(task, results, times) for task in TASKS}
+    for name, figure in (("cost", cost_picture(by_task)), ("tuning", tuning_picture(results))):
+        figure.savefig(pictures / f"{name}.png", dpi=90, metadata={"Software": None})
+        plt.close(figure)
