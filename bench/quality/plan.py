@@ -42,12 +42,21 @@ def seeds_of(task: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
 # ---- Tuning ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def grid(task: str, contender: str, results: Results) -> list[Setting] | None:
-    """The settings that tuning tries: learning rates and weight decays for SGD, radii for the others, which take SGD's choice. None: not made yet."""
+def grids(task: str, contender: str, results: Results) -> list[list[Setting]]:
+    """The settings that tuning tries, one list after the other; a list that depends on a search that is not finished is left out.
+
+    SGD, also with more epochs, searches learning rates and weight decays. SAM does too, with its middle radius, then searches radii.
+    The others take SAM's learning rate and weight decay, and search radii.
+    """
+    pairs = [(lr, decay) for lr in TASKS[task].lrs for decay in TASKS[task].decays]
+    rhos = CONTENDERS[contender].rhos
     if CONTENDERS[contender].along is None:
-        return [Setting(lr, decay, 0.0) for lr in TASKS[task].lrs for decay in TASKS[task].decays]
-    sgd = chosen(task, "sgd", results)
-    return None if sgd is None else [sgd._replace(rho=rho) for rho in CONTENDERS[contender].rhos]
+        return [[Setting(*pair, 0.0) for pair in pairs]]
+    middle = CONTENDERS["sam"].rhos[len(CONTENDERS["sam"].rhos) // 2]
+    base = [Setting(*pair, middle) for pair in pairs]
+    found = best(task, "sam", base, results)
+    radii = [[found._replace(rho=rho) for rho in rhos]] if found else []
+    return [base, *radii] if contender == "sam" else radii
 
 
 def accuracy(task: str, contender: str, setting: Setting, seeds: tuple[int, ...], results: Results) -> float | None:
@@ -56,35 +65,38 @@ def accuracy(task: str, contender: str, setting: Setting, seeds: tuple[int, ...]
     return None if None in found else mean(r["accuracy"] for r in found if r is not None)
 
 
-def best(task: str, contender: str, settings: list[Setting], seeds: tuple[int, ...], number: int, results: Results) -> list[Setting] | None:
-    """The ``number`` most accurate settings; None unless all have run."""
-    scores = {setting: accuracy(task, contender, setting, seeds, results) for setting in settings}
-    if None in scores.values():
-        return None
-    return sorted(settings, key=lambda setting: -(scores[setting] or 0.0))[:number]
+def ranked(task: str, name: str, tried: list[Setting], seeds: tuple[int, ...], results: Results) -> list[Setting]:
+    """The settings, the most accurate first; none unless all have run."""
+    scores = {setting: accuracy(task, name, setting, seeds, results) for setting in tried}
+    return [] if None in scores.values() else sorted(tried, key=lambda setting: -(scores[setting] or 0.0))
 
 
-def kept(task: str, contender: str, results: Results) -> list[Setting] | None:
-    settings = grid(task, contender, results)
-    return None if settings is None else best(task, contender, settings, seeds_of(task)[0], KEPT, results)
+def kept(task: str, contender: str, tried: list[Setting], results: Results) -> list[Setting]:
+    return ranked(task, contender, tried, seeds_of(task)[0], results)[:KEPT]
+
+
+def best(task: str, contender: str, tried: list[Setting], results: Results) -> Setting | None:
+    """Of those settings that were kept, the one that is best on all tuning seeds; None while that is not known."""
+    first, more, _ = seeds_of(task)
+    found = ranked(task, contender, kept(task, contender, tried, results), first + more, results)
+    return found[0] if found else None
 
 
 def chosen(task: str, contender: str, results: Results) -> Setting | None:
-    """The setting that is best on all tuning seeds of those that were kept; None while that is not known."""
-    settings, (first, more, _) = kept(task, contender, results), seeds_of(task)
-    found = None if settings is None else best(task, contender, settings, first + more, 1, results)
-    return None if found is None else found[0]
+    """The setting that the comparison uses; None while tuning has not finished."""
+    searched = grids(task, contender, results)
+    finished = len(searched) == (2 if contender == "sam" else 1)
+    return best(task, contender, searched[-1], results) if finished else None
 
 
 def tuning(task: str, contender: str, results: Results) -> Iterator[Run]:
     """Each run is to be in ``results`` before the next is asked for, as in ``plan``."""
     first, more, _ = seeds_of(task)
-    for seed in first:
-        for setting in grid(task, contender, results) or []:
-            yield run_of(task, contender, setting, seed)
-    for seed in more:
-        for setting in kept(task, contender, results) or []:
-            yield run_of(task, contender, setting, seed)
+    for i in range(2 if contender == "sam" else 1):
+        tried = grids(task, contender, results)[i]
+        for seeds, narrow in ((first, False), (more, True)):
+            for setting in kept(task, contender, tried, results) if narrow else tried:
+                yield from (run_of(task, contender, setting, seed) for seed in seeds)
 
 
 # ---- The order -------------------------------------------------------------------------------------------------------------------------------
@@ -99,22 +111,22 @@ def plan(results: Results) -> Iterator[Run]:
     """
     later = tuple(name for name in CONTENDERS if name not in URGENT)
     for names, half in ((URGENT, 0), (later, 0), (tuple(CONTENDERS), 1)):
-        for task in TASKS:
-            seeds = seeds_of(task)[2]
-            for name in names:
+        for name in names:
+            for task in TASKS:
                 yield from tuning(task, name, results)
-                setting = chosen(task, name, results)
+                setting, seeds = chosen(task, name, results), seeds_of(task)[2]
                 assert setting is not None
                 yield from (run_of(task, name, setting, seed) for seed in seeds if (seed >= len(seeds) // 2) == half)
 
 
 def size(task: str, contender: str) -> tuple[int, int]:
-    """How many runs the plan has for it: to tune, and with the chosen setting."""
-    settings = len(CONTENDERS[contender].rhos)
-    if CONTENDERS[contender].along is None:
-        settings = len(TASKS[task].lrs) * len(TASKS[task].decays)
+    """How many runs the plan has for it: at most to tune (SAM's two searches can share runs), and with the chosen setting."""
     first, more, final = seeds_of(task)
-    return settings * len(first) + KEPT * len(more), len(final)
+    pairs, rhos = len(TASKS[task].lrs) * len(TASKS[task].decays), len(CONTENDERS[contender].rhos)
+    searches = [pairs] if CONTENDERS[contender].along is None else [rhos]
+    if contender == "sam":
+        searches = [pairs, rhos - 1]
+    return sum(n * len(first) + KEPT * len(more) for n in searches), len(final)
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------------------------------
