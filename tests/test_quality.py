@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from bench.quality import __main__ as command
 from bench.quality import plan, report, tasks, timing, train
 from bench.quality.contenders import CONTENDERS, Trainer
 from bench.quality.train import Run
+from sam_fast.demo.data import load
 
 STEPS, BATCH, LR, DECAY, RHO = 8, 16, 0.1, 0.02, 0.3
 
@@ -171,7 +174,8 @@ def small_plan(monkeypatch, tmp_path) -> Callable[[], list[Run]]:
 
 def test_a_stopped_experiment_goes_on_where_it_was(small_plan, monkeypatch):
     whole = small_plan()
-    assert len(whole) == len(set(whole)) == sum(sum(plan.size(t, c)) for t in tasks.TASKS for c in plan.CONTENDERS)
+    most = sum(sum(plan.size(task, name)) for task in tasks.TASKS for name in plan.CONTENDERS)
+    assert most - 3 * 3 <= len(whole) == len(set(whole)) <= most  # SAM's two searches may share the seeds that follow the first
     lines = small_plan.path.read_bytes().splitlines(keepends=True)
     for cut in (b"", lines[30][:-1], lines[30][:10]):  # between two runs; or while a line was written
         small_plan.path.write_bytes(b"".join(lines[:30]) + cut)
@@ -205,9 +209,17 @@ def test_tuning_chooses_among_settings_by_the_tuning_seeds_alone(small_plan):
         assert last_tuning < first_final
 
 
-def test_a_run_measures_and_a_second_time_the_same(monkeypatch):
-    small = tasks.Task("digits", 128, 0.25, 4, 32, lrs=(0.1,), decays=(0.0,))
-    monkeypatch.setitem(tasks.TASKS, "B", small)
+@pytest.fixture
+def digits(monkeypatch) -> None:
+    """Another data set in place of Fashion-MNIST, which may have to be downloaded: digits with a margin."""
+    raw = load("digits", None, print)
+    train_images, test_images = (nn.functional.pad(images, [3, 3, 3, 3]) for images in (raw.train_images, raw.test_images))
+    padded = dataclasses.replace(raw, train_images=train_images, test_images=test_images)
+    monkeypatch.setattr(tasks, "fashion_mnist", lambda: padded)
+    monkeypatch.setitem(tasks.TASKS, "B", tasks.Task(images=128, noise=0.25, epochs=4, batch=32))
+
+
+def test_a_run_measures_and_a_second_time_the_same(digits):
     run = Run("B", "quarter", 0.05, 5e-4, 0.05, 3)
     found, again = train.train(run), train.train(run)
     assert found | {"seconds": 0} == again | {"seconds": 0}
@@ -273,19 +285,19 @@ def test_the_bootstrap_is_paired():
 
 
 def test_the_page_of_an_unfinished_experiment_says_so(small_plan, monkeypatch, tmp_path):
-    with_results = small_plan()
+    small_plan()
     lines = small_plan.path.read_bytes().splitlines(keepends=True)
     small_plan.path.write_bytes(b"".join(lines[:40]))
     monkeypatch.setattr(report, "TIMES", tmp_path / "none.json")
     report.write(tmp_path / "page.md", tmp_path / "pictures")
     text = (tmp_path / "page.md").read_text()
-    assert f"**40 of {len(with_results)} runs are done.**" in text
+    assert "**40 of some " in text
     assert "not measured yet" in text
     assert "nothing is accepted or rejected" in text
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"cost.png", "tuning.png"}
 
 
-def test_times_are_taken_and_reported(small_plan, monkeypatch, tmp_path):
+def test_times_are_taken_and_reported(small_plan, digits, monkeypatch, tmp_path):
     small_plan()
     monkeypatch.setattr(timing, "CONTENDERS", plan.CONTENDERS)
     monkeypatch.setattr(timing, "TASKS", {"B": tasks.TASKS["B"]})
@@ -294,3 +306,12 @@ def test_times_are_taken_and_reported(small_plan, monkeypatch, tmp_path):
     assert {name: len(seconds) for name, seconds in times["seconds"]["B"].items()} == dict.fromkeys(plan.CONTENDERS, 3)
     assert next(r for r in report.rows("B", plan.load(), times) if r.contender == "sam").time.value > 1
     assert next(r for r in report.rows("A", plan.load(), times) if r.contender == "sam").time is None
+
+
+def test_the_committed_page_is_made_from_the_results_on_file():
+    """The file may have grown since: the page says how many of its runs it is made from."""
+    committed = report.PAGE.read_text()
+    runs = int(committed.split("from the first ")[1].split(" runs")[0])
+    results = dict(itertools.islice(plan.load().items(), runs))
+    times = json.loads(timing.TIMES.read_text()) if timing.TIMES.exists() else {}
+    assert report.page(results, times) == committed
