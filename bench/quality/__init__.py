@@ -1,1 +1,1 @@
-"""Which way of saving SAM's second pass keeps its accuracy: the experiment, run by ``python -m bench.quality``; docs/quality.md is its report."""
+"""The experiment: which ways to save SAM's second pass keep its accuracy. docs/quality.md is its report."""

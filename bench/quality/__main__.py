@@ -33,7 +33,7 @@ def run(hours: float) -> None:
 
 
 def row(task: str, contender: str, seeds: list[int]) -> int:
-    """Train a contender again as in the table; returns 1 where a seed's accuracy differs from the one on file by more than 0.5 points."""
+    """Train a contender again as in the table; returns 1 where an accuracy is 0.5 points off the one on file."""
     results = plan.load()
     setting = plan.chosen(task, contender, results)
     if setting is None:

@@ -1,4 +1,4 @@
-"""The contenders, each a way of choosing when and where to climb, and one training step of any of them, in plain PyTorch."""
+"""The contenders, each a choice of when and where to climb, and a training step of any of them in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class Contender:
     """What a step does before the gradient that it descends along is computed.
 
     Attributes:
-        along: the direction of the perturbation: None (there is none: SGD), "gradient" (a first pass over this batch), "previous" (the gradient
-            of the last step), "momentum" (SGD's buffer), "friendly" (this batch's gradient less its running mean).
+        along: the direction u of the perturbation: None (SGD), "gradient" (this batch's, from a first pass),
+            "previous" (the gradient that the last step was made with), "momentum" (SGD's buffer),
+            "friendly" (this batch's gradient less its running mean).
         rhos: the radii that tuning tries; the perturbation is ``sign * rho * u / ||u||``.
         rows: the first pass sees rows 0, ``rows``, 2 * ``rows``, ... of the batch.
         every: the steps that climb: those whose number is a multiple of it.
         between: the direction of the other steps, None or "previous".
         start: the share of all steps after which climbing begins.
-        norms_only: perturb the weights of normalization layers alone, and compute no other weights' gradients in the first pass.
+        norms_only: perturb the weights of normalization layers alone; the first pass computes no other gradients.
         counts: the pass whose batch counts in BatchNorm's statistics where there are two.
         epochs: how many times the task's epochs.
     """
@@ -95,7 +96,16 @@ class Trainer:
         climbed: the number of steps that were perturbed.
     """
 
-    def __init__(self, model: nn.Module, contender: Contender, *, steps: int, rho: float, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        contender: Contender,
+        *,
+        steps: int,
+        rho: float,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
         self.model, self.contender, self.steps, self.rho = model, contender, steps, rho
         self.params = list(model.parameters())
         norms = [m for m in model.modules() if isinstance(m, NORMS)]
@@ -110,7 +120,7 @@ class Trainer:
         """One step on a batch (n, ...) with labels (n,); returns the loss of the pass that the step descends from."""
         direction = self.contender.direction(self.step, self.steps)
         first_pass = direction in ("gradient", "friendly")
-        u = self._first_pass(x[:: self.contender.rows], y[:: self.contender.rows]) if first_pass else self._kept(direction)
+        u = self._first_pass(x, y) if first_pass else self._kept(direction)
         if direction == "friendly":
             u = self._less_mean(u)
         backup = self._climb(u) if u is not None else None
@@ -125,7 +135,15 @@ class Trainer:
         self.step += 1
         return loss
 
-    def _pass(self, x: Tensor, y: Tensor, wanted: Sequence[Tensor], *, count: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _pass(
+        self,
+        x: Tensor,
+        y: Tensor,
+        wanted: Sequence[Tensor],
+        *,
+        count: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and the gradients of ``wanted``; ``count``: the batch counts in BatchNorm's statistics."""
         for m in self.counting:
             m.momentum = 0.1 if count else 0.0
         loss = cross_entropy(self.model(x), y)
@@ -134,7 +152,9 @@ class Trainer:
         return loss.detach(), torch.autograd.grad(loss, wanted)
 
     def _first_pass(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        return list(self._pass(x, y, self.perturbed, count=self.contender.counts == "first")[1])
+        """The gradient of every ``rows``-th row, of the weights that are perturbed."""
+        k = self.contender.rows
+        return list(self._pass(x[::k], y[::k], self.perturbed, count=self.contender.counts == "first")[1])
 
     def _kept(self, direction: str | None) -> list[Tensor] | None:
         """A direction that costs no pass; None where there is none (yet)."""

@@ -34,7 +34,7 @@ def run_of(task: str, contender: str, setting: Setting, seed: int) -> Run:
 
 
 def seeds_of(task: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The seeds that tuning tries every setting on, those that it tries the best on as well, and those of the comparison."""
+    """The seeds that tuning tries all settings on, those that it tries the best on as well, and the comparison's."""
     n = TASKS[task].repeats
     return tuple(range(100, 100 + 2 * n)), tuple(range(100 + 2 * n, 100 + 5 * n)), tuple(range(20 * n))
 
@@ -43,10 +43,10 @@ def seeds_of(task: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
 
 
 def grids(task: str, contender: str, results: Results) -> list[list[Setting]]:
-    """The settings that tuning tries, one list after the other; a list that depends on a search that is not finished is left out.
+    """The settings that tuning tries, one list after the other, as far as earlier searches have determined them.
 
-    SGD, also with more epochs, searches learning rates and weight decays. SAM does too, with its middle radius, then searches radii.
-    The others take SAM's learning rate and weight decay, and search radii.
+    SGD, also with more epochs, searches learning rates and weight decays. SAM does too, with its middle radius, then
+    searches radii. The others take SAM's learning rate and weight decay, and search radii.
     """
     pairs = [(lr, decay) for lr in TASKS[task].lrs for decay in TASKS[task].decays]
     rhos = CONTENDERS[contender].rhos
@@ -105,9 +105,9 @@ URGENT = ("sgd", "sam", "quarter", "every4", "previous", "late-quarter")
 
 
 def plan(results: Results) -> Iterator[Run]:
-    """All runs, the most informative first: the urgent contenders with half of the seeds, the others, then the other half.
+    """All runs: half of the seeds for the urgent contenders, the same for the others, the other half for all.
 
-    The runs that come next depend on earlier results: whoever takes a run from here adds its result to ``results`` before taking another.
+    What comes next depends on earlier results: add a run's result to ``results`` before taking another run.
     """
     later = tuple(name for name in CONTENDERS if name not in URGENT)
     for names, half in ((URGENT, 0), (later, 0), (tuple(CONTENDERS), 1)):
@@ -120,7 +120,7 @@ def plan(results: Results) -> Iterator[Run]:
 
 
 def size(task: str, contender: str) -> tuple[int, int]:
-    """How many runs the plan has for it: at most to tune (SAM's two searches can share runs), and with the chosen setting."""
+    """The number of runs to tune it (at most: SAM's two searches can share runs), and with the chosen setting."""
     first, more, final = seeds_of(task)
     pairs, rhos = len(TASKS[task].lrs) * len(TASKS[task].decays), len(CONTENDERS[contender].rhos)
     searches = [pairs] if CONTENDERS[contender].along is None else [rhos]

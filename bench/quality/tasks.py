@@ -1,4 +1,4 @@
-"""What the contenders train on: few and small images, so that one processor core does two thousand runs in some hours."""
+"""What the contenders train on: few and small images, so that one core does two thousand runs in some hours."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def split(task: Task, seed: int) -> Split:
 
 
 def network(data: Split, seed: int) -> nn.Sequential:
-    """The demo's network of 98,682 weights, without its last pooling as the images are small. The same seed, the same weights.
+    """The demo's network of 98,682 weights, without its last pooling: the images are small. Same seed, same weights.
 
     Returns:
         A network from images (n, 1, height, width) to logits (n, classes).

@@ -20,7 +20,7 @@ STEPS = 16
 
 
 def measure(rounds: int, path: Path = TIMES) -> None:
-    """Time a miniature training of every contender in turn, in an order drawn anew for each round, and write seconds by task and contender."""
+    """Write the seconds that a miniature training takes, by task and contender; each round draws their order anew."""
     seconds: dict[str, dict[str, list[float]]] = {}
     for name, task in TASKS.items():
         data = split(task, 0)

@@ -30,7 +30,7 @@ class Run:
 
 
 def fix_allocator() -> None:
-    """Let glibc keep freed memory: by default each pass maps its activations anew, and page faults take two thirds of the time."""
+    """Let glibc keep freed memory: by default each pass maps its activations anew, which costs more than the pass."""
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
