@@ -62,7 +62,7 @@ CONTENDERS: dict[str, Contender] = {
     "sgd": Contender(None),
     "sam": Contender(rhos=around(0.05)),
     "quarter": Contender(rhos=around(0.05), rows=4),
-    "every4": Contender(rhos=around(0.1), every=4),
+    "every4": Contender(rhos=around(0.2), every=4),
     "previous": Contender("previous", rhos=around(0.1)),
     "late-half": Contender(rhos=around(0.1), start=0.5),
     "late-quarter": Contender(rhos=around(0.1), start=0.75),
