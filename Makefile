@@ -3,6 +3,7 @@
 #   make test    all tests: those of the CPU, those that execute the CUDA kernels without a GPU, and the Triton kernels in Triton's interpreter
 #   make bench   the benchmarks (under 10 minutes on two cores); make bench-again a second run, make bench-report the report of both
 #   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, benchmarks, sanitizers; no network (docs/gpu.md)
+#   make quality  trains a row of docs/quality.md again (QUALITY="A quarter --seeds 0 1") and compares; make quality-report makes that page
 #   make lint    ruff, mypy
 #   make sanitize  the kernel tests, CPU's and CUDA's, under AddressSanitizer, UBSan and ThreadSanitizer
 
@@ -15,7 +16,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c $(VENV)/constraints.
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report quality quality-report lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -95,6 +96,14 @@ bench bench-again: $(VENV)/installed
 # bench/results, docs/benchmarks.md with its pictures and the table in the README, from the run of `make bench` (and of `make bench-again`).
 bench-report: $(VENV)/installed
 	$(BIN)/python -m bench.report $(wildcard $(RUNS)/bench.json $(RUNS)/gpu/cuda.json) $(addprefix --again ,$(wildcard $(RUNS)/bench-again.json))
+
+# SAM's accuracy at close to SGD's price: task, contender and seeds of a row of docs/quality.md. `python -m bench.quality run` does all the runs.
+QUALITY ?= A quarter --seeds 0 1
+quality: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality row $(QUALITY)
+
+quality-report: $(VENV)/installed
+	$(BIN)/python -m bench.quality report
 
 # On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have PyTorch for it: builds, tests, measures and watches.
 # GPU_CHECK takes options: make gpu-check GPU_CHECK="--only build,tests --minutes 8".

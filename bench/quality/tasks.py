@@ -1,0 +1,75 @@
+"""What the contenders train on: few and small images, so that one core does two thousand runs in some hours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from sam_fast.demo.data import Dataset, Split, load, split_for_seed
+from sam_fast.demo.model import WIDTHS, Standardise
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images of Fashion-MNIST, their 2 x 2 pixels averaged, and how long is trained on them.
+
+    Attributes:
+        images: number of training images, drawn anew for each seed. The test images are Fashion-MNIST's own 10,000.
+        noise: share of training labels drawn anew at random.
+        epochs: a multiple of 4.
+        repeats: multiplies the numbers of seeds, where accuracies differ by less.
+        lrs, decays: the learning rates and weight decays that tuning tries, all pairs.
+    """
+
+    images: int
+    noise: float
+    epochs: int
+    batch: int
+    repeats: int = 1
+    lrs: tuple[float, ...] = (0.05, 0.1)
+    decays: tuple[float, ...] = (5e-3, 1e-2, 2e-2, 4e-2)
+
+
+TASKS = {
+    "A": Task(images=3000, noise=0.5, epochs=20, batch=128),
+    "B": Task(images=1000, noise=0.0, epochs=32, batch=64, repeats=2),
+}
+
+
+@cache
+def fashion_mnist() -> Dataset:
+    """Fashion-MNIST at half its resolution: uint8 images (n, 14, 14)."""
+    raw = load("fashion-mnist", None, print)
+
+    def halved(images: Tensor) -> Tensor:
+        return avg_pool2d(images[:, None].float(), 2).round().to(torch.uint8)[:, 0]
+
+    train, test = halved(raw.train_images), halved(raw.test_images)
+    return Dataset(train, raw.train_labels, test, raw.test_labels, raw.white, raw.classes, raw.source)
+
+
+def split(task: Task, seed: int) -> Split:
+    """What a seed trains and tests on: images (n, 1, 14, 14)."""
+    return split_for_seed(fashion_mnist(), task.images, task.noise, seed)
+
+
+def network(data: Split, seed: int) -> nn.Sequential:
+    """The demo's network of 98,682 weights, without its last pooling: the images are small. Same seed, same weights.
+
+    Returns:
+        A network from images (n, 1, height, width) to logits (n, classes).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [Standardise(data.mean, data.std)]
+        for i, (inputs, width) in enumerate(zip((1, *WIDTHS), WIDTHS, strict=False)):
+            if i in (1, 2):
+                layers.append(nn.MaxPool2d(2))
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], data.classes)]
+        model: nn.Sequential = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        return model

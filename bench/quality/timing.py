@@ -1,0 +1,41 @@
+"""The contenders' time relative to SGD's, on an otherwise idle machine: ``python -m bench.quality time``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from bench.machine import ROOT, commit_and_date, processor
+from bench.quality.contenders import CONTENDERS, Trainer
+from bench.quality.tasks import TASKS, network, split
+
+TIMES = ROOT / "bench" / "results" / "quality-time.json"
+STEPS = 16
+"""Of a miniature training, so that each schedule's mix of steps is timed."""
+
+
+def measure(rounds: int, path: Path = TIMES) -> None:
+    """Write the seconds that a miniature training takes, by task and contender; each round draws their order anew."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for name, task in TASKS.items():
+        data = split(task, 0)
+        x, y = data.train_images[: task.batch], data.train_labels[: task.batch]
+        model = network(data, 0)
+        seconds[name] = {contender: [] for contender in CONTENDERS}
+        for i in range(rounds + 1):
+            for contender in random.sample(list(CONTENDERS), len(CONTENDERS)):
+                chosen = CONTENDERS[contender]
+                trainer = Trainer(model, chosen, steps=STEPS, rho=0.05, lr=1e-3, weight_decay=0.0)
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    trainer.train_batch(x, y)
+                if i:  # the first round warms up
+                    seconds[name][contender].append(chosen.epochs * (time.perf_counter() - start))
+    load = round(os.getloadavg()[0], 1)
+    facts = {"processor": processor(), "torch": torch.__version__, "load average": load, **commit_and_date()}
+    path.write_text(json.dumps({"machine": facts, "seconds": seconds}) + "\n")
