@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import nn
@@ -64,9 +64,10 @@ def uncounted_forwards(
         for module in found:
             if module not in second.seen:
                 second.save([module])
-        _active.append(second)
+        stack.callback(_end, ref(second))
+        finalize(second, _remove_if_idle)  # where an interruption comes before or while it ends
+        _active.add(second)
         _hooks.install()
-        stack.callback(_end, second)
         yield
         if compiled and models is None and not any(_has_tensors(module) for module in second.seen):
             _warn(compiled)
@@ -101,7 +102,7 @@ def _before_forward(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     functional = sys._getframe(4).f_code is _FUNCTIONAL_CALL  # behind three functions of nn.Module
-    for second in _active:
+    for second in list(_active):
         if functional:
             second.save_in_place(module)
         elif module not in second.seen:
@@ -109,11 +110,15 @@ def _before_forward(module: nn.Module, args: Any) -> None:
 
 
 _hooks = ModuleHooks(_before_forward)
-_active: list[_Uncounted] = []
+_active: WeakSet[_Uncounted] = WeakSet()
 
 
-def _end(second: _Uncounted) -> None:
-    _active.remove(second)
+def _end(second: ref[_Uncounted]) -> None:
+    _active.discard(second())  # type: ignore[arg-type]
+    _remove_if_idle()
+
+
+def _remove_if_idle() -> None:
     if not _active:
         _hooks.remove()
 
