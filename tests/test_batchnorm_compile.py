@@ -14,7 +14,7 @@ from cases import SmallNet, batches, same_bits
 from norms import statistics
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.modules import module
+from torch.nn.modules import module as torch_module
 
 from sam_fast import SAM, disable_running_stats, enable_running_stats, frozen_running_stats
 from sam_fast.batchnorm import _watch
@@ -97,7 +97,7 @@ def _no_warning() -> Iterator[None]:
     """PyTorch warns where a compiled model meets global hooks. What other tests have disabled is no longer waited for."""
     gc.collect()
     _watch.remove()
-    assert not module._global_forward_pre_hooks
+    assert not torch_module._global_forward_pre_hooks
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Using `torch.compile")
         yield
