@@ -47,8 +47,8 @@ def scaling_of(optimizer: Optimizer, norm: Tensor | None) -> Scaling:
         optimizer: the optimizer that the scaler was given.
         norm: the first pass's norm, which is not finite if one of the gradients that it covers is not; None if that must not count.
     """
-    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    found_inf = getattr(optimizer, "found_inf", None)
+    grad_scale: Tensor | None = vars(optimizer).get("grad_scale")
+    found_inf = vars(optimizer).get("found_inf")
     if found_inf is None:
         return Scaling(grad_scale, None)
     if not isinstance(found_inf, Tensor):

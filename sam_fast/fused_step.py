@@ -279,12 +279,13 @@ def _make_first_states(bucket: Bucket, base: Optimizer, rule: Rule, names: list[
 def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor | None], may_make: bool) -> _Columns | str:
     """The state of every row that has a gradient; the reason if one of them has no complete state yet. ``may_make``: or it is made."""
     names = [rule.state_names(group) for group in base.param_groups]
-    found = _complete_state(bucket, base, rule, names, grads)
+    memory = _memory_of(bucket, base)
+    found = _complete_state(bucket, memory.states(base), rule, names, grads)
     if isinstance(found, str) and may_make and _make_first_states(bucket, base, rule, names, grads):
-        found = _complete_state(bucket, base, rule, names, grads)
+        memory = _memory_of(bucket, base)
+        found = _complete_state(bucket, memory.states(base), rule, names, grads)
     if isinstance(found, str):
         return found
-    memory = _memory_of(bucket, base)
     columns = memory.columns
     if columns is None or not columns.same(found):
         # A DTensor stays the same object while what this process holds of it changes: never the same as its local tensor.
@@ -293,10 +294,9 @@ def _columns_of(bucket: Bucket, base: Optimizer, rule: Rule, grads: list[Tensor 
 
 
 def _complete_state(
-    bucket: Bucket, base: Optimizer, rule: Rule, names: list[tuple[str, ...]], grads: list[Tensor | None]
+    bucket: Bucket, states: list[dict[str, Any] | None], rule: Rule, names: list[tuple[str, ...]], grads: list[Tensor | None]
 ) -> dict[str, list[Any]] | str:
     """For each name the state of the rows that have a gradient, None for the others; the reason if one of them lacks it."""
-    states = _memory_of(bucket, base).states(base)
     every_row = _count(states) == _count(grads) == len(grads)
     found: dict[str, list[Any]] = {}
     for name in rule.all_names:

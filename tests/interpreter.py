@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter several times faster.
+"""Makes Triton's interpreter several times faster, and an older one's fused multiply-add one that rounds once.
 
 Whenever one kernel function calls another, the interpreter looks through all of triton.language for what it has to replace. That was done when the
 kernel was launched, and takes longer than most blocks of a kernel. So here it is done once for each launch.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
@@ -66,3 +67,22 @@ def blocks_by_width(counts: Iterable[int], address: int, width: dict[int, int]) 
                 found[wide] += count // block
                 count %= block
     return found
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """One rounding, for 32 and 16 bits: the product is exact in float64, and a sum rounded to odd there can be rounded again."""
+    if z.data.dtype == np.float64:
+        return _twice_rounded(self, x, y, z)
+    product = np.multiply(x.data, y.data, dtype=np.float64)
+    total = np.atleast_1d(product + z.data)
+    part = total - product
+    error = (product - (total - part)) + (z.data - part)
+    bits = total.view(np.int64)
+    inexact = np.isfinite(error) & (error != 0) & (bits % 2 == 0)
+    bits += np.where(inexact, np.where((error > 0) == (total > 0), 1, -1), 0)
+    return interpreter.TensorHandle(total.reshape(product.shape).astype(z.data.dtype), z.dtype.scalar)
+
+
+if not hasattr(interpreter._interpreter, "fma_fp32"):  # Triton 3.6 multiplies, rounds, adds and rounds
+    _twice_rounded = interpreter.InterpreterBuilder.create_fma
+    interpreter.InterpreterBuilder.create_fma = _fma
