@@ -146,7 +146,7 @@ class FlatStorage:
 
     def _attach(self, index: int) -> None:
         view = self.grad_views[index]
-        if not self._in_place(index, view):  # model.to() has given this very object other memory
+        if self._grad_places[index] and view.data_ptr() != self._grad_places[index]:  # model.to() has given this very object other memory
             view = self.grads.as_strided(*dense_layout(self.weight_views[index]), self._slots[index])
             self.grad_views[index] = view
         self.params[index].grad = view

@@ -98,9 +98,15 @@ class StateTable:
             if wide and len(wide) < len(counters):
                 return False
             self._wide, self._copies = wide, torch.empty(len(wide), dtype=torch.float32, device="cpu")
-            self._gather = make_gather([row if tensor is None else tensor for tensor, row in zip(tensors, self.rows, strict=True)])
             self._missing = [i for i, tensor in enumerate(tensors) if tensor is None]
+            present = len(self._missing) < len(tensors)
+            self._gather = (
+                make_gather([row if tensor is None else tensor for tensor, row in zip(tensors, self.rows, strict=True)]) if present else None
+            )
             self._tensors = tensors  # last: an interruption must not leave the addresses of other tensors behind
+        if self._gather is None:
+            self.addresses[:] = array("Q", bytes(8 * len(self.rows)))
+            return True
         if self._gather.weights(self.addresses):
             self._tensors = None
             return False
