@@ -40,15 +40,14 @@ class Scaling:
         return Scaling(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.grad_scale, self.found_inf)))
 
 
-def scaling_of(optimizer: Optimizer, norm: Tensor | None) -> Scaling:
+def scaling_of(grad_scale: Tensor | None, found_inf: Tensor | float | None, norm: Tensor | None) -> Scaling:
     """The scaling of the step that a GradScaler has just called, as tensors on the device: nothing waits for it.
 
     Args:
-        optimizer: the optimizer that the scaler was given.
+        grad_scale: what the scaler has set on the optimizer.
+        found_inf: the same.
         norm: the first pass's norm, which is not finite if one of the gradients that it covers is not; None if that must not count.
     """
-    grad_scale: Tensor | None = vars(optimizer).get("grad_scale")
-    found_inf = vars(optimizer).get("found_inf")
     if found_inf is None:
         return Scaling(grad_scale, None)
     if not isinstance(found_inf, Tensor):
@@ -143,7 +142,8 @@ def tell_scaler(optimizer: Optimizer, scaling: Scaling) -> None:
         _warn_once("step() was not called by torch.amp.GradScaler")
         return
     try:
-        scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"][found_inf.device] = found_inf
+        given = frame.f_locals.get("optimizer", optimizer)  # a framework's wrapper, it may be
+        scaler._per_optimizer_states[id(given)]["found_inf_per_device"][found_inf.device] = found_inf
     except (AttributeError, KeyError, TypeError) as error:
         _warn_once(f"this version of {type(scaler).__name__} has other internals ({type(error).__name__}: {error})")
 
@@ -158,4 +158,5 @@ def _warn_once(reason: str) -> None:
 def forget(optimizer: Optimizer) -> None:
     """Remove what a scaler has set."""
     for name in ATTRIBUTES:
-        optimizer.__dict__.pop(name, None)
+        if hasattr(optimizer, name):
+            delattr(optimizer, name)

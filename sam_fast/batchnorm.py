@@ -39,6 +39,18 @@ class _Group:
         self.settled = False  # the layers hold the right statistics; False: the snapshot does
         self.fresh = False  # settled since it was disabled: the snapshot is right unless something was loaded
         self.partial = False  # some of the layers were enabled again
+        self._momenta = self._momenta_now()
+        finalize(self, _watch_if_settled).atexit = False
+
+    def _momenta_now(self) -> list[Any]:
+        return [getattr(layer(), "momentum", None) for layer in self.snapshot._layers]
+
+    def reestimates(self) -> bool:
+        """Whether somebody has set another momentum or has reset what was saved: passes without gradients are to count.
+
+        So do torch.optim.swa_utils.update_bn and precise BatchNorm.
+        """
+        return self._momenta != self._momenta_now() or self.snapshot._has_changed()
 
     def layers(self) -> list[nn.Module]:
         layers = (known() for known in self.snapshot._layers)
@@ -53,13 +65,13 @@ class _Group:
     def settle(self) -> None:
         """Note that what the layers hold is right."""
         self.settled, self.fresh = True, False
-        finalize(self, _watch_if_settled).atexit = False
         if self.partial:
             known = zip(self.snapshot._layers, self.snapshot._extra, strict=True)
             extra = {layer: names for layer, names in ((layer(), names) for layer, names in known) if layer is not None}
             layers = self.layers()
             self.snapshot = BatchNormSnapshot._of_layers(Layers(layers, {layer: extra[layer] for layer in layers}))
             self.snapshot.save()
+            self._momenta = self._momenta_now()
             self.partial = False
 
     def run_unseen(self, layers: list[nn.Module], params: Iterable[Tensor] | None = None) -> list[nn.Module]:
@@ -298,9 +310,7 @@ def _before_forward(module: nn.Module, args: Any) -> None:
         if len(groups) == settled:
             _watch.remove()
     else:
-        # Statistics that were reset and then see passes without gradients are being estimated anew, as by
-        # torch.optim.swa_utils.update_bn: they count.
-        uncounted = [group for group in groups if not group.snapshot._has_changed()]
+        uncounted = [group for group in groups if not group.reestimates()]
         if uncounted:
             _pass.begin(module, uncounted)
 

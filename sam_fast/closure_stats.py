@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from threading import get_ident
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakSet, finalize, ref
@@ -78,8 +79,13 @@ class _Uncounted:
 
     def __init__(self, extra_buffers: ExtraBuffers, stack: ExitStack) -> None:
         self.seen: set[nn.Module] = set()
+        self._thread = get_ident()
         self._extra_buffers = extra_buffers
         self._stack = stack
+
+    def sees(self, module: nn.Module) -> bool:
+        """Whether a call concerns it: other threads may train other models meanwhile. What the closure was found to lead to is saved already."""
+        return module not in self.seen and self._thread == get_ident()
 
     def save(self, roots: list[nn.Module], every_pattern: bool = False) -> None:
         layers = find_layers(roots, self._extra_buffers, self.seen, every_pattern)
@@ -101,12 +107,18 @@ class _Uncounted:
 def _before_forward(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    functional = sys._getframe(4).f_code is _FUNCTIONAL_CALL  # behind three functions of nn.Module
     for second in list(_active):
-        if functional:
+        if _is_functional_call():
             second.save_in_place(module)
-        elif module not in second.seen:
+        elif second.sees(module):
             second.save([module])
+
+
+def _is_functional_call() -> bool:
+    try:
+        return sys._getframe(5).f_code is _FUNCTIONAL_CALL  # behind this one, the hook and three functions of nn.Module
+    except ValueError:  # a thread that began with the module
+        return False
 
 
 _hooks = ModuleHooks(_before_forward)
@@ -177,10 +189,13 @@ def _children(parent: Any) -> Iterable[Any]:
             return ()
         named = (parent.__globals__.get(name) for name in _names(parent.__code__))
         return (*(parent.__closure__ or ()), parent.__defaults__, parent.__kwdefaults__, parent.__dict__, *named)
-    if kind in (list, tuple, set):
-        return islice(parent, LIMIT)
-    if kind is dict:
-        return islice(parent.values(), LIMIT)
+    # Copies: another thread may change them.
+    if issubclass(kind, list | tuple | set):
+        return list(islice(parent, LIMIT))
+    if issubclass(kind, dict):
+        return list(islice(parent.values(), LIMIT))
+    if hasattr(kind, "__len__"):  # other containers, which may be large
+        return ()
     if issubclass(kind, type | ModuleType | Optimizer) or _is_torchs(kind):
         return ()
     return gc.get_referents(parent)  # attributes, without running any code of theirs

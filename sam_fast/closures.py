@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .amp import ATTRIBUTES
 from .closure_stats import uncounted_forwards
 from .passes import RandomState
 from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_models
@@ -66,7 +65,7 @@ def closure_step(
     """A whole step of ``optimizer`` with a closure; see :meth:`sam_fast.SAM.step`."""
     check_closure_option("passes", passes)
     extra_buffers = check_extra_buffers(extra_buffers) if model is None else check_models(model, extra_buffers, "step(model=)")[1]
-    if any(hasattr(optimizer, name) for name in ATTRIBUTES):
+    if optimizer._step.found_inf is not None:
         raise RuntimeError("GradScaler.step with a closure would not check the second gradient: use first_step() and scaler.step(optimizer)")
     step = optimizer._step
     first_pass_done = optimizer.perturbed or _takes_gradients(optimizer, closure, passes)
@@ -104,8 +103,10 @@ def closure_step(
 def _takes_gradients(optimizer: SAM, closure: Callable[[], Any], passes: str) -> bool:
     """Whether the gradients that are there are to be the first pass, as far as can be said without looking at their values."""
     if passes == SECOND:
-        if next(optimizer._gradients(), None) is None:
-            raise RuntimeError('passes="second" takes the gradients that are there for the first pass, but there are none: call backward() first')
+        if not are_new(optimizer._gradients()):
+            raise RuntimeError(
+                'passes="second" takes the gradients that are there for the first pass, but there are no new ones: call backward() first'
+            )
         return True
     by_lightning = lightning_closure(closure)
     if by_lightning is not None:

@@ -57,11 +57,13 @@ class FlatStorage:
         self._found_grads = array("Q", self._grad_places)
         # False where .grad is None and the slot is known to hold zeros.
         self.attached = [False] * len(self.params)
+        self._made: dict[int, int] = {}  # versions of gradients that nobody has written yet
         for index, p in enumerate(self.params):
             if p.grad is not None:
                 self._adopt(index, p.grad)
             elif p.requires_grad:
                 self._attach(index)
+                self._made[index] = self.grad_views[index]._version
 
         self.row_groups: list[int] = []
         self.rows: list[Tensor] = []
@@ -82,6 +84,15 @@ class FlatStorage:
     def _grads_intact(self) -> bool:
         """True if every gradient lies where it belongs. Whichever object ``.grad`` is: ``model.to()`` gives the same one other memory."""
         return not self._gather.grads(self._found_grads) and self._found_grads == self._grad_places
+
+    def release_frozen(self) -> None:
+        """Take the gradients of zeros that were made here from parameters that have been frozen since."""
+        for index, version in self._made.items():
+            p, view = self.params[index], self.grad_views[index]
+            if not p.requires_grad and p.grad is view and view._version == version:
+                p.grad = None
+                self.attached[index] = False
+        self._made.clear()
 
     def write_back(self, touched: set[int]) -> list[str]:
         """Bring restored weights to parameters that were given other memory since (``touched``: ids of those that had been moved).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,7 @@ class ModuleHooks:
         _our_keys.add(self._key)
         self._installed = False
         self._silenced = False
+        self._filters: Sequence[Any] = []
 
     def install(self) -> None:
         """Does nothing if they are in."""
@@ -54,7 +55,8 @@ class ModuleHooks:
         # shown once.
         self._silenced = not _others_have_hooks()
         if self._silenced:
-            warnings.filters.insert(0, _IGNORED)  # type: ignore[attr-defined]
+            self._filters = warnings.filters  # those of now: warnings.catch_warnings() puts others in their place
+            self._filters.insert(0, _IGNORED)  # type: ignore[attr-defined]
         self._installed = True
         torch_module._global_forward_pre_hooks[self._key] = self._before
         if self._after is not None:
@@ -73,5 +75,5 @@ class ModuleHooks:
         )
         for known in hooks:
             known.pop(self._key, None)
-        if self._silenced and _IGNORED in warnings.filters:  # not if somebody has changed the filters since
-            warnings.filters.remove(_IGNORED)  # type: ignore[attr-defined]
+        if self._silenced and _IGNORED in self._filters:  # not if somebody has changed the filters since
+            self._filters.remove(_IGNORED)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, autograd
 from torch.optim import SGD, Optimizer
 
 OPTIONS = ("rho", "adaptive", "eta", "perturb")
@@ -150,17 +150,21 @@ def check_base(base: Any) -> None:
 
 
 def differentiates_gradients(cls: type) -> bool:
-    """Whether ``cls.step``, or a method that it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the Hessian."""
-    pending, seen = ["step"], set()
+    """Whether ``cls.step``, or what it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the Hessian."""
+    classes = cls.__mro__[: cls.__mro__.index(Optimizer)]
+    pending: list[Any] = [vars(c).get("step") for c in classes]
+    seen = set()
     while pending:
-        name = pending.pop()
-        method = getattr(cls, name, None)
-        code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-        if code is None or name in seen:
+        function = pending.pop()
+        function = inspect.unwrap(function) if callable(function) else None
+        code = getattr(function, "__code__", None)
+        if function is None or code is None or code in seen:
             continue
-        seen.add(name)
+        seen.add(code)
         names = [instruction.argval for instruction in dis.get_instructions(code)]
-        if ("autograd", "grad") in pairwise(names):
+        found = [function.__globals__.get(name) for name in code.co_names]
+        if ("autograd", "grad") in pairwise(names) or autograd.grad in [f for f in found if callable(f)]:
             return True
-        pending.extend(code.co_names)
+        pending += [vars(c)[name] for c in classes for name in code.co_names if callable(vars(c).get(name))]
+        pending += [f for f in found if inspect.isfunction(f) and f.__module__ == cls.__module__]
     return False

@@ -94,6 +94,7 @@ class Perturbation:
         self._places: list[bytes] = []  # where the rows were when that was looked up
         self._touched: list[Tensor] = []
         self.measured = False
+        self._began = False  # a backup has been allocated
         self._by_parameter: dict[Bucket, Bucket] = {}
 
     @property
@@ -296,6 +297,8 @@ class Perturbation:
             own_gradient: DTensor gradients that are partial sums are not added up.
         """
         self.prepare(param_groups)
+        if not self._began:
+            self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key)
         if not self._collect(options, own_gradient):
             # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they are now.
@@ -304,6 +307,7 @@ class Perturbation:
                 raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
         for bucket in self.buckets:
             _ = bucket.flat  # allocated before anything moves
+        self._began = True
         for bucket, partials, _ in self._bucket_sums:
             bucket.backend.grad_norm(bucket, options, partials)
         if self.sharding is not None:
@@ -321,6 +325,13 @@ class Perturbation:
         if self.sharding is not None:
             self.sharding.detach_grads()
         self.measured = True
+
+    def _leave_out_what_was_frozen(self, param_groups: ParamGroups) -> None:
+        """What was frozen between the constructor and the first climb needs no backup; nor does it step with a gradient of zeros."""
+        for flat in self.flats:
+            flat.release_frozen()
+        if not self.flatten and any(p.grad is None and not p.requires_grad for bucket in self.buckets for p in bucket.owners):
+            self._build(param_groups)
 
     def _combine_over_processes(self, sharding: Sharding) -> None:
         for sums in self._sums.values():

@@ -42,11 +42,25 @@ class _Step:
     own_gradient: bool = False  # the gradient of this rank alone
     first_pass_entered: bool = False
     path: str = NOT_STEPPED
+    grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
+    found_inf: Tensor | float | None = None
     warned_of_gradients: bool = False
 
     def forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step."""
         self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
+
+
+def _set_by_scaler(name: str) -> property:
+    """An attribute that a GradScaler sets on the optimizer or on what a framework has put around it; it is there while it is set."""
+
+    def get(self: SAM) -> Any:
+        value = getattr(self._step, name)
+        if value is None:
+            raise AttributeError(f"no GradScaler has set {name}")
+        return value
+
+    return property(get, lambda self, value: setattr(self._step, name, value), lambda self: setattr(self._step, name, None))
 
 
 class SAM(OptimizerWrapper):
@@ -86,6 +100,8 @@ class SAM(OptimizerWrapper):
             differentiates gradients or steps during backward passes, or the forced backend does not support a parameter.
     """
 
+    grad_scale = _set_by_scaler("grad_scale")
+    found_inf = _set_by_scaler("found_inf")
     _step_supports_amp_scaling = True  # a GradScaler calls step() even after an overflow: the weights must come back
 
     def __init__(
@@ -143,14 +159,16 @@ class SAM(OptimizerWrapper):
             "_sam_defaults": self._sam_defaults,
             "_stochastic_rounding": self._stochastic_rounding,
             "_closure": self._closure,
+            "_foreign": sorted(self._base_step.foreign),
             "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         settings = state.pop("_perturbation")
+        foreign = state.pop("_foreign")
         super().__setstate__(state)
-        self._base_step = BaseStep(self.base_optimizer)
+        self._base_step = BaseStep(self.base_optimizer, foreign)
         self._step = _Step()
         self._perturbation = Perturbation(*settings)
         announce_steps(self._perturbation)
@@ -158,9 +176,9 @@ class SAM(OptimizerWrapper):
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         for group in groups:
-            for name in OPTIONS:
-                group.setdefault(name, self._sam_defaults[name])
-            check_options(group)
+            missing = {name: self._sam_defaults[name] for name in OPTIONS if name not in group}
+            check_options({**group, **missing})
+            group.update(missing)
 
     def _prepare(self) -> None:
         """Build the buckets. With flatten=True parameters get a gradient of zeros here, which must not count as a first pass."""
@@ -208,6 +226,8 @@ class SAM(OptimizerWrapper):
         """
         if self._perturbation.active:
             raise RuntimeError("first_step() was called twice: finish with second_step(), or call restore() to give this step up")
+        if any("perturb" not in group for group in self.param_groups):  # added to the base optimizer, or loaded into it
+            self._fill_in_options(self.param_groups)
         rounds = self._rounds_stochastically()
         key = rounding_key(self._rounding_step(), PERTURB) if rounds else None
         self._perturbation.climb(self.param_groups, key, self._step.own_gradient)
@@ -299,7 +319,8 @@ class SAM(OptimizerWrapper):
     def _update(self) -> None:
         settle_running_stats(self.param_groups)
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
-        scaling = scaling_of(self, None if self._step.own_gradient else self._perturbation.norm)
+        norm = None if self._step.own_gradient else self._perturbation.norm
+        scaling = scaling_of(self._step.grad_scale, self._step.found_inf, norm)
         self._step.forget_first_pass()
         key = rounding_key(self._rounding_step(), UPDATE) if self._rounds_stochastically() else None
         reason = fused_step(self._perturbation, self.base_optimizer, scaling, key)
@@ -336,7 +357,7 @@ class SAM(OptimizerWrapper):
         if self._perturbation.flatten:
             self._perturbation.zero_flat_grads()
         else:
-            self.base_optimizer.zero_grad(set_to_none)
+            self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # one of somebody's own may take nothing
         if self._perturbation.flatten or not set_to_none:
             mark_spent(self._gradients())
 

@@ -192,7 +192,7 @@ class AddressTable:
         grad = row.grad
         assert grad is not None
         check_dense_gradient(grad, row)
-        if not has_memory(grad):
+        if is_plain(grad) and not has_memory(grad) and not grad._is_zerotensor():
             raise RuntimeError(f"the gradient of row {index} has no memory: its storage was resized to nothing")
         self.copies[index] = torch.empty_like(row, requires_grad=False).copy_(grad.detach())
         return self.copies[index]

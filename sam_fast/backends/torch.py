@@ -12,7 +12,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from ..amp import inverse_scale
-from ..bucket import is_plain, is_wrapper
+from ..bucket import is_wrapper
 from ..rounding import ROUNDED, round_stochastically
 from .base import Backend, GroupOptions, StateTensors, check_dense_gradient, shape_changed, signature
 
@@ -64,7 +64,7 @@ class TorchBackend(Backend):
         return 1
 
     def addresses(self, bucket: Bucket) -> bytes:
-        return array("Q", [row.data_ptr() if is_plain(row) else 0 for row in bucket.rows]).tobytes()
+        return array("Q", map(Tensor.data_ptr, bucket.rows)).tobytes()
 
     def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
         table: TensorTable = bucket.table
@@ -206,7 +206,7 @@ class TorchBackend(Backend):
             return False
         if any(row.is_neg() or row.is_conj() for row in bucket.rows):
             return False
-        if any(row.grad is not None and not is_plain(row.grad) for row in bucket.rows):
+        if any(grad is not None and (is_wrapper(type(grad)) or grad.layout != torch.strided) for grad in (row.grad for row in bucket.rows)):
             return False
         for name, tensors in state.tensors.items():
             for tensor, row in zip(tensors, bucket.rows, strict=True):
@@ -270,6 +270,8 @@ class TorchBackend(Backend):
             states = {name: [t for i in indices if (t := tensors[i]) is not None] for name, tensors in state.tensors.items()}
             weights = [bucket.rows[i].detach() for i in indices]
             grads = [grad.detach().to(dtype) for i in indices if (grad := bucket.rows[i].grad) is not None]
+            if dtype.is_complex:
+                grads = [grad.resolve_conj() for grad in grads]
             if scaling.grad_scale is not None:
                 grads = list(torch._foreach_mul(grads, inverse_scale(scaling.grad_scale).to(bucket.device)))
             options = state.groups[width * group : width * (group + 1)]
