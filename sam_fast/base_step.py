@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,20 +25,20 @@ class BaseStep:
     optimizer's first step with p is set aside for that step.
     """
 
-    def __init__(self, base: Optimizer, foreign: Iterable[str] = ()) -> None:
-        self.foreign = set(foreign)  # names of entries that are not the base optimizer's
+    def __init__(self, base: Optimizer) -> None:
+        self._foreign: set[str] = set()  # names of entries that are not the base optimizer's
         self._look_at(base)
 
     def _look_at(self, base: Optimizer) -> None:
         self._state = base.state
-        self._initialised = {id(p) for p, entry in base.state.items() if entry.keys() - self.foreign}
+        self._initialised = {id(p) for p, entry in base.state.items() if entry.keys() - self._foreign}
         self._entries = len(base.state)
 
     def __call__(self, base: Optimizer) -> None:
         """Step."""
         if base.state is not self._state:
             self._look_at(base)  # loaded
-        aside = self._set_aside(base) if self.foreign or len(base.state) != self._entries else {}
+        aside = self._set_aside(base) if self._foreign or len(base.state) != self._entries else {}
         try:
             with _as_fused_on_cpu_expects(base):
                 _step_of(base)()
@@ -56,7 +56,7 @@ class BaseStep:
                 continue
             its_own = not entry.keys().isdisjoint(rule.all_names) if rule is not None else id(p) in self._initialised
             if not its_own:
-                self.foreign |= entry.keys()
+                self._foreign |= entry.keys()
                 aside[p] = dict(entry)
                 entry.clear()
         return aside

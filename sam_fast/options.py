@@ -161,9 +161,9 @@ def differentiates_gradients(cls: type) -> bool:
         if function is None or code is None or code in seen:
             continue
         seen.add(code)
-        names = [instruction.argval for instruction in dis.get_instructions(code)]
-        found = [function.__globals__.get(name) for name in code.co_names]
-        if ("autograd", "grad") in pairwise(names) or autograd.grad in [f for f in found if callable(f)]:
+        instructions = list(dis.get_instructions(code))
+        found = [function.__globals__.get(i.argval) for i in instructions if i.opname == "LOAD_GLOBAL"]
+        if ("autograd", "grad") in pairwise(i.argval for i in instructions) or any(f is autograd.grad for f in found):
             return True
         pending += [vars(c)[name] for c in classes for name in code.co_names if callable(vars(c).get(name))]
         pending += [f for f in found if inspect.isfunction(f) and f.__module__ == cls.__module__]

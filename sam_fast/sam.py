@@ -159,16 +159,14 @@ class SAM(OptimizerWrapper):
             "_sam_defaults": self._sam_defaults,
             "_stochastic_rounding": self._stochastic_rounding,
             "_closure": self._closure,
-            "_foreign": sorted(self._base_step.foreign),
             "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         settings = state.pop("_perturbation")
-        foreign = state.pop("_foreign")
         super().__setstate__(state)
-        self._base_step = BaseStep(self.base_optimizer, foreign)
+        self._base_step = BaseStep(self.base_optimizer)
         self._step = _Step()
         self._perturbation = Perturbation(*settings)
         announce_steps(self._perturbation)

@@ -539,3 +539,26 @@ def test_frozen_blocks_inside() -> None:
     assert unchanged(model, expected)
     enable_running_stats(model)
     assert unchanged(model, expected)
+
+
+def test_precise_batchnorm_that_sets_a_momentum_of_its_own_counts() -> None:
+    """fvcore's recipe: momentum 1, passes without gradients, and an average of what each of them leaves."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).double()
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.5)
+    data = [normal((16, 4), torch.Generator().manual_seed(k), torch.float64) for k in range(4)]
+    model(data[0]).square().mean().backward()
+    optimizer.first_step(zero_grad=True)
+    disable_running_stats(model)
+    model(data[0]).square().mean().backward()
+    optimizer.second_step(zero_grad=True)
+    norm, mean = model[1], torch.zeros(6, dtype=torch.float64)
+    norm.momentum = 1.0
+    with torch.no_grad():
+        for k, x in enumerate(data, start=1):
+            model(x)
+            mean += (norm.running_mean - mean) / k
+        expected = torch.stack([model[0](x).mean(0) for x in data]).mean(0)
+    assert torch.allclose(mean, expected, rtol=0, atol=1e-12)
+    norm.running_mean.copy_(mean)
+    enable_running_stats(model)
+    assert torch.equal(norm.running_mean, mean)

@@ -243,3 +243,17 @@ def test_accumulation_in_lightning_is_an_error(mode):
         loop.optimizer.step(partial(wrapped, loop.model, loop.optimizer, LightningLike(loop.closure(1), None)))
     assert not loop.optimizer.perturbed
     assert same_bits(values(list(loop.model.parameters())), before)
+
+
+@pytest.mark.parametrize("left", ["nothing", "zeroed by the optimizer", "spent"])
+def test_second_without_a_new_gradient_is_an_error(flatten, left):
+    loop = Loop(flatten=flatten, closure="second")
+    if left == "spent":
+        loop.optimizer.step(loop.closure(0), passes="both")
+    else:
+        loop.optimizer.zero_grad(set_to_none=left == "nothing")
+    before, calls = values(list(loop.model.parameters())), loop.calls
+    with pytest.raises(RuntimeError, match="backward"):
+        loop.optimizer.step(loop.closure(1))
+    assert loop.calls == calls
+    assert same_bits(values(list(loop.model.parameters())), before)

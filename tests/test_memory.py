@@ -417,3 +417,41 @@ def test_deleting_the_optimizer_frees_everything(make):
         assert [ref() for ref in refs] == [None] * len(refs)
     finally:
         gc.enable()
+
+
+def test_gradients_without_memory_of_their_own_count_as_zeros_or_what_they_are(make):
+    params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
+    optimizer, plain = make(params, rho=0.5), PlainSAM(twin, lr=0.1, rho=0.5)
+    for step in range(3):
+        give(params, step), give(twin, step)
+        params[0].grad = torch._efficientzerotensor(5, dtype=torch.float64)
+        twin[0].grad = torch.zeros(5, dtype=torch.float64)
+        optimizer.first_step()
+        plain.first_step()
+        give(params, step + 50), give(twin, step + 50)
+        params[1].grad = torch._efficientzerotensor(9, dtype=torch.float64)
+        twin[1].grad = torch.zeros(9, dtype=torch.float64)
+        optimizer.second_step()
+        plain.second_step()
+    assert furthest(params, twin) < CLOSE
+
+
+def test_what_is_frozen_after_the_optimizer_was_made_costs_nothing_either():
+    frozen, trainable = nn.Parameter(torch.randn(100_000)), make_params([30])
+    optimizer = SAM([frozen, *trainable], lr=0.1)
+    frozen.requires_grad_(False)
+    optimizer.first_step()
+    assert sum(bucket.numel for bucket in optimizer._perturbation.buckets) < 100
+    optimizer.second_step()
+
+
+def test_a_flat_gradient_of_zeros_does_not_decay_what_was_frozen_since():
+    frozen, trainable = make_params([7, 30], grads=False)
+    optimizer = SAM([frozen, trainable], lr=0.1, weight_decay=0.5, flatten=True)
+    before = values([frozen])
+    frozen.requires_grad_(False)
+    trainable.grad = torch.ones(30)
+    optimizer.first_step()
+    trainable.grad = torch.ones(30)
+    optimizer.second_step()
+    assert same_bits(values([frozen]), before)

@@ -12,6 +12,7 @@ import torch
 from cases import make_params, same_bits, values
 from plain_sam import PlainSAM, furthest
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -445,3 +446,104 @@ def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype)
     assert isinstance(p.grad, Tensor)
     # In bfloat16 each of a few operations on each of three steps rounds by up to 2^-9.
     assert furthest([p.float()], [q]) < (1e-6 if dtype == torch.float32 else 0.05)
+
+
+# ---- What a review found -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overflow", [None, "first", "second"])
+def test_a_scaler_of_ones_own_on_a_frameworks_wrapper(overflow):
+    """It sets scale and overflow on the wrapper; the step is the optimizer's."""
+    params, twin = make_params([5, 9]), make_params([5, 9])
+    optimizer, plain = SAM(params, lr=0.1, rho=0.5), PlainSAM(twin, lr=0.1, rho=0.5)
+    wrapper, scaler = wrap(optimizer), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    before = values(params)
+    for name, each in (("first", wrapper.first_step), ("second", lambda: scaler.step(wrapper))):
+        give(params, len(name)), give(twin, len(name))
+        for p in params:
+            p.grad *= 1024.0
+        if overflow == name:
+            params[0].grad[0] = math.inf
+        each()
+        plain.first_step() if name == "first" else plain.second_step()
+    scaler.update()
+    assert scaler.get_scale() == (1024.0 if overflow is None else 512.0)
+    assert not hasattr(optimizer, "found_inf")
+    assert not optimizer.perturbed
+    if overflow is None:
+        assert furthest(params, twin) < 1e-6
+    else:
+        assert same_bits(values(params), before)
+
+
+def test_groups_that_an_instance_got_later_or_loaded_take_the_options():
+    params, more = make_params([4]), make_params([3])
+    mine = torch.optim.SGD(params, lr=0.1)
+    plain = copy.deepcopy(mine.state_dict())
+    optimizer = SAM(mine, rho=0.3)
+    mine.add_param_group({"params": more})
+    sam_step(optimizer, [*params, *more], 1)
+    assert [group["rho"] for group in optimizer.param_groups] == [0.3, 0.3]
+    only = SAM(torch.optim.SGD(make_params([4]), lr=0.1), rho=0.3)
+    only.base_optimizer.load_state_dict(plain)
+    sam_step(only, only.param_groups[0]["params"], 1)
+    assert only.param_groups[0]["rho"] == 0.3
+
+
+def test_a_bad_option_leaves_an_instance_as_it_was():
+    mine = torch.optim.SGD(make_params([4]), lr=0.1)
+    with pytest.raises(ValueError, match="rho"):
+        SAM(mine, rho=-1.0)
+    assert "rho" not in mine.param_groups[0]
+    SAM(mine, rho=0.2)
+
+
+@pytest.mark.parametrize("base", [torch.optim.RMSprop, torch.optim.NAdam])
+def test_entries_of_others_and_a_first_gradient_that_comes_later(base):
+    params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
+    optimizer, plain = SAM(params, base, lr=0.01), PlainSAM(twin, base, lr=0.01)
+    for p in params:
+        optimizer.state[p]["mine"] = torch.ones(1)
+    for step in range(4):
+        for own, each in ((params, optimizer), (twin, plain)):
+            for advance in ("first_step", "second_step"):
+                give(own, step)
+                if step < 2:
+                    own[1].grad = None
+                getattr(each, advance)()
+    assert furthest(params, twin) < 1e-9
+    assert all(optimizer.state[p]["mine"] == 1 for p in params)
+
+
+def imported_grad(*_: Any) -> None:
+    grad([], [])
+
+
+class Imported(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        imported_grad()
+
+
+class Below(Hessian):
+    def step(self, closure: Any = None) -> None:
+        super().step()
+
+
+@pytest.mark.parametrize("base", [Imported, Below])
+def test_however_it_is_written(base):
+    with pytest.raises(ValueError, match="differentiates gradients"):
+        SAM(make_params([3]), base, lr=0.1)
+
+
+class TakesNothing(torch.optim.SGD):
+    def zero_grad(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def test_a_zero_grad_that_takes_nothing():
+    params = make_params([3])
+    SAM(params, TakesNothing, lr=0.1).zero_grad()
+    assert params[0].grad is None
