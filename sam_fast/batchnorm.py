@@ -288,6 +288,8 @@ def _before_forward(module: nn.Module, args: Any) -> None:
     if _pass.module is not None:
         _pass.depth += _pass.module() is module
         return
+    if not module.training:  # evaluation; a layer in it that is in training mode is called itself
+        return
     layers = _below.get(module)
     if layers is None:
         layers = _below[module] = [ref(layer) for layer in _candidates([module])]

@@ -300,6 +300,12 @@ class SAM(OptimizerWrapper):
         if not self._perturbation.active and self._can_only_make_state():
             self.base_optimizer.step()
             return
+        if self._step.found_inf is not None and not self._perturbation.active:
+            raise RuntimeError(
+                "a GradScaler has called step() without first_step() before it. A framework that calls the closure itself under float16, as "
+                "Lightning's automatic optimization does, computes one pass only: use manual optimization, with first_step() after the first pass, "
+                "or bfloat16"
+            )
         self._require_perturbed("step() without a closure")
         self._update()
 
