@@ -22,7 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .backends import GroupOptions
     from .bucket import Bucket
-    from .perturbation import NormSum
+    from .norm import NormSum
 
 ProcessGroups = tuple[Any, ...]
 """The process groups over which a sum of squares must be all-reduced, one after the other. Empty for what every process holds."""

@@ -10,7 +10,7 @@ from cases import DTYPES, SIZES, make_params
 
 from sam_fast import SAM, backends
 from sam_fast.bucket import ALIGNMENT, CHUNK, Bucket, is_dense
-from sam_fast.perturbation import NormSum, exchange_sums
+from sam_fast.norm import NormSum, exchange_sums
 
 
 def bucket_of(rows, groups=None) -> Bucket:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import make_params
 
-from sam_fast import SAM, backends, devices, fused_step, perturbation
+from sam_fast import SAM, backends, devices, fused_step, norm
 from sam_fast.amp import inverse_scale
 from sam_fast.backends import triton as triton_backend
 from sam_fast.passes import RandomState
@@ -301,9 +301,9 @@ def test_a_capture_of_what_was_sent_before_copies_nothing_however_often(gpu):
 
 def test_mps_has_no_float64(monkeypatch):
     made = []
-    monkeypatch.setattr(perturbation, "torch", SimpleNamespace(zeros=lambda *a, **k: made.append(k["dtype"]), float32=1, float64=2))
-    perturbation.NormSum(torch.device("mps"), 1, 0)
-    perturbation.NormSum(torch.device("cuda"), 1, 0)
+    monkeypatch.setattr(norm, "torch", SimpleNamespace(zeros=lambda *a, **k: made.append(k["dtype"]), float32=1, float64=2))
+    norm.NormSum(torch.device("mps"), 1, 0)
+    norm.NormSum(torch.device("cuda"), 1, 0)
     assert made == [1, 1, 2, 2]
     scale = torch.tensor(3.0)
     as_if = SimpleNamespace(device=torch.device("mps"), reciprocal=scale.reciprocal)

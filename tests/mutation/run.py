@@ -22,7 +22,7 @@ from pathlib import Path
 from breakages import BREAKAGES, Breakage
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("sam_fast", "kernels", "csrc", "tests", "CMakeLists.txt", "pyproject.toml", "constraints.txt", "README.md", "docs", "examples")
+SOURCES = ("sam_fast", "kernels", "csrc", "tests", "bench", "CMakeLists.txt", "pyproject.toml", "constraints.txt", "README.md", "docs", "examples")
 
 
 def copy_sources(target: Path) -> None:
