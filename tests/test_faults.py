@@ -37,18 +37,19 @@ def interruptions(run: Callable[[Boundaries], Any]) -> Iterator[Boundaries]:
 
 
 class Case:
-    """Two buckets, two groups, a parameter that is not perturbed and one without a gradient, after one whole step."""
+    """Two buckets, two groups, a parameter that is not perturbed and one without a gradient, after one whole step if it ``began``."""
 
-    def __init__(self, base: type[torch.optim.Optimizer], backend: str, flatten: bool, **options: Any) -> None:
+    def __init__(self, base: type[torch.optim.Optimizer], backend: str, flatten: bool, began: bool = True, **options: Any) -> None:
         self.params = [*make_params([130, 7], grads=False), *make_params([33, 20], torch.float64, seed=1, grads=False)]
         groups = [{"params": self.params[:1]}, {"params": self.params[1:2], "perturb": False}, {"params": self.params[2:]}]
         self.options = options
         self.optimizer = SAM(groups, base, lr=0.1, rho=0.5, backend=backend, flatten=flatten, **options)
         self.optimizer.zero_grad()  # imports what PyTorch imports late, before anything is counted
-        self.give(1)
-        self.optimizer.first_step()
-        self.give(2)
-        self.optimizer.second_step()
+        if began:
+            self.give(1)
+            self.optimizer.first_step()
+            self.give(2)
+            self.optimizer.second_step()
         self.give(3)
         self.params[3].grad = None
         self.began = values(self.params)
@@ -101,19 +102,23 @@ def test_first_step_interrupted_anywhere(backend: str, flatten: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "options", "backend", "flatten"),
+    ("base", "options", "backend", "flatten", "began"),
     [
-        (torch.optim.SGD, {"momentum": 0.9}, "cpu", False),
-        (torch.optim.SGD, {"momentum": 0.9}, "cpu", True),
-        (torch.optim.SGD, {"momentum": 0.9}, "torch", True),
-        (torch.optim.AdamW, {}, "cpu", False),
-        (torch.optim.RMSprop, {}, "cpu", True),  # restore, then the base optimizer's step
-        (torch.optim.RMSprop, {}, "torch", False),
+        (torch.optim.SGD, {"momentum": 0.9}, "cpu", False, True),
+        (torch.optim.SGD, {"momentum": 0.9}, "cpu", False, False),
+        (torch.optim.SGD, {"momentum": 0.9}, "cpu", True, True),
+        (torch.optim.SGD, {"momentum": 0.9}, "torch", True, True),
+        (torch.optim.AdamW, {}, "cpu", False, True),
+        (torch.optim.AdamW, {}, "cpu", False, False),
+        (torch.optim.RMSprop, {}, "cpu", True, True),  # restore, then the base optimizer's step
+        (torch.optim.RMSprop, {}, "torch", False, True),
     ],
 )
-def test_second_step_interrupted_anywhere(base: type[torch.optim.Optimizer], options: dict[str, Any], backend: str, flatten: bool) -> None:
+def test_second_step_interrupted_anywhere(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], backend: str, flatten: bool, began: bool
+) -> None:
     def perturbed() -> Case:
-        case = Case(base, backend, flatten, **options)
+        case = Case(base, backend, flatten, began, **options)
         case.optimizer.first_step()
         case.give(4)
         return case
