@@ -46,20 +46,21 @@ WIDTHS = tl.constexpr(4)
 """How many widths of accesses are tried: 16, 8, 4 and 2 bytes, as far as they are wider than an element."""
 
 
-@triton.jit
-def is_wide(SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+# What these two return must be constant for the compiler. A jit function's result is not with Triton 3.6.
+@triton.constexpr_function
+def is_wide(SHIFT, DTYPE):
     """Whether ``16 >> SHIFT`` bytes are more than one element."""
     return (16 >> SHIFT) * 8 > DTYPE.primitive_bitwidth
 
 
-@triton.jit
-def block_for(SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+@triton.constexpr_function
+def block_for(SHIFT, BLOCK):
     """Elements moved at once with accesses of ``16 >> SHIFT`` bytes, ``BLOCK`` being that for 16.
 
     Each width has a number of its own, and masked accesses too: among blocks of one shape the compiler orders the elements of all as the widest
     needs it, and moves the others' through shared memory before they are stored.
     """
-    return BLOCK >> SHIFT if SHIFT == 0 or (BLOCK >> SHIFT) != MASKED_BLOCK else MASKED_BLOCK // 2
+    return BLOCK >> SHIFT if SHIFT == 0 or (BLOCK >> SHIFT) != MASKED_BLOCK.value else MASKED_BLOCK.value // 2
 
 
 @triton.jit
