@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,10 @@ class BaseStep:
         self._state = base.state
         self._initialised = {id(p) for p, entry in base.state.items() if entry.keys() - self._foreign}
         self._entries = len(base.state)
+
+    def adopt(self, base: Optimizer, params: Iterable[Tensor]) -> None:
+        """The state that ``base`` has made of new parameters, outside its step, is its own."""
+        self._initialised.update(id(p) for p in params if base.state.get(p))
 
     def __call__(self, base: Optimizer) -> None:
         """Step."""

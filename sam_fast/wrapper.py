@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .amp import ATTRIBUTES
+from .base_step import BaseStep
 from .options import check_options, without_old_weights
 
 SWITCHES = ("train", "eval")
@@ -31,6 +32,7 @@ class OptimizerWrapper(Optimizer):
     """
 
     base_optimizer: Optimizer
+    _base_step: BaseStep
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self.base_optimizer = _NoBaseYet()  # type: ignore[assignment]
@@ -88,6 +90,7 @@ class OptimizerWrapper(Optimizer):
         if isinstance(param_group, dict):
             self._fill_in_options([param_group])
         self.base_optimizer.add_param_group(param_group)
+        self._base_step.adopt(self.base_optimizer, self.param_groups[-1]["params"])
         try:
             self._prepare()
         except BaseException:

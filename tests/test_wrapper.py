@@ -547,3 +547,23 @@ def test_a_zero_grad_that_takes_nothing():
     params = make_params([3])
     SAM(params, TakesNothing, lr=0.1).zero_grad()
     assert params[0].grad is None
+
+
+class MakesStateEarly(torch.optim.RMSprop):
+    """Makes a parameter's state when it is given, not in its step."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p] = {"step": torch.tensor(0.0), "square_avg": torch.full_like(p, 2.0)}
+
+
+def test_state_that_the_base_optimizer_makes_of_a_new_group_is_its_own():
+    params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
+    optimizer, plain = SAM(params[:1], MakesStateEarly, lr=0.01), PlainSAM(twin[:1], MakesStateEarly, lr=0.01)
+    optimizer.add_param_group({"params": params[1:]})
+    plain.base.add_param_group({"params": twin[1:]})
+    for step in range(3):
+        sam_step(optimizer, params, step)
+        sam_step(plain, twin, step)
+    assert furthest(params, twin) < 1e-9
