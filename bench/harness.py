@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.clock import BASELINE, OURS, WARMUP, DeviceTimer, Gpu, HostTimer, Rehearsal, Timer
 from bench.records import COPY, Record
 from sam_fast import SAM, backends
-from sam_fast.bucket import Bucket
+from sam_fast.backends.bucket import Bucket
 
 COPY_BYTES = {"cpu": 64_000_000, "cuda": 1 << 30}
 """How much the streaming copy copies: more than the caches of the machines this runs on."""
@@ -298,8 +298,8 @@ def streaming_copy(device: str) -> Contender:
         target = torch.empty_like(source)
         return Contender(lambda: target.copy_(source), head_start=OURS)
     backend = backends.choose(source)
-    bucket = Bucket([source], [0], backend)
-    return Contender(lambda: backend.save(bucket), head_start=OURS)
+    bucket = backend.bucket([source], [0])
+    return Contender(lambda: bucket.save(), head_start=OURS)
 
 
 def usable(device: str) -> list[str]:

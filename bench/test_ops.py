@@ -27,33 +27,33 @@ def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:
     ``restore_sgd`` and ``restore_adam`` are ``second_step`` itself, checked with the whole step: what goes on around the
     kernel takes a few microseconds, on a GPU before it starts.
     """
-    (bucket, partials, sums), *others = optimizer._perturbation._bucket_sums
+    (bucket, partials, sums), *others = optimizer._perturbation.norm.parts
     assert not others, "one bucket"
     backend, options = bucket.backend, GroupOptions(optimizer.param_groups)
     params = list(bucket.all_params)
 
     def collect() -> None:
-        backend.collect(bucket, options)
+        bucket.collect(options)
 
     def perturb() -> None:
-        backend.perturb(bucket, options, sums.partials, 1e-12, sums.norm)
+        bucket.perturb(options, sums.partials, 1e-12, sums.norm)
 
     collect()
-    backend.grad_norm(bucket, options, partials)
+    bucket.grad_norm(options, partials)
     here = Problem(params, rho=problem.rho, adaptive=problem.adaptive)  # the parameters have moved since problem was made
     norm, wanted = float(sums.partials.sum().sqrt()), here.norm()
     assert abs(norm - wanted) <= 1e-6 * wanted, f"the norm is {norm}, not {wanted}, so it is not timed"
     before, wanted_params = [p.detach().clone() for p in params], here.perturbed
     perturb()
     check_close("perturb", params, wanted_params, 0.0)
-    backend.restore(bucket)
+    bucket.restore()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)), "restore is not exact, so it is not timed"
     if op == "grad_norm":
-        return Contender(lambda: backend.grad_norm(bucket, options, partials), prepare=collect, head_start=OURS)
+        return Contender(lambda: bucket.grad_norm(options, partials), prepare=collect, head_start=OURS)
     if op == "perturb":
-        return Contender(perturb, prepare=collect, finish=lambda: backend.restore(bucket), head_start=OURS)
+        return Contender(perturb, prepare=collect, finish=lambda: bucket.restore(), head_start=OURS)
     if op == "restore":
-        return Contender(lambda: backend.restore(bucket, release=False), prepare=lambda: backend.save(bucket), head_start=OURS)
+        return Contender(lambda: bucket.restore(release=False), prepare=lambda: bucket.save(), head_start=OURS)
     kept = {name for p in params for name, value in optimizer.state[p].items() if value is not None}
     assert kept == STATE[op], f"{op} was to be timed, but the base optimizer keeps {kept}"
     backward = Backward(params, [p.grad.clone() for p in params if p.grad is not None])

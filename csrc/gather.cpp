@@ -1,79 +1,8 @@
-#include "gather.h"
-
-#include <utility>
+#include "gather_detail.h"
 
 namespace sam {
 
-// ---- DLPack, as far as it is needed (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.x) --------------------------------------
-
-struct DlTensor {
-  void* data;
-  struct {
-    int32_t type;
-    int32_t id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code;
-    uint8_t bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-
-struct DlpackExchange {
-  struct {
-    uint32_t major;
-    uint32_t minor;
-  } version;
-  DlpackExchange* older;
-  void* allocate;
-  void* managed_from_object;
-  void* managed_to_object;
-  int (*view)(void* object, DlTensor* out);  // borrows; no synchronization, no reference is taken
-  void* current_stream;
-};
-
-// ---- Gather -----------------------------------------------------------------------------------------------------------------------------
-
-constexpr uint8_t kComplex = 5;  // DLDataTypeCode
-
-struct Gather::Record {
-  int32_t device_type;
-  int32_t device_id;
-  uint8_t dtype_code;
-  uint8_t dtype_bits;
-  bool empty;
-  std::vector<int64_t> shape;
-  std::vector<int64_t> strides;
-};
-
-namespace {
-
-// A reference that this owns, null where Python raised.
-class Owned {
- public:
-  explicit Owned(PyObject* object) : object_(object) {}
-  ~Owned() { Py_XDECREF(object_); }
-  Owned(const Owned&) = delete;
-  Owned& operator=(const Owned&) = delete;
-  PyObject* get() const { return object_; }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-
- private:
-  PyObject* object_;
-};
-
-PyObject* checked(PyObject* object) {
-  if (object == nullptr) throw Gather::PythonError{};
-  return object;
-}
-
-}  // namespace
-
-Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* rows) {
+Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, PyObject* params, PyObject* groups) {
   const auto* found = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
   if (found == nullptr) throw PythonError{};
   while (found != nullptr && found->version.major != 1) found = found->older;
@@ -86,19 +15,25 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* rows) {
   Owned is_neg(checked(PyObject_GetAttrString(tensor_class, "is_neg")));
   Owned is_conj(checked(PyObject_GetAttrString(tensor_class, "is_conj")));
   Owned dispatch(checked(PyObject_GetAttrString(tensor_class, "__torch_dispatch__")));
+  Owned local_tensor(checked(PyUnicode_InternFromString("_local_tensor")));
+  Owned placements(checked(PyUnicode_InternFromString("placements")));
   if (Py_TYPE(grad.get())->tp_descr_get == nullptr) {
     PyErr_SetString(PyExc_TypeError, "tensor_class must be torch.Tensor, whose grad is a descriptor");
     throw PythonError{};
   }
-  if (!PyList_Check(rows)) {
-    PyErr_SetString(PyExc_TypeError, "rows must be a list of tensors");
+  if (!PyList_Check(tensors) || !PyList_Check(params) || !PyList_Check(groups)) {
+    PyErr_SetString(PyExc_TypeError, "tensors, params and groups must be lists");
     throw PythonError{};
   }
-  const Py_ssize_t n = PyList_GET_SIZE(rows);
+  const Py_ssize_t n = PyList_GET_SIZE(tensors);
+  if (PyList_GET_SIZE(params) != n || PyList_GET_SIZE(groups) != n) {
+    PyErr_SetString(PyExc_ValueError, "tensors, params and groups must have the same length");
+    throw PythonError{};
+  }
   records_.reserve(static_cast<size_t>(n));
   for (Py_ssize_t i = 0; i < n; ++i) {
     DlTensor t;
-    if (exchange_->view(PyList_GET_ITEM(rows, i), &t) != 0) throw PythonError{};
+    if (exchange_->view(PyList_GET_ITEM(tensors, i), &t) != 0) throw PythonError{};
     Record record{t.device.type, t.device.id, t.dtype.code, t.dtype.bits, false, {}, {}};
     for (int32_t d = 0; d < t.ndim; ++d) {
       record.empty = record.empty || t.shape[d] == 0;
@@ -106,18 +41,32 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* rows) {
       record.strides.push_back(t.strides[d]);
     }
     records_.push_back(record);
+    if (!PyObject_TypeCheck(PyList_GET_ITEM(params, i), reinterpret_cast<PyTypeObject*>(tensor_class))) {
+      PyErr_SetString(PyExc_TypeError, "params must be a list of tensors");
+      throw PythonError{};
+    }
+    groups_.push_back(PyLong_AsLongLong(PyList_GET_ITEM(groups, i)));
+    if (PyErr_Occurred() != nullptr) throw PythonError{};
   }
-  rows_ = checked(PyList_GetSlice(rows, 0, n));  // a list of our own: nobody else can shorten it
+  has_grad_.resize(records_.size());
+  entries_.resize(records_.size());
+  Owned own_tensors(checked(PyList_GetSlice(tensors, 0, n)));  // lists of our own: nobody else can shorten them
+  params_ = checked(PyList_GetSlice(params, 0, n));
+  tensors_ = own_tensors.release();
   grad_ = grad.release();
   is_neg_ = is_neg.release();
   is_conj_ = is_conj.release();
   dispatch_ = dispatch.release();
+  local_tensor_ = local_tensor.release();
+  placements_ = placements.release();
 }
 
 Gather::~Gather() {
   Py_XDECREF(plain_type_);
-  for (PyObject* object : {rows_, grad_, is_neg_, is_conj_, dispatch_}) Py_XDECREF(object);
+  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, placements_}) Py_XDECREF(object);
 }
+
+PyObject* Gather::param(size_t i) const { return PyList_GET_ITEM(params_, static_cast<Py_ssize_t>(i)); }
 
 bool Gather::has_plain_type(PyObject* tensor) const {
   PyTypeObject* type = Py_TYPE(tensor);
@@ -134,7 +83,10 @@ bool Gather::has_plain_type(PyObject* tensor) const {
 bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
   for (PyObject* asks : {is_neg_, record.dtype_code == kComplex ? is_conj_ : nullptr}) {
     if (asks == nullptr) continue;
-    Owned answer(checked(PyObject_CallOneArg(asks, tensor)));
+    // Called as the C function that it is, without the descriptor's checks: every new gradient is asked.
+    const bool direct = Py_TYPE(asks) == &PyMethodDescr_Type && reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_flags == METH_NOARGS;
+    Owned answer(checked(direct ? reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_meth(tensor, nullptr)
+                                : PyObject_CallOneArg(asks, tensor)));
     if (answer.get() != Py_False) return true;
   }
   return false;
@@ -162,51 +114,84 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uin
   return true;
 }
 
+bool Gather::placed_alike(PyObject* grad, PyObject* param) const {
+  Owned of_grad(checked(PyObject_GetAttr(grad, placements_)));
+  Owned of_param(checked(PyObject_GetAttr(param, placements_)));
+  const int same = PyObject_RichCompareBool(of_grad.get(), of_param.get(), Py_EQ);
+  if (same < 0) throw PythonError{};
+  return same == 1;
+}
+
 namespace {
 
-// A writable buffer of n 64-bit numbers, for as long as this lives.
-class Addresses {
+// One byte per group, or nothing.
+class Wanted {
  public:
-  Addresses(PyObject* object, size_t n) {
-    if (PyObject_GetBuffer(object, &view_, PyBUF_WRITABLE) != 0) throw Gather::PythonError{};
-    if (static_cast<size_t>(view_.len) != n * sizeof(uint64_t)) {
-      PyBuffer_Release(&view_);
-      PyErr_Format(PyExc_ValueError, "addresses must hold one 64-bit number for each of the %zu rows", n);
+  explicit Wanted(PyObject* bytes) {
+    if (bytes == Py_None) return;
+    if (!PyBytes_Check(bytes)) {
+      PyErr_SetString(PyExc_TypeError, "wanted must be None or bytes");
       throw Gather::PythonError{};
     }
+    data_ = PyBytes_AS_STRING(bytes);
+    size_ = PyBytes_GET_SIZE(bytes);
   }
-  ~Addresses() { PyBuffer_Release(&view_); }
-  Addresses(const Addresses&) = delete;
-  Addresses& operator=(const Addresses&) = delete;
-  uint64_t& operator[](size_t i) { return static_cast<uint64_t*>(view_.buf)[i]; }
+  bool operator()(int64_t group) const { return data_ == nullptr || (group < size_ && data_[group] != 0); }
 
  private:
-  Py_buffer view_;
+  const char* data_ = nullptr;
+  Py_ssize_t size_ = 0;
 };
 
 }  // namespace
 
-std::vector<int64_t> Gather::weights(PyObject* table) const {
-  Addresses addresses(table, records_.size());
+std::vector<int64_t> Gather::weights(PyObject* column) const {
+  Addresses addresses(column, records_.size());
   std::vector<int64_t> changed;
   for (size_t i = 0; i < records_.size(); ++i) {
-    PyObject* row = PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i));
-    if (!matches(row, records_[i], addresses[i], &addresses[i])) changed.push_back(static_cast<int64_t>(i));
+    PyObject* tensor = PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i));
+    // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
+    const Local local(*this, has_plain_type(param(i)) ? tensor : param(i));
+    if (!matches(local.get(), records_[i], addresses[i], &addresses[i])) changed.push_back(static_cast<int64_t>(i));
   }
   return changed;
 }
 
-std::vector<int64_t> Gather::grads(PyObject* table) const {
-  Addresses addresses(table, records_.size());
+std::vector<int64_t> Gather::grads(PyObject* column, PyObject* wanted_groups) {
+  Addresses addresses(column, records_.size());
+  const Wanted wanted(wanted_groups);
   std::vector<int64_t> odd;
   const descrgetfunc get = Py_TYPE(grad_)->tp_descr_get;
+  num_grads_ = 0;
   for (size_t i = 0; i < records_.size(); ++i) {
     addresses[i] = 0;
-    PyObject* row = PyList_GET_ITEM(rows_, static_cast<Py_ssize_t>(i));
-    PyObject* grad = get(grad_, row, reinterpret_cast<PyObject*>(Py_TYPE(row)));  // row.grad without the search for the attribute
-    if (grad == nullptr) throw PythonError{};
-    Owned kept(grad);  // by the row as well
-    if (grad != Py_None && !matches(grad, records_[i], 0, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
+    has_grad_[i] = 0;
+    if (!wanted(groups_[i])) continue;
+    PyObject* of = param(i);
+    Owned grad(checked(get(grad_, of, reinterpret_cast<PyObject*>(Py_TYPE(of)))));  // without the search for the attribute; the param keeps it
+    if (grad.get() == Py_None) continue;
+    has_grad_[i] = 1;
+    ++num_grads_;
+    const Local local(*this, grad.get());
+    const bool alike = !local.is_wrapped() || placed_alike(grad.get(), of);
+    if (!alike || !matches(local.get(), records_[i], 0, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
+  }
+  return odd;
+}
+
+std::vector<int64_t> Gather::read(PyObject* tensors, PyObject* column) const {
+  if (!PyList_Check(tensors) || PyList_GET_SIZE(tensors) != static_cast<Py_ssize_t>(records_.size())) {
+    PyErr_Format(PyExc_ValueError, "tensors must be a list with a tensor or None for each of %zu", records_.size());
+    throw PythonError{};
+  }
+  Addresses addresses(column, records_.size());
+  std::vector<int64_t> odd;
+  for (size_t i = 0; i < records_.size(); ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors, static_cast<Py_ssize_t>(i));
+    const uint64_t known = std::exchange(addresses[i], 0);
+    if (tensor == Py_None) continue;
+    const Local local(*this, tensor);
+    if (!matches(local.get(), records_[i], known, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
   }
   return odd;
 }

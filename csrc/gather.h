@@ -4,50 +4,92 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <memory>
+#include <unordered_map>
 #include <vector>
 
 namespace sam {
 
 struct DlpackExchange;  // the part of DLPack's C exchange interface that is used, see gather.cpp
 
-// The tensors of one bucket as they were when it was built. Every step compares the tensors with this record before their addresses are
-// handed to a kernel: a tensor that changed its dtype, device, shape or strides, or whose memory is not its value, is reported, never used.
+// The tensors of one bucket as they were when it was built. Every step compares the tensors with this record before their addresses are handed to
+// a kernel: a tensor that changed its dtype, device, shape or strides, or whose memory is not its value, is reported, never used.
+//
+// Columns (weights, gradients, a direction, one kind of the base optimizer's state) are arrays with one address per tensor, 0 where there is none:
+// writable buffers of 64-bit numbers, array("Q") in Python. Methods that read one return the tensors, by number, that do not match the record;
+// their address is 0.
+//
+// A parameter may be a wrapper, a DTensor, whose elements are another tensor's: its attribute _local_tensor.
 //
 // Throws PythonError with a Python exception set.
 class Gather {
  public:
   struct PythonError {};
 
-  // `exchange`: the capsule torch.Tensor.__dlpack_c_exchange_api__; `tensor_class`: torch.Tensor; `rows`: a list of strided tensors, kept
-  // alive by this object.
-  Gather(PyObject* exchange, PyObject* tensor_class, PyObject* rows);
+  // exchange: the capsule torch.Tensor.__dlpack_c_exchange_api__; tensor_class: torch.Tensor. Lists of one length: tensors, strided; params, whose
+  // .grad is the gradient and which are the keys of the base optimizer's state; groups, the number of each one's parameter group.
+  Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, PyObject* params, PyObject* groups);
   ~Gather();
   Gather(const Gather&) = delete;
   Gather& operator=(const Gather&) = delete;
 
-  // `addresses`: a writable buffer of one 64-bit number per row, an array("Q").
-  // addresses[i] = address of row i, 0 for a row without elements. Returns the rows that are no longer what was recorded (their address is 0).
-  // A row that lies where `addresses` says already is not asked again whether its memory is its value.
+  // A tensor that lies where `addresses` says already is not asked again whether its memory is its value.
   std::vector<int64_t> weights(PyObject* addresses) const;
 
-  // addresses[i] = address of row i's .grad, 0 where it is None. Returns the rows whose gradient is not laid out as its row is (sparse, other
-  // dtype, device, shape or strides) or whose memory is not its value (lazily negated, a wrapper subclass): their address is 0.
-  std::vector<int64_t> grads(PyObject* addresses) const;
+  // The gradients, 0 for those that are None. wanted: one byte per group, 0 where gradients are not looked at; or None. A gradient that is placed
+  // over processes otherwise than its parameter does not match.
+  std::vector<int64_t> grads(PyObject* addresses, PyObject* wanted);
+
+  // Of the last grads(): how many tensors had a gradient, and a byte for each that says whether.
+  int64_t num_grads() const { return num_grads_; }
+  const std::vector<char>& has_grad() const { return has_grad_; }
+
+  // tensors: a list with a tensor or None for each tensor of the bucket.
+  std::vector<int64_t> read(PyObject* tensors, PyObject* addresses) const;
+
+  // What is wrong with the base optimizer's state.
+  enum class Wrong { nothing, missing, odd };
+  struct Found {
+    Wrong wrong = Wrong::nothing;
+    int64_t tensor = -1;
+    int64_t name = -1;
+  };
+
+  // columns[k] = the addresses of state[param][names[k]], for the params that had a gradient at the last grads() and whose group's entry in `masks`
+  // has bit k; 0 for the others. state: the base optimizer's, a dict; names: a tuple; masks: a buffer of one 64-bit number per group; columns: a tuple.
+  Found states(PyObject* state, PyObject* names, PyObject* masks, PyObject* columns);
+
+  // The same for step counters, tensors of one element; `counters`, a list, receives them. kind: their dtype and whether they are on the host.
+  enum class Counters { none, host_float32, host_float64, device_float32 };
+  Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses, PyObject* counters, Counters* kind);
 
  private:
   struct Record;
+  class Local;
   bool matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const;
   bool has_plain_type(PyObject* tensor) const;
   bool is_lazy(PyObject* tensor, const Record& record) const;
+  bool placed_alike(PyObject* grad, PyObject* param) const;
+  void find_entries(PyObject* state);
+  PyObject* param(size_t i) const;
 
   const DlpackExchange* exchange_ = nullptr;
-  PyObject* rows_ = nullptr;
+  PyObject* tensors_ = nullptr;
+  PyObject* params_ = nullptr;
   PyObject* grad_ = nullptr;      // attributes of torch.Tensor
   PyObject* is_neg_ = nullptr;
   PyObject* is_conj_ = nullptr;
   PyObject* dispatch_ = nullptr;  // its __torch_dispatch__, that of every class whose tensors are their memory
+  PyObject* local_tensor_ = nullptr;  // names
+  PyObject* placements_ = nullptr;
   mutable PyTypeObject* plain_type_ = nullptr;  // the last class that was found to be one of these
   std::vector<Record> records_;
+  std::vector<int64_t> groups_;
+  std::vector<char> has_grad_;
+  int64_t num_grads_ = 0;
+  std::vector<PyObject*> keys_;   // of the base optimizer's state in its order, when it was last looked at; only compared, never used
+  std::vector<int64_t> places_;   // the tensor of each of them, -1 for none
+  std::vector<PyObject*> entries_;  // each tensor's entry, null for none
 };
 
 }  // namespace sam

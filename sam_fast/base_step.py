@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from .fused_step import RULES
 from .rounding import ROUNDED
+from .steps import rule_of
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is wrong in 16 bits as well."""
@@ -53,7 +53,7 @@ class BaseStep:
             self._look_at(base)
 
     def _set_aside(self, base: Optimizer) -> dict[Tensor, dict[str, Any]]:
-        rule = RULES.get(type(base))
+        rule = rule_of(base)
         aside = {}
         for p, entry in base.state.items():
             if not isinstance(p, Tensor) or not entry:

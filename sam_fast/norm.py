@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends import Bucket
+
 
 class NormSum:
-    """The squared norm on one device: the partial sums of all its buckets side by side, then one number from each other device."""
+    """The squared norm on one device: the partial sums of its buckets side by side, then one number per other device."""
 
     def __init__(self, device: torch.device, own: int, others: int) -> None:
         # MPS has no float64.
@@ -23,7 +25,7 @@ class NormSum:
 
 
 def exchange_sums(sums: Sequence[NormSum]) -> None:
-    """Make every device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices, on each of them."""
+    """Make every device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices, on each."""
     if len(sums) < 2:
         return
     totals = [s.own_sum() for s in sums]
@@ -31,3 +33,47 @@ def exchange_sums(sums: Sequence[NormSum]) -> None:
         others = [total for s, total in zip(sums, totals, strict=True) if s is not receiver]
         for slot, total in enumerate(others, start=receiver.own):
             receiver.partials[slot].copy_(total, non_blocking=True)
+
+
+class Norm:
+    """The norm over all buckets.
+
+    ``parts`` has for each bucket the memory for its own partial sums, and where perturb finds those of all.
+
+    Args:
+        buckets: all buckets.
+        process_wide: what perturb finds is the sum over all processes, one number per device.
+        last: the norm over other buckets, whose value stays until there is a new one.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket] = (), process_wide: bool = False, last: Norm | None = None) -> None:
+        counts: dict[torch.device, int] = {}
+        for bucket in buckets:
+            counts[bucket.device] = counts.get(bucket.device, 0) + bucket.num_partials
+        if process_wide:
+            counts = dict.fromkeys(counts, 1)
+        self._sums = {device: NormSum(device, own, len(counts) - 1) for device, own in counts.items()}
+        for device, sums in self._sums.items():
+            if last is not None and device in last._sums:
+                sums.norm.copy_(last._sums[device].norm)
+        self.parts: list[tuple[Bucket, Tensor, NormSum]] = []
+        used = dict.fromkeys(counts, 0)
+        for bucket in buckets:
+            sums, first = self._sums[bucket.device], used[bucket.device]
+            used[bucket.device] += bucket.num_partials
+            if process_wide:
+                own = sums.partials.new_zeros(bucket.num_partials)
+            else:
+                own = sums.partials[first : used[bucket.device]]
+            self.parts.append((bucket, own, sums))
+
+    @property
+    def value(self) -> Tensor:
+        """The norm: 0-d, on the first bucket's device."""
+        for found in self._sums.values():
+            return found.norm
+        return torch.zeros((), dtype=torch.float64)
+
+    def exchange(self) -> None:
+        """Make every device's partial sums complete."""
+        exchange_sums(list(self._sums.values()))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import refuse_capture
-from .sharded import is_fsdp_module, own_gradients
+from .storage.fsdp import is_fsdp_module, own_gradients
 
 
 class RandomState:

@@ -22,7 +22,7 @@ from .passes import RandomState, without_gradient_sync
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 from .running_stats import ExtraBuffers, Models, as_models, check_models
-from .sharded import forget_gathered_weights, give_up_pass
+from .storage.fsdp import forget_gathered_weights
 from .wrapper import OptimizerWrapper
 
 ROUNDING_STEP = "rounding_step"
@@ -200,7 +200,7 @@ class SAM(OptimizerWrapper):
         """
         if not self._perturbation.measured:
             raise RuntimeError("grad_norm is known after the first first_step()")
-        return self._perturbation.norm.clone()
+        return self._perturbation.norm.value.clone()
 
     @property
     def second_step_path(self) -> str:
@@ -228,7 +228,7 @@ class SAM(OptimizerWrapper):
             self._fill_in_options(self.param_groups)
         rounds = self._rounds_stochastically()
         key = rounding_key(self._rounding_step(), PERTURB) if rounds else None
-        self._perturbation.climb(self.param_groups, key, self._step.own_gradient)
+        self._perturbation.perturb(self.param_groups, key, self._step.own_gradient)
         if rounds:
             self._set_rounding_step(self._rounding_step() + 1)
         if zero_grad:
@@ -323,7 +323,7 @@ class SAM(OptimizerWrapper):
     def _update(self) -> None:
         settle_running_stats(self.param_groups)
         # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
-        norm = None if self._step.own_gradient else self._perturbation.norm
+        norm = None if self._step.own_gradient else self._perturbation.norm.value
         scaling = scaling_of(self._step.grad_scale, self._step.found_inf, norm)
         self._step.forget_first_pass()
         key = rounding_key(self._rounding_step(), UPDATE) if self._rounds_stochastically() else None
@@ -350,16 +350,14 @@ class SAM(OptimizerWrapper):
         """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
         self._step.forget_first_pass()
         if self._perturbation.active:
-            sharding = self._perturbation.sharding
             self._perturbation.restore()
-            if sharding is not None:
-                give_up_pass(part.param for part in sharding.parts.values())
+            self._perturbation.storage.give_up_pass()
         settle_running_stats(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
         if self._perturbation.flatten:
-            self._perturbation.zero_flat_grads()
+            self._perturbation.zero_grad()
         else:
             self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # one of somebody's own may take nothing
         if self._perturbation.flatten or not set_to_none:
@@ -422,7 +420,7 @@ class SAM(OptimizerWrapper):
         models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
         random_state, self._step.random_state = self._step.random_state, None
         try:
-            if self._perturbation.sharding is not None:
+            if self._perturbation.storage.process_wide:
                 for module in models:
                     forget_gathered_weights(module)
             with frozen_running_stats(models, extra_buffers):

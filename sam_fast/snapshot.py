@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
-from .backends import Backend, choose
-from .bucket import Bucket
+from .backends import Backend, Bucket, choose
 from .running_stats import (
     COUNTER,
     STATISTIC,
@@ -91,10 +90,10 @@ class BatchNormSnapshot:
 
     def save(self) -> None:
         """Copy the statistics. A second ``save`` replaces the first."""
-        if not (self._is_unchanged() and all(bucket.backend.save(bucket) for bucket in self._buckets)):
+        if not (self._is_unchanged() and all(bucket.save() for bucket in self._buckets)):
             self._build()
             for bucket in self._buckets:
-                bucket.backend.save(bucket)
+                bucket.save()
         self._note_versions()
         self._saved = True
 
@@ -114,11 +113,11 @@ class BatchNormSnapshot:
         """Put the values back into the tensors that were saved, whoever has them now."""
         for bucket in self._buckets:
             try:
-                bucket.backend.restore(bucket, release=False)
+                bucket.restore(release=False)
             except RuntimeError:
                 if not _reshape(bucket):
                     raise
-            if bucket.empty_rows:  # the kernels pass them over
+            if bucket.empty:  # the kernels pass them over
                 _reshape(bucket)
         # Autograd may have saved a statistic that a layer changed in place: it must notice that the value is gone.
         # PyTorch's own layers change theirs without a new version, since their backward does not need them.
@@ -176,7 +175,7 @@ class BatchNormSnapshot:
                 seen.add(id(tensor))
                 members.setdefault((tensor.device, tensor.dtype, choose(tensor, arithmetic=False)), []).append(tensor)
         self._versioned = [row for rows in members.values() for row in rows if not row.is_inference()]
-        self._buckets = [Bucket(rows, [0] * len(rows), backend) for (_, _, backend), rows in members.items()]
+        self._buckets = [backend.bucket(rows, [0] * len(rows)) for (_, _, backend), rows in members.items()]
 
     def _put_back(self, chosen: Iterable[int], replaced_only: bool) -> None:
         """Put statistics back one by one: where a layer now has another tensor under the name, and for some layers
@@ -187,7 +186,7 @@ class BatchNormSnapshot:
         """
         backups: dict[int, Tensor] = {}
         for bucket in self._buckets:
-            backups.update(zip(map(id, bucket.rows), bucket.flat_rows, strict=True))
+            backups.update(zip(map(id, bucket.tensors), bucket.backups, strict=True))
         chosen = set(chosen)
         for (owned, name), index, old in zip(self._places, self._place_layers, self._tensors, strict=True):
             new = owned.get(name)
@@ -209,7 +208,7 @@ def _copy_back(row: Tensor, backup: Tensor) -> None:
 
 def _reshape(bucket: Bucket) -> bool:
     """Give rows that were resized in place, as observers do, their old shapes and values. False if there are none."""
-    saved = zip(bucket.rows, bucket.flat_rows, strict=True)
+    saved = zip(bucket.tensors, bucket.backups, strict=True)
     resized = [(row, backup) for row, backup in saved if row.shape != backup.shape]
     for row, backup in resized:
         _copy_back(row, backup)

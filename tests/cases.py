@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_fast import backends
-from sam_fast.bucket import CHUNK
+from sam_fast.backends.bucket import CHUNK
 
 RESTRICTED = os.environ.get("SAM_FAST_TEST_BACKENDS", "")
 """Names of backends, comma-separated: only they are tested, and only by tests that take each backend in turn. Empty: all that can be used here."""

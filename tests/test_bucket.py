@@ -9,12 +9,13 @@ import torch
 from cases import DTYPES, SIZES, make_params
 
 from sam_fast import SAM, backends
-from sam_fast.bucket import ALIGNMENT, CHUNK, Bucket, is_dense
+from sam_fast.backends.bucket import CHUNK, Bucket
+from sam_fast.backends.memory import ALIGNMENT, is_dense
 from sam_fast.norm import NormSum, exchange_sums
 
 
 def bucket_of(rows, groups=None) -> Bucket:
-    return Bucket(rows, groups or [0] * len(rows), backends.BACKENDS["torch"])
+    return backends.BACKENDS["torch"].bucket(rows, groups or [0] * len(rows))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, torch.complex128], ids=lambda d: str(d).removeprefix("torch."))
@@ -27,7 +28,7 @@ def test_every_slot_starts_on_a_cache_line_and_slots_do_not_overlap(dtype):
         assert slot >= ends[-1]
         ends.append(slot + row.numel())
     assert bucket.numel >= ends[-1]
-    assert bucket.flat.data_ptr() % ALIGNMENT == 0
+    assert bucket.backup.data_ptr() % ALIGNMENT == 0
 
 
 def test_chunks_cover_every_element_once():
@@ -113,7 +114,7 @@ def test_no_allocation_after_the_first_step():
     def addresses():
         perturbation = optimizer._perturbation
         (bucket,) = perturbation.buckets
-        return [id(bucket), bucket.flat.data_ptr(), bucket.chunks.data_ptr(), perturbation.norm.data_ptr()]
+        return [id(bucket), bucket.backup.data_ptr(), bucket.chunks.data_ptr(), perturbation.norm.value.data_ptr()]
 
     optimizer.first_step()
     first = addresses()

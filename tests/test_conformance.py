@@ -18,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch_conformance import REFUSED, optimizer_infos
 
 from sam_fast import SAM
-from sam_fast.bucket import CHUNK, Bucket
+from sam_fast.backends.bucket import CHUNK
 
 each_optimizer = pytest.mark.parametrize("index", range(12), ids=lambda i: f"info{i}")
 BASES = [torch.optim.SGD, torch.optim.AdamW]
@@ -348,7 +348,7 @@ def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
         row, grad, flat = (torch.empty(size, dtype=torch.float16) for _ in range(3))
     except RuntimeError:
         pytest.skip("needs 12 GiB of address space")
-    bucket = Bucket([row], [0], SAM([leaf()], lr=0.1, backend="cpu")._perturbation.buckets[0].backend)
+    bucket = backends.BACKENDS["cpu"].bucket([row], [0])
     last = bucket.chunks[-2:].contiguous()
     assert last[0, 2] >= 2**31
     tail = slice(int(last[0, 2]), size)

@@ -15,6 +15,7 @@ import torch
 from cases import make_params
 
 from sam_fast import SAM, backends, devices, fused_step, norm
+from sam_fast.amp import Scaling
 from sam_fast.amp import inverse_scale
 from sam_fast.backends import triton as triton_backend
 from sam_fast.passes import RandomState
@@ -82,14 +83,13 @@ def test_adams_counters_on_the_host_are_no_error_on_a_gpu_unless_it_captures(gpu
     optimizer.first_step()
     optimizer.second_step()
     (bucket,) = optimizer._perturbation.buckets
-    rule = fused_step.RULES[base]
-    on_gpu = SimpleNamespace(**{name: getattr(bucket, name) for name in ("groups", "owners", "step_memory", "backend")}, device=CUDA)
-    arguments = (on_gpu, optimizer.base_optimizer, rule, None, [p.grad for p in params], True)
-    assert not isinstance(fused_step._state_of(*arguments), str)
+    assert bucket.host_counters
+    on_gpu = SimpleNamespace(host_counters=bucket.host_counters, device=CUDA)
+    fused_step._check_counters(on_gpu, Scaling(None, None))
     assert gpu.entered == [CUDA]
     gpu.capturing = True
-    with pytest.raises(RuntimeError, match=r"graph on cuda:0: Adam's step counters are on the host.*capturable=True"):
-        fused_step._state_of(*arguments)
+    with pytest.raises(RuntimeError, match=r"graph on cuda:0: step counters are on the host.*capturable=True"):
+        fused_step._check_counters(on_gpu, Scaling(None, None))
 
 
 def test_replaying_random_numbers_is_refused_while_a_graph_is_captured(gpu, monkeypatch):
@@ -231,11 +231,11 @@ def test_programs_come_from_the_compiled_kernel(monkeypatch, registers, expected
             return registers
 
     assert triton_backend._programs_at_once(Kernel(), CUDA) == expected
-    table = SimpleNamespace(device=CUDA, chunks=range(10_000), _programs={})
+    bucket = SimpleNamespace(device=CUDA, _chunks=range(10_000), _programs={})
     monkeypatch.setattr(triton_backend, "INTERPRETED", False)
-    assert triton_backend.TritonTable.programs(table, "perturb") == 132 * 8
-    triton_backend.TritonTable.learn(table, "perturb", Kernel())
-    assert triton_backend.TritonTable.programs(table, "perturb") == 132 * expected
+    assert triton_backend.TritonBucket._programs_for(bucket, "perturb") == 132 * 8
+    triton_backend.TritonBucket._learn(bucket, "perturb", Kernel())
+    assert triton_backend.TritonBucket._programs_for(bucket, "perturb") == 132 * expected
     triton_backend._multiprocessors.cache_clear()
 
 

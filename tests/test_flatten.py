@@ -22,7 +22,7 @@ def train(model, optimizer, data) -> None:
 
 
 def flats(optimizer: SAM):
-    return optimizer._perturbation.flats
+    return optimizer._perturbation.storage.buffers
 
 
 def test_parameters_and_gradients_are_views_of_one_buffer():
@@ -51,7 +51,7 @@ def test_one_row_per_group():
     params = make_params([5, 1000, 17, 33, 2])
     groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.1}]
     (bucket,) = SAM(groups, lr=0.1, flatten=True)._perturbation.buckets
-    assert len(bucket.rows) == 2
+    assert len(bucket.tensors) == 2
     assert bucket.groups == [0, 1]
 
 

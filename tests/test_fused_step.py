@@ -329,12 +329,11 @@ def test_an_interrupted_step_can_be_repeated(monkeypatch):
     before = values(params)
     optimizer = SAM(params, torch.optim.SGD, lr=0.1)
     optimizer.first_step()
-    backend = type(optimizer._perturbation.buckets[0].backend)
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backend, "restore_sgd", interrupted)
+    monkeypatch.setattr(type(optimizer._perturbation.buckets[0]), "restore_and_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.second_step()
     assert optimizer.perturbed

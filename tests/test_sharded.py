@@ -65,7 +65,7 @@ def a_step(shape: tuple[int, ...], placements: list[list[Any]], dtype: torch.dty
     stale = (params[0] * params[0]).sum()
     started = collectives(optimizer.first_step)
     perturbed = [p.full_tensor().detach().clone() for p in params]
-    assert all(row.grad is None for bucket in optimizer._perturbation.buckets for row in bucket.rows), "gradients are kept alive"
+    assert all(row.grad is None for bucket in optimizer._perturbation.buckets for row in bucket.tensors), "gradients are kept alive"
     if before[0].numel() > 0:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             stale.backward()
@@ -78,7 +78,7 @@ def a_step(shape: tuple[int, ...], placements: list[list[Any]], dtype: torch.dty
     restored = same_bits([p.to_local() for p in params], before)
     started += collectives(optimizer.first_step)
     optimizer.second_step()
-    backups = sum(bucket.flat.numel() for bucket in optimizer._perturbation.buckets)
+    backups = sum(bucket.backup.numel() for bucket in optimizer._perturbation.buckets)
     padding = len(params) * 64 // dtype.itemsize
     assert backups <= sum(w.numel() for w in before) + padding, "a backup of more than the local parts"
     local = {i: p.to_local().detach().clone() for i, p in enumerate(params) if all(place.is_replicate() for place in p.placements)}

@@ -14,7 +14,8 @@ from torch import nn
 from sam_fast import SAM, backends
 from sam_fast.backends import GroupOptions
 from sam_fast.backends import triton as backend
-from sam_fast.bucket import Bucket
+from sam_fast.backends import upload
+from sam_fast.backends.bucket import Bucket
 
 TRITON = backends.BACKENDS["triton"]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -29,14 +30,14 @@ def options(**changes: object) -> GroupOptions:
     return GroupOptions([{"rho": 0.05, "adaptive": False, "eta": 0.0, "perturb": True, **changes}])
 
 
-def climb(bucket: Bucket, options: GroupOptions, partials: torch.Tensor | None = None, eps: float = 1e-12) -> float:
+def perturb(bucket: Bucket, options: GroupOptions, partials: torch.Tensor | None = None, eps: float = 1e-12) -> float:
     """grad_norm and perturb, or perturb with other partial sums than its own."""
     norm = torch.zeros((), dtype=torch.float64)
-    own = torch.zeros(bucket.backend.num_partials(bucket), dtype=torch.float64)
-    _ = bucket.flat
-    assert bucket.backend.collect(bucket, options)
-    bucket.backend.grad_norm(bucket, options, own)
-    bucket.backend.perturb(bucket, options, own if partials is None else partials, eps, norm)
+    own = torch.zeros(bucket.num_partials, dtype=torch.float64)
+    _ = bucket.backup
+    assert bucket.collect(options)
+    bucket.grad_norm(options, own)
+    bucket.perturb(options, own if partials is None else partials, eps, norm)
     return float(norm)
 
 
@@ -137,9 +138,9 @@ def test_same_bits_as_the_cpu_backend(dtype, adaptive, eps):
     moved, norms = [], []
     for name in ("cpu", "triton"):
         params = make_params(SIZES, dtype)
-        bucket = Bucket(params, [0] * len(params), backends.BACKENDS[name])
-        norms.append(climb(bucket, options(adaptive=adaptive, eta=0.01, rho=0.3), partials, eps))
-        moved.append(values(params) + values(bucket.flat_rows))
+        bucket = backends.BACKENDS[name].bucket(params, [0] * len(params))
+        norms.append(perturb(bucket, options(adaptive=adaptive, eta=0.01, rho=0.3), partials, eps))
+        moved.append(values(params) + values(bucket.backups))
     assert norms[0] == norms[1]
     assert same_bits(*moved)
     assert not same_bits(moved[1][: len(SIZES)], values(make_params(SIZES, dtype)))
@@ -156,8 +157,8 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, dtype, shifts, ada
     chunks = [CHUNK, 2100]
     w, g = (torch.rand(sum(chunks) + shift, dtype=torch.float64).to(dtype)[shift:] for shift in shifts)
     w.grad = g
-    bucket = Bucket([w], [0], TRITON)
-    _ = bucket.flat
+    bucket = TRITON.bucket([w], [0])
+    _ = bucket.backup
     assert w.data_ptr() % 64 == shifts[0] * dtype.itemsize
     assert g.data_ptr() % 64 == shifts[1] * dtype.itemsize
     weights, grads = (shift * dtype.itemsize for shift in shifts)
@@ -172,13 +173,13 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, dtype, shifts, ada
                 found[wide] += times * count
         return {wide: count for wide, count in found.items() if count}
 
-    climb(bucket, options(adaptive=adaptive))
+    perturb(bucket, options(adaptive=adaptive))
     assert unmasked.found == expected((grads | (weights if adaptive else 0), 1 + adaptive), (weights | grads, 4))
     words = {4: {2048: 16, 1024: 8}, 2: {4096: 16, 2048: 8, 1024: 4}, 8: {1024: 16}}[dtype.itemsize]
     unmasked.width, width = words, words
-    for call in (TRITON.restore, TRITON.save):
+    for call in (bucket.restore, bucket.save):
         unmasked.found.clear()
-        call(bucket)
+        call()
         assert unmasked.found == expected((weights, 2))
 
 
@@ -209,12 +210,12 @@ def test_elements_beyond_two_to_the_31():
 
 @interpreter
 def test_programs_without_chunks_write_zero():
-    bucket = Bucket([torch.zeros(0)], [0], TRITON)
-    partials = torch.full((TRITON.num_partials(bucket),), float("nan"), dtype=torch.float64)
-    assert TRITON.collect(bucket, options())
-    TRITON.grad_norm(bucket, options(), partials)
+    bucket = TRITON.bucket([torch.zeros(0)], [0])
+    partials = torch.full((bucket.num_partials,), float("nan"), dtype=torch.float64)
+    assert bucket.collect(options())
+    bucket.grad_norm(options(), partials)
     assert float(partials.sum()) == 0.0
-    assert climb(bucket, options()) == 0.0
+    assert perturb(bucket, options()) == 0.0
 
 
 # ---- Uploads -----------------------------------------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def test_tables_are_uploaded_only_when_they_changed():
     params = make_params([100, 3000])
     optimizer = SAM(params, lr=0.0, backend="triton")
     (bucket,) = optimizer._perturbation.buckets
-    uploads = (bucket.table.climb, bucket.table.addresses, bucket.table.numbers, bucket.table.targets)
+    uploads = (bucket.directions, bucket.addresses, bucket.numbers, bucket.targets)
 
     def step() -> tuple[int, ...]:
         before = [upload.uploads for upload in uploads]
@@ -256,28 +257,28 @@ def test_tables_are_uploaded_only_when_they_changed():
 
 @interpreter
 def test_saving_again_and_again_uploads_once():
-    bucket = Bucket([torch.randn(10), torch.randn(7)], [0, 0], TRITON)
+    bucket = TRITON.bucket([torch.randn(10), torch.randn(7)], [0, 0])
     for _ in range(3):
-        assert TRITON.save(bucket)
-        TRITON.restore(bucket)
-    assert bucket.table.targets.uploads == 1
+        assert bucket.save()
+        bucket.restore()
+    assert bucket.targets.uploads == 1
 
 
 def test_a_graph_has_its_own_tables(monkeypatch):
     """Captured copies are replayed: their memory belongs to the graph, and eager steps use other memory."""
     capturing = False
-    monkeypatch.setattr(backend, "is_capturing", lambda device: capturing)
-    upload = backend.Upload(torch.device("cpu"))
+    monkeypatch.setattr(upload, "is_capturing", lambda device: capturing)
+    memory = upload.Upload(torch.device("cpu"))
 
     def send(numbers: bytes) -> torch.Tensor:
-        upload.begin()
-        return upload.send(numbers)
+        memory.begin()
+        return memory.send(numbers)
 
     first, second, third = b"1" * 16, b"2" * 16, b"3" * 16
     eager = send(first)
     capturing = True
     captured = send(second)
-    assert upload.send(second) is captured  # what follows in the same operation reads the same copy
+    assert memory.send(second) is captured  # what follows in the same operation reads the same copy
     again = send(second)  # another operation may be in another graph
     assert send(first) is eager  # which is the graph's from now on
     capturing = False
@@ -286,27 +287,27 @@ def test_a_graph_has_its_own_tables(monkeypatch):
     assert send(first) is eager
     other = send(third)
     assert send(third) is other
-    assert upload.uploads == 4
+    assert memory.uploads == 4
     assert all(torch.equal(a, b) for a, b in zip(kept, (eager, captured, again), strict=True))
     assert other.numpy().tobytes() == third
 
 
 def test_an_upload_that_was_interrupted_is_made_again(monkeypatch):
-    upload = backend.Upload(torch.device("cpu"))
+    memory = upload.Upload(torch.device("cpu"))
     first, second = b"1" * 16, b"2" * 16
-    upload.begin()
-    upload.send(first)
-    copy = upload._copy
+    memory.begin()
+    memory.send(first)
+    copy = memory._copy
 
     def interrupted(*args):
         copy(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upload, "_copy", interrupted)
+    monkeypatch.setattr(memory, "_copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        upload.send(second)
+        memory.send(second)
     monkeypatch.undo()
-    assert upload.send(first).numpy().tobytes() == first
+    assert memory.send(first).numpy().tobytes() == first
 
 
 # ---- Interruptions -----------------------------------------------------------------------------------------------------------------------
@@ -342,22 +343,22 @@ def test_interrupted_first_step(monkeypatch, when, change):
     optimizer.first_step()
     optimizer.second_step()
     (bucket,) = optimizer._perturbation.buckets
-    bucket.flat.fill_(7.0)  # an old backup
+    bucket.backup.fill_(7.0)  # an old backup
     if change:  # the weights are given another dtype before the step is undone
-        restore = TRITON.restore
+        restore = type(bucket).restore
 
-        def changed(bucket, release=True):
+        def changed(self, release=True):
             for p in params:
                 p.data, p.grad = p.data.double(), None
-            restore(bucket, release)
+            restore(self, release)
 
-        monkeypatch.setattr(TRITON, "restore", changed)
+        monkeypatch.setattr(type(bucket), "restore", changed)
     interrupt(monkeypatch, "perturb", when)
     with pytest.raises(KeyboardInterrupt):
         optimizer.first_step()
     monkeypatch.undo()
     assert not optimizer.perturbed
-    assert bucket.table.saved_rows() == []
+    assert bucket.saved() == []
     assert all(torch.equal(p, w.to(p.dtype)) for p, w in zip(params, before, strict=True))
     for p in params:
         p.grad = torch.ones_like(p)
@@ -385,14 +386,14 @@ def test_interrupted_restore_can_be_made_again(monkeypatch, when):
 @interpreter
 def test_interrupted_save_restores_nothing(monkeypatch):
     rows = [torch.randn(100)]
-    bucket = Bucket(rows, [0], TRITON)
-    bucket.flat.fill_(7.0)
+    bucket = TRITON.bucket(rows, [0])
+    bucket.backup.fill_(7.0)
     interrupt(monkeypatch, "copy", "before")
     with pytest.raises(KeyboardInterrupt):
-        TRITON.save(bucket)
+        bucket.save()
     monkeypatch.undo()
     before = values(rows)
-    TRITON.restore(bucket)
+    bucket.restore()
     assert same_bits(values(rows), before)
 
 
@@ -401,19 +402,19 @@ def test_used_first_in_inference_mode():
     params = [nn.Parameter(torch.randn(100)) for _ in range(2)]
     for p in params:
         p.grad = torch.ones_like(p)
-    bucket = Bucket(params, [0, 0], TRITON)
+    bucket = TRITON.bucket(params, [0, 0])
     before = values(params)
     with torch.inference_mode():
-        TRITON.save(bucket)
+        bucket.save()
     for p in params:
         p.data.zero_()
-    TRITON.restore(bucket)
+    bucket.restore()
     assert same_bits(values(params), before)
 
 
 def test_what_is_uploaded_is_on_the_host_whatever_the_default_device():
     torch.set_default_device("meta")
     try:
-        assert backend.Upload(torch.device("cpu"))._new_host(3).device.type == "cpu"
+        assert upload.Upload(torch.device("cpu"))._new_host(3).device.type == "cpu"
     finally:
         torch.set_default_device(None)

@@ -40,6 +40,12 @@ py::list as_list(const std::vector<int64_t>& rows) {
   return list;
 }
 
+// None where nothing is wrong; else whether it is missing, which tensor's it is, and its name's number.
+py::object as_tuple(const sam::Gather::Found& found) {
+  if (found.wrong == sam::Gather::Wrong::nothing) return py::none();
+  return py::make_tuple(found.wrong == sam::Gather::Wrong::missing, found.tensor, found.name);
+}
+
 // Python's own exception goes on; pybind11 turns it into error_already_set.
 template <class Call>
 auto translated(const Call& call) {
@@ -62,15 +68,42 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "sam_fast's CPU kernels. Use sam_fast.backends, which checks tensors before it takes their addresses.";
 
   py::class_<sam::Gather>(m, "Gather")
-      .def(py::init([](py::object exchange, py::object tensor_class, py::object rows) {
-        return translated([&] { return std::make_unique<sam::Gather>(exchange.ptr(), tensor_class.ptr(), rows.ptr()); });
-      }), py::arg("exchange"), py::arg("tensor_class"), py::arg("rows"))
+      .def(py::init([](py::object exchange, py::object tensor_class, py::object tensors, py::object params, py::object groups) {
+             return translated([&] {
+               return std::make_unique<sam::Gather>(exchange.ptr(), tensor_class.ptr(), tensors.ptr(), params.ptr(), groups.ptr());
+             });
+           }),
+           py::arg("exchange"), py::arg("tensor_class"), py::arg("tensors"), py::arg("params"), py::arg("groups"))
       .def("weights", [](const sam::Gather& self, py::handle addresses) {
         return translated([&] { return as_list(self.weights(addresses.ptr())); });
       }, py::arg("addresses"))
-      .def("grads", [](const sam::Gather& self, py::handle addresses) {
-        return translated([&] { return as_list(self.grads(addresses.ptr())); });
-      }, py::arg("addresses"));
+      .def("grads", [](sam::Gather& self, py::handle addresses, py::handle wanted) {
+        return translated([&] { return as_list(self.grads(addresses.ptr(), wanted.ptr())); });
+      }, py::arg("addresses"), py::arg("wanted") = py::none())
+      .def("read", [](const sam::Gather& self, py::handle tensors, py::handle addresses) {
+        return translated([&] { return as_list(self.read(tensors.ptr(), addresses.ptr())); });
+      }, py::arg("tensors"), py::arg("addresses"))
+      .def_property_readonly("num_grads", &sam::Gather::num_grads)
+      .def_property_readonly("has_grad", [](const sam::Gather& self) { return py::bytes(self.has_grad().data(), self.has_grad().size()); })
+      .def("states", [](sam::Gather& self, py::handle state, py::handle names, py::handle masks, py::handle columns) {
+        return translated([&] { return as_tuple(self.states(state.ptr(), names.ptr(), masks.ptr(), columns.ptr())); });
+      }, py::arg("state"), py::arg("names"), py::arg("masks"), py::arg("columns"))
+      .def("counters", [](sam::Gather& self, py::handle state, py::handle name, uint64_t bit, py::handle masks, py::handle addresses) {
+        py::list counters;
+        sam::Gather::Counters kind = sam::Gather::Counters::none;
+        const py::object wrong = translated([&] {
+          return as_tuple(self.counters(state.ptr(), name.ptr(), bit, masks.ptr(), addresses.ptr(), counters.ptr(), &kind));
+        });
+        return py::make_tuple(wrong, counters, static_cast<int>(kind));
+      }, py::arg("state"), py::arg("name"), py::arg("bit"), py::arg("masks"), py::arg("addresses"));
+
+  m.def("same_objects", [](py::handle a, py::handle b) {
+    if (!PyList_Check(a.ptr()) || !PyList_Check(b.ptr())) throw py::type_error("same_objects takes two lists");
+    const Py_ssize_t size = PyList_GET_SIZE(a.ptr());
+    bool same = PyList_GET_SIZE(b.ptr()) == size;
+    for (Py_ssize_t i = 0; same && i < size; ++i) same = PyList_GET_ITEM(a.ptr(), i) == PyList_GET_ITEM(b.ptr(), i);
+    return same;
+  }, py::arg("a"), py::arg("b"), "Whether two lists hold the same objects.");
 
   m.def("grad_norm", [](int dtype, uint64_t chunk_table, int64_t num_chunks, uint64_t weights, uint64_t grads, uint64_t groups,
                         uint64_t partials, int threads) {

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, version
 
 from . import cpu, cuda, torch, triton
-from .base import Backend, GroupOptions
+from .bucket import Backend, Bucket, GroupOptions, StepOptions
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, torch.BACKEND)}
 
@@ -97,4 +97,4 @@ def choose(tensor: Tensor, backend: str | None = None, arithmetic: bool = True) 
     return torch.BACKEND
 
 
-__all__ = ["BACKENDS", "PREFERENCE", "Backend", "GroupOptions", "available", "build_info", "choose", "forced", "why_not"]
+__all__ = ["BACKENDS", "PREFERENCE", "Backend", "Bucket", "GroupOptions", "StepOptions", "available", "build_info", "choose", "forced", "why_not"]

@@ -10,20 +10,19 @@ import importlib.metadata
 import math
 import os
 from array import array
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..devices import is_capturing, made_current
-from .addresses import DTYPE_CODES, AddressBackend, AddressTable
-from .base import GroupOptions, StateTensors
-
-if TYPE_CHECKING:
-    from ..amp import Scaling
-    from ..bucket import Bucket
+from ..amp import Scaling
+from ..devices import made_current
+from .bucket import Bucket, GroupOptions, StepOptions
+from .native import DTYPE_CODES, NativeBackend, NativeBucket
+from .upload import Upload
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether triton's interpreter stands in for a GPU; triton itself decides when the kernels are imported."""
@@ -69,187 +68,197 @@ def _programs_at_once(kernel: Any, device: torch.device) -> int:
     return int(max(1, min(PROGRAMS_PER_MULTIPROCESSOR, fit)))
 
 
-class _Copies(NamedTuple):
-    host: Tensor
-    device: Tensor
-
-
-class Upload:
-    """8-byte numbers that the host keeps, in device memory: copied when they are not those that were sent last.
-
-    A graph replays its copies, from the memory it was captured with to the memory it was captured with. So what a capture uses is written by nothing
-    else afterwards, and is kept as long as this object. If the numbers are what an eager operation has sent last, a capture uses that memory and
-    copies nothing. Otherwise it takes a spare pair: pinned memory should not be allocated while a graph is captured.
-    """
-
-    SPARES = 2
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.uploads = 0
-        self._captured = False
-        self._sent: tuple[bytes, Tensor] | None = None  # valid for the operation that has begun
-        self._eager: tuple[bytes, Tensor] | None = None  # None while it is not known what the device has
-        self._memory: Tensor | None = None  # of eager operations
-        self._spares: list[_Copies] = []
-        self._kept: list[_Copies | Tensor] = []
-
-    def begin(self) -> None:
-        """Start an operation, or several that follow each other on the device: a graph must hold the copies that its kernels read."""
-        self._captured = is_capturing(self.device)
-        self._sent = None
-
-    def send(self, numbers: bytes) -> Tensor:
-        """An int64 tensor on the device with ``numbers``; they are valid for what is launched after this call."""
-        if self._sent is None or self._sent[0] != numbers:
-            self._sent = None  # if this is interrupted, it is not known what the device has
-            with torch.inference_mode(False):
-                self._sent = (numbers, self._send_captured(numbers) if self._captured else self._send(numbers))
-        return self._sent[1]
-
-    def _send(self, numbers: bytes) -> Tensor:
-        if self._eager is not None and self._eager[0] == numbers:
-            return self._eager[1]
-        self._eager = None
-        count = len(numbers) // 8
-        if self._memory is None or self._memory.numel() != count:
-            self._memory = self._new_device(count)
-        # A new pinned tensor each time: an earlier copy may still be reading the last one. PyTorch reuses its memory when that is done.
-        self._copy(numbers, _Copies(self._new_host(count), self._memory))
-        self._eager = (numbers, self._memory)
-        if not self._spares or self._spares[0].device.numel() != count:
-            self._spares.clear()
-        while len(self._spares) < self.SPARES:
-            self._spares.append(self._new(count))
-        return self._memory
-
-    def _send_captured(self, numbers: bytes) -> Tensor:
-        if self._eager is not None and self._eager[0] == numbers:
-            if self._memory is self._eager[1]:
-                self._kept.append(self._memory)
-                self._memory = None  # eager operations write elsewhere from now on
-            return self._eager[1]
-        count = len(numbers) // 8
-        fits = bool(self._spares) and self._spares[-1].device.numel() == count
-        copies = self._spares.pop() if fits else self._new(count)
-        self._kept.append(copies)
-        self._copy(numbers, copies)
-        return copies.device
-
-    def _copy(self, numbers: bytes, copies: _Copies) -> None:
-        copies.host.copy_(torch.frombuffer(bytearray(numbers), dtype=torch.int64))
-        copies.device.copy_(copies.host, non_blocking=True)
-        self.uploads += 1
-
-    def _new_host(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
-
-    def _new(self, count: int) -> _Copies:
-        return _Copies(self._new_host(count), self._new_device(count))
-
-    def _new_device(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.int64, device=self.device)
-
-
-class TritonTable(AddressTable):
+class TritonBucket(NativeBucket):
     """The addresses, their copies on the device, and which backup was written.
 
-    A signal can come between a launch and the note that it was made. So the note, ``saved``, is made before the launch, with a ticket that no
-    launch before had; the kernel that writes the backup leaves the ticket on the device, and ``restore`` does nothing unless it finds it there.
+    A signal can come between a launch and the note that it was made. So the note, that tensors are saved, is made before
+    the launch, with a ticket that no launch before had. The kernel that writes the backup leaves the ticket on the device,
+    and restore does nothing unless it finds it there.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
-        super().__init__(bucket)
-        device = bucket.device
+    backend = "triton"
+    steps = frozenset({"sgd", "adam"})
+    decides_on_device = True
+
+    def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(tensors, groups, *args, **kwargs)
         with torch.inference_mode(False):
-            self.chunks = bucket.chunks.to(device)
-            self.written = torch.zeros(1, dtype=torch.int64, device=device)
-        self.device = device
-        self.ticket = 0
-        self.num_rows = len(bucket.rows)
+            self._chunks = self.chunks.to(self.device)
+            self._written = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._ticket = 0
         self._programs: dict[str, int] = {}
-        if not INTERPRETED and bucket.dtype in DTYPE_CODES:
-            with made_current(device):
-                self.learn("grad_norm", _kernels("grad_norm").compiled(self.chunks, bucket.dtype))
-        self.climb = Upload(device)
-        self.targets = Upload(device)
-        self.addresses = Upload(device)
-        self.numbers = Upload(device)
+        if not INTERPRETED and self.dtype in DTYPE_CODES:
+            with made_current(self.device):
+                self._learn("grad_norm", _kernels("grad_norm").compiled(self._chunks, self.dtype))
+        self.directions = Upload(self.device)
+        self.targets = Upload(self.device)
+        self.addresses = Upload(self.device)
+        self.numbers = Upload(self.device)
 
-    def programs(self, operation: str) -> int:
-        """How many programs share the chunks out: as many as the device runs at once. More would wait until others have ended."""
-        default = INTERPRETED_PROGRAMS if INTERPRETED else _multiprocessors(self.device) * PROGRAMS_PER_MULTIPROCESSOR
-        return max(1, min(len(self.chunks), self._programs.get(operation, default)))
+    def _programs_for(self, operation: str) -> int:
+        """How many programs share the chunks out: as many as the device runs at once. More would wait for others."""
+        per_device = _multiprocessors(self.device) * PROGRAMS_PER_MULTIPROCESSOR if not INTERPRETED else 0
+        default = INTERPRETED_PROGRAMS if INTERPRETED else per_device
+        return max(1, min(len(self._chunks), self._programs.get(operation, default)))
 
-    def learn(self, operation: str, kernel: Any) -> None:
-        """Note what an operation was compiled to, for its next launch; its result is the same with any number of programs."""
+    def _learn(self, operation: str, kernel: Any) -> None:
+        """Note what an operation was compiled to, for its next launch; its result is the same with any number."""
         if kernel is not None and operation not in self._programs:
             self._programs[operation] = _multiprocessors(self.device) * _programs_at_once(kernel, self.device)
 
-    def climb_table(self, options: GroupOptions) -> Tensor:
-        """Weights, gradients and group options on the device."""
-        return self.climb.send(self.weights.tobytes() + self.grads.tobytes() + options.values.tobytes())
+    @cached_property
+    def num_partials(self) -> int:
+        return self._programs_for("grad_norm")
 
-    def mark_saved(self, rows: array[int]) -> tuple[int, int]:
-        """Note that the rows with an address in ``rows`` are backed up; returns the ticket for the launch that does it, and their number."""
-        self.ticket += 1
-        count = self.num_rows - rows.count(0)
-        if count == self.occupied:
-            self.saved[:] = self.weights
+    @cached_property
+    def _backup_bytes(self) -> Tensor:
+        return self.backup.view(torch.uint8)
+
+    # ---- First step --------------------------------------------------------------------------------------------------
+
+    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
+        self.directions.begin()
+        return super().collect(options, along)
+
+    def _directions(self, options: GroupOptions) -> Tensor:
+        """Weights, direction and group options on the device."""
+        parts = (self._weights, self._along, options.values)
+        return self.directions.send(b"".join(part.tobytes() for part in parts))
+
+    def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
+        launch = _kernels("grad_norm").grad_norm
+        with made_current(self.device):
+            launch(self._chunks, self._directions(options), len(self.tensors), partials, self.dtype)
+
+    def launch_perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
+        launch = _kernels("perturb").perturb
+        with made_current(self.device):
+            uploaded = self._directions(options)
+            backup = self._backup_bytes
+            count = self._mark_saved(self._along)
+            kernel = launch(
+                self._programs_for("perturb"),
+                self._chunks,
+                uploaded,
+                len(self.tensors),
+                partials,
+                eps,
+                norm,
+                backup,
+                self._written,
+                self._ticket,
+                options.rounding_key,
+                self.dtype,
+            )
+            self._learn("perturb", kernel)
+        return count
+
+    # ---- Backup ------------------------------------------------------------------------------------------------------
+
+    def _mark_saved(self, addresses: array[int]) -> int:
+        """Note that the tensors with an address are backed up, by the launch with the next ticket; returns their number."""
+        self._ticket += 1
+        count = len(addresses) - addresses.count(0)
+        if count == self._occupied:
+            self._saved[:] = self._weights
         else:
-            for row, address in enumerate(rows):
+            for index, address in enumerate(addresses):
                 if address:
-                    self.saved[row] = self.weights[row]
-        return self.ticket, count
+                    self._saved[index] = self._weights[index]
+        return count
 
-    def saved_targets(self) -> bytes:
-        """The present addresses of the rows that are saved."""
-        if self.all_saved:
-            return self.weights.tobytes()
-        return array("Q", [address if saved else 0 for address, saved in zip(self.weights, self.saved, strict=True)]).tobytes()
+    def _saved_targets(self) -> array[int]:
+        """The present addresses of the tensors that are saved."""
+        pairs = zip(self._weights, self._saved, strict=True)
+        return array("Q", [address if saved else 0 for address, saved in pairs])
 
-    def release_saved(self) -> None:
-        """Note that the rows that have an address are as they were."""
-        for row, address in enumerate(self.weights):
-            if address:
-                self.saved[row] = 0
+    def launch_copy(self, restore: bool, release: bool) -> None:
+        targets = self._saved_targets() if restore else self._weights
+        if any(targets):
+            operation = "restore" if restore else "backup"
+            launch = getattr(_kernels("copy"), operation)
+            self.targets.begin()
+            with made_current(self.device):
+                uploaded = self.targets.send(targets.tobytes())
+                backup = self._backup_bytes
+                if not restore:
+                    self._mark_saved(self._weights)
+                programs = self._programs_for(operation)
+                itemsize = self.dtype.itemsize
+                kernel = launch(programs, self._chunks, uploaded, backup, self._written, self._ticket, itemsize)
+                self._learn(operation, kernel)
+        if restore and release:
+            for index, address in enumerate(self._weights):
+                if address:
+                    self._saved[index] = 0
 
-    def share_saved(self, source: AddressTable, source_params: list[list[Tensor]]) -> None:
-        super().share_saved(source, source_params)
-        assert isinstance(source, TritonTable)
-        self.written, self.ticket = source.written, source.ticket  # the proof goes with the backup
-
-    def step_table(self, state: StateTensors, names: tuple[str, ...], num_groups: int) -> Tensor:
-        """The address table of a fused second step (kernels/update.py) on the device."""
-        parts = [self.weights.tobytes(), self.grads.tobytes(), self.saved_targets()]
-        for name in names:
-            on_host = name == "step" and not state.device_steps
-            parts.append(bytes(8 * self.num_rows) if on_host else self.states[name].addresses.tobytes())
-        rates = array("Q")
-        for lr in state.learning_rates or [None] * num_groups:
-            rates.extend((0, 0) if lr is None else (lr.data_ptr(), lr.element_size()))
-        return self.addresses.send(b"".join([*parts, rates.tobytes()]))
-
-    def release_stepped(self) -> bool:
-        """Note that the rows with a gradient are as the step left them; returns whether others are still saved."""
-        self.all_saved = False
-        for row, address in enumerate(self.grads):
-            if address:
-                self.saved[row] = 0
-        self.release_copies()
-        return any(self.saved)
-
-    def restore_changed(self, changed: list[int], backups: list[Tensor], release: bool) -> None:
-        if any(self.saved[row] for row in changed) and int(self.written) != self.ticket:  # waits for the device, but this case is rare
-            if release:
-                for row in changed:
-                    self.saved[row] = 0
+    def _restore_changed(self, changed: list[int], release: bool) -> None:
+        # Reading the ticket waits for the device, but this case is rare.
+        if any(self._saved[index] for index in changed) and int(self._written) != self._ticket:
+            for index in changed if release else ():
+                self._saved[index] = 0
             return
-        super().restore_changed(changed, backups, release)
+        super()._restore_changed(changed, release)
+
+    # ---- Second step -------------------------------------------------------------------------------------------------
+
+    def share_saved(self, source: Bucket) -> None:
+        super().share_saved(source)
+        assert isinstance(source, TritonBucket)
+        self._written, self._ticket = source._written, source._ticket  # the proof goes with the backup
+
+    def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
+        rule = options.rule
+        if any(self._along):
+            counted = (rule.counter is not None,)
+            common, corrections = _bias_corrections(self, options) if rule.counter is not None else ((1.0, 1.0), array("d"))
+            module = _kernels(f"restore_{rule.name}")
+            self.addresses.begin()
+            self.numbers.begin()
+            with made_current(self.device):
+                kernel = getattr(module, f"restore_{rule.name}")(
+                    self._programs_for(rule.name),
+                    self._chunks,
+                    self._step_table(options),
+                    len(self.tensors),
+                    self.numbers.send((corrections + options.values).tobytes()),
+                    self._backup_bytes,
+                    self._written,
+                    self._ticket,
+                    scaling.grad_scale,
+                    scaling.found_inf,
+                    options.rounding_key,
+                    self.dtype,
+                    *((self.device_counters, common) if counted[0] else ()),
+                )
+                self._learn(rule.name, kernel)
+        for index, address in enumerate(self._along):
+            if address:
+                self._saved[index] = 0
+        return len(self._saved) - self._saved.count(0)
+
+    def _step_table(self, options: StepOptions) -> Tensor:
+        """The address table of a fused step (kernels/step.py) on the device."""
+        rule, size = options.rule, len(self.tensors)
+        parts = [self._weights, self._along, self._saved_targets()]
+        if rule.counter is not None:
+            parts.append(self._counters if self.device_counters else array("Q", bytes(8 * size)))
+        parts += self._states[: len(rule.states)]
+        rates = array("Q")
+        for lr in options.learning_rates or [None] * options.num_groups:
+            rates.extend((0, 0) if lr is None else (lr.data_ptr(), lr.element_size()))
+        return self.addresses.send(b"".join(part.tobytes() for part in (*parts, rates)))
+
+    def _count_steps(self, scaling: Scaling) -> None:
+        # After the launch: one that fails has counted nothing. The kernel counts none.
+        if self._steps:
+            by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
+            torch._foreach_add_(self._steps, by)
 
 
-class TritonBackend(AddressBackend):
+class TritonBackend(NativeBackend):
     name = "triton"
+    bucket: ClassVar[type[Bucket]] = TritonBucket
 
     def unavailable(self) -> str | None:
         if not _installed():
@@ -273,146 +282,29 @@ class TritonBackend(AddressBackend):
             return f"a tensor on {device}, which has no float64 (the norm is summed in it)"
         return None
 
-    def attach(self, bucket: Bucket) -> TritonTable:
-        return TritonTable(bucket)
 
-    def num_partials(self, bucket: Bucket) -> int:
-        table: TritonTable = bucket.table
-        return table.programs("grad_norm")
+def _bias_corrections(bucket: TritonBucket, options: StepOptions) -> tuple[tuple[float, float], array[float]]:
+    """``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device
+    knows t.
 
-    def collect(self, bucket: Bucket, options: GroupOptions) -> bool:
-        table: TritonTable = bucket.table
-        table.climb.begin()
-        return super().collect(bucket, options)
-
-    def grad_norm(self, bucket: Bucket, options: GroupOptions, partials: Tensor) -> None:
-        table: TritonTable = bucket.table
-        with made_current(bucket.device):
-            _kernels("grad_norm").grad_norm(table.chunks, table.climb_table(options), table.num_rows, partials, bucket.dtype)
-
-    def launch_perturb(self, bucket: Bucket, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
-        table: TritonTable = bucket.table
-        launch = _kernels("perturb").perturb
-        with made_current(bucket.device):
-            uploaded = table.climb_table(options)
-            flat = bucket.flat.view(torch.uint8)
-            ticket, count = table.mark_saved(table.grads)
-            key = options.rounding_key
-            table.learn(
-                "perturb",
-                launch(
-                    table.programs("perturb"),
-                    table.chunks,
-                    uploaded,
-                    table.num_rows,
-                    partials,
-                    eps,
-                    norm,
-                    flat,
-                    table.written,
-                    ticket,
-                    key,
-                    bucket.dtype,
-                ),
-            )
-        return count
-
-    def launch_copy(self, bucket: Bucket, restore: bool, release: bool) -> None:
-        table: TritonTable = bucket.table
-        targets = table.saved_targets() if restore else table.weights.tobytes()
-        if any(targets):
-            operation = "restore" if restore else "backup"
-            launch = getattr(_kernels("copy"), operation)
-            table.targets.begin()
-            with made_current(bucket.device):
-                uploaded = table.targets.send(targets)
-                flat = bucket.flat.view(torch.uint8)
-                ticket = table.ticket if restore else table.mark_saved(table.weights)[0]
-                programs = table.programs(operation)
-                table.learn(operation, launch(programs, table.chunks, uploaded, flat, table.written, ticket, bucket.dtype.itemsize))
-        if restore and release:
-            table.release_saved()
-
-    fused_steps = frozenset({"restore_sgd", "restore_adam"})
-
-    decides_on_device = True
-
-    def restore_sgd(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
-        self._restore_and_step("restore_sgd", bucket, state, scaling, ("momentum_buffer",), state.groups, len(state.groups) // 6)
-
-    def restore_adam(self, bucket: Bucket, state: StateTensors, scaling: Scaling) -> None:
-        table: TritonTable = bucket.table
-        steps = state.tensors["step"]
-        # A row without elements has no address, but a counter.
-        rows = [row for row, p in enumerate(bucket.rows) if table.grads[row] or (state.device_steps and p.numel() == 0 and steps[row] is not None)]
-        counters = [step for row in rows if (step := steps[row]) is not None]
-        common, corrections = _bias_corrections(bucket, state, rows)
-        names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        groups = len(state.groups) // 8
-        self._restore_and_step("restore_adam", bucket, state, scaling, names, corrections + state.groups, groups, state.device_steps, common)
-        # After the launch: one that fails has counted nothing.
-        if counters:
-            torch._foreach_add_(counters, 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(()))
-
-    def _restore_and_step(
-        self,
-        operation: str,
-        bucket: Bucket,
-        state: StateTensors,
-        scaling: Scaling,
-        names: tuple[str, ...],
-        numbers: array[float],
-        num_groups: int,
-        *more: Any,
-    ) -> None:
-        table: TritonTable = bucket.table
-        if any(table.grads):
-            launch = getattr(_kernels(operation), operation)
-            table.addresses.begin()
-            table.numbers.begin()
-            with made_current(bucket.device):
-                kernel = launch(
-                    table.programs(operation),
-                    table.chunks,
-                    table.step_table(state, names, num_groups),
-                    table.num_rows,
-                    table.numbers.send(numbers.tobytes()),
-                    bucket.flat.view(torch.uint8),
-                    table.written,
-                    table.ticket,
-                    scaling.grad_scale,
-                    scaling.found_inf,
-                    state.rounding_key,
-                    bucket.dtype,
-                    *more,
-                )
-                table.learn(operation, kernel)
-        if table.release_stepped():  # rows whose gradient vanished between the passes
-            self.launch_copy(bucket, True, True)
-
-
-def _bias_corrections(bucket: Bucket, state: StateTensors, rows: list[int]) -> tuple[tuple[float, float], array[float]]:
-    """``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device knows t.
-
-    Returns those of the first row, and a table with those of every row, but zeros where they are the first row's: it need not be copied to the
-    device at every step as long as all rows have stepped as often as each other.
+    Returns those of the first tensor, and a table with those of every tensor, but zeros where they are the first one's: it
+    need not be copied to the device at every step as long as all tensors have stepped as often as each other.
     """
-    corrections = array("d", bytes(16 * len(bucket.rows)))
+    corrections = array("d", bytes(16 * len(bucket.tensors)))
     common: tuple[float, float] | None = None
     known: dict[tuple[int, float], tuple[float, float]] = {}
-    for row in rows:
-        step = state.tensors["step"][row]
-        assert step is not None
-        group, t = bucket.groups[row], 0.0 if state.device_steps else step.item() + 1.0
+    for index, step in zip(bucket._counted(), bucket._steps, strict=True):
+        group, t = bucket.groups[index], 0.0 if bucket.device_counters else step.item() + 1.0
         if (group, t) not in known:
-            beta1, beta2 = state.groups[8 * group + 1 : 8 * group + 3]
-            if state.device_steps:
+            betas = options.of(group)
+            beta1, beta2 = betas["beta1"], betas["beta2"]
+            if bucket.device_counters:
                 known[group, t] = _log2(beta1), _log2(beta2)
             else:
                 known[group, t] = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
         common = common or known[group, t]
         if known[group, t] != common:
-            corrections[2 * row], corrections[2 * row + 1] = known[group, t]
+            corrections[2 * index], corrections[2 * index + 1] = known[group, t]
     return common or (1.0, 1.0), corrections
 
 

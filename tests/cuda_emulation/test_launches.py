@@ -152,13 +152,13 @@ def test_a_restore_that_fails_can_be_repeated(failing):
 
 def test_a_backup_that_fails_is_no_backup():
     rows = make_params([50] * 10)
-    from sam_fast.bucket import Bucket
+    from sam_fast.backends.bucket import Bucket
 
-    bucket = Bucket(rows, [0] * 10, backends.BACKENDS["cuda"])
+    bucket = backends.BACKENDS["cuda"].bucket(rows, [0] * 10)
     fail_after.value = 0
     with pytest.raises(RuntimeError, match="CUDA error in backup"):
-        bucket.backend.save(bucket)
-    assert bucket.backend.saved(bucket) == []
+        bucket.save()
+    assert bucket.saved() == []
 
 
 FUSED = [(torch.optim.SGD, {"momentum": 0.9}, 700, 76), (torch.optim.AdamW, {}, 448, 48)]
@@ -307,19 +307,19 @@ def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
     optimizer.restore()
     (bucket,) = optimizer._perturbation.buckets
     options = backends.GroupOptions(optimizer.param_groups)
-    partials, norm = torch.zeros(bucket.backend.num_partials(bucket), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    assert bucket.backend.collect(bucket, options)
+    partials, norm = torch.zeros(bucket.num_partials, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    assert bucket.collect(options)
 
     def alignment(*shifts: int) -> int:
         return min(16, *(shift & -shift or 16 for shift in shifts))
 
     tiles = (TILE_BYTES, 1005 * itemsize)
     of_norm = total([units(tile, alignment(*behind) if adaptive else alignment(behind[1]), itemsize) for tile in tiles] * (1 + adaptive))
-    assert moved(lambda: bucket.backend.grad_norm(bucket, options, partials)) == (of_norm, {})
+    assert moved(lambda: bucket.grad_norm(options, partials)) == (of_norm, {})
     of_climb = total([units(tile, alignment(*behind), itemsize) for tile in tiles] * 2)
-    assert moved(lambda: bucket.backend.perturb(bucket, options, partials, 0.0, norm)) == (of_climb, of_climb)
+    assert moved(lambda: bucket.perturb(options, partials, 0.0, norm)) == (of_climb, of_climb)
     of_copy = total([units(size * itemsize // TILE_BYTES * TILE_BYTES, alignment(behind[0]), 1), units(tiles[1], alignment(behind[0]), 1)])
-    assert moved(lambda: bucket.backend.restore(bucket)) == (of_copy, of_copy)
+    assert moved(lambda: bucket.restore()) == (of_copy, of_copy)
 
 
 @dtypes

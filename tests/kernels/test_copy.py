@@ -27,9 +27,9 @@ def test_round_trip(kernels, dtype):
     rows = random_rows(dtype)
     before = [row.clone() for row in rows]
     s = Step(kernels, rows)
-    assert kernels.save(s.bucket)
+    assert s.bucket.save()
     scramble(rows)
-    kernels.restore(s.bucket)
+    s.bucket.restore()
     assert same_bits(rows, before)
 
 
@@ -37,14 +37,14 @@ def test_restore_without_release_can_be_repeated(kernels):
     rows = random_rows(torch.float32)
     before = [row.clone() for row in rows]
     s = Step(kernels, rows)
-    kernels.save(s.bucket)
+    s.bucket.save()
     for _ in range(3):
         scramble(rows)
-        kernels.restore(s.bucket, release=False)
+        s.bucket.restore(release=False)
         assert same_bits(rows, before)
-    kernels.restore(s.bucket)
+    s.bucket.restore()
     scramble(rows)
-    kernels.restore(s.bucket)
+    s.bucket.restore()
     assert not any(bool(row.any()) for row in rows)
 
 
@@ -54,9 +54,9 @@ def test_large_rows_at_odd_addresses(kernels):
     rows = [base[1 : third + 2], base[third + 3 : -1]]
     before = base.clone()
     s = Step(kernels, rows)
-    kernels.save(s.bucket)
+    s.bucket.save()
     scramble(rows)
-    kernels.restore(s.bucket)
+    s.bucket.restore()
     assert same_bits([base], [before])
 
 
@@ -70,10 +70,10 @@ def test_dense_layouts_are_walked_as_they_lie(kernels, layout):
     }[layout]()
     before = row.clone()
     s = Step(kernels, [row])
-    kernels.save(s.bucket)
-    assert s.bucket.flat_rows[0].stride() == row.stride()
+    s.bucket.save()
+    assert s.bucket.backups[0].stride() == row.stride()
     row.zero_()
-    kernels.restore(s.bucket)
+    s.bucket.restore()
     assert torch.equal(row, before)
 
 
@@ -81,9 +81,9 @@ def test_restore_follows_a_row_to_another_address(kernels):
     p = torch.nn.Parameter(torch.randn(1000))
     before = p.detach().clone()
     s = Step(kernels, [p])
-    kernels.save(s.bucket)
+    s.bucket.save()
     p.data = torch.zeros(1000)
-    kernels.restore(s.bucket)
+    s.bucket.restore()
     assert torch.equal(p, before)
 
 
@@ -91,9 +91,9 @@ def test_restore_follows_a_row_to_another_dtype(kernels):
     p = torch.nn.Parameter(torch.randn(1000))
     before = p.detach().clone()
     s = Step(kernels, [p])
-    kernels.save(s.bucket)
+    s.bucket.save()
     p.data = torch.zeros(1000, dtype=torch.float64)
-    kernels.restore(s.bucket)
+    s.bucket.restore()
     assert torch.equal(p, before.double())
 
 
@@ -101,11 +101,11 @@ def test_restore_refuses_a_row_of_another_shape_and_restores_the_others(kernels)
     p, q = torch.nn.Parameter(torch.randn(1000)), torch.nn.Parameter(torch.randn(70))
     before = q.detach().clone()
     s = Step(kernels, [p, q])
-    kernels.save(s.bucket)
+    s.bucket.save()
     p.data = torch.zeros(999)
     q.data.zero_()
     with pytest.raises(RuntimeError, match="shape"):
-        kernels.restore(s.bucket)
+        s.bucket.restore()
     assert torch.equal(q, before)
     assert not p.any()
 
@@ -119,4 +119,4 @@ def test_collect_notices_a_changed_row(kernels, change):
     p = torch.nn.Parameter(torch.randn(1000))
     s = Step(kernels, [p])
     p.data = change(p)
-    assert not kernels.collect(s.bucket, s.options)
+    assert not s.bucket.collect(s.options)

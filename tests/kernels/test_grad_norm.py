@@ -109,7 +109,7 @@ def test_same_bits_on_every_instruction_set(dtype, adaptive):
         except ValueError:
             continue
         s = Step(backends.BACKENDS["cpu"], params, options=[{"adaptive": adaptive, "eta": 0.01}])
-        s.climb()
+        s.first_step()
         results[isa] = (s.partials.clone(), [p.detach().clone() for p in params])
         s.restore()
     _cpu.use_isa(chosen)

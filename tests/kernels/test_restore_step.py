@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from array import array
 from typing import Any
 
 import pytest
 import torch
 from cases import CHUNK, DTYPES, EMULATED, EPSILON, INTERPRETED, SIZES, make_params, normal, same_bits, values
+from conftest import UNSCALED, rule_named
 from torch import Tensor
 
 from sam_fast.amp import Scaling
-from sam_fast.backends.base import Backend, StateTensors
+from sam_fast.backends import Backend
 from sam_fast.rounding import ROUNDED
+from sam_fast.steps import NotFused
 
 SLOW = INTERPRETED or EMULATED
-UNSCALED = Scaling(None, None)
-
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 LR, MOMENTUM, DAMPENING, DECAY = 0.1, 0.9, 0.25, 0.01
@@ -32,17 +31,17 @@ ADAM = {
     "adamw": (LR, BETA1, BETA2, EPS, DECAY, 1, 0, 0),
     "amsgrad": (LR, BETA1, BETA2, EPS, 0.0, 0, 1, 1),
 }
-CASES = [("restore_sgd", name) for name in SGD] + [("restore_adam", name) for name in ADAM]
+CASES = [("sgd", name) for name in SGD] + [("adam", name) for name in ADAM]
 cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
 
 
 @pytest.fixture(autouse=True)
 def _has_the_operation(kernels) -> None:
-    if not kernels.fused_steps:
+    if not kernels.bucket.steps:
         pytest.skip(f"the {kernels.name} backend has no fused second step")
 
 
-def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5, device_steps: bool = False) -> dict[str, list[Tensor | None]]:
+def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5, device_counters: bool = False) -> dict[str, list[Tensor | None]]:
     generator = torch.Generator().manual_seed(seed)
 
     def like(row: Tensor, positive: bool = False) -> Tensor:
@@ -50,10 +49,10 @@ def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5, dev
         # Second moments far from zero: m / sqrt(v) would otherwise magnify the rounding of m, and 16 bits could not hold v.
         return (x.square() + 1e-4 if positive else x).to(row.dtype)
 
-    if operation == "restore_sgd":
+    if operation == "sgd":
         return {"momentum_buffer": [like(row) if SGD[name][1] else None for row in rows]}
     return {
-        "step": [torch.tensor(float(3 + i % 4), device=None if device_steps else "cpu") for i in range(len(rows))],
+        "step": [torch.tensor(float(3 + i % 4), device=None if device_counters else "cpu") for i in range(len(rows))],
         "exp_avg": [like(row) for row in rows],
         "exp_avg_sq": [like(row, True) for row in rows],
         "max_exp_avg_sq": [like(row, True) if ADAM[name][6] else None for row in rows],
@@ -63,7 +62,7 @@ def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5, dev
 def expected(operation: str, name: str, w: Tensor, g: Tensor, state: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
     """The new weight and state in float64, as torch.optim's documentation has it."""
     w, g = w.double(), g.double()
-    if operation == "restore_sgd":
+    if operation == "sgd":
         lr, momentum, dampening, decay, nesterov, maximize = SGD[name]
         d = (-g if maximize else g) + decay * w
         if momentum == 0.0:
@@ -88,13 +87,19 @@ def expected(operation: str, name: str, w: Tensor, g: Tensor, state: dict[str, T
     return w - lr / (1 - beta1**t) * m / denominator, new
 
 
-def take(s, operation: str, name: str, state: dict[str, list[Tensor | None]], scaling: Scaling = UNSCALED, lr: float = LR, **more: Any) -> None:
-    """The operation; every group has the case's options, but the first has ``lr``."""
-    options = (SGD if operation == "restore_sgd" else ADAM)[name]
-    groups = array("d", map(float, (lr, *options[1:], *options * max(s.bucket.groups))))
-    tensors = StateTensors(state, groups, **more)
-    assert s.backend.collect_step(s.bucket, tensors)
-    getattr(s.backend, operation)(s.bucket, tensors, scaling)
+def take(
+    s: Any,
+    operation: str,
+    name: str,
+    state: dict[str, list[Tensor | None]],
+    scaling: Scaling = UNSCALED,
+    lr: float | None = None,
+    **more: Any,
+) -> None:
+    """The second step of a case; the first group has ``lr`` in place of the case's own."""
+    options = (SGD if operation == "sgd" else ADAM)[name]
+    first = options if lr is None else (lr, *options[1:])
+    s.take(rule_named(operation), [first, *[options] * max(s.bucket.groups)], state, scaling, **more)
 
 
 def row_state(state: dict[str, list[Tensor | None]], i: int) -> dict[str, Tensor | None]:
@@ -118,11 +123,11 @@ def test_against_float64(step, operation, name, dtype):
     state = make_state(operation, name, params)
     before = [row_state(state, i) for i in range(len(params))]
     s = step(params)
-    s.climb()
+    s.first_step()
     for i, p in enumerate(params):
         p.grad = make_params([p.numel()], dtype, seed=100 + i)[0].grad
     take(s, operation, name, state)
-    assert not s.backend.saved(s.bucket)
+    assert not s.bucket.saved()
     for i, (p, w) in enumerate(zip(params, start, strict=True)):
         want, new = expected(operation, name, w, p.grad, before[i])
         assert_stepped(p.detach(), want, dtype, 0.2)
@@ -156,7 +161,7 @@ def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
             all_around.append(state_around)
     before = row_state(state, 0)
     s = step([row])
-    s.climb()
+    s.first_step()
     take(s, operation, name, state)
     want, _ = expected(operation, name, p.detach(), p.grad, before)
     assert_stepped(row, want, torch.float32, 0.2)
@@ -173,7 +178,7 @@ def test_rows_without_a_gradient_are_put_back_and_rows_never_saved_are_stepped(s
     state = make_state(operation, name, params)
     before = [row_state(state, i) for i in range(3)]
     s = step(params)
-    s.climb()
+    s.first_step()
     gradient = params[1].grad.clone()
     params[0].grad = None
     params[2].grad = make_params([300], seed=3)[0].grad
@@ -184,7 +189,7 @@ def test_rows_without_a_gradient_are_put_back_and_rows_never_saved_are_stepped(s
             assert torch.equal(state[key][0], before[0][key])
     for i, g in ((1, gradient), (2, params[2].grad)):
         assert_stepped(params[i].detach(), expected(operation, name, start[i], g, before[i])[0], torch.float32, 0.2)
-    assert not s.backend.saved(s.bucket)
+    assert not s.bucket.saved()
 
 
 @cases
@@ -194,7 +199,7 @@ def test_gradients_are_scaled(step, operation, name):
         params = make_params([1009, 40_000])
         state = make_state(operation, name, params)
         s = step(params)
-        s.climb()
+        s.first_step()
         for p in params:
             p.grad.mul_(factor)
         take(s, operation, name, state, Scaling(torch.tensor(factor), None))
@@ -205,7 +210,7 @@ def test_gradients_are_scaled(step, operation, name):
 @pytest.fixture
 def _on_device(kernels) -> None:
     """For what only backends have whose kernels read on the device what others know on the host."""
-    if not kernels.decides_on_device:
+    if not kernels.bucket.decides_on_device:
         pytest.skip(f"the {kernels.name} backend decides on the host")
 
 
@@ -220,17 +225,17 @@ def whole(params: list[Tensor], state: dict[str, list[Tensor | None]]) -> list[T
 def test_an_overflow_is_decided_upon_on_the_device(step, operation, name, dtype):
     """Rows that are saved are put back, a row that never was stays, and so does the state."""
     params = make_params([100, 20_000, 300, 50], dtype)
-    state = make_state(operation, name, params, device_steps=True)
+    state = make_state(operation, name, params, device_counters=True)
     before = whole(params, state)
     gradient, params[2].grad = params[2].grad, None
     s = step(params)
-    s.climb()
+    s.first_step()
     params[1].grad[77] = float("inf")
     params[2].grad = gradient
     params[3].grad = None
-    take(s, operation, name, state, Scaling(torch.tensor(8.0), torch.tensor(1.0)), device_steps=True)
+    take(s, operation, name, state, Scaling(torch.tensor(8.0), torch.tensor(1.0)), device_counters=True)
     assert same_bits(whole(params, state), before)
-    assert not s.backend.saved(s.bucket)
+    assert not s.bucket.saved()
 
 
 @cases
@@ -239,10 +244,10 @@ def test_no_overflow_is_an_ordinary_step(step, operation, name):
     results = []
     for scaling in (UNSCALED, Scaling(torch.tensor(1.0), torch.tensor(0.0))):
         params = make_params([1009, 20_000])
-        state = make_state(operation, name, params, device_steps=True)
+        state = make_state(operation, name, params, device_counters=True)
         s = step(params)
-        s.climb()
-        take(s, operation, name, state, scaling, device_steps=True)
+        s.first_step()
+        take(s, operation, name, state, scaling, device_counters=True)
         results.append(whole(params, state))
     assert same_bits(*results)
 
@@ -258,7 +263,7 @@ def test_learning_rates_on_the_device(step, operation, name, dtype):
         params = make_params([100, 5000, 7])
         state = make_state(operation, name, params)
         s = step(params, groups=[0, 0, 1], options=[{}, {}])
-        s.climb()
+        s.first_step()
         if on_device:
             take(s, operation, name, state, lr=float("nan"), learning_rates=[lr, None])
         else:
@@ -274,18 +279,18 @@ def test_step_counters_on_the_device(step, name, dtype):
     """Neighbouring rows have taken different numbers of steps, and one block serves many of them."""
     params = make_params([3, 100, 5000, 9000, 7, 20_000, 1, 33], dtype)
     start = values(params)
-    state = make_state("restore_adam", name, params, device_steps=True)
+    state = make_state("adam", name, params, device_counters=True)
     before = [row_state(state, i) for i in range(len(params))]
     s = step(params)
-    s.climb()
+    s.first_step()
     params[4].grad = None
     state["step"][4] = None
-    take(s, "restore_adam", name, state, device_steps=True)
+    take(s, "adam", name, state, device_counters=True)
     for i, (p, w) in enumerate(zip(params, start, strict=True)):
         if i == 4:
             assert same_bits([p], [w])
             continue
-        want, new = expected("restore_adam", name, w, p.grad, before[i])
+        want, new = expected("adam", name, w, p.grad, before[i])
         assert_stepped(p.detach(), want, dtype, 0.2)
         assert float(state["step"][i]) == float(new["step"])
 
@@ -308,7 +313,7 @@ def test_the_bits_of_the_cpu_kernels(kernels, operation, name, dtype):
         params[3].grad = params[3].grad[1:]
         state = make_state(operation, name, params)
         s = Step(backend, params)
-        assert s.backend.save(s.bucket)
+        assert s.bucket.save()
         for p in params:
             p.data.add_(0.5)
         take(s, operation, name, state, Scaling(torch.tensor(3.0), None), rounding_key=key)
@@ -337,7 +342,7 @@ def test_same_bits_whatever_the_number_of_threads_and_the_instruction_set(operat
             params = make_params([3, 100_003, 17, 64_000], dtype)
             state = make_state(operation, name, params)
             s = Step(backends.BACKENDS["cpu"], params)
-            s.climb()
+            s.first_step()
             take(s, operation, name, state)
             result = [*values(params), *(t for tensors in state.values() for t in tensors if t is not None)]
             # The baseline has no fused multiply-add, as PyTorch has none on a processor without it: bits of its own.
@@ -345,14 +350,18 @@ def test_same_bits_whatever_the_number_of_threads_and_the_instruction_set(operat
     _cpu.use_isa(chosen)
 
 
-def test_state_that_is_not_laid_out_as_its_row_is_refused(step):
+def test_state_that_is_not_laid_out_as_its_tensor_is_refused(step):
     params = make_params([100, 7])
     s = step(params)
-    s.climb()
-    groups = array("d", map(float, SGD["momentum"]))
+    s.first_step()
+
+    def read(state: Tensor) -> None:
+        s.read_state(rule_named("sgd"), [SGD["momentum"]], {"momentum_buffer": [state, torch.zeros(7)]})
+
     odd_ones = [torch.zeros(100, dtype=torch.float64), torch.zeros(99), torch.zeros(100).to_sparse()]
     if s.backend.name != "torch":  # it takes any strides
         odd_ones.append(torch.zeros(200)[::2])
     for odd in odd_ones:
-        assert not s.backend.collect_step(s.bucket, StateTensors({"momentum_buffer": [odd, torch.zeros(7)]}, groups))
-    assert s.backend.collect_step(s.bucket, StateTensors({"momentum_buffer": [torch.zeros(100), torch.zeros(7)]}, groups))
+        with pytest.raises(NotFused, match="momentum_buffer"):
+            read(odd)
+    read(torch.zeros(100))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from array import array
 
 import numpy as np
 import pytest
 import torch
 from cases import EMULATED, INTERPRETED, make_params, normal, same_bits, values
+from conftest import rule_named
 from torch import Tensor
 
-from sam_fast.amp import Scaling
-from sam_fast.backends.base import StateTensors
-from sam_fast.bucket import CHUNK
+from sam_fast.backends.bucket import CHUNK
 from sam_fast.rounding import PERTURB, ROUNDED, UPDATE, round_stochastically, rounding_key
 
 SIZES = [0, 1, 7, 8, 9, 31, 33, 1009, 4099, CHUNK + 5]
@@ -115,7 +113,7 @@ def moved_to(make_step, dtype: torch.dtype, adaptive: bool, key: int | None) -> 
     params = make_params(SIZES, dtype)
     s = make_step(params, options=[{"adaptive": adaptive, "eta": 0.01}])
     s.options.rounding_key = key
-    assert s.backend.collect(s.bucket, s.options)
+    assert s.bucket.collect(s.options)
     s.partials.zero_()
     s.partials[0] = 0.25
     s.perturb()
@@ -154,8 +152,8 @@ def test_wider_formats_ignore_the_key(step, dtype):
 
 
 UPDATES = {
-    "restore_sgd": (0.1, 0.9, 0.0, 0.01, 1.0, 0.0),
-    "restore_adam": (0.1, 0.9, 0.99, 1e-8, 0.01, 1.0, 0.0, 0.0),
+    "sgd": (0.1, 0.9, 0.0, 0.01, 1.0, 0.0),
+    "adam": (0.1, 0.9, 0.99, 1e-8, 0.01, 1.0, 0.0, 0.0),
 }
 
 
@@ -168,16 +166,14 @@ def updated(step, operation: str, dtype: torch.dtype, key: int | None) -> tuple[
             p.data = p.data.to(dtype_of_run)
             p.grad = make_params([p.numel()], dtype, seed=50 + i)[0].grad.to(dtype_of_run)
         s = step(params)
-        s.climb()
+        s.first_step()
         state = {name: [torch.full_like(p, 0.0625) for p in params] for name in ("momentum_buffer", "exp_avg", "exp_avg_sq")}
-        if operation == "restore_sgd":
+        if operation == "sgd":
             tensors = {"momentum_buffer": state["momentum_buffer"]}
         else:
             counters = [torch.tensor(5.0, device="cpu") for _ in params]
             tensors = {"step": counters, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "max_exp_avg_sq": [None] * len(params)}
-        collected = StateTensors(tensors, array("d", UPDATES[operation]), rounding_key=key)
-        assert s.backend.collect_step(s.bucket, collected)
-        getattr(s.backend, operation)(s.bucket, collected, Scaling(None, None))
+        s.take(rule_named(operation), [UPDATES[operation]], tensors, rounding_key=key)
         return values(params)
 
     return run(dtype), run(torch.float32)
@@ -186,7 +182,7 @@ def updated(step, operation: str, dtype: torch.dtype, key: int | None) -> tuple[
 @pytest.mark.parametrize("operation", UPDATES)
 @dtypes
 def test_the_update_has_the_bits_of_the_formula(step, kernels, operation, dtype):
-    if operation not in kernels.fused_steps:
+    if operation not in kernels.bucket.steps:
         pytest.skip("no fused second step")
     key = rounding_key(4, UPDATE)
     got, exact = updated(step, operation, dtype, key)
@@ -211,7 +207,7 @@ def test_most_of_e_survives(step):
         p.grad = g.clone()
         s = step([p])
         s.options.rounding_key = key
-        s.climb()
+        s.first_step()
         e = p.detach().double() - w.double()
         component[key] = float(e @ direction)
         noise[key] = float((e - rho * direction).norm())

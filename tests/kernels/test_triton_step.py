@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from cases import CHUNK, DTYPES, INTERPRETED, make_params, same_bits, values
-from conftest import Step
-from test_restore_step import ADAM, CASES, SGD, make_state, row_state
+from conftest import UNSCALED, Step, rule_named
+from test_restore_step import ADAM, CASES, SGD, make_state, row_state, take
 from torch import Tensor
 
 from sam_fast import SAM, backends
 from sam_fast.amp import Scaling
 from sam_fast.backends import triton as backend
-from sam_fast.backends.base import StateTensors
-from sam_fast.bucket import Bucket
+from sam_fast.backends import upload
+from sam_fast.backends.bucket import Bucket
 from sam_fast.rounding import round_stochastically
 
 pytestmark = [pytest.mark.stand_in, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")]
@@ -25,14 +25,7 @@ pytestmark = [pytest.mark.stand_in, pytest.mark.skipif(not INTERPRETED, reason="
 TRITON = backends.BACKENDS["triton"]
 KEY = 0xDEADBEEF
 cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
-one_of_each = pytest.mark.parametrize(("operation", "name"), [("restore_sgd", "momentum"), ("restore_adam", "amsgrad")], ids=["sgd", "adam"])
-
-
-def take(s: Step, operation: str, name: str, state: dict[str, list[Tensor | None]], scaling: Scaling | None = None, **more: Any) -> None:
-    groups = array("d", map(float, (SGD if operation == "restore_sgd" else ADAM)[name]))
-    tensors = StateTensors(state, groups, **more)
-    assert s.backend.collect_step(s.bucket, tensors)
-    getattr(s.backend, operation)(s.bucket, tensors, scaling or Scaling(None, None))
+one_of_each = pytest.mark.parametrize(("operation", "name"), [("sgd", "momentum"), ("adam", "amsgrad")], ids=["sgd", "adam"])
 
 
 def all_of(params: list[Any], state: dict[str, list[Tensor | None]]) -> list[Tensor]:
@@ -87,7 +80,7 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
     addresses = [t.data_ptr() - 2 * begin for t in (w, w.grad)] + [1]
     flat.view(torch.bfloat16)[slot : slot + count] = w.detach()
     written = torch.tensor([9])
-    if operation == "restore_sgd":
+    if operation == "sgd":
         options = array("d", [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
         wanted = round_stochastically(w.detach().float() - w.grad.float(), w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY)
         addresses += [0, 0, 0]
@@ -103,7 +96,7 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
         options = array("d", [1.0, 1.0]) + options
     numbers = torch.frombuffer(bytearray(options.tobytes()), dtype=torch.int64)
     common = (2, chunks, torch.tensor(addresses), 1, numbers, flat, written, 9, None, None, KEY, torch.bfloat16)
-    if operation == "restore_sgd":
+    if operation == "sgd":
         restore_sgd.restore_sgd(*common)
     else:
         restore_adam.restore_adam(*common, False, (0.0, 0.0))
@@ -126,15 +119,15 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, operation, name, d
     w = moved(p, "weight")
     w.grad = moved(p.grad, "gradient")
     state = make_state(operation, name, [w])
-    last = "momentum_buffer" if operation == "restore_sgd" else "max_exp_avg_sq"
+    last = "momentum_buffer" if operation == "sgd" else "max_exp_avg_sq"
     state[last][0] = moved(state[last][0], "state")
     s = Step(TRITON, [w])
-    s.climb()
+    s.first_step()
     width = {1024: 16, 256: 8} if dtype == torch.float32 else {2048: 16, 1024: 8, 256: 4}
     unmasked = Unmasked(monkeypatch, width)
     take(s, operation, name, state)
     blocks = blocks_by_width([CHUNK, 1100], shift * dtype.itemsize, width)
-    arrays = 5 if operation == "restore_sgd" else 9
+    arrays = 5 if operation == "sgd" else 9
     assert unmasked.found == {wide: arrays * count for wide, count in blocks.items() if count}
 
 
@@ -151,22 +144,22 @@ def test_found_inf_is_decided_on_the_device(monkeypatch, operation, name, found,
     state = make_state(operation, name, params)
     before = all_of([], state)
     s = Step(TRITON, params)
-    s.climb()
+    s.first_step()
     params[3].grad, params[2].grad = late, None
     if found:
         params[0].grad[0] = math.inf
     scaling = Scaling(None if grad_scale is None else torch.tensor(grad_scale), torch.tensor(found))
     for read in ("__bool__", "__float__", "item", "tolist"):
         monkeypatch.setattr(Tensor, read, lambda self: pytest.fail("read on the host"))
-    take(s, operation, name, state, scaling, device_steps=operation == "restore_adam")
+    take(s, operation, name, state, scaling, device_counters=operation == "adam")
     monkeypatch.undo()
-    assert s.backend.saved(s.bucket) == []
+    assert s.bucket.saved() == []
     assert same_bits([params[2]], [start[2]])
     stays = same_bits(values(params), start)
     assert stays is bool(found)
     assert same_bits(all_of([], state), before) is bool(found)
     for i, count in enumerate([1, 1, 0, 1]):
-        if operation == "restore_adam":
+        if operation == "adam":
             assert float(state["step"][i]) == 3 + i % 4 + (0 if found else count)
 
 
@@ -180,19 +173,17 @@ def test_learning_rates_on_the_device(operation, name, dtype):
         params = make_params([600, 30])
         state = make_state(operation, name, params)
         s = Step(TRITON, params, [0, 1], [{}, {}])
-        _, *others = (SGD if operation == "restore_sgd" else ADAM)[name]
-        s.climb()
+        _, *others = (SGD if operation == "sgd" else ADAM)[name]
+        s.first_step()
         for value in (0.1, 0.3):
             rate = float(lr.fill_(value))
-            groups = array("d", [0.05, *map(float, others), math.nan if on_device else rate, *map(float, others)])
-            tensors = StateTensors(state, groups, [None, lr] if on_device else [])
-            assert s.backend.collect_step(s.bucket, tensors)
-            getattr(s.backend, operation)(s.bucket, tensors, Scaling(None, None))
+            groups = [(0.05, *others), (math.nan if on_device else rate, *others)]
+            s.take(rule_named(operation), groups, state, learning_rates=[None, lr] if on_device else [])
         results.append(all_of(params, state))
     assert same_bits(*results)
-    if operation == "restore_sgd":
-        assert s.bucket.table.numbers.uploads == 1
-    assert s.bucket.table.addresses.uploads == 2  # in the second step nothing is saved
+    if operation == "sgd":
+        assert s.bucket.numbers.uploads == 1
+    assert s.bucket.addresses.uploads == 2  # in the second step nothing is saved
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)], ids=str)
@@ -202,16 +193,14 @@ def test_bias_corrections_from_counters_on_the_device(betas):
     results = []
     for on_device in (False, True):
         params = make_params([*[3] * len(counts), 0], torch.float64)
-        state = make_state("restore_adam", "adamw", params)
+        state = make_state("adam", "adamw", params)
         state["step"] = [torch.tensor(t) for t in [*counts, 5.0]]
         before = row_state(state, 0)
         s = Step(TRITON, params)
-        s.climb()
-        groups = array("d", [0.1, *betas, 1e-8, 0.01, 1.0, 0.0, 0.0])
-        tensors = StateTensors(state, groups, device_steps=on_device)
-        assert s.backend.collect_step(s.bucket, tensors)
-        s.backend.restore_adam(s.bucket, tensors, Scaling(None, None))
-        assert [float(t) for t in state["step"]] == [*(float(torch.tensor(t) + 1) for t in counts), 6.0 if on_device else 5.0]
+        s.first_step()
+        options = (0.1, *betas, 1e-8, 0.01, 1.0, 0.0, 0.0)
+        s.take(rule_named("adam"), [options], state, device_counters=on_device)
+        assert [float(t) for t in state["step"]] == [*(float(torch.tensor(t) + 1) for t in counts), 6.0]
         assert float(before["step"]) == 0.0
         results.append(values(params))
     for t, host, device in zip(counts, *results, strict=False):
@@ -230,9 +219,9 @@ def test_a_backup_that_was_not_written_is_not_read(operation, name):
         params = make_params([700, 30])
         state = make_state(operation, name, params)
         s = Step(TRITON, params)  # its backup is NaN
-        assert s.backend.collect(s.bucket, s.options)
+        assert s.bucket.collect(s.options)
         if noted:
-            s.bucket.table.mark_saved(s.bucket.table.grads)
+            s.bucket._mark_saved(s.bucket._along)
         take(s, operation, name, state)
         results.append(all_of(params, state))
     assert same_bits(*results)
@@ -251,7 +240,7 @@ def test_rows_of_a_flat_buffer_are_stepped_from_its_backup(operation, name):
             row.grad = torch.cat([p.grad for p in params])
             for p, place in zip(params, (slice(64), slice(64, None)), strict=True):
                 p.data = row[place]
-            source = Bucket([row], [0], TRITON, [params])
+            source = TRITON.bucket([row], [0], [params])
             s = Step(TRITON, params)
             s.bucket = source.by_parameter()
             climber = Step(TRITON, [row])
@@ -262,12 +251,11 @@ def test_rows_of_a_flat_buffer_are_stepped_from_its_backup(operation, name):
         climber.partials.zero_()
         climber.partials[0] = 0.25
         climber.perturb()
-        groups = array("d", map(float, (SGD if operation == "restore_sgd" else ADAM)[name]))
-        tensors = StateTensors(state, groups)
-        assert TRITON.collect_step(s.bucket, tensors)
+        group = (SGD if operation == "sgd" else ADAM)[name]
+        options = s.read_state(rule_named(operation), [group], state)
         if flat:
-            TRITON.share_saved(s.bucket, source)
-        getattr(TRITON, operation)(s.bucket, tensors, Scaling(None, None))
+            s.bucket.share_saved(source)
+        s.bucket.restore_and_step(options, UNSCALED)
         results.append(all_of(params, state))
     assert same_bits(*results)
 
@@ -279,16 +267,15 @@ def test_a_flat_backup_that_was_not_written_is_not_read():
     for p, place in zip(params, (slice(64), slice(64, None)), strict=True):
         p.data = row[place]
     params[0].grad = None
-    source = Bucket([row], [0], TRITON, [params])
-    source.flat.fill_(math.nan)
+    source = TRITON.bucket([row], [0], [params])
+    source.backup.fill_(math.nan)
     s = Step(TRITON, params)
     s.bucket = source.by_parameter()
-    assert TRITON.collect(source, s.options)
-    source.table.mark_saved(source.table.grads)
-    tensors = StateTensors({"momentum_buffer": [None, None]}, array("d", map(float, SGD["plain"])))
-    assert TRITON.collect_step(s.bucket, tensors)
-    TRITON.share_saved(s.bucket, source)
-    TRITON.restore_sgd(s.bucket, tensors, Scaling(None, None))  # the first parameter would be put back, the other one stepped
+    assert source.collect(s.options)
+    source._mark_saved(source._along)
+    options = s.read_state(rule_named("sgd"), [SGD["plain"]], {"momentum_buffer": [None, None]})
+    s.bucket.share_saved(source)
+    s.bucket.restore_and_step(options, UNSCALED)  # the first parameter would be put back, the other one stepped
     assert not row.isnan().any()
 
 
@@ -296,7 +283,7 @@ def test_a_flat_backup_that_was_not_written_is_not_read():
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_interrupted_second_step(monkeypatch, base, when):
     """The weights can still be restored; a counter has counted only what was launched and finished."""
-    operation = "restore_sgd" if base is torch.optim.SGD else "restore_adam"
+    operation = "sgd" if base is torch.optim.SGD else "adam"
     params = make_params([100, 1500])
     optimizer = SAM(params, base, backend="triton", lr=0.1)
     for _ in range(2):
@@ -323,7 +310,7 @@ def test_interrupted_second_step(monkeypatch, base, when):
     assert optimizer.perturbed
     optimizer.restore()
     assert same_bits(values(params), before)
-    if operation == "restore_adam":
+    if operation == "adam":
         assert all(float(state["step"]) == 2.0 for state in optimizer.state.values())
     optimizer.first_step()
     optimizer.second_step()
@@ -332,14 +319,14 @@ def test_interrupted_second_step(monkeypatch, base, when):
 
 def test_a_graph_has_its_own_tables(monkeypatch):
     """Captured copies are replayed: each captured step keeps the memory of both of its tables."""
-    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    monkeypatch.setattr(upload, "is_capturing", lambda device: True)
     params = make_params([30])
-    state = make_state("restore_sgd", "momentum", params)
+    state = make_state("sgd", "momentum", params)
     s = Step(TRITON, params)
     for steps in (1, 2):
-        s.climb()
-        take(s, "restore_sgd", "momentum", state)
-        assert len(s.bucket.table.addresses._kept) == len(s.bucket.table.numbers._kept) == steps
+        s.first_step()
+        take(s, "sgd", "momentum", state)
+        assert len(s.bucket.addresses._kept) == len(s.bucket.numbers._kept) == steps
 
 
 def test_adams_counters_on_the_host_cost_no_upload_per_step():
@@ -352,7 +339,7 @@ def test_adams_counters_on_the_host_cost_no_upload_per_step():
     twin = SAM(twin_groups, torch.optim.AdamW, lr=0.01, backend="cpu" if "cpu" in backends.available() else "torch")
 
     def step() -> int:
-        tables = [bucket.table for bucket in optimizer._perturbation.step_buckets() or ()]
+        tables = optimizer._perturbation.step_buckets()
         before = sum(table.numbers.uploads for table in tables)
         for each in (optimizer, twin):
             each.first_step()

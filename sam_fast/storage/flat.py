@@ -1,6 +1,6 @@
 """``flatten=True``: parameters and gradients of one device and dtype as views of two flat buffers.
 
-The kernels then see one row per parameter group instead of one per parameter, and ``zero_grad`` is one memset.
+The kernels then see one tensor per parameter group instead of one per parameter, and ``zero_grad`` is one memset.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends.addresses import make_gather
-from .backends.base import check_dense_gradient
-from .bucket import dense_layout, padded_size
+from ..backends import Backend, Bucket, choose
+from ..backends.bucket import ParameterError, check_direction, shape_changed
+from ..backends.columns import make_gather
+from ..backends.memory import dense_layout, padded_size
+from .in_place import InPlace, Member
 
 _requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # without the search for the attribute
 
@@ -22,7 +24,7 @@ def _addresses(tensors: Sequence[Tensor]) -> array[int]:
     return array("Q", [tensor.data_ptr() if tensor.numel() > 0 else 0 for tensor in tensors])
 
 
-class FlatStorage:
+class FlatBuffers:
     """Moves ``params`` into one flat buffer, and their gradients into another of the same layout.
 
     Every parameter's address changes here, once. Slots are in the order of ``params``, so parameters of one group must be neighbours.
@@ -50,7 +52,7 @@ class FlatStorage:
         for p, view in zip(self.params, self.weight_views, strict=True):
             view.copy_(p.detach())
             p.data = view
-        self._gather = make_gather(self.params)
+        self._gather = make_gather(self.params, self.params, [0] * len(self.params))
         self._weight_places = _addresses(self.weight_views)
         self._grad_places = _addresses(self.grad_views)
         self._found = array("Q", self._weight_places)
@@ -65,17 +67,17 @@ class FlatStorage:
                 self._attach(index)
                 self._made[index] = self.grad_views[index]._version
 
-        self.row_groups: list[int] = []
-        self.rows: list[Tensor] = []
-        self.row_params: list[list[Tensor]] = []
+        self.run_groups: list[int] = []
+        self.runs: list[Tensor] = []
+        self.run_params: list[list[Tensor]] = []
         bounds = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
         for begin, end in zip(bounds, [*bounds[1:], len(self.params)], strict=True):
             first, last = slots[begin], numel if end == len(self.params) else slots[end]
-            row = self.weights[first:last]
-            row.grad = self.grads[first:last]
-            self.rows.append(row)
-            self.row_groups.append(groups[begin])
-            self.row_params.append(self.params[begin:end])
+            run = self.weights[first:last]
+            run.grad = self.grads[first:last]
+            self.runs.append(run)
+            self.run_groups.append(groups[begin])
+            self.run_params.append(self.params[begin:end])
 
     def intact(self) -> bool:
         """True if every parameter still lies where it was put, as it was laid out."""
@@ -94,20 +96,17 @@ class FlatStorage:
                 self.attached[index] = False
         self._made.clear()
 
-    def write_back(self, touched: set[int]) -> list[str]:
-        """Bring restored weights to parameters that were given other memory since (``touched``: ids of those that had been moved).
-
-        Returns a description of each parameter whose shape has changed, which cannot be restored.
-        """
-        lost = []
+    def write_back(self, perturbed: set[int]) -> ParameterError | None:
+        """As :meth:`Flat.write_back`; ``perturbed``: ids of parameters."""
+        error: ParameterError | None = None
         for p, view in zip(self.params, self.weight_views, strict=True):
-            if id(p) not in touched or (p.data_ptr() == view.data_ptr() and p.shape == view.shape and p.dtype == view.dtype):
+            if id(p) not in perturbed or (p.data_ptr() == view.data_ptr() and p.shape == view.shape and p.dtype == view.dtype):
                 continue
             if p.shape == view.shape:
                 p.data.copy_(view)
             else:
-                lost.append(f"{tuple(view.shape)} -> {tuple(p.shape)}")
-        return lost
+                error = shape_changed(p, view, p)
+        return error
 
     def collect_grads(self) -> None:
         """Bring every gradient into the flat buffer: one that was replaced is copied and attached again, the slot of a missing one is zeroed.
@@ -151,7 +150,7 @@ class FlatStorage:
                 self.attached[index] = False
 
     def _adopt(self, index: int, grad: Tensor) -> None:
-        check_dense_gradient(grad, self.params[index])
+        check_direction(grad, self.params[index], self.params[index])
         self.grad_views[index].copy_(grad.detach())
         self._attach(index)
 
@@ -162,3 +161,70 @@ class FlatStorage:
             self.grad_views[index] = view
         self.params[index].grad = view
         self.attached[index] = True
+
+
+class Flat(InPlace):
+    """Parameters in flat buffers, one pair of them for each bucket.
+
+    Args:
+        backend: name of the backend to force, or None.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        self.backend = backend
+        self.buffers: list[FlatBuffers] = []
+        self._by_parameter: dict[Bucket, Bucket] = {}
+
+    def choose(self, tensor: Tensor, backend: str | None) -> Backend:
+        # A flat buffer is dense whatever its parameters were.
+        return choose(torch.empty(0, dtype=tensor.dtype, device=tensor.device), backend)
+
+    def buckets(self, members: Sequence[tuple[Backend, bool, Sequence[Member]]]) -> list[Bucket]:
+        """Keep the buffers whose parameters are all in place and in their group; flatten the others' and new parameters."""
+        group_of = {id(p): group for _, _, of_bucket in members for p, group in of_bucket}
+        kept: list[FlatBuffers] = []
+        for flat in self.buffers:
+            groups = [group for group, params in zip(flat.run_groups, flat.run_params, strict=True) for _ in params]
+            if flat.intact() and [group_of.get(id(p)) for p in flat.params] == groups:
+                kept.append(flat)
+        placed = {id(p) for flat in kept for p in flat.params}
+        for _, _, of_bucket in members:
+            fresh = [(p, group) for p, group in of_bucket if id(p) not in placed]
+            if fresh:
+                kept.append(FlatBuffers([p for p, _ in fresh], [group for _, group in fresh]))
+        self.buffers = kept
+        return [
+            choose(flat.runs[0], self.backend).bucket(flat.runs, flat.run_groups, flat.run_params) for flat in kept
+        ]
+
+    def step_buckets(self, buckets: list[Bucket]) -> list[Bucket] | None:
+        if not self._intact():
+            return None
+        if list(self._by_parameter) != buckets:
+            self._by_parameter = {bucket: bucket.by_parameter() for bucket in buckets}
+        return list(self._by_parameter.values())
+
+    def collect(self, own_gradient: bool) -> bool:
+        if not self._intact():
+            return False
+        for flat in self.buffers:
+            flat.collect_grads()
+        return True
+
+    def _intact(self) -> bool:
+        return all(flat.intact() for flat in self.buffers)
+
+    def release_frozen(self) -> None:
+        for flat in self.buffers:
+            flat.release_frozen()
+
+    def write_back(self, perturbed: Sequence[Tensor]) -> ParameterError | None:
+        if self._intact():
+            return None
+        ids = set(map(id, perturbed))
+        errors = [flat.write_back(ids) for flat in self.buffers]
+        return next((error for error in errors if error is not None), None)
+
+    def zero_grad(self) -> None:
+        for flat in self.buffers:
+            flat.zero_grad()

@@ -1,0 +1,120 @@
+// What the two files of Gather share.
+#pragma once
+
+#include "gather.h"
+
+#include <utility>
+
+namespace sam {
+
+// ---- DLPack, as far as it is needed (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.x) --------------------------------------
+
+struct DlTensor {
+  void* data;
+  struct {
+    int32_t type;
+    int32_t id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code;
+    uint8_t bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DlpackExchange {
+  struct {
+    uint32_t major;
+    uint32_t minor;
+  } version;
+  DlpackExchange* older;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*view)(void* object, DlTensor* out);  // borrows; no synchronization, no reference is taken
+  void* current_stream;
+};
+
+constexpr uint8_t kFloat = 2, kComplex = 5;  // DLDataTypeCode
+constexpr int32_t kHost = 1;                  // DLDeviceType
+
+struct Gather::Record {
+  int32_t device_type;
+  int32_t device_id;
+  uint8_t dtype_code;
+  uint8_t dtype_bits;
+  bool empty;
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;
+};
+
+// A reference that this owns, null where Python raised.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(object) {}
+  ~Owned() { Py_XDECREF(object_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
+inline PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw Gather::PythonError{};
+  return object;
+}
+
+// A tensor, or in place of a wrapper the tensor that has its elements.
+class Gather::Local {
+ public:
+  Local(const Gather& gather, PyObject* tensor) : tensor_(tensor) {
+    if (gather.has_plain_type(tensor)) return;
+    owned_ = PyObject_GetAttr(tensor, gather.local_tensor_);
+    if (owned_ == nullptr) PyErr_Clear();
+    else tensor_ = owned_;
+  }
+  ~Local() { Py_XDECREF(owned_); }
+  Local(const Local&) = delete;
+  Local& operator=(const Local&) = delete;
+  PyObject* get() const { return tensor_; }
+  bool is_wrapped() const { return owned_ != nullptr; }
+
+ private:
+  PyObject* tensor_;
+  PyObject* owned_ = nullptr;
+};
+
+// A buffer of n 64-bit numbers, for as long as this lives.
+class Numbers {
+ public:
+  Numbers(PyObject* object, size_t n, int flags, const char* what) {
+    if (PyObject_GetBuffer(object, &view_, flags) != 0) throw Gather::PythonError{};
+    if (static_cast<size_t>(view_.len) != n * sizeof(uint64_t)) {
+      PyBuffer_Release(&view_);
+      PyErr_Format(PyExc_ValueError, "%s must hold one 64-bit number for each of %zu", what, n);
+      throw Gather::PythonError{};
+    }
+  }
+  ~Numbers() { PyBuffer_Release(&view_); }
+  Numbers(const Numbers&) = delete;
+  Numbers& operator=(const Numbers&) = delete;
+  uint64_t& operator[](size_t i) const { return static_cast<uint64_t*>(view_.buf)[i]; }
+
+ private:
+  Py_buffer view_;
+};
+
+// The addresses of a column.
+class Addresses : public Numbers {
+ public:
+  Addresses(PyObject* object, size_t n) : Numbers(object, n, PyBUF_WRITABLE, "addresses") {}
+};
+
+}  // namespace sam

@@ -1,0 +1,87 @@
+"""Where a tensor's elements are: questions about its memory, and the layout of a bucket's flat index space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+ALIGNMENT = 64
+"""Bytes. A cache line, and the widest vector of any CPU: slots never share a line and streaming stores are aligned."""
+
+
+@cache
+def is_wrapper(cls: type[Tensor]) -> bool:
+    """True for a subclass whose elements lie elsewhere, or are not what its memory holds: DTensor, quantised tensors."""
+    return cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """True if the elements lie in strided memory of the tensor's own. Nothing else is asked of one for which it is False."""
+    if is_wrapper(type(tensor)) or is_lazy(tensor):
+        return False
+    return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_nested
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if ``tensor`` covers its memory without gaps or overlaps, in any order of dimensions (channels_last too)."""
+    return tensor.numel() == 0 or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    """Shape and strides of ``tensor`` if it is dense, else its shape and the strides that make it contiguous."""
+    if is_dense(tensor):
+        return tensor.shape, tensor.stride()
+    return tensor.shape, torch.empty(tensor.shape, device="meta").stride()
+
+
+def padded_size(numel: int, itemsize: int) -> int:
+    """``numel`` rounded up to whole 64-byte lines of elements of ``itemsize`` bytes."""
+    line = max(1, ALIGNMENT // itemsize)
+    return -(-numel // line) * line
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """False if the storage of a strided tensor was resized to nothing: PyTorch's own kernels would write to address 0."""
+    return tensor.numel() == 0 or tensor.data_ptr() != 0
+
+
+def rejects_memory(tensor: Tensor) -> str | None:
+    """Why the elements of ``tensor`` cannot be read and written at its address, or None."""
+    if is_wrapper(type(tensor)):
+        return f"a {type(tensor).__name__}, whose elements do not lie in memory of its own"
+    if tensor.is_neg() or tensor.is_conj():
+        return (
+            "a tensor whose sign or conjugation is still to be applied "
+            "(is_neg() or is_conj(): see resolve_neg, resolve_conj)"
+        )
+    return None
+
+
+def signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
+    """What a tensor must still be when its address is taken. The stride of a dimension of at most one element is free."""
+    empty = tensor.numel() == 0
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    strides = tuple(0 if empty or size == 1 else stride for size, stride in sizes)
+    return tensor.dtype, tensor.device, tensor.shape, strides
+
+
+def overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """The indices of the tensors whose memory reaches into that of another one of the same device."""
+    spans = sorted((str(t.device), *_span(t), i) for i, t in enumerate(tensors) if is_plain(t) and t.numel() > 0)
+    found: set[int] = set()
+    furthest: tuple[str, int, int] | None = None  # device, end and index of the span that reaches furthest so far
+    for device, begin, end, index in spans:
+        if furthest is not None and furthest[0] == device and begin < furthest[1]:
+            found |= {furthest[2], index}
+        if furthest is None or furthest[0] != device or end > furthest[1]:
+            furthest = (device, end, index)
+    return found
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

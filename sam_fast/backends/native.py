@@ -1,0 +1,315 @@
+"""What the backends share whose kernels take addresses: struct Bucket of csrc/table.h, and everything but the launches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..amp import Scaling
+from ..steps import MissingState, NotFused
+from .bucket import (
+    Backend,
+    Bucket,
+    GroupOptions,
+    ParameterError,
+    StepOptions,
+    check_direction,
+    no_memory,
+    shape_changed,
+)
+from .columns import DEVICE_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather
+from .memory import has_memory, is_dense, is_plain, is_wrapper, rejects_memory, signature
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Matches ``enum class DType`` in csrc/table.h."""
+
+MAX_STATES = 3
+
+FIELDS = (
+    "dtype",
+    "itemsize",
+    "num_tensors",
+    "num_chunks",
+    "tensors",
+    "chunks",
+    "weights",
+    "along",
+    "saved",
+    "backup",
+    "counters",
+    *(f"states[{k}]" for k in range(MAX_STATES)),
+)
+"""The members of ``struct Bucket`` in csrc/table.h, 8 bytes each. A test compares them."""
+
+
+class NativeBucket(Bucket):
+    """A bucket whose kernels take addresses: columns of them, and a struct that says where the columns are.
+
+    Addresses are read anew whenever an operation starts, and every tensor is compared with what it was when the bucket was
+    built: dtype, device, shape and strides. A kernel never sees the address of a tensor that does not match.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(tensors, groups, *args, **kwargs)
+        size = len(self.tensors)
+        self._gather = make_gather(self.tensors, self.sources, self.groups)
+        self._weights, self._along, self._saved, self._counters = (column(size) for _ in range(4))
+        self._states = tuple(column(size) for _ in range(MAX_STATES))
+        self._occupied = size - len(self.empty)
+        # How many tensors with elements are saved; None: not known. `_saved` has the truth, this saves looking.
+        self._num_saved: int | None = 0
+        self._copies: dict[int, Tensor] = {}  # directions in their tensors' own layout
+        self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
+        self._wide_steps = torch.empty(0)
+        self.device_counters = self.host_counters = False
+        values = {
+            "dtype": DTYPE_CODES.get(self.dtype, -1),  # -1: only saved and restored
+            "itemsize": self.dtype.itemsize,
+            "num_tensors": size,
+            "num_chunks": len(self.chunks),
+            "tensors": self.tensor_table.data_ptr(),
+            "chunks": self.chunks.data_ptr(),
+            "weights": _address(self._weights),
+            "along": _address(self._along),
+            "saved": _address(self._saved),
+            "backup": 0,
+            "counters": _address(self._counters),
+            **{f"states[{k}]": _address(states) for k, states in enumerate(self._states)},
+        }
+        self._struct = array("q", [values[field] for field in FIELDS])
+
+    @cached_property
+    def address(self) -> int:
+        """That of the bucket's ``struct Bucket``; allocates the backup."""
+        self._struct[FIELDS.index("backup")] = self.backup.data_ptr()
+        return _address(self._struct)
+
+    def locations(self) -> bytes:
+        return self._weights.tobytes()
+
+    # ---- First step --------------------------------------------------------------------------------------------------
+
+    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
+        changed = self._gather.weights(self._weights)
+        if changed:
+            self._require_memory(changed)
+            return False
+        self._copies.clear()
+        if along is None:
+            odd = self._gather.grads(self._along, options.wanted)
+        else:
+            perturb = (options.perturb[group] for group in self.groups)
+            along = [tensor if takes_part else None for tensor, takes_part in zip(along, perturb, strict=True)]
+            odd = self._gather.read(along, self._along)
+        for index in odd:
+            direction = self.gradient_of(index) if along is None else along[index]
+            assert direction is not None
+            self._along[index] = self._in_layout(index, direction).data_ptr()
+        return True
+
+    def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+        self._num_saved = None
+        self._num_saved = self.launch_perturb(options, partials, eps, norm)
+        self._release_copies()
+
+    @abstractmethod
+    def launch_perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
+        """Run the kernel; it marks the tensors as saved. Returns their number, those without elements not counted."""
+
+    @abstractmethod
+    def launch_copy(self, restore: bool, release: bool) -> None:
+        """Back all tensors up and mark them as saved, or restore those that are saved."""
+
+    def _in_layout(self, index: int, direction: Tensor) -> Tensor:
+        """The direction with its tensor's own dtype and strides: a copy, kept until the operation is done."""
+        tensor = self.tensors[index]
+        check_direction(direction, tensor, self.sources[index])
+        if is_plain(direction) and not has_memory(direction) and not direction._is_zerotensor():
+            raise no_memory(self.sources[index], "a gradient")
+        if is_plain(direction) and signature(direction) == signature(tensor) and rejects_memory(direction) is None:
+            self._copies[index] = direction.detach()
+        else:
+            self._copies[index] = torch.empty_like(tensor, requires_grad=False).copy_(direction.detach())
+        return self._copies[index]
+
+    def _release_copies(self) -> None:
+        """Free the directions that had to be copied: the kernels are done with them."""
+        for index in self._copies:
+            self._along[index] = 0
+        self._copies.clear()
+
+    def _require_memory(self, indices: list[int]) -> None:
+        for index in indices:
+            if is_plain(self.tensors[index]) and not has_memory(self.tensors[index]):
+                raise no_memory(self.sources[index], "weights")
+
+    # ---- Backup ------------------------------------------------------------------------------------------------------
+
+    def saved(self) -> list[int] | None:
+        if self._num_saved == self._occupied and self._occupied:
+            return None
+        return [] if self._num_saved == 0 else [i for i, address in enumerate(self._saved) if address]
+
+    def save(self) -> bool:
+        if self._gather.weights(self._weights):
+            return False
+        self._num_saved = None
+        self.launch_copy(restore=False, release=False)
+        return True
+
+    def restore(self, release: bool = True) -> None:
+        changed = self._gather.weights(self._weights)
+        self._num_saved = None
+        self.launch_copy(restore=True, release=release)
+        if changed:
+            self._restore_changed(changed, release)
+        elif release:
+            self._num_saved = 0
+
+    def release(self) -> None:
+        self._num_saved = 0
+        self._saved[:] = column(len(self._saved))
+
+    def _restore_changed(self, changed: list[int], release: bool) -> None:
+        """Restore tensors that are saved but no longer match the bucket, by way of PyTorch."""
+        error: ParameterError | None = None
+        for index in changed:
+            tensor, backup = self._tensor_now(index), self.backups[index]
+            if not self._saved[index] or (is_plain(tensor) and not has_memory(tensor)):
+                continue  # one without memory stays saved, see below
+            if release:
+                self._saved[index] = 0
+            if tensor.shape == backup.shape:
+                tensor.data.copy_(backup)
+            else:
+                error = shape_changed(self.sources[index], backup, tensor)
+        if error is not None:
+            raise error
+        self._require_memory(changed)
+
+    # ---- Second step -------------------------------------------------------------------------------------------------
+
+    def share_saved(self, source: Bucket) -> None:
+        assert isinstance(source, NativeBucket)
+        saved = [bool(at) for at, params in zip(source._saved, source.params, strict=True) for _ in params]
+        self._saved[:] = array("Q", [at if is_saved else 0 for at, is_saved in zip(self._weights, saved, strict=True)])
+        self._num_saved = None
+
+    def collect_step(self) -> None:
+        if self._gather.weights(self._weights):
+            raise NotFused("a parameter is no longer laid out as it was in first_step")
+        self._copies.clear()
+        for index in self._gather.grads(self._along, None):
+            grad, source = self.sources[index].grad, self.sources[index]
+            if grad is not None and is_wrapper(type(source)):
+                if getattr(grad, "placements", None) != source.placements:  # type: ignore[attr-defined]
+                    raise NotFused("a DTensor's gradient is not placed as the parameter is")
+                grad = self.gradient_of(index)
+            if grad is None or not is_plain(grad):
+                raise NotFused("a gradient is sparse or has no memory of its own")
+            self._along[index] = self._in_layout(index, grad).data_ptr()
+
+    def with_gradient(self) -> list[int] | None:
+        if self._gather.num_grads == len(self.tensors):
+            return None
+        return [index for index, has_grad in enumerate(self._gather.has_grad) if has_grad]
+
+    def read_state(self, state: Any, options: StepOptions) -> None:
+        rule = options.rule
+        columns = self._states[: len(rule.states)]
+        wrong = self._gather.states(state, rule.states, options.masks, columns)
+        if wrong is not None:
+            raise _wrong_state(wrong[0], rule.states[wrong[2]])
+        self._steps, kind = [], NO_COUNTERS
+        if rule.counter is not None:
+            bit = 1 << len(rule.states)
+            wrong, self._steps, kind = self._gather.counters(state, rule.counter, bit, options.masks, self._counters)
+            if wrong is not None:
+                raise _wrong_state(wrong[0], rule.counter)
+        self.device_counters = kind == DEVICE_FLOAT32
+        self.host_counters = kind not in (NO_COUNTERS, DEVICE_FLOAT32)
+        self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else torch.empty(0)
+
+    def _steps_in_float32(self) -> Tensor:
+        """Copies of counters in float64, which PyTorch makes where that is the default dtype; kernels read float32."""
+        copies = torch.cat([step.detach().reshape(1) for step in self._steps]).float()
+        for place, index in enumerate(self._counted()):
+            self._counters[index] = copies.data_ptr() + copies.itemsize * place
+        return copies
+
+    def _counted(self) -> list[int]:
+        """The tensors that have a step counter."""
+        return [index for index, address in enumerate(self._counters) if address] if self._steps else []
+
+    def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:
+        self._num_saved = None
+        left = self.launch_step(options, scaling)
+        self._count_steps(scaling)
+        self._release_copies()
+        self._num_saved = left
+        if left:  # tensors whose gradient vanished between the passes
+            self.launch_copy(restore=True, release=True)
+            self._num_saved = 0
+
+    @abstractmethod
+    def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
+        """Run the kernel of ``options.rule``. Returns how many tensors with elements are still saved."""
+
+    def _count_steps(self, scaling: Scaling) -> None:
+        """Add 1 to the counters that the kernel has not counted itself."""
+        if self._wide_steps.numel():
+            torch._foreach_add_(self._steps, 1.0)
+        elif self.host_counters and self.empty:  # the kernels never come to a tensor without elements
+            counted = dict(zip(self._counted(), self._steps, strict=True))
+            for index in self.empty:
+                if index in counted:
+                    counted[index] += 1
+        elif self.device_counters and self._steps:
+            # After the kernel, which reads them as they were.
+            torch._foreach_add_(self._steps, 1.0)
+            if scaling.found_inf is not None:
+                torch._foreach_add_(self._steps, scaling.found_inf, alpha=-1.0)
+
+    def _tensor_now(self, index: int) -> Tensor:
+        """The tensor, or what its DTensor holds now."""
+        source = self.sources[index]
+        return source._local_tensor if is_wrapper(type(source)) else self.tensors[index]  # type: ignore[attr-defined]
+
+
+class NativeBackend(Backend):
+    """A backend whose buckets are native."""
+
+    @abstractmethod
+    def rejects_device(self, tensor: Tensor) -> str | None:
+        """Why this backend cannot take tensors on this device, or None."""
+
+    def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
+        reason = self.rejects_device(tensor)
+        if reason is not None:
+            return reason
+        if arithmetic and tensor.dtype not in DTYPE_CODES:
+            takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
+            return f"dtype {tensor.dtype} (the {self.name} backend takes {takes})"
+        reason = rejects_memory(tensor)
+        if reason is not None:
+            return reason
+        if not is_dense(tensor):
+            where = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            return f"a tensor with gaps or overlaps in memory ({where})"
+        return None
+
+
+def _address(numbers: array[Any]) -> int:
+    return numbers.buffer_info()[0]
+
+
+def _wrong_state(missing: bool, name: str) -> NotFused:
+    if missing:
+        return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
+    return NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")

@@ -1,0 +1,55 @@
+"""torch.optim.Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from .rule import Rule, first_counter
+
+
+class AdamRule(Rule):
+    name = "adam"
+    classes = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
+    options = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize")
+    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    counter = "step"
+
+    def values(self, group: dict[str, Any], cls: str) -> list[Any]:
+        decoupled = group.get("decoupled_weight_decay", cls == "torch.optim.adamw.AdamW")
+        others = (group[name] for name in ("eps", "weight_decay"))
+        return [group["lr"], *group["betas"], *others, decoupled, group["amsgrad"], group["maximize"]]
+
+    def takes(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(name for name in self.all_names if group["amsgrad"] or name != "max_exp_avg_sq")
+
+    def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
+        moments = (name for name in self.states if name in self.takes(group))
+        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in moments}
+        return {"step": first_counter(param, group), **zeros}
+
+    def step(
+        self,
+        options: dict[str, float],
+        w: list[Tensor],
+        g: list[Tensor],
+        states: dict[str, list[Tensor]],
+        fused: bool = False,
+    ) -> None:
+        numbers = {name: options[name] for name in ("beta1", "beta2", "lr", "weight_decay", "eps")}
+        flags: Any = {name: bool(options[name]) for name in ("amsgrad", "maximize")} | {"fused": fused or None}
+        adam(
+            w,
+            g,
+            states["exp_avg"],
+            states["exp_avg_sq"],
+            states["max_exp_avg_sq"],
+            states["step"],
+            has_complex=w[0].is_complex(),
+            decoupled_weight_decay=bool(options["decoupled"]),
+            **numbers,
+            **flags,
+        )

@@ -1,0 +1,142 @@
+"""FSDP2's modules (``fully_shard``): what they keep of a pass that has ended, or was given up."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to it."""
+    fsdp_module = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return fsdp_module is not None and isinstance(module, fsdp_module)
+
+
+def forget_gathered_weights(model: nn.Module) -> None:
+    """Have FSDP2 gather the weights anew. After ``set_reshard_after_backward(False)`` it keeps those of the pass before the climb."""
+    for module in model.modules():
+        if is_fsdp_module(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def give_up_pass(params: Iterable[Tensor]) -> None:
+    """After a pass that was given up: FSDP2 lets go of the weights it has gathered, w + e, and of the rest of that pass.
+
+    Torch's own ``reset_iter_state`` (PyTorch 2.13) keeps gradients that were not reduced yet, which the next backward
+    pass would add to.
+
+    Args:
+        params: the parameters whose pass it was. Whole models are reset, wherever in them these are.
+    """
+    ids = {id(p) for p in params}
+    try:
+        for states in _fsdp_models():
+            groups = [group for state in states for group in _param_groups(state)]
+            if any(id(p.sharded_param) in ids for group in groups for p in group.fsdp_params):
+                _drop_gathered(groups)
+                with suppress(RuntimeError):  # a process group that has failed
+                    _reset_iter_state(states, groups)
+    except (ImportError, AttributeError, StopIteration) as error:
+        warnings.warn(
+            f"the FSDP2 of PyTorch {torch.__version__} is not as it was in the versions that this was written for ({error!r}). "
+            "The parameters are restored, but the model may still hold weights that it has gathered, and gradients, of the "
+            "pass that was given up: build it anew",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _fsdp_models() -> list[Any]:
+    """For each model that FSDP2 has run the states of its modules.
+
+    Torch has a list of all modules; a parameter does not know the one that it belongs to.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed._composable_state import _module_state_mapping
+
+    modules: list[Any] = [module for module in list(_module_state_mapping) if is_fsdp_module(module)]
+    contexts = {id(context): context for context in (module._get_fsdp_state()._state_ctx for module in modules)}
+    return [context.all_states for context in contexts.values() if context.all_states]
+
+
+def _param_groups(state: Any) -> Any:
+    """Parameters that FSDP2 gathers together; one group per module before PyTorch 2.12."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _drop_gathered(groups: Sequence[Any]) -> None:
+    """Have the next pass gather the weights, and begin with no gradients."""
+    for group in groups:
+        # Stopped in a forward pass, reshard() would keep what reshard_after_forward=False keeps, as the root does.
+        group._training_state = group._training_state.IDLE
+        group.reshard()
+        group._partial_reduce_output = None
+        for param in group.fsdp_params:
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
+
+
+def _reset_iter_state(states: Sequence[Any], groups: Sequence[Any]) -> None:
+    """FSDP2's ``reset_iter_state`` for one model, also where torch has none: before PyTorch 2.13."""
+    root = next(state for state in states if state._is_root)
+    if hasattr(root, "_reset_iter_state"):
+        root._reset_iter_state()
+        return
+    for state in states:
+        state._training_state = state._training_state.IDLE
+        state._modules_to_run_forward.clear()
+    for group in groups:
+        group.finalize_backward()  # waits for what is under way
+    comm, context = root._comm_ctx, root._state_ctx
+    if comm.all_gather_state is not None:
+        if comm.all_gather_state.event is not None:
+            root._device_handle.current_stream().wait_event(comm.all_gather_state.event)
+        comm.all_gather_state = None
+    comm.post_forward_order.clear()
+    context.iter_forward_root = None
+    context.post_backward_final_callback_queued = False
+
+
+@contextmanager
+def own_gradients(module: nn.Module) -> Iterator[None]:
+    """Run one FSDP2 module without adding its gradients up over replicas: with HSDP each replica of the model has a gradient of its own.
+
+    Within a replica gradients are reduced and scattered as always, since no process has room for all of them.
+
+    Raises:
+        ValueError: there are no replicas: the parameters are sharded over all processes.
+        RuntimeError: torch's FSDP2 is not as it was in the versions that this was written for.
+    """
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
+
+        param_groups = _param_groups(module._get_fsdp_state())  # type: ignore[operator]
+        infos = [param_group.mesh_info for param_group in param_groups]
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"first_pass(model, sync=False) does not know the FSDP2 of PyTorch {torch.__version__} ({error}): use sync=True") from None
+    for info in infos:
+        if not isinstance(info, HSDPMeshInfo):
+            raise ValueError(
+                "first_pass(model, sync=False) needs a gradient of its own in each replica of the model, and fully_shard on this mesh makes "
+                "only one of all processes together: use sync=True, or a 2-D mesh (replicate, shard)"
+            )
+    # set_requires_all_reduce(False) would keep the gradients in a buffer of FSDP's. A mesh without replicas puts them where they belong.
+    try:
+        for param_group, info in zip(param_groups, infos, strict=True):
+            param_group.mesh_info = FSDPMeshInfo(info.mesh, info.shard_mesh_dim)
+            if hasattr(info, "reduce_scatter_process_group"):  # since PyTorch 2.13
+                param_group.mesh_info.reduce_scatter_process_group = info.reduce_scatter_process_group
+        yield
+    finally:
+        for param_group, info in zip(param_groups, infos, strict=True):
+            param_group.mesh_info = info

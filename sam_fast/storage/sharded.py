@@ -1,0 +1,158 @@
+"""Parameters spread over processes: DTensor, which FSDP2's ``fully_shard`` and tensor parallelism are made of.
+
+The kernels work on the local tensors, what this process holds of each parameter. Only the norm needs the other processes.
+Parameters that are sharded over the same process groups share buckets, so that their sum of squares is one number, which
+is all-reduced over these groups; replicas hold the same numbers, and are not counted. Slots of replicas agree on all ranks
+for the same reason.
+
+Nothing here imports ``torch.distributed.tensor``: without DTensors in the program this module costs a dictionary lookup
+when buckets are built.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, Bucket
+from ..backends.columns import local_tensor
+from ..norm import NormSum
+from .fsdp import give_up_pass
+from .in_place import InPlace, Member, ProcessGroups
+
+
+class Sharded(InPlace):
+    """Parameters of which some are DTensors.
+
+    Args:
+        params: all parameters.
+
+    Raises:
+        ValueError: a parameter's placement is Partial.
+    """
+
+    process_wide = True
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._dtensors: list[Any] = [p for p in params if is_dtensor(p)]
+        self._locals = [p._local_tensor for p in self._dtensors]
+        position = {id(p): i for i, p in enumerate(params)}
+        self._groups = {id(p): _sharding_groups(p, position[id(p)]) for p in self._dtensors}
+        self._position = position
+        self._own_gradient = False
+
+    def tensor(self, param: Tensor) -> Tensor:
+        local: Tensor = local_tensor(param)
+        return local
+
+    def process_groups(self, param: Tensor) -> ProcessGroups:
+        return self._groups.get(id(param), ())
+
+    def _bucket(self, backend: Backend, shared: bool, members: Sequence[Member]) -> Bucket:
+        params, groups = [p for p, _ in members], [group for _, group in members]
+        tensors = [self.tensor(p) for p in params]
+        return backend.bucket(tensors, groups, [[p] for p in params], shared=shared, gradient_of=self._gradient_of)
+
+    def collect(self, own_gradient: bool) -> bool:
+        self._own_gradient = own_gradient
+        return all(map(is_, (p._local_tensor for p in self._dtensors), self._locals))
+
+    def _gradient_of(self, param: Any) -> Tensor | None:
+        """What this process holds of a gradient, laid out as the parameter is."""
+        grad = param.grad
+        if grad is None or not is_dtensor(param):
+            return grad  # type: ignore[no-any-return]
+        with torch.no_grad():
+            if grad.placements != param.placements and not self._is_own(param, grad):
+                # Partial sums, for instance: torch's optimizers have them added up as well.
+                grad = grad.redistribute(placements=param.placements)
+            local: Tensor = local_tensor(grad)
+            return local.detach()
+
+    def _is_own(self, param: Any, grad: Any) -> bool:
+        """Whether a gradient is to be taken as it is although it is placed otherwise than its parameter."""
+        if not self._own_gradient:
+            return False
+        for of_grad, of_param in zip(grad.placements, param.placements, strict=True):
+            if of_grad != of_param and not (of_grad.is_partial() and of_param.is_replicate()):
+                raise RuntimeError(
+                    f"first_pass(model, sync=False): the gradient of parameter {self._position[id(param)]} is placed "
+                    f"as {grad.placements}, the parameter as {param.placements}; no process has a gradient of its own "
+                    "of parameters that are sharded. Use sync=True"
+                )
+        return True
+
+    def combine(self, sums: Iterable[tuple[Bucket, Tensor, NormSum]]) -> None:
+        """Add the buckets' partial sums up, over all processes that have a part of them: one number per device.
+
+        Every process does the same collectives in the same order: what it has no elements or no gradients of is zero.
+        """
+        totals: dict[ProcessGroups, Tensor] = {}
+        homes: dict[ProcessGroups, NormSum] = {}
+        sums = list(sums)
+        for home in {id(home): home for _, _, home in sums}.values():
+            home.partials.zero_()
+        for bucket, own, home in sums:
+            param: Any = bucket.params[0][0]
+            total = own.sum()
+            key = self.process_groups(param)
+            if not key:
+                home.partials[0] += total
+                continue
+            # With FSDP2's CPUOffloadPolicy the numbers are on the host and the process groups on the GPU.
+            total = total.to(param.device_mesh.device_type)
+            totals[key] = totals[key] + total if key in totals else total
+            homes.setdefault(key, home)
+        for process_groups, total in totals.items():  # in the order of the parameters, which is the same everywhere
+            for process_group in process_groups:
+                torch.distributed.all_reduce(total, group=process_group)
+            partials = homes[process_groups].partials
+            partials[0] += total.to(partials.device)
+
+    def written(self, params: list[Tensor]) -> list[Tensor]:
+        # A DTensor has a version counter, and its local tensor another.
+        return [*params, *(p._local_tensor for p in params if is_dtensor(p))]  # type: ignore[attr-defined]
+
+    def give_up_pass(self) -> None:
+        give_up_pass(self._dtensors)
+
+
+def sharded(params: Sequence[Tensor]) -> Sharded | None:
+    """The storage of parameters of which some are DTensors; None if there are none.
+
+    Raises:
+        ValueError: a parameter belongs to a torch.distributed.fsdp.FullyShardedDataParallel.
+    """
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise ValueError(
+            "SAM does not support torch.distributed.fsdp.FullyShardedDataParallel, whose parameters do not show how they "
+            "are sharded: use fully_shard"
+        )
+    return Sharded(params) if any(map(is_dtensor, params)) else None
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a tensor is a DTensor. Nothing is one until the program has imported them."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and isinstance(value, dtensor)
+
+
+def _sharding_groups(param: Any, position: int) -> ProcessGroups:
+    """The process groups over which a DTensor is sharded: one per dimension of its mesh, or that of all processes."""
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"parameter {position} is placed as {param.placements}: partial sums are no parameter, "
+            "use Shard or Replicate"
+        )
+    mesh = param.device_mesh
+    placements = enumerate(param.placements)
+    over = [dim for dim, placement in placements if not placement.is_replicate() and mesh.size(dim) > 1]
+    if len(over) > 1 and math.prod(mesh.size(dim) for dim in over) == torch.distributed.get_world_size():
+        return (torch.distributed.group.WORLD,)  # one all-reduce in place of one for each dimension
+    return tuple(mesh.get_group(dim) for dim in over)
