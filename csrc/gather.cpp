@@ -16,6 +16,7 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   Owned is_conj(checked(PyObject_GetAttrString(tensor_class, "is_conj")));
   Owned dispatch(checked(PyObject_GetAttrString(tensor_class, "__torch_dispatch__")));
   Owned local_tensor(checked(PyUnicode_InternFromString("_local_tensor")));
+  Owned spec(checked(PyUnicode_InternFromString("_spec")));
   Owned placements(checked(PyUnicode_InternFromString("placements")));
   if (Py_TYPE(grad.get())->tp_descr_get == nullptr) {
     PyErr_SetString(PyExc_TypeError, "tensor_class must be torch.Tensor, whose grad is a descriptor");
@@ -58,26 +59,27 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   is_conj_ = is_conj.release();
   dispatch_ = dispatch.release();
   local_tensor_ = local_tensor.release();
+  spec_ = spec.release();
   placements_ = placements.release();
 }
 
 Gather::~Gather() {
-  Py_XDECREF(plain_type_);
-  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, placements_}) Py_XDECREF(object);
+  for (const auto& [type, is_plain] : types_) Py_DECREF(type);
+  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, spec_, placements_}) Py_XDECREF(object);
 }
 
 PyObject* Gather::param(size_t i) const { return PyList_GET_ITEM(params_, static_cast<Py_ssize_t>(i)); }
 
 bool Gather::has_plain_type(PyObject* tensor) const {
   PyTypeObject* type = Py_TYPE(tensor);
-  if (type == plain_type_) return true;
+  for (const auto& [known, is_plain] : types_)
+    if (type == known) return is_plain;
   Owned dispatch(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__torch_dispatch__"));
   if (dispatch.get() == nullptr) PyErr_Clear();
-  if (dispatch.get() != dispatch_) return false;
+  const bool is_plain = dispatch.get() == dispatch_;
   Py_INCREF(type);
-  Py_XDECREF(plain_type_);
-  plain_type_ = type;
-  return true;
+  types_.emplace_back(type, is_plain);
+  return is_plain;
 }
 
 bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
@@ -115,6 +117,9 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uin
 }
 
 bool Gather::placed_alike(PyObject* grad, PyObject* param) const {
+  const Owned spec_of_grad(PyObject_GetAttr(grad, spec_)), spec_of_param(PyObject_GetAttr(param, spec_));
+  PyErr_Clear();
+  if (spec_of_grad.get() != nullptr && spec_of_grad.get() == spec_of_param.get()) return true;  // FSDP2's have one spec
   Owned of_grad(checked(PyObject_GetAttr(grad, placements_)));
   Owned of_param(checked(PyObject_GetAttr(param, placements_)));
   const int same = PyObject_RichCompareBool(of_grad.get(), of_param.get(), Py_EQ);
@@ -145,36 +150,46 @@ class Wanted {
 
 }  // namespace
 
+// Reads the address of one tensor; false if it does not match.
+bool Gather::weight(size_t i, uint64_t* address) const {
+  PyObject* param = this->param(i);
+  // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
+  const Local local(*this, has_plain_type(param) ? PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i)) : param);
+  return matches(local.get(), records_[i], *address, address);
+}
+
+// Reads the address of one gradient; false if it does not match.
+bool Gather::grad(size_t i, uint64_t* address) {
+  *address = 0;
+  has_grad_[i] = 0;
+  PyObject* of = param(i);
+  // Without the search for the attribute. The parameter keeps it.
+  Owned grad(checked(Py_TYPE(grad_)->tp_descr_get(grad_, of, reinterpret_cast<PyObject*>(Py_TYPE(of)))));
+  if (grad.get() == Py_None) return true;
+  has_grad_[i] = 1;
+  ++num_grads_;
+  const Local local(*this, grad.get());
+  return (!local.is_wrapped() || placed_alike(grad.get(), of)) && matches(local.get(), records_[i], 0, address);
+}
+
 std::vector<int64_t> Gather::weights(PyObject* column) const {
   Addresses addresses(column, records_.size());
   std::vector<int64_t> changed;
-  for (size_t i = 0; i < records_.size(); ++i) {
-    PyObject* tensor = PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i));
-    // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
-    const Local local(*this, has_plain_type(param(i)) ? tensor : param(i));
-    if (!matches(local.get(), records_[i], addresses[i], &addresses[i])) changed.push_back(static_cast<int64_t>(i));
-  }
+  for (size_t i = 0; i < records_.size(); ++i)
+    if (!weight(i, &addresses[i])) changed.push_back(static_cast<int64_t>(i));
   return changed;
 }
 
-std::vector<int64_t> Gather::grads(PyObject* column, PyObject* wanted_groups) {
-  Addresses addresses(column, records_.size());
+Gather::Odd Gather::collect(PyObject* weights, PyObject* grads, PyObject* wanted_groups) {
+  Addresses of_weights(weights, records_.size());
+  Addresses of_grads(grads, records_.size());
   const Wanted wanted(wanted_groups);
-  std::vector<int64_t> odd;
-  const descrgetfunc get = Py_TYPE(grad_)->tp_descr_get;
+  Odd odd;
   num_grads_ = 0;
   for (size_t i = 0; i < records_.size(); ++i) {
-    addresses[i] = 0;
-    has_grad_[i] = 0;
-    if (!wanted(groups_[i])) continue;
-    PyObject* of = param(i);
-    Owned grad(checked(get(grad_, of, reinterpret_cast<PyObject*>(Py_TYPE(of)))));  // without the search for the attribute; the param keeps it
-    if (grad.get() == Py_None) continue;
-    has_grad_[i] = 1;
-    ++num_grads_;
-    const Local local(*this, grad.get());
-    const bool alike = !local.is_wrapped() || placed_alike(grad.get(), of);
-    if (!alike || !matches(local.get(), records_[i], 0, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
+    if (!weight(i, &of_weights[i])) odd.weights.push_back(static_cast<int64_t>(i));
+    if (!wanted(groups_[i])) of_grads[i] = 0, has_grad_[i] = 0;
+    else if (!grad(i, &of_grads[i])) odd.grads.push_back(static_cast<int64_t>(i));
   }
   return odd;
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace sam {
@@ -36,11 +37,15 @@ class Gather {
   // A tensor that lies where `addresses` says already is not asked again whether its memory is its value.
   std::vector<int64_t> weights(PyObject* addresses) const;
 
-  // The gradients, 0 for those that are None. wanted: one byte per group, 0 where gradients are not looked at; or None. A gradient that is placed
-  // over processes otherwise than its parameter does not match.
-  std::vector<int64_t> grads(PyObject* addresses, PyObject* wanted);
+  // weights() and the gradients in one walk; a gradient's address is 0 where it is None. wanted: one byte per group, 0 where gradients are not
+  // looked at; or None. A gradient that is placed over processes otherwise than its parameter does not match.
+  struct Odd {
+    std::vector<int64_t> weights;
+    std::vector<int64_t> grads;
+  };
+  Odd collect(PyObject* weights, PyObject* grads, PyObject* wanted);
 
-  // Of the last grads(): how many tensors had a gradient, and a byte for each that says whether.
+  // Of the last collect(): how many tensors had a gradient, and a byte for each that says whether.
   int64_t num_grads() const { return num_grads_; }
   const std::vector<char>& has_grad() const { return has_grad_; }
 
@@ -55,7 +60,7 @@ class Gather {
     int64_t name = -1;
   };
 
-  // columns[k] = the addresses of state[param][names[k]], for the params that had a gradient at the last grads() and whose group's entry in `masks`
+  // columns[k] = the addresses of state[param][names[k]], for the params that had a gradient at the last collect() and whose group's entry in `masks`
   // has bit k; 0 for the others. state: the base optimizer's, a dict; names: a tuple; masks: a buffer of one 64-bit number per group; columns: a tuple.
   Found states(PyObject* state, PyObject* names, PyObject* masks, PyObject* columns);
 
@@ -66,6 +71,8 @@ class Gather {
  private:
   struct Record;
   class Local;
+  bool weight(size_t i, uint64_t* address) const;
+  bool grad(size_t i, uint64_t* address);
   bool matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const;
   bool has_plain_type(PyObject* tensor) const;
   bool is_lazy(PyObject* tensor, const Record& record) const;
@@ -81,8 +88,9 @@ class Gather {
   PyObject* is_conj_ = nullptr;
   PyObject* dispatch_ = nullptr;  // its __torch_dispatch__, that of every class whose tensors are their memory
   PyObject* local_tensor_ = nullptr;  // names
+  PyObject* spec_ = nullptr;
   PyObject* placements_ = nullptr;
-  mutable PyTypeObject* plain_type_ = nullptr;  // the last class that was found to be one of these
+  mutable std::vector<std::pair<PyTypeObject*, bool>> types_;  // classes, and whether they are one of these
   std::vector<Record> records_;
   std::vector<int64_t> groups_;
   std::vector<char> has_grad_;

@@ -46,7 +46,8 @@ def fused_step(
         if buckets is None:
             raise NotFused("parameters or groups are no longer those of first_step, or have left their flat buffer")
         scaling = _on_host(scaling, buckets)
-        options = [_options_of(bucket, base, rule, rounding_key) for bucket in buckets]
+        given = _given(base, rule)
+        options = [_options_of(bucket, base, rule, given, rounding_key) for bucket in buckets]
         for bucket, of_bucket in zip(buckets, options, strict=True):
             bucket.collect_step()
             # Where it is not known yet whether there is a step, none must leave a state behind.
@@ -114,8 +115,31 @@ def _check_counters(bucket: Bucket, scaling: Scaling) -> None:
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
 
-def _options_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | None) -> StepOptions:
-    """The options of all groups. Raises NotFused if a kernel cannot take one."""
+def _given(base: Optimizer, rule: Rule) -> list[tuple[Any, ...]]:
+    """All that the options of a step are made of."""
+    cls = class_name(base)
+    return [
+        (*rule.values(group, cls), group.get("differentiable", False), group.get("capturable", False))
+        for group in base.param_groups
+    ]
+
+
+def _options_of(
+    bucket: Bucket, base: Optimizer, rule: Rule, given: list[tuple[Any, ...]], rounding_key: int | None
+) -> StepOptions:
+    """The options of all groups; those of the step before where nothing has changed since.
+
+    Raises NotFused if a kernel cannot take one.
+    """
+    known = bucket.step_options
+    plain = all(type(value) in (float, int, bool) for group in given for value in group)  # no tensors: == is ==
+    if not plain or known is None or known.given != given or known.rule is not rule:
+        known = bucket.step_options = _new_options(bucket, base, rule, given if plain else [])
+    known.rounding_key = rounding_key
+    return known
+
+
+def _new_options(bucket: Bucket, base: Optimizer, rule: Rule, given: list[tuple[Any, ...]]) -> StepOptions:
     if rule.name not in bucket.steps:
         raise NotFused(f"the {bucket.backend} backend has no fused step of {type(base).__qualname__}")
     values, masks = array("d"), array("Q")
@@ -134,7 +158,7 @@ def _options_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int |
         learning_rates.append(lr if on_device else None)
         values.extend((math.nan if on_device else float(lr), *map(float, others)))
     on_device = any(lr is not None for lr in learning_rates)
-    return StepOptions(rule, values, masks, learning_rates if on_device else [], rounding_key)
+    return StepOptions(rule, values, masks, learning_rates if on_device else [], given=given)
 
 
 def _check_group(bucket: Bucket, group: dict[str, Any], lr: Tensor | None, on_host: list[Any]) -> None:

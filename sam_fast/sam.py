@@ -244,7 +244,10 @@ class SAM(OptimizerWrapper):
             RuntimeError: there was no first_step.
         """
         self._require_perturbed("second_step()")
-        self.step()
+        if self._is_watched():
+            self.step()
+        else:
+            self._step_checked(None)
         if zero_grad:
             self.zero_grad()
 
@@ -284,10 +287,23 @@ class SAM(OptimizerWrapper):
                 pattern in ``extra_buffers`` that fits nothing in ``model``.
             TypeError: ``model`` or ``extra_buffers`` is of the wrong type.
         """
+        return self._step_checked(closure, passes, replay_rng, model, extra_buffers)
+
+    _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
+
+    def _step_checked(
+        self,
+        closure: Callable[[], Any] | None,
+        passes: str | None = None,
+        replay_rng: bool = False,
+        model: Models | None = None,
+        extra_buffers: ExtraBuffers = (),
+    ) -> Any:
         try:
             if closure is None:
                 return self._step_without_closure(passes, replay_rng)
-            return closure_step(self, closure, self._closure if passes is None else passes, replay_rng, model, extra_buffers)
+            passes = self._closure if passes is None else passes
+            return closure_step(self, closure, passes, replay_rng, model, extra_buffers)
         except BaseException:
             forget(self)  # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
             raise

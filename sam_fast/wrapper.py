@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
 from .base_step import BaseStep
@@ -14,6 +16,9 @@ from .options import check_options, without_old_weights
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that exchange the weights for others, as schedule-free ones have them."""
+
+
+_profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 
 class _NoBaseYet:
@@ -33,6 +38,7 @@ class OptimizerWrapper(Optimizer):
 
     base_optimizer: Optimizer
     _base_step: BaseStep
+    _plain_step: Callable[..., Any]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self.base_optimizer = _NoBaseYet()  # type: ignore[assignment]
@@ -129,6 +135,22 @@ class OptimizerWrapper(Optimizer):
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody must see :meth:`step` being called: a hook, a profiler, a scheduler, a subclass.
+
+        PyTorch wraps ``step`` for them, which takes longer than the rest of a small step.
+        """
+        hooks = (
+            self._optimizer_step_pre_hooks,
+            self._optimizer_step_post_hooks,
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )
+        if any(hooks) or "step" in vars(self) or _profiling():
+            return True
+        # PyTorch's own wrapping of the method below is all that there may be.
+        return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step
 
     # ---- What the subclass says ----------------------------------------------------------------------------------------------------------
 

@@ -45,20 +45,22 @@ def odd_gradients() -> list[Any]:
 def test_gradients_and_those_that_need_a_copy(gather: Any) -> None:
     params = odd_gradients()
     found, table = gather(params), column(len(params))
-    assert found.grads(table, None) == [3, 5, 7]
+    weights = column(len(params))
+    assert found.collect(weights, table, None) == ([], [3, 5, 7])
     grads = [p.grad for p in params]
     assert list(table) == [address(grads[0]), 0, address(grads[2]), 0, 0, 0, address(grads[6]), 0]
     assert found.num_grads == 7
     assert found.has_grad == bytes([1, 1, 1, 1, 0, 1, 1, 1])
+    assert list(weights) == [address(p) for p in params]
     assert found.weights(table) == []
-    assert list(table) == [address(p) for p in params]
+    assert table == weights
 
 
 def test_gradients_of_groups_that_are_not_wanted_are_not_looked_at(gather: Any) -> None:
     params = make_params([5, 3, 4])
     found, table = gather(params, [0, 1, 2]), column(3)
     params[1].grad = torch.ones(3).to_sparse()
-    assert found.grads(table, bytes([1, 0, 1])) == []
+    assert found.collect(column(3), table, bytes([1, 0, 1])) == ([], [])
     assert list(table) == [address(params[0].grad), 0, address(params[2].grad)]
     assert found.num_grads == 2
 
@@ -86,7 +88,7 @@ def test_a_changed_tensor_has_no_address(gather: Any, change: str) -> None:
     }[change]
     if change == "sparse":
         params[0].grad = new
-        assert found.grads(table, None) == [0]
+        assert found.collect(array("Q", [7, 7]), table, None) == ([], [0])
     else:
         params[0].data = new
         assert found.weights(table) == [0]
@@ -105,7 +107,7 @@ def state_of(params: list[Any]) -> dict[Any, dict[str, Tensor]]:
 
 def read(found: Any, state: Any, masks: list[int], columns: Any = None) -> tuple[Any, list[list[int]]]:
     table = column(len(found.has_grad))
-    found.grads(table, None)
+    found.collect(column(len(table)), table, None)
     columns = tuple(column(len(table)) for _ in NAMES)
     return found.states(state, NAMES, array("Q", masks), columns), [list(of_name) for of_name in columns]
 
@@ -153,7 +155,7 @@ def test_what_is_missing_or_odd_is_named(gather: Any) -> None:
 def test_counters(gather: Any, counters: list[Any], kind: Any) -> None:
     params = make_params([5, 0])
     found, table = gather(params), column(2)
-    found.grads(table, None)
+    found.collect(column(2), table, None)
     state = {p: {} if counter is None else {"step": counter} for p, counter in zip(params, counters, strict=True)}
     wrong, read_counters, found_kind = found.counters(state, "step", 4, array("Q", [4]), table)
     if isinstance(kind, int):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch_conformance import REFUSED, optimizer_infos
 
-from sam_fast import SAM
+from sam_fast import SAM, backends
 from sam_fast.backends.bucket import CHUNK
 
 each_optimizer = pytest.mark.parametrize("index", range(12), ids=lambda i: f"info{i}")

@@ -77,9 +77,10 @@ PYBIND11_MODULE(_cpu, m) {
       .def("weights", [](const sam::Gather& self, py::handle addresses) {
         return translated([&] { return as_list(self.weights(addresses.ptr())); });
       }, py::arg("addresses"))
-      .def("grads", [](sam::Gather& self, py::handle addresses, py::handle wanted) {
-        return translated([&] { return as_list(self.grads(addresses.ptr(), wanted.ptr())); });
-      }, py::arg("addresses"), py::arg("wanted") = py::none())
+      .def("collect", [](sam::Gather& self, py::handle weights, py::handle grads, py::handle wanted) {
+        const sam::Gather::Odd odd = translated([&] { return self.collect(weights.ptr(), grads.ptr(), wanted.ptr()); });
+        return py::make_tuple(as_list(odd.weights), as_list(odd.grads));
+      }, py::arg("weights"), py::arg("grads"), py::arg("wanted") = py::none())
       .def("read", [](const sam::Gather& self, py::handle tensors, py::handle addresses) {
         return translated([&] { return as_list(self.read(tensors.ptr(), addresses.ptr())); });
       }, py::arg("tensors"), py::arg("addresses"))

@@ -68,6 +68,7 @@ class StepOptions:
         learning_rates: for each group its learning rate as a tensor (one element, float32 or float64) on the bucket's
             device, which a kernel reads there, or None where ``values`` has it. Empty means None everywhere.
         rounding_key: as in :class:`GroupOptions`, for the new weights.
+        given: what all this was made of; empty where that may change without being another object.
     """
 
     rule: Rule
@@ -75,6 +76,7 @@ class StepOptions:
     masks: array[int]
     learning_rates: list[Tensor | None] = field(default_factory=list)
     rounding_key: int | None = None
+    given: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
     def num_groups(self) -> int:
@@ -137,6 +139,8 @@ class Bucket(ABC):
         """For each tensor whose ``.grad`` is its gradient, and which is the key of the base optimizer's state."""
         self.empty = [index for index, tensor in enumerate(self.tensors) if tensor.numel() == 0]
         self.shared = shared
+        self.step_options: StepOptions | None = None
+        """Those of the last fused step."""
         self._backup = backup
         self._gradient_of = gradient_of
 

@@ -87,7 +87,12 @@ class PythonGather:
         param = self.params[i]
         return local_tensor(param) if is_wrapper(type(param)) else self.tensors[i]
 
-    def grads(self, addresses: array[int], wanted: bytes | None = None) -> list[int]:
+    def collect(
+        self, weights: array[int], grads: array[int], wanted: bytes | None = None
+    ) -> tuple[list[int], list[int]]:
+        return self.weights(weights), self._grads(grads, wanted)
+
+    def _grads(self, addresses: array[int], wanted: bytes | None) -> list[int]:
         odd, has_grad = [], bytearray(len(self.params))
         for i, (param, group) in enumerate(zip(self.params, self.groups, strict=True)):
             addresses[i] = 0

@@ -96,17 +96,17 @@ class NativeBucket(Bucket):
     # ---- First step --------------------------------------------------------------------------------------------------
 
     def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
-        changed = self._gather.weights(self._weights)
-        if changed:
-            self._require_memory(changed)
-            return False
         self._copies.clear()
         if along is None:
-            odd = self._gather.grads(self._along, options.wanted)
+            changed, odd = self._gather.collect(self._weights, self._along, options.wanted)
         else:
+            changed = self._gather.weights(self._weights)
             perturb = (options.perturb[group] for group in self.groups)
             along = [tensor if takes_part else None for tensor, takes_part in zip(along, perturb, strict=True)]
             odd = self._gather.read(along, self._along)
+        if changed:
+            self._require_memory(changed)
+            return False
         for index in odd:
             direction = self.gradient_of(index) if along is None else along[index]
             assert direction is not None
@@ -202,10 +202,11 @@ class NativeBucket(Bucket):
         self._num_saved = None
 
     def collect_step(self) -> None:
-        if self._gather.weights(self._weights):
-            raise NotFused("a parameter is no longer laid out as it was in first_step")
         self._copies.clear()
-        for index in self._gather.grads(self._along, None):
+        changed, odd = self._gather.collect(self._weights, self._along, None)
+        if changed:
+            raise NotFused("a parameter is no longer laid out as it was in first_step")
+        for index in odd:
             grad, source = self.sources[index].grad, self.sources[index]
             if grad is not None and is_wrapper(type(source)):
                 if getattr(grad, "placements", None) != source.placements:  # type: ignore[attr-defined]

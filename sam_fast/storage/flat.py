@@ -85,7 +85,7 @@ class FlatBuffers:
 
     def _grads_intact(self) -> bool:
         """True if every gradient lies where it belongs. Whichever object ``.grad`` is: ``model.to()`` gives the same one other memory."""
-        return not self._gather.grads(self._found_grads) and self._found_grads == self._grad_places
+        return not self._gather.collect(self._found, self._found_grads)[1] and self._found_grads == self._grad_places
 
     def release_frozen(self) -> None:
         """Take the gradients of zeros that were made here from parameters that have been frozen since."""

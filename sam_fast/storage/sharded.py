@@ -117,7 +117,8 @@ class Sharded(InPlace):
 
     def written(self, params: list[Tensor]) -> list[Tensor]:
         # A DTensor has a version counter, and its local tensor another.
-        return [*params, *(p._local_tensor for p in params if is_dtensor(p))]  # type: ignore[attr-defined]
+        local_of = self._groups
+        return [*params, *(p._local_tensor for p in params if id(p) in local_of)]  # type: ignore[attr-defined]
 
     def give_up_pass(self) -> None:
         give_up_pass(self._dtensors)
