@@ -151,11 +151,14 @@ class Wanted {
 }  // namespace
 
 // Reads the address of one tensor; false if it does not match.
-bool Gather::weight(size_t i, uint64_t* address) const {
+bool Gather::weight(size_t i, uint64_t* address) {
   PyObject* param = this->param(i);
   // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
   const Local local(*this, has_plain_type(param) ? PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i)) : param);
-  return matches(local.get(), records_[i], *address, address);
+  const uint64_t known = *address;
+  const bool same = matches(local.get(), records_[i], known, address);
+  moved_ = moved_ || *address != known;
+  return same;
 }
 
 // Reads the address of one gradient; false if it does not match.
@@ -172,9 +175,10 @@ bool Gather::grad(size_t i, uint64_t* address) {
   return (!local.is_wrapped() || placed_alike(grad.get(), of)) && matches(local.get(), records_[i], 0, address);
 }
 
-std::vector<int64_t> Gather::weights(PyObject* column) const {
+std::vector<int64_t> Gather::weights(PyObject* column) {
   Addresses addresses(column, records_.size());
   std::vector<int64_t> changed;
+  moved_ = false;
   for (size_t i = 0; i < records_.size(); ++i)
     if (!weight(i, &addresses[i])) changed.push_back(static_cast<int64_t>(i));
   return changed;
@@ -186,6 +190,7 @@ Gather::Odd Gather::collect(PyObject* weights, PyObject* grads, PyObject* wanted
   const Wanted wanted(wanted_groups);
   Odd odd;
   num_grads_ = 0;
+  moved_ = false;
   for (size_t i = 0; i < records_.size(); ++i) {
     if (!weight(i, &of_weights[i])) odd.weights.push_back(static_cast<int64_t>(i));
     if (!wanted(groups_[i])) of_grads[i] = 0, has_grad_[i] = 0;

@@ -35,7 +35,7 @@ class Gather {
   Gather& operator=(const Gather&) = delete;
 
   // A tensor that lies where `addresses` says already is not asked again whether its memory is its value.
-  std::vector<int64_t> weights(PyObject* addresses) const;
+  std::vector<int64_t> weights(PyObject* addresses);
 
   // weights() and the gradients in one walk; a gradient's address is 0 where it is None. wanted: one byte per group, 0 where gradients are not
   // looked at; or None. A gradient that is placed over processes otherwise than its parameter does not match.
@@ -44,6 +44,9 @@ class Gather {
     std::vector<int64_t> grads;
   };
   Odd collect(PyObject* weights, PyObject* grads, PyObject* wanted);
+
+  // Of the last collect() or weights(): whether a tensor lay elsewhere than `weights` said.
+  bool moved() const { return moved_; }
 
   // Of the last collect(): how many tensors had a gradient, and a byte for each that says whether.
   int64_t num_grads() const { return num_grads_; }
@@ -71,7 +74,7 @@ class Gather {
  private:
   struct Record;
   class Local;
-  bool weight(size_t i, uint64_t* address) const;
+  bool weight(size_t i, uint64_t* address);
   bool grad(size_t i, uint64_t* address);
   bool matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const;
   bool has_plain_type(PyObject* tensor) const;
@@ -95,6 +98,7 @@ class Gather {
   std::vector<int64_t> groups_;
   std::vector<char> has_grad_;
   int64_t num_grads_ = 0;
+  bool moved_ = false;
   std::vector<PyObject*> keys_;   // of the base optimizer's state in its order, when it was last looked at; only compared, never used
   std::vector<int64_t> places_;   // the tensor of each of them, -1 for none
   std::vector<PyObject*> entries_;  // each tensor's entry, null for none

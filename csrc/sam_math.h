@@ -39,25 +39,25 @@ SAM_HD V norm_term_adaptive(V w, V g, V eta) {
 
 // w + e, given scale = rho / (||T g|| + eps).
 template <class V>
-SAM_HD V climb(V w, V g, V scale) {
+SAM_HD V perturbed(V w, V g, V scale) {
   return w + g * scale;
 }
 template <class V>
-SAM_HD V climb_adaptive(V w, V g, V eta, V scale) {
+SAM_HD V perturbed_adaptive(V w, V g, V eta, V scale) {
   const V t = asam_t(w, eta);
   // T g is at most the norm, so T g times the scale is at most rho. T T g alone may overflow, or lose its bits to underflow.
   return w + ((t * g) * scale) * t;
 }
 
 // True if a first pass with this norm may perturb: an infinite or NaN norm has no direction.
-SAM_HD bool can_climb(double norm) {
+SAM_HD bool can_perturb(double norm) {
   return norm - norm == 0.0;
 }
 
-// rho / (norm + eps) in the arithmetic's own type. 0 where norm and eps are both 0: a zero gradient moves nothing. At most the largest finite
-// number: a scale of infinity would make NaN of every element whose gradient is 0.
+// rho / (norm + eps) in the arithmetic's own type. 0 where norm and eps are both 0: a zero gradient moves nothing. At
+// most the largest finite number: a scale of infinity would make NaN of every element whose gradient is 0.
 template <class Compute>
-SAM_HD Compute climb_scale(double norm, double rho, double eps) {
+SAM_HD Compute perturb_scale(double norm, double rho, double eps) {
   constexpr double kMost = sizeof(Compute) == sizeof(float) ? FLT_MAX : DBL_MAX;
   const double scale = norm + eps > 0.0 ? rho / (norm + eps) : 0.0;
   return static_cast<Compute>(scale > kMost ? kMost : (scale < -kMost ? -kMost : scale));

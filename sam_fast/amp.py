@@ -40,6 +40,10 @@ class Scaling:
         return Scaling(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.grad_scale, self.found_inf)))
 
 
+UNSCALED = Scaling(None, None)
+"""Without a scaler."""
+
+
 def scaling_of(grad_scale: Tensor | None, found_inf: Tensor | float | None, norm: Tensor | None) -> Scaling:
     """The scaling of the step that a GradScaler has just called, as tensors on the device: nothing waits for it.
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .rounding import ROUNDED
-from .steps import rule_of
+from .steps import RULE_OF
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is wrong in 16 bits as well."""
@@ -53,7 +53,7 @@ class BaseStep:
             self._look_at(base)
 
     def _set_aside(self, base: Optimizer) -> dict[Tensor, dict[str, Any]]:
-        rule = rule_of(base)
+        rule = RULE_OF[type(base)]
         aside = {}
         for p, entry in base.state.items():
             if not isinstance(p, Tensor) or not entry:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .amp import Scaling
+from .amp import UNSCALED, Scaling
 from .backends import Bucket, StepOptions
 from .devices import refuse_capture
 from .perturbation import Perturbation
-from .steps import MissingState, NotFused, Rule, class_name, fused_classes, rule_of
+from .steps import RULE_OF, MissingState, NotFused, Rule, fused_classes
 
 WRAPPED_BY_SCHEDULER = "_wrapped_by_lr_sched"
 """Attribute of a ``step`` that a learning rate scheduler has put on its optimizer, only to note that it was called."""
@@ -42,20 +42,18 @@ def fused_step(
     """
     try:
         rule = _rule_for(base)
-        buckets = perturbation.step_buckets() if perturbation.fits(base.param_groups) else None
-        if buckets is None:
-            raise NotFused("parameters or groups are no longer those of first_step, or have left their flat buffer")
-        scaling = _on_host(scaling, buckets)
-        given = _given(base, rule)
-        options = [_options_of(bucket, base, rule, given, rounding_key) for bucket in buckets]
-        for bucket, of_bucket in zip(buckets, options, strict=True):
-            bucket.collect_step()
+        buckets = perturbation.step_buckets(base.param_groups)
+        if scaling is not UNSCALED:
+            scaling = _on_host(scaling, buckets)
+        options = []
+        for bucket in buckets:
+            of_bucket = _options_of(bucket, base, rule, rounding_key)
             # Where it is not known yet whether there is a step, none must leave a state behind.
-            _read_state(bucket, base, of_bucket, may_make=scaling.found_inf is None)
-            _check_counters(bucket, scaling)
-        reason = perturbation.why_not_fused()
-        if reason is not None:
-            raise NotFused(reason)
+            _prepare(bucket, base, of_bucket, may_make=scaling.found_inf is None)
+            if bucket.host_counters:
+                _check_host_counters(bucket, scaling)
+            options.append(of_bucket)
+        perturbation.check_step()
     except NotFused as reason:
         return str(reason)
     perturbation.restore_and_step(buckets, options, scaling)
@@ -69,7 +67,7 @@ def _rule_for(base: Optimizer) -> Rule:
 
     Global hooks are not asked: they see SAM's own step.
     """
-    rule = rule_of(base)
+    rule = RULE_OF[type(base)]
     if rule is None:
         raise NotFused(f"{type(base).__qualname__} is not one of {', '.join(fused_classes())}")
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
@@ -98,41 +96,34 @@ def _on_host(scaling: Scaling, buckets: Sequence[Bucket]) -> Scaling:
     return scaling
 
 
-def _check_counters(bucket: Bucket, scaling: Scaling) -> None:
-    if not bucket.host_counters:
-        return
+def _check_host_counters(bucket: Bucket, scaling: Scaling) -> None:
+    """Raise NotFused if a step with counters on the host has to be decided upon on the device."""
     if scaling.found_inf is not None:
         raise NotFused(
             "step counters on the host have to know beforehand whether gradients overflowed: fused=True or "
             "capturable=True keeps them on the device"
         )
-    refuse_capture(
-        bucket.device,
-        "step counters are on the host, where they stand still in a graph. Use the option capturable=True",
-    )
+    if bucket.device.type != "cpu":
+        refuse_capture(
+            bucket.device,
+            "step counters are on the host, where they stand still in a graph. Use the option capturable=True",
+        )
 
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
 
-def _given(base: Optimizer, rule: Rule) -> list[tuple[Any, ...]]:
-    """All that the options of a step are made of."""
-    cls = class_name(base)
-    return [
-        (*rule.values(group, cls), group.get("differentiable", False), group.get("capturable", False))
-        for group in base.param_groups
-    ]
-
-
-def _options_of(
-    bucket: Bucket, base: Optimizer, rule: Rule, given: list[tuple[Any, ...]], rounding_key: int | None
-) -> StepOptions:
+def _options_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int | None) -> StepOptions:
     """The options of all groups; those of the step before where nothing has changed since.
 
     Raises NotFused if a kernel cannot take one.
     """
-    known = bucket.step_options
+    given = [
+        (*rule.values(group), group.get("differentiable", False), group.get("capturable", False))
+        for group in base.param_groups
+    ]
     plain = all(type(value) in (float, int, bool) for group in given for value in group)  # no tensors: == is ==
+    known = bucket.step_options
     if not plain or known is None or known.given != given or known.rule is not rule:
         known = bucket.step_options = _new_options(bucket, base, rule, given if plain else [])
     known.rounding_key = rounding_key
@@ -144,7 +135,7 @@ def _new_options(bucket: Bucket, base: Optimizer, rule: Rule, given: list[tuple[
         raise NotFused(f"the {bucket.backend} backend has no fused step of {type(base).__qualname__}")
     values, masks = array("d"), array("Q")
     learning_rates: list[Tensor | None] = []
-    present, cls = set(bucket.groups), class_name(base)
+    present = set(bucket.groups)
     for index, group in enumerate(base.param_groups):
         takes = rule.takes(group)
         masks.append(sum(1 << k for k, name in enumerate(rule.all_names) if name in takes))
@@ -152,7 +143,7 @@ def _new_options(bucket: Bucket, base: Optimizer, rule: Rule, given: list[tuple[
             learning_rates.append(None)
             values.extend([math.nan] * len(rule.options))
             continue
-        lr, *others = rule.values(group, cls)
+        lr, *others = rule.values(group)
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         _check_group(bucket, group, lr if on_device else None, others if on_device else [lr, *others])
         learning_rates.append(lr if on_device else None)
@@ -187,14 +178,14 @@ def _is_on(value: Tensor, device: torch.device) -> bool:
 # ---- State -----------------------------------------------------------------------------------------------------------
 
 
-def _read_state(bucket: Bucket, base: Optimizer, options: StepOptions, may_make: bool) -> None:
-    """Have the bucket read the state of the tensors that have a gradient; with ``may_make`` it is made where missing."""
+def _prepare(bucket: Bucket, base: Optimizer, options: StepOptions, may_make: bool) -> None:
+    """Have the bucket look up everything; with ``may_make`` state is made where it is missing."""
     try:
-        bucket.read_state(base.state, options)
+        bucket.prepare_step(base.state, options)
     except MissingState:
         if not (may_make and _make_first_states(bucket, base, options.rule)):
             raise
-        bucket.read_state(base.state, options)
+        bucket.prepare_step(base.state, options)
 
 
 def _make_first_states(bucket: Bucket, base: Optimizer, rule: Rule) -> bool:

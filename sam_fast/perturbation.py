@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .amp import Scaling
+from .amp import UNSCALED, Scaling
 from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forced
 from .backends.bucket import ParameterError
 from .backends.columns import all_none, local_tensor, same_objects
 from .backends.memory import is_plain, is_wrapper, overlapping
 from .norm import Norm
 from .options import name_of
+from .steps import NotFused
 from .storage import Flat, InPlace, Member, is_dtensor, sharded
 
 ParamGroups = Sequence[dict[str, Any]]
@@ -58,7 +59,6 @@ class Perturbation:
         self._known: list[list[Tensor]] = []
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
-        self._locations: list[bytes] = []  # where they were when that was looked up
         self._began = False  # a backup has been allocated
 
     def holds(self, dtypes: Sequence[torch.dtype]) -> bool:
@@ -104,7 +104,7 @@ class Perturbation:
             key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]))
             alike.setdefault(key, []).append(member)
         self.buckets = storage.buckets([(key[2], key[3], of_bucket) for key, of_bucket in alike.items()])
-        self.storage, self._tensors, self._shared, self._locations = storage, tensors, shared, []
+        self.storage, self._tensors, self._shared = storage, tensors, shared
         self.left_out, self._may_perturb = [p for p, _ in left_out], [perturb for _, perturb in left_out]
         self.norm = Norm(self.buckets, storage.process_wide, self.norm)
 
@@ -171,7 +171,8 @@ class Perturbation:
         self._began = True
         for bucket, partials, _ in self.norm.parts:
             bucket.grad_norm(options, partials)
-        self.storage.combine(self.norm.parts)
+        if self.storage.process_wide:
+            self.storage.combine(self.norm.parts)
         self.norm.exchange()
         self.active = True
         try:
@@ -199,25 +200,26 @@ class Perturbation:
     def _collected(self, options: GroupOptions, own_gradient: bool) -> bool:
         if not self.storage.collect(own_gradient):
             return False
-        if any(p.grad is not None and _takes_part(p, perturb) for p, perturb in self._left_out_with_gradient()):
+        left_out = self._left_out_with_gradient() if self.left_out else ()
+        if any(p.grad is not None and _takes_part(p, perturb) for p, perturb in left_out):
             return False
-        return all(bucket.collect(options) for bucket in self.buckets) and self._shares_as_known()
+        if not all(bucket.collect(options) for bucket in self.buckets):
+            return False
+        # With flatten=True the tensors are flat buffers.
+        return self.flatten or not any(bucket.moved for bucket in self.buckets) or not self._shares_anew()
 
     def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
         if all_none(list(map(_grad_of, self.left_out))):
             return iter(())
         return zip(self.left_out, self._may_perturb, strict=True)
 
-    def _shares_as_known(self) -> bool:
-        """Whether the same tensors share memory as when the buckets were built. Looked up again when one lies elsewhere."""
-        if self.flatten:
-            return True  # the tensors are flat buffers
-        locations = [bucket.locations() for bucket in self.buckets]
-        if locations != self._locations:
-            if overlapping(self._tensors) != self._shared:
-                return False
-            self._locations = locations
-        return True
+    def _shares_anew(self) -> bool:
+        """Whether other tensors share memory than when the buckets were built."""
+        if overlapping(self._tensors) != self._shared:
+            return True
+        for bucket in self.buckets:
+            bucket.moved = False
+        return False
 
     # ---- Restore -----------------------------------------------------------------------------------------------------
 
@@ -249,7 +251,7 @@ class Perturbation:
 
     def _announce(self, params: list[Tensor]) -> None:
         """Let autograd know of weights that kernels have written, and autocast, which keeps casts of the old ones."""
-        increment_version(self.storage.written(params))
+        increment_version(self.storage.written(params) if self.storage.process_wide else params)
         torch.clear_autocast_cache()
 
     def zero_grad(self) -> None:
@@ -260,36 +262,41 @@ class Perturbation:
 
     # ---- Second step -------------------------------------------------------------------------------------------------
 
-    def step_buckets(self) -> list[Bucket] | None:
+    def step_buckets(self, param_groups: ParamGroups) -> list[Bucket]:
         """For each bucket the one that a fused second step works on, whose tensors are parameters.
 
-        None if there is no such: parameters have left their flat buffer.
+        Raises:
+            NotFused: there are none, or the parameters are others than in first_step.
         """
-        return self.storage.step_buckets(self.buckets)
+        buckets: list[Bucket] | None = self.buckets
+        if self.flatten:
+            buckets = self.storage.step_buckets(self.buckets)
+        if buckets is None or not self.fits(param_groups):
+            raise NotFused("parameters or groups are no longer those of first_step, or have left their flat buffer")
+        return buckets
 
-    def why_not_fused(self) -> str | None:
-        """Why restoring and stepping must not be one pass over the buckets, collected for it; None if they may be."""
-        if self._shared or not self._shares_as_known():
-            return "parameters share memory, and must be stepped one after the other"
-        if any(p.grad is not None for p, _ in self._left_out_with_gradient()):
-            return (
+    def check_step(self) -> None:
+        """Raise NotFused if restoring and stepping must not be one pass over the buckets, now prepared for it."""
+        if self._shared or (not self.flatten and any(bucket.moved for bucket in self.buckets) and self._shares_anew()):
+            raise NotFused("parameters share memory, and must be stepped one after the other")
+        if self.left_out and not all_none(list(map(_grad_of, self.left_out))):
+            raise NotFused(
                 "a parameter has a gradient now that had none in first_step, and was frozen or of a kind that SAM "
                 "leaves alone"
             )
-        return None
 
     def restore_and_step(self, buckets: Sequence[Bucket], options: Sequence[StepOptions], scaling: Scaling) -> None:
-        """Restore and step ``step_buckets()``, which have been collected and have read their state."""
-        written = self._saved_params()
-        stepped = [p for bucket in buckets for p in bucket.stepped_params()]
+        """Restore and step ``step_buckets()``, which are prepared for it."""
+        written = self._saved_params() if self.flatten else []
+        for bucket in buckets:
+            written = [*written, *bucket.written_params()] if written else bucket.written_params()
         try:
             for source, bucket, of_bucket in zip(self.buckets, buckets, options, strict=True):
                 if bucket is not source:
                     bucket.share_saved(source)
-                bucket.restore_and_step(of_bucket, scaling.on(bucket.device))
+                bucket.restore_and_step(of_bucket, scaling if scaling is UNSCALED else scaling.on(bucket.device))
                 if bucket is not source:
                     source.release()
         finally:
-            # The kernels write every parameter that has a gradient, whether it was perturbed or not.
-            self._announce(written if same_objects(written, stepped) else [*written, *stepped])
+            self._announce(written)
         self.active = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .amp import forget, scaling_of, step_base, tell_scaler
+from .amp import UNSCALED, forget, scaling_of, step_base, tell_scaler
 from .backends import forced
 from .base_step import BaseStep
 from .batchnorm import announce_steps, frozen_running_stats, settle_running_stats
@@ -126,7 +126,7 @@ class SAM(OptimizerWrapper):
         groups = as_groups(params)
         if stochastic_rounding not in (None, True, False):
             raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
-        self._stochastic_rounding = stochastic_rounding
+        self._rounds = STOCHASTIC_ROUNDING_DEFAULT if stochastic_rounding is None else stochastic_rounding
         self._closure = closure
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
         self._fill_in_options(groups)
@@ -157,7 +157,7 @@ class SAM(OptimizerWrapper):
             "defaults": self.defaults,
             "base_optimizer": self.base_optimizer,
             "_sam_defaults": self._sam_defaults,
-            "_stochastic_rounding": self._stochastic_rounding,
+            "_rounds": self._rounds,
             "_closure": self._closure,
             "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
         }
@@ -224,11 +224,12 @@ class SAM(OptimizerWrapper):
         """
         if self._perturbation.active:
             raise RuntimeError("first_step() was called twice: finish with second_step(), or call restore() to give this step up")
-        if any("perturb" not in group for group in self.param_groups):  # added to the base optimizer, or loaded into it
-            self._fill_in_options(self.param_groups)
-        rounds = self._rounds_stochastically()
+        groups = self.base_optimizer.param_groups
+        if any("perturb" not in group for group in groups):  # added to the base optimizer, or loaded into it
+            self._fill_in_options(groups)
+        rounds = self._rounds and self._rounds_stochastically()
         key = rounding_key(self._rounding_step(), PERTURB) if rounds else None
-        self._perturbation.perturb(self.param_groups, key, self._step.own_gradient)
+        self._perturbation.perturb(groups, key, self._step.own_gradient)
         if rounds:
             self._set_rounding_step(self._rounding_step() + 1)
         if zero_grad:
@@ -243,11 +244,12 @@ class SAM(OptimizerWrapper):
         Raises:
             RuntimeError: there was no first_step.
         """
-        self._require_perturbed("second_step()")
-        if self._is_watched():
+        if not self._perturbation.active:
+            self._require_perturbed("second_step()")
+        if self._step.found_inf is not None or self._is_watched():
             self.step()
         else:
-            self._step_checked(None)
+            self._update()
         if zero_grad:
             self.zero_grad()
 
@@ -337,22 +339,29 @@ class SAM(OptimizerWrapper):
         return bool(grads) and not any(grad.any() for grad in grads)
 
     def _update(self) -> None:
-        settle_running_stats(self.param_groups)
-        # Where each rank climbs along its own gradient, an overflow of one in the first pass must not make it part from the others.
-        norm = None if self._step.own_gradient else self._perturbation.norm.value
-        scaling = scaling_of(self._step.grad_scale, self._step.found_inf, norm)
-        self._step.forget_first_pass()
-        key = rounding_key(self._rounding_step(), UPDATE) if self._rounds_stochastically() else None
-        reason = fused_step(self._perturbation, self.base_optimizer, scaling, key)
+        base, step = self.base_optimizer, self._step
+        settle_running_stats(base.param_groups)
+        scaling = UNSCALED
+        if step.grad_scale is not None or step.found_inf is not None:
+            # Where each rank perturbs along its own gradient, an overflow of one in the first pass must not make it part
+            # from the others.
+            norm = None if step.own_gradient else self._perturbation.norm.value
+            scaling = scaling_of(step.grad_scale, step.found_inf, norm)
+        if step.first_pass_entered:
+            step.forget_first_pass()
+        key = None
+        if self._rounds and self._rounds_stochastically():
+            key = rounding_key(self._rounding_step(), UPDATE)
+        reason = fused_step(self._perturbation, base, scaling, key)
         if reason is not None:
             self._perturbation.restore()
-            step_base(self.base_optimizer, scaling, self._base_step)
-        self._step.path = "fused" if reason is None else reason
-        tell_scaler(self, scaling)
+            step_base(base, scaling, self._base_step)
+        step.path = "fused" if reason is None else reason
+        if scaling is not UNSCALED:
+            tell_scaler(self, scaling)
 
     def _rounds_stochastically(self) -> bool:
-        wanted = STOCHASTIC_ROUNDING_DEFAULT if self._stochastic_rounding is None else self._stochastic_rounding
-        return wanted and self._perturbation.holds(ROUNDED)
+        return self._rounds and self._perturbation.holds(ROUNDED)
 
     def _rounding_step(self) -> int:
         return int(self.param_groups[0].get(ROUNDING_STEP, 0))

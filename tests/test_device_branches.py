@@ -85,11 +85,11 @@ def test_adams_counters_on_the_host_are_no_error_on_a_gpu_unless_it_captures(gpu
     (bucket,) = optimizer._perturbation.buckets
     assert bucket.host_counters
     on_gpu = SimpleNamespace(host_counters=bucket.host_counters, device=CUDA)
-    fused_step._check_counters(on_gpu, Scaling(None, None))
+    fused_step._check_host_counters(on_gpu, Scaling(None, None))
     assert gpu.entered == [CUDA]
     gpu.capturing = True
     with pytest.raises(RuntimeError, match=r"graph on cuda:0: step counters are on the host.*capturable=True"):
-        fused_step._check_counters(on_gpu, Scaling(None, None))
+        fused_step._check_host_counters(on_gpu, Scaling(None, None))
 
 
 def test_replaying_random_numbers_is_refused_while_a_graph_is_captured(gpu, monkeypatch):

@@ -1,4 +1,4 @@
-// backup / restore: copy a bucket's rows to and from its flat buffer, bit for bit, whatever their dtype.
+// backup / restore: copy a bucket's tensors to and from its backup, bit for bit, whatever their dtype.
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -21,20 +21,18 @@ inline void stream_copy(char* to, const char* from, int64_t bytes) {
   std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
 }
 
-template <bool ToFlat>
-void copy_rows(const CopyArgs& a) {
-  if (a.chunks.size == 0) return;
-  const Chunk& last = a.chunks.data[a.chunks.size - 1];
-  const bool streams = (last.slot + last.count) * a.itemsize >= kStreamBytes;
-  parallel_chunks(a.chunks, a.threads, [&](Range range) {
+template <bool ToBackup>
+void copy(const Bucket& b, int threads) {
+  const bool streams = num_elements(b) * b.itemsize >= kStreamBytes;
+  parallel_chunks(b, threads, [&](Range range) {
     for (int64_t i = range.begin; i < range.end; ++i) {
-      const Chunk& c = a.chunks.data[i];
-      if (a.rows[c.row] == 0 || (!ToFlat && a.saved[c.row] == 0)) continue;
-      char* row = reinterpret_cast<char*>(a.rows[c.row]) + c.begin * a.itemsize;
-      char* flat = static_cast<char*>(a.flat) + c.slot * a.itemsize;
-      const int64_t bytes = c.count * a.itemsize;
-      char* to = ToFlat ? flat : row;
-      const char* from = ToFlat ? row : flat;
+      const Chunk& c = b.chunks[i];
+      if (b.weights[c.tensor] == 0 || (!ToBackup && b.saved[c.tensor] == 0)) continue;
+      char* weights = reinterpret_cast<char*>(b.weights[c.tensor]) + c.begin * b.itemsize;
+      char* backup = static_cast<char*>(b.backup) + c.slot * b.itemsize;
+      const int64_t bytes = c.count * b.itemsize;
+      char* to = ToBackup ? backup : weights;
+      const char* from = ToBackup ? weights : backup;
       if (streams) stream_copy(to, from, bytes);
       else std::memcpy(to, from, static_cast<size_t>(bytes));
     }
@@ -45,18 +43,16 @@ void copy_rows(const CopyArgs& a) {
 }  // namespace
 
 // As in perturb, the notes on what is saved are written here, where no Python signal can come between them and the copy.
-void backup(const CopyArgs& a) {
-  copy_rows<true>(a);
-  for (int64_t i = 0; i < a.chunks.size; ++i) a.saved[a.chunks.data[i].row] = a.rows[a.chunks.data[i].row];
+void backup(const Bucket& b, int threads) {
+  copy<true>(b, threads);
+  for (int64_t i = 0; i < b.num_tensors; ++i) b.saved[i] = b.weights[i];
 }
 
-void restore(const CopyArgs& a) {
-  copy_rows<false>(a);
-  if (!a.release) return;
-  for (int64_t i = 0; i < a.chunks.size; ++i) {
-    const int64_t row = a.chunks.data[i].row;
-    if (a.rows[row] != 0) a.saved[row] = 0;
-  }
+void restore(const Bucket& b, bool release, int threads) {
+  copy<false>(b, threads);
+  if (!release) return;
+  for (int64_t i = 0; i < b.num_tensors; ++i)
+    if (b.weights[i] != 0) b.saved[i] = 0;
 }
 
 }  // namespace SAM_ISA

@@ -8,8 +8,8 @@ namespace sam {
 inline namespace SAM_ISA {
 namespace {
 
-// Sixteen float64 lanes whatever the vector width: element i of a chunk is summed in lane i % 16, so every instruction set gets the same
-// bits, and the lanes hide the latency of the addition. float32 squares are exact in float64.
+// Sixteen float64 lanes whatever the vector width: element i of a chunk is summed in lane i % 16, so every instruction set
+// gets the same bits, and the lanes hide the latency of the addition. float32 squares are exact in float64.
 constexpr int kLanes = 16;
 constexpr int kStreams = 4;
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(double));
@@ -22,7 +22,8 @@ inline V load_as_double(const typename Storage<T>::Bits* p) {
 }
 
 template <class T, bool Adaptive>
-inline void accumulate(V (&sums)[kVectors], const typename Storage<T>::Bits* w, const typename Storage<T>::Bits* g, V eta) {
+inline void accumulate(V (&sums)[kVectors], const typename Storage<T>::Bits* w, const typename Storage<T>::Bits* g,
+                       V eta) {
   for (int k = 0; k < kVectors; ++k) {
     const V grad = load_as_double<T>(g + k * kWidth);
     V term;
@@ -40,12 +41,14 @@ double sum_of_squares(const void* weights, const void* grads, int64_t n, double 
   const V eta = V{} + eta_value;
   V sums[kVectors] = {};
   int64_t i = 0;
-  // Four places are read at once: hardware prefetchers follow a stream within its page, so that one stream alone leaves read bandwidth
-  // unused (measured on two Zen 3 cores: 1 stream 30 GB/s, 2 streams 35, 4 streams 36; software prefetching adds less than that).
+  // Four places are read at once: hardware prefetchers follow a stream within its page, so that one stream alone leaves
+  // read bandwidth unused (measured on two Zen 3 cores: 1 stream 30 GB/s, 2 streams 35, 4 streams 36; software prefetching
+  // adds less than that).
   const int64_t part = n / kStreams / kLanes * kLanes;
+  const auto add = [&](int64_t at) { accumulate<T, Adaptive>(sums, Adaptive ? w + at : nullptr, g + at, eta); };
   for (; i < part; i += kLanes)
-    for (int s = 0; s < kStreams; ++s) accumulate<T, Adaptive>(sums, Adaptive ? w + s * part + i : nullptr, g + s * part + i, eta);
-  for (i = kStreams * part; i + kLanes <= n; i += kLanes) accumulate<T, Adaptive>(sums, Adaptive ? w + i : nullptr, g + i, eta);
+    for (int s = 0; s < kStreams; ++s) add(s * part + i);
+  for (i = kStreams * part; i + kLanes <= n; i += kLanes) add(i);
   if (i < n) {
     Bits w_tail[kLanes] = {}, g_tail[kLanes] = {};  // zero bits are zero in every format, and add nothing
     if constexpr (Adaptive) std::memcpy(w_tail, w + i, static_cast<size_t>(n - i) * sizeof(Bits));
@@ -62,33 +65,28 @@ double sum_of_squares(const void* weights, const void* grads, int64_t n, double 
 }
 
 template <class T>
-void grad_norm_of(const GradNormArgs& a) {
+void grad_norm_of(const Bucket& b, const Group* options, double* partials, int threads) {
   using Bits = typename Storage<T>::Bits;
-  parallel_chunks(a.chunks, a.threads, [&](Range range) {
+  parallel_chunks(b, threads, [&](Range range) {
     for (int64_t i = range.begin; i < range.end; ++i) {
-      const Chunk& c = a.chunks.data[i];
-      const Bits* g = reinterpret_cast<const Bits*>(a.grads[c.row]);
+      const Chunk& c = b.chunks[i];
+      const Bits* g = reinterpret_cast<const Bits*>(b.along[c.tensor]);
       if (g == nullptr) {
-        a.partials[i] = 0.0;
+        partials[i] = 0.0;
         continue;
       }
-      const Bits* w = reinterpret_cast<const Bits*>(a.weights[c.row]);
-      const Group& group = a.groups[c.group];
-      a.partials[i] = group.adaptive != 0.0 ? sum_of_squares<T, true>(w + c.begin, g + c.begin, c.count, group.eta)
-                                            : sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);
+      const Bits* w = reinterpret_cast<const Bits*>(b.weights[c.tensor]);
+      const Group& group = options[c.group];
+      partials[i] = group.adaptive != 0.0 ? sum_of_squares<T, true>(w + c.begin, g + c.begin, c.count, group.eta)
+                                          : sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);
     }
   });
 }
 
 }  // namespace
 
-void grad_norm(const GradNormArgs& a) {
-  switch (a.dtype) {
-    case DType::f32: return grad_norm_of<float>(a);
-    case DType::f64: return grad_norm_of<double>(a);
-    case DType::bf16: return grad_norm_of<bf16>(a);
-    case DType::f16: return grad_norm_of<f16>(a);
-  }
+void grad_norm(const Bucket& b, const Group* options, double* partials, int threads) {
+  with_dtype(b.dtype, [&](auto format) { grad_norm_of<decltype(format)>(b, options, partials, threads); });
 }
 
 }  // namespace SAM_ISA

@@ -1,97 +1,37 @@
-// The operations of the cpu backend, as the bindings call them. Each is one file, compiled once per instruction set.
+// The operations of the cpu backend, as the bindings call them. Each is one file, compiled once per instruction set; the
+// step once for each of SAM_STEPS too.
 //
-// Addresses: weights[row], grads[row], saved[row] are the address of a row's first element, 0 where there is none. A row without a
-// gradient takes no part. All tensors of a bucket have one dtype; the flat buffer is aligned to 64 bytes and so is every row's slot in it.
-// Sums are taken per chunk and in a fixed order: results do not depend on the number of threads, nor on the instruction set.
+// A tensor without a direction (Bucket::along) takes no part. Sums are taken per chunk and in a fixed order: results do
+// not depend on the number of threads, nor on the instruction set.
 #pragma once
 
 #include <cstdint>
 
+#include "../steps.h"
 #include "../table.h"
 
 namespace sam {
 
-// partials[i] = sum over chunk i of (T g)^2, in float64; 0 for rows without a gradient.
-struct GradNormArgs {
-  DType dtype;
-  Chunks chunks;
-  const uint64_t* weights;
-  const uint64_t* grads;
-  const Group* groups;
-  double* partials;
-  int threads;
-};
-
-// norm = sqrt(sum of partials); flat = w; saved = address of w; w = w + rho / (norm + eps) * T^2 g, left alone if the norm is not finite.
-// w is rounded as `rounding` says. Returns the number of rows with elements that it saved.
-struct PerturbArgs {
-  DType dtype;
-  Chunks chunks;
-  const uint64_t* weights;
-  const uint64_t* grads;
-  uint64_t* saved;
-  const Group* groups;
-  const double* partials;
-  int64_t num_partials;
-  double eps;
-  double* norm;
-  void* flat;
-  Rounding rounding;
-  int threads;
-};
-
-// Copies rows to (backup) or from (restore) the bucket's flat buffer, for any element size. Rows with address 0 are skipped.
-// backup: saved = address of the row. restore: only rows that are saved; with `release` they are not saved any more afterwards.
-struct CopyArgs {
-  int64_t itemsize;
-  Chunks chunks;
-  const uint64_t* rows;
-  uint64_t* saved;
-  void* flat;
-  bool release;
-  int threads;
-};
-
-// The second step in one pass: w as it was backed up (or as it is, for a row that was not), updated with the gradient as torch.optim does it.
-// Rows without a gradient are left alone, saved or not; those that were updated are not saved any more. Returns how many rows still are.
-// state addresses are 0 where the group's options need none. Gradients are multiplied by grad_scale first.
-struct UpdateArgs {
-  DType dtype;
-  Chunks chunks;
-  int64_t num_rows;
-  const uint64_t* weights;
-  const uint64_t* grads;
-  uint64_t* saved;
-  const void* flat;
-  double grad_scale;
-  Rounding rounding;
-  int threads;
-};
-
-struct RestoreSgdArgs {
-  UpdateArgs update;
-  const SgdGroup* groups;
-  const uint64_t* momentum_buffers;
-};
-
-// Adds 1 to the step counters (float32) of the rows that it updates.
-struct RestoreAdamArgs {
-  UpdateArgs update;
-  const AdamGroup* groups;
-  const uint64_t* steps;
-  const uint64_t* exp_avgs;
-  const uint64_t* exp_avg_sqs;
-  const uint64_t* max_exp_avg_sqs;
-};
-
 struct Kernels {
   const char* isa;
-  void (*grad_norm)(const GradNormArgs&);
-  int64_t (*perturb)(const PerturbArgs&);
-  void (*backup)(const CopyArgs&);
-  void (*restore)(const CopyArgs&);
-  int64_t (*restore_sgd)(const RestoreSgdArgs&);
-  int64_t (*restore_adam)(const RestoreAdamArgs&);
+
+  // partials[i] = sum over chunk i of (T g)^2, in float64; 0 for tensors that take no part.
+  void (*grad_norm)(const Bucket&, const Group* options, double* partials, int threads);
+
+  // norm = sqrt(sum of partials); backup = w; saved = address of w; w = w + rho / (norm + eps) * T^2 g, left alone if the
+  // norm is not finite. Returns the number of tensors with elements that it saved.
+  int64_t (*perturb)(const Bucket&, const Group* options, const double* partials, int64_t num_partials, double eps,
+                     double* norm, Rounding, int threads);
+
+  // Copy weights to or from the backup, whatever their dtype. backup: saved = address of w. restore: only tensors that are
+  // saved; with `release` they are not saved any more afterwards.
+  void (*backup)(const Bucket&, int threads);
+  void (*restore)(const Bucket&, bool release, int threads);
+
+  // Restore and the base optimizer's step in one pass: w as it was backed up (or as it is, for a tensor that was not),
+  // updated as torch.optim does it with the gradient times grad_scale. Counts the step. The tensors that took part are not
+  // saved any more; returns how many still are. options: a Step::Options for each group.
+  int64_t (*steps[kNumSteps])(const Bucket&, const void* options, double grad_scale, Rounding, int threads);
 };
 
 // The fastest kernels this processor can run; null if `isa` is given and is unknown or not supported here.

@@ -1,4 +1,4 @@
-// perturb: back the weights up and climb, w <- w + e, in one pass over memory.
+// perturb: back the weights up and move them along the direction, w <- w + e, in one pass over memory.
 #include "../sam_math.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -9,7 +9,7 @@ inline namespace SAM_ISA {
 namespace {
 
 template <class T>
-struct Climb {
+struct Perturb {
   using Bits = typename Storage<T>::Bits;
   using Compute = typename Storage<T>::Compute;
   static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(Compute));
@@ -17,36 +17,39 @@ struct Climb {
   using C = Vec<Compute, kWidth>;
 
   template <bool Adaptive, bool Stream, bool Stochastic>
-  static inline void vector(Bits* w, const Bits* g, Bits* flat, C eta, C scale, [[maybe_unused]] const Dice& dice) {
+  static inline void vector(Bits* w, const Bits* g, Bits* backup, C eta, C scale, [[maybe_unused]] const RoundingBits& random) {
     const B bits = load<B>(w);
-    if constexpr (Stream) stream(flat, bits);
-    else store(flat, bits);
+    if constexpr (Stream) stream(backup, bits);
+    else store(backup, bits);
     const C weight = Storage<T>::template widen<kWidth>(bits);
-    const C grad = Storage<T>::template widen<kWidth>(load<B>(g));
+    const C direction = Storage<T>::template widen<kWidth>(load<B>(g));
     C moved;
-    if constexpr (Adaptive) moved = climb_adaptive(weight, grad, eta, scale);
-    else moved = climb(weight, grad, scale);
-    if constexpr (Stochastic) store(w, Storage<T>::template narrow<kWidth>(moved, dice));
+    if constexpr (Adaptive) moved = perturbed_adaptive(weight, direction, eta, scale);
+    else moved = perturbed(weight, direction, scale);
+    if constexpr (Stochastic) store(w, Storage<T>::template narrow<kWidth>(moved, random));
     else store(w, Storage<T>::template narrow<kWidth>(moved));
   }
 
   template <bool Adaptive, bool Stream, bool Stochastic>
-  static void run(Bits* w, const Bits* g, Bits* flat, int64_t n, double eta_value, double scale_value, const Dice& dice) {
+  static void run(Bits* w, const Bits* g, Bits* backup, int64_t n, double eta_value, double scale_value,
+                  const RoundingBits& random) {
     const C eta = C{} + static_cast<Compute>(eta_value);
     const C scale = C{} + static_cast<Compute>(scale_value);
+    const auto at = [&](int64_t i) {
+      vector<Adaptive, Stream, Stochastic>(w + i, g + i, backup + i, eta, scale, random.at(i));
+    };
     int64_t i = 0;
     for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-      for (int k = 0; k < 4; ++k)
-        vector<Adaptive, Stream, Stochastic>(w + i + k * kWidth, g + i + k * kWidth, flat + i + k * kWidth, eta, scale, dice.at(i + k * kWidth));
-    for (; i + kWidth <= n; i += kWidth) vector<Adaptive, Stream, Stochastic>(w + i, g + i, flat + i, eta, scale, dice.at(i));
+      for (int k = 0; k < 4; ++k) at(i + k * kWidth);
+    for (; i + kWidth <= n; i += kWidth) at(i);
     if (i < n) {
       const size_t bytes = static_cast<size_t>(n - i) * sizeof(Bits);
-      Bits w_tail[kWidth] = {}, g_tail[kWidth] = {}, flat_tail[kWidth];
+      Bits w_tail[kWidth] = {}, g_tail[kWidth] = {}, backup_tail[kWidth];
       std::memcpy(w_tail, w + i, bytes);
       std::memcpy(g_tail, g + i, bytes);
-      vector<Adaptive, false, Stochastic>(w_tail, g_tail, flat_tail, eta, scale, dice.at(i));
+      vector<Adaptive, false, Stochastic>(w_tail, g_tail, backup_tail, eta, scale, random.at(i));
       std::memcpy(w + i, w_tail, bytes);
-      std::memcpy(flat + i, flat_tail, bytes);
+      std::memcpy(backup + i, backup_tail, bytes);
     }
   }
 };
@@ -61,69 +64,67 @@ double norm_of(const double* partials, int64_t n) {
   return __builtin_sqrt((sums[0] + sums[2]) + (sums[1] + sums[3]));
 }
 
+struct Args {
+  const Bucket& bucket;
+  const Group* options;
+  double norm;
+  double eps;
+  Rounding rounding;
+  int threads;
+};
+
 template <class T, bool Stream, bool Stochastic>
-void perturb_of(const PerturbArgs& a, double norm) {
+void perturb_of(const Args& a) {
   using Bits = typename Storage<T>::Bits;
-  const bool climbs = can_climb(norm);
-  parallel_chunks(a.chunks, a.threads, [&](Range range) {
-    // Backwards: the gradients that grad_norm read last are the ones still in cache.
+  const Bucket& b = a.bucket;
+  const bool moves = can_perturb(a.norm);
+  parallel_chunks(b, a.threads, [&](Range range) {
+    // Backwards: the direction that grad_norm read last is what is still in cache.
     for (int64_t i = range.end; i-- > range.begin;) {
-      const Chunk& c = a.chunks.data[i];
-      if (a.grads[c.row] == 0) continue;
-      Bits* w = reinterpret_cast<Bits*>(a.weights[c.row]) + c.begin;
-      const Bits* g = reinterpret_cast<const Bits*>(a.grads[c.row]) + c.begin;
-      Bits* flat = static_cast<Bits*>(a.flat) + c.slot;
-      const Group& group = a.groups[c.group];
-      const auto scale = climb_scale<typename Storage<T>::Compute>(norm, group.rho, a.eps);
-      const Dice dice{a.rounding.key, static_cast<uint32_t>(c.slot)};
-      if (!climbs) std::memcpy(flat, w, static_cast<size_t>(c.count) * sizeof(Bits));
-      else if (group.adaptive != 0.0) Climb<T>::template run<true, Stream, Stochastic>(w, g, flat, c.count, group.eta, scale, dice);
-      else Climb<T>::template run<false, Stream, Stochastic>(w, g, flat, c.count, 0.0, scale, dice);
+      const Chunk& c = b.chunks[i];
+      if (b.along[c.tensor] == 0) continue;
+      Bits* w = reinterpret_cast<Bits*>(b.weights[c.tensor]) + c.begin;
+      const Bits* g = reinterpret_cast<const Bits*>(b.along[c.tensor]) + c.begin;
+      Bits* backup = static_cast<Bits*>(b.backup) + c.slot;
+      const Group& group = a.options[c.group];
+      const auto scale = perturb_scale<typename Storage<T>::Compute>(a.norm, group.rho, a.eps);
+      const RoundingBits random{a.rounding.key, static_cast<uint32_t>(c.slot)};
+      using P = Perturb<T>;
+      if (!moves) std::memcpy(backup, w, static_cast<size_t>(c.count) * sizeof(Bits));
+      else if (group.adaptive != 0.0) P::template run<true, Stream, Stochastic>(w, g, backup, c.count, group.eta, scale, random);
+      else P::template run<false, Stream, Stochastic>(w, g, backup, c.count, 0.0, scale, random);
     }
     if constexpr (Stream) stream_fence();
   });
 }
 
 template <class T, bool Stream>
-void perturb_of(const PerturbArgs& a, double norm) {
+void perturb_of(const Args& a) {
   if constexpr (kRounded<T>) {
-    if (a.rounding.stochastic) return perturb_of<T, Stream, true>(a, norm);
+    if (a.rounding.stochastic) return perturb_of<T, Stream, true>(a);
   }
-  perturb_of<T, Stream, false>(a, norm);
-}
-
-template <class T>
-void perturb_of(const PerturbArgs& a) {
-  const double norm = norm_of(a.partials, a.num_partials);
-  const Chunk& last = a.chunks.data[a.chunks.size - 1];
-  const int64_t bytes = (last.slot + last.count) * static_cast<int64_t>(sizeof(T));
-  if (bytes >= kStreamBytes) perturb_of<T, true>(a, norm);
-  else perturb_of<T, false>(a, norm);
-  *a.norm = norm;
+  perturb_of<T, Stream, false>(a);
 }
 
 }  // namespace
 
-int64_t perturb(const PerturbArgs& a) {
-  if (a.chunks.size == 0) {
-    *a.norm = norm_of(a.partials, a.num_partials);
-    return 0;
+int64_t perturb(const Bucket& b, const Group* options, const double* partials, int64_t num_partials, double eps, double* norm,
+                Rounding rounding, int threads) {
+  const Args args{b, options, norm_of(partials, num_partials), eps, rounding, threads};
+  *norm = args.norm;
+  const bool streams = num_elements(b) * b.itemsize >= kStreamBytes;
+  with_dtype(b.dtype, [&](auto format) {
+    if (streams) perturb_of<decltype(format), true>(args);
+    else perturb_of<decltype(format), false>(args);
+  });
+  // Written last and within this call: no Python signal can come between the move and the note that says it must be undone.
+  int64_t tensors = 0;
+  for (int64_t i = 0; i < b.num_tensors; ++i) {
+    if (b.along[i] == 0) continue;
+    ++tensors;
+    b.saved[i] = b.weights[i];
   }
-  switch (a.dtype) {
-    case DType::f32: perturb_of<float>(a); break;
-    case DType::f64: perturb_of<double>(a); break;
-    case DType::bf16: perturb_of<bf16>(a); break;
-    case DType::f16: perturb_of<f16>(a); break;
-  }
-  // Written last and within this call: no Python signal can come between a climb and the note that says it must be undone.
-  int64_t rows = 0;
-  for (int64_t i = 0; i < a.chunks.size; ++i) {
-    const int64_t row = a.chunks.data[i].row;
-    if (a.grads[row] == 0) continue;
-    rows += a.chunks.data[i].begin == 0;
-    a.saved[row] = a.weights[row];
-  }
-  return rows;
+  return tensors;
 }
 
 }  // namespace SAM_ISA

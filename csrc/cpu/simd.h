@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../rounding.h"
+#include "../table.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -227,13 +228,13 @@ inline Vec<uint16_t, N> narrow_f16(Vec<float, N> f) {
 
 // ---- Stochastic rounding --------------------------------------------------------------------------------------------------------------
 
-// The random bits of N neighbouring elements, the first of which is number `index` in the bucket.
-struct Dice {
+// The random bits of neighbouring elements, the first of which is number `index` in the bucket.
+struct RoundingBits {
   uint32_t key;
   uint32_t index;
-  Dice at(int64_t i) const { return {key, index + static_cast<uint32_t>(i)}; }
+  RoundingBits at(int64_t i) const { return {key, index + static_cast<uint32_t>(i)}; }
   template <int N>
-  Vec<uint32_t, N> roll(Vec<uint32_t, N> value) const {
+  Vec<uint32_t, N> draw(Vec<uint32_t, N> value) const {
     Vec<uint32_t, N> places{};
     for (int i = 0; i < N; ++i) places[i] = index + static_cast<uint32_t>(i);
     return random_bits(places, value, key);
@@ -275,9 +276,9 @@ struct Storage<bf16> {
   template <int N>
   static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_bf16<N>(v); }
   template <int N>
-  static Vec<uint16_t, N> narrow(Vec<float, N> v, const Dice& dice) {
+  static Vec<uint16_t, N> narrow(Vec<float, N> v, const RoundingBits& random) {
     const auto value = bit_cast<Vec<uint32_t, N>>(v);
-    return to_uint16<N>(round_bf16(value, dice.template roll<N>(value)));
+    return to_uint16<N>(round_bf16(value, random.template draw<N>(value)));
   }
 };
 
@@ -290,14 +291,25 @@ struct Storage<f16> {
   template <int N>
   static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_f16<N>(v); }
   template <int N>
-  static Vec<uint16_t, N> narrow(Vec<float, N> v, const Dice& dice) {
+  static Vec<uint16_t, N> narrow(Vec<float, N> v, const RoundingBits& random) {
     const auto value = bit_cast<Vec<uint32_t, N>>(v);
-    return to_uint16<N>(round_f16(value, dice.template roll<N>(value)));
+    return to_uint16<N>(round_f16(value, random.template draw<N>(value)));
   }
 };
 
 template <class T>
 constexpr bool kRounded = std::is_same_v<T, bf16> || std::is_same_v<T, f16>;
+
+// call(T{}) for the type of this dtype.
+template <class Call>
+inline void with_dtype(int64_t dtype, const Call& call) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::f32: return call(float{});
+    case DType::f64: return call(double{});
+    case DType::bf16: return call(bf16{});
+    case DType::f16: return call(f16{});
+  }
+}
 
 // ---- Streaming stores ----------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-// backup / restore: copy a bucket's rows to and from its flat buffer, bit for bit, whatever their dtype: rows are bytes here.
+// backup / restore: copy a bucket's tensors to and from its backup, bit for bit, whatever their dtype: bytes here.
 #include "format.h"
 #include "plan.h"
 
@@ -23,36 +23,30 @@ __device__ __forceinline__ void copy_units(Byte* to, const Byte* from, int begin
   }
 }
 
-template <bool ToFlat, class Table>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) copy_kernel(const __grid_constant__ Table rows, Byte* flat) {
-  const uint32_t tiles = rows.num_tiles();
+template <bool ToBackup, class Arguments>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) copy_kernel(const __grid_constant__ Arguments arguments, Byte* backup) {
+  const uint32_t tiles = arguments.num_tiles();
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const auto tile = rows.tile(index, 1);
-    Byte* row = reinterpret_cast<Byte*>(tile.address[kWeights]);
-    Byte* to = ToFlat ? flat + tile.slot : row;
-    const Byte* from = ToFlat ? row : flat + tile.slot;
-    // Slots are aligned; a row may lie anywhere its dtype allows.
+    const auto tile = arguments.tile(index, 1);
+    Byte* tensor = reinterpret_cast<Byte*>(tile.address[kWeights]);
+    Byte* to = ToBackup ? backup + tile.slot : tensor;
+    const Byte* from = ToBackup ? tensor : backup + tile.slot;
+    // Slots are aligned; a tensor may lie anywhere its dtype allows.
     in_widest_units<Byte>(tile.address[kWeights], static_cast<int>(tile.count),
                           [&](auto unit, int begin, int end) { copy_units<decltype(unit)>(to, from, begin, end); });
   }
 }
 
-// The rows' elements as bytes.
-std::vector<Row> in_bytes(int itemsize, const Bucket<Group>& bucket) {
-  std::vector<Row> rows(bucket.rows, bucket.rows + bucket.num_rows);
-  for (Row& row : rows) row = {0, row.numel * itemsize, row.slot * itemsize};
-  return rows;
-}
-
-template <bool ToFlat, class TakesPart>
-void copy_rows(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, void* flat, Place place, const TakesPart& takes_part) {
-  const std::vector<Row> bytes = in_bytes(itemsize, bucket);
-  for_launches<PlainTables>(
-      Bucket<Group>{bytes.data(), bucket.num_rows, nullptr}, place, 1, {rows, nullptr}, false, false, takes_part,
-      [&](const auto& table, const std::vector<int64_t>&) {
-        using Table = std::decay_t<decltype(table)>;
-        launch(ToFlat ? "backup" : "restore", copy_kernel<ToFlat, Table>, blocks_for(copy_kernel<ToFlat, Table>, table.num_tiles()), kThreads,
-               place.stream, table, static_cast<Byte*>(flat));
+template <bool ToBackup, class TakesPart>
+void copy_tensors(const Bucket& b, Launch on, const TakesPart& takes_part) {
+  std::vector<TensorInfo> bytes(b.tensors, b.tensors + b.num_tensors);
+  for (TensorInfo& tensor : bytes) tensor = {0, tensor.numel * b.itemsize, tensor.slot * b.itemsize};
+  for_launches<PlainSizes>(
+      Members<Group>{bytes.data(), b.num_tensors, nullptr}, on, 1, {b.weights, nullptr}, false, false, takes_part,
+      [&](const auto& arguments, const std::vector<int64_t>&) {
+        const auto kernel = copy_kernel<ToBackup, std::decay_t<decltype(arguments)>>;
+        launch(ToBackup ? "backup" : "restore", kernel, blocks_for(kernel, arguments.num_tiles()), kThreads, on.stream,
+               arguments, static_cast<Byte*>(b.backup));
       });
 }
 
@@ -60,20 +54,19 @@ void copy_rows(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, 
 
 void probe() {
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, copy_kernel<true, PlainTables::Small>), "probe");
+  check(cudaFuncGetAttributes(&attributes, copy_kernel<true, PlainSizes::Small>), "probe");
 }
 
-void backup(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, uint64_t* saved, void* flat, Place place) {
-  copy_rows<true>(itemsize, bucket, rows, flat, place, [&](int64_t row) { return rows[row] != 0; });
-  for (int64_t row = 0; row < bucket.num_rows; ++row) saved[row] = rows[row];
+void backup(const Bucket& b, Launch on) {
+  copy_tensors<true>(b, on, [&](int64_t i) { return b.weights[i] != 0; });
+  std::copy(b.weights, b.weights + b.num_tensors, b.saved);
 }
 
-void restore(int itemsize, const Bucket<Group>& bucket, const uint64_t* rows, uint64_t* saved, const void* flat, bool release, Place place) {
-  copy_rows<false>(itemsize, bucket, rows, const_cast<void*>(flat), place,
-                   [&](int64_t row) { return rows[row] != 0 && saved[row] != 0; });
+void restore(const Bucket& b, bool release, Launch on) {
+  copy_tensors<false>(b, on, [&](int64_t i) { return b.weights[i] != 0 && b.saved[i] != 0; });
   if (!release) return;
-  for (int64_t row = 0; row < bucket.num_rows; ++row)
-    if (rows[row] != 0) saved[row] = 0;
+  for (int64_t i = 0; i < b.num_tensors; ++i)
+    if (b.weights[i] != 0) b.saved[i] = 0;
 }
 
 }  // namespace sam::cuda

@@ -49,17 +49,17 @@ template <class Format>
 constexpr bool kStochastic<Stochastic<Format>> = true;
 
 // Where a run of elements begins in the bucket, and the operation's key: what the random bits are made of.
-struct Dice {
+struct RoundingBits {
   uint32_t key;
   uint32_t index;
 };
 
 // The bits of a new weight, element i of the run.
 template <class T>
-__device__ __forceinline__ typename T::Bits narrow_weight(typename T::Compute x, [[maybe_unused]] const Dice& dice, [[maybe_unused]] int i) {
+__device__ __forceinline__ typename T::Bits narrow_weight(typename T::Compute x, [[maybe_unused]] const RoundingBits& random, [[maybe_unused]] int i) {
   if constexpr (kStochastic<T>) {
     const uint32_t value = __float_as_uint(x);
-    return T::round(value, random_bits(dice.index + static_cast<uint32_t>(i), value, dice.key));
+    return T::round(value, random_bits(random.index + static_cast<uint32_t>(i), value, random.key));
   } else {
     return T::narrow(x);
   }

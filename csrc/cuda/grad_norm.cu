@@ -30,7 +30,7 @@ __device__ __forceinline__ double sum_of_units(const Tile<kStates>& tile, int be
   using Bits = typename T::Bits;
   constexpr int kStride = kThreads * U::kSize;
   const Bits* w = reinterpret_cast<const Bits*>(tile.address[kWeights]);
-  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]);
+  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kAlong]);
   double sum = 0.0;
 #pragma unroll 1
   for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end; first += kUnitsPerBatch<U> * kStride) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
   using Compute = typename T::Compute;
   constexpr int kSize = Vector<Bits>::kSize;
   const Bits* w = reinterpret_cast<const Bits*>(tile.address[kWeights]) + threadIdx.x * kSize;
-  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kGrads]) + threadIdx.x * kSize;
+  const Bits* g = reinterpret_cast<const Bits*>(tile.address[kAlong]) + threadIdx.x * kSize;
   Vector<Bits> w_vectors[kVectorsPerThread], g_vectors[kVectorsPerThread];
 #pragma unroll
   for (int k = 0; k < kVectorsPerThread; ++k) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
   for (int half = kVectorsPerThread / 2; half > 0; half /= 2)
 #pragma unroll
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  // A sum of zero is right where every gradient is: rows that took no part in the loss are common, and not worth a second look.
+  // A sum of zero is right where every gradient is: tensors that took no part in the loss are common, and not worth a second look.
   const bool nothing = zero && sums[0] == Compute{};
   const bool trusted = sizeof(Compute) == sizeof(double) || nothing || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
   return trusted ? static_cast<double>(sums[0]) : sum_of_units<T, Adaptive, Vector<Bits>>(tile, 0, static_cast<int>(tile.count), eta);
@@ -98,7 +98,7 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
 template <class T, bool Adaptive>
 __device__ __forceinline__ double sum_of_squares(const Tile<kStates>& tile, double eta) {
   using Bits = typename T::Bits;
-  const uint64_t addresses = tile.address[kGrads] | (Adaptive ? tile.address[kWeights] : 0);
+  const uint64_t addresses = tile.address[kAlong] | (Adaptive ? tile.address[kWeights] : 0);
   if (tile.full<Bits>() && addresses % kVectorBytes == 0) return sum_of_full_tile<T, Adaptive>(tile, eta);
   double sum = 0.0;
   in_widest_units<Bits>(addresses, static_cast<int>(tile.count),
@@ -106,13 +106,13 @@ __device__ __forceinline__ double sum_of_squares(const Tile<kStates>& tile, doub
   return sum;
 }
 
-template <class T, class Table>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) grad_norm_kernel(const __grid_constant__ Table rows, double* __restrict__ partials, bool add) {
+template <class T, class Arguments>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) grad_norm_kernel(const __grid_constant__ Arguments arguments, double* __restrict__ partials, bool add) {
   double sum = 0.0;
-  const uint32_t tiles = rows.num_tiles();
+  const uint32_t tiles = arguments.num_tiles();
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const auto tile = rows.tile(index, sizeof(typename T::Bits));
-    const Group group = rows.groups[tile.group];
+    const auto tile = arguments.tile(index, sizeof(typename T::Bits));
+    const Group group = arguments.groups[tile.group];
     sum += group.adaptive != 0.0 ? sum_of_squares<T, true>(tile, group.eta) : sum_of_squares<T, false>(tile, 0.0);
   }
   sum = block_sum(sum);
@@ -120,43 +120,36 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) grad_norm_kerne
 }
 
 template <class T>
-void grad_norm_of(const Bucket<Group>& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
+void grad_norm_of(const Bucket& b, const Group* options, double* partials, int blocks, Launch on) {
   bool add = false;  // a further launch adds to what the one before it left
-  for_launches<PlainTables>(
-      bucket, place, static_cast<int>(sizeof(typename T::Bits)), {weights, grads}, true, false, [&](int64_t row) { return grads[row] != 0; },
-      [&](const auto& table, const std::vector<int64_t>&) {
-        using Table = std::decay_t<decltype(table)>;
-        launch("grad_norm", grad_norm_kernel<T, Table>, static_cast<unsigned>(blocks), kThreads, place.stream, table, partials, add);
+  for_launches<PlainSizes>(
+      Members<Group>{b.tensors, b.num_tensors, options}, on, static_cast<int>(sizeof(typename T::Bits)),
+      {b.weights, b.along}, true, false, [&](int64_t i) { return b.along[i] != 0; },
+      [&](const auto& arguments, const std::vector<int64_t>&) {
+        const auto kernel = grad_norm_kernel<T, std::decay_t<decltype(arguments)>>;
+        launch("grad_norm", kernel, static_cast<unsigned>(blocks), kThreads, on.stream, arguments, partials, add);
         add = true;
       });
 }
 
 template <class T>
-int blocks_of(const Row* rows, int64_t num_rows) {
+int blocks_of(const Bucket& b) {
   int64_t tiles = 0;
-  for (int64_t i = 0; i < num_rows; ++i) tiles += tiles_of(rows[i].numel, static_cast<int>(sizeof(typename T::Bits)));
-  return static_cast<int>(blocks_for(grad_norm_kernel<T, PlainTables::Large>, tiles));
+  for (int64_t i = 0; i < b.num_tensors; ++i)
+    tiles += tiles_of(b.tensors[i].numel, static_cast<int>(sizeof(typename T::Bits)));
+  return static_cast<int>(blocks_for(grad_norm_kernel<T, PlainSizes::Large>, tiles));
 }
 
 }  // namespace
 
-int grad_norm_blocks(DType dtype, const Row* rows, int64_t num_rows) {
-  switch (dtype) {
-    case DType::f32: return blocks_of<f32>(rows, num_rows);
-    case DType::f64: return blocks_of<f64>(rows, num_rows);
-    case DType::bf16: return blocks_of<bf16>(rows, num_rows);
-    case DType::f16: return blocks_of<f16>(rows, num_rows);
-  }
-  return 0;
+int grad_norm_blocks(const Bucket& b) {
+  return with_format(static_cast<DType>(b.dtype), {}, [&](auto format) { return blocks_of<decltype(format)>(b); });
 }
 
-void grad_norm(DType dtype, const Bucket<Group>& bucket, const uint64_t* weights, const uint64_t* grads, double* partials, int blocks, Place place) {
-  switch (dtype) {
-    case DType::f32: return grad_norm_of<f32>(bucket, weights, grads, partials, blocks, place);
-    case DType::f64: return grad_norm_of<f64>(bucket, weights, grads, partials, blocks, place);
-    case DType::bf16: return grad_norm_of<bf16>(bucket, weights, grads, partials, blocks, place);
-    case DType::f16: return grad_norm_of<f16>(bucket, weights, grads, partials, blocks, place);
-  }
+void grad_norm(const Bucket& b, const Group* options, double* partials, int blocks, Launch on) {
+  with_format(static_cast<DType>(b.dtype), {}, [&](auto format) {
+    grad_norm_of<decltype(format)>(b, options, partials, blocks, on);
+  });
 }
 
 }  // namespace sam::cuda

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "rows.h"
+#include "arguments.h"
 
 namespace sam::cuda {
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..amp import Scaling
 from ..options import check_options
-from ..steps import Rule
+from ..steps import NotFused, Rule
 from .columns import GradientOf
-from .memory import dense_layout, is_wrapper, padded_size
+from .memory import dense_layout, is_plain, is_wrapper, padded_size
 
 CHUNK = 16384
 """Elements. Small enough to balance over threads, large enough that the work per chunk vanishes. A multiple of 64."""
@@ -139,6 +139,8 @@ class Bucket(ABC):
         """For each tensor whose ``.grad`` is its gradient, and which is the key of the base optimizer's state."""
         self.empty = [index for index, tensor in enumerate(self.tensors) if tensor.numel() == 0]
         self.shared = shared
+        self.moved = True
+        """Whether a tensor was seen to lie elsewhere than before, since somebody has set this to False."""
         self.step_options: StepOptions | None = None
         """Those of the last fused step."""
         self._backup = backup
@@ -194,10 +196,6 @@ class Bucket(ABC):
     @abstractmethod
     def num_partials(self) -> int:
         """How many float64 partial sums :meth:`grad_norm` writes."""
-
-    @abstractmethod
-    def locations(self) -> bytes:
-        """Where the tensors were when they were last collected: equal if none lies elsewhere."""
 
     @abstractmethod
     def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
@@ -262,39 +260,31 @@ class Bucket(ABC):
         """Note for each tensor of this bucket, ``source.by_parameter()`` and collected, whether ``source`` has it saved."""
         raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
-    def collect_step(self) -> None:
-        """Look up where tensors and gradients are now, for a fused second step.
-
-        Raises:
-            NotFused: a tensor or a gradient is not laid out as the bucket's tensor was.
-        """
-        raise NotImplementedError(f"the {self.backend} backend has no fused second step")
-
-    def read_state(self, state: Any, options: StepOptions) -> None:
-        """Look up the base optimizer's state of the tensors that have a gradient; after :meth:`collect_step`.
+    def prepare_step(self, state: Any, options: StepOptions) -> None:
+        """Look up where tensors, gradients and the base optimizer's state are now, for a fused second step.
 
         Args:
             state: that of the base optimizer: ``state[param][name]``.
             options: its options.
 
         Raises:
-            MissingState: a state that ``options.masks`` asks for is not there yet.
-            NotFused: a state is not laid out as its tensor.
+            NotFused: a tensor, a gradient or a state is not laid out as the bucket's tensor was.
+            MissingState: a state that ``options.masks`` asks for, of a tensor that has a gradient, is not there yet.
         """
         raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
     device_counters: bool
-    """After :meth:`read_state`: whether step counters are on the bucket's device."""
+    """After :meth:`prepare_step`: whether step counters are on the bucket's device."""
 
     host_counters: bool
-    """After :meth:`read_state`: whether there are step counters on the host."""
+    """After :meth:`prepare_step`: whether there are step counters on the host."""
 
     def with_gradient(self) -> list[int] | None:
-        """After :meth:`collect_step`: the tensors that have a gradient. None means all."""
+        """After :meth:`prepare_step`: the tensors that have a gradient. None means all."""
         raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
     def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:
-        """Put the saved tensors back and step as the base optimizer does; after :meth:`read_state`.
+        """Put the saved tensors back and step as the base optimizer does; after :meth:`prepare_step`.
 
         Tensors without a gradient are only put back. Afterwards nothing is saved. Gradients are divided by
         ``scaling.grad_scale``, which is on the bucket's device. Where ``scaling.found_inf`` (also there) is not 0, all
@@ -303,15 +293,31 @@ class Bucket(ABC):
         """
         raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
-    def stepped_params(self) -> list[Tensor]:
-        """After :meth:`collect_step`: the parameters of the tensors that have a gradient."""
-        found = self.with_gradient()
-        return self.all_params if found is None else [p for index in found for p in self.params[index]]
+    def written_params(self) -> list[Tensor]:
+        """After :meth:`prepare_step`: the parameters that the step writes, which are saved or have a gradient."""
+        saved, stepped = self.saved(), self.with_gradient()
+        if saved is None or stepped is None:
+            return self.all_params
+        return [p for index in sorted({*saved, *stepped}) for p in self.params[index]]
 
     def gradient_of(self, index: int) -> Tensor | None:
         """The gradient of one tensor; of a DTensor, what this process holds of it."""
         source = self.sources[index]
         return source.grad if self._gradient_of is None else self._gradient_of(source)
+
+
+def step_gradient(bucket: Bucket, index: int) -> Tensor:
+    """The gradient of one tensor for a fused second step. Raises NotFused if the base optimizer must see to it."""
+    source = bucket.sources[index]
+    grad = source.grad
+    if grad is not None and is_wrapper(type(source)):
+        if getattr(grad, "placements", None) != source.placements:  # type: ignore[attr-defined]
+            # Bringing it there takes collectives. All processes give the same answer.
+            raise NotFused("a DTensor's gradient is not placed as the parameter is")
+        grad = bucket.gradient_of(index)
+    if grad is None or not is_plain(grad):
+        raise NotFused("a gradient is sparse or has no memory of its own")
+    return grad
 
 
 class Backend(ABC):

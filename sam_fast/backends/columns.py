@@ -34,11 +34,12 @@ def column(size: int) -> array[int]:
     return array("Q", bytes(8 * size))
 
 
-def same_objects(a: list[Any], b: list[Any]) -> bool:
-    """Whether two lists hold the same objects."""
-    if _cpu is not None:
-        return _cpu.same_objects(a, b)
+def _same_objects(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+same_objects: Callable[[list[Any], list[Any]], bool] = _same_objects if _cpu is None else _cpu.same_objects
+"""Whether two lists hold the same objects."""
 
 
 def all_none(items: list[Any]) -> bool:
@@ -75,13 +76,17 @@ class PythonGather:
         self.tensors, self.params, self.groups = list(tensors), list(params), list(groups)
         self.expected = [signature(tensor) for tensor in tensors]
         self.has_grad = bytes(len(tensors))
+        self.moved = False
 
     @property
     def num_grads(self) -> int:
         return len(self.has_grad) - self.has_grad.count(0)
 
     def weights(self, addresses: array[int]) -> list[int]:
-        return [i for i in range(len(self.tensors)) if not self._matches(i, self._tensor(i), addresses)]
+        before = addresses[:]
+        changed = [i for i in range(len(self.tensors)) if not self._matches(i, self._tensor(i), addresses)]
+        self.moved = addresses != before
+        return changed
 
     def _tensor(self, i: int) -> Tensor:
         param = self.params[i]

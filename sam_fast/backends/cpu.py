@@ -61,7 +61,7 @@ class CpuBucket(NativeBucket):
             _cpu.steps[options.rule.name][0],
             self.address,
             options.values.buffer_info()[0],
-            scaling.grad_factor(),
+            1.0 if scaling.grad_scale is None else scaling.grad_factor(),
             options.rounding_key,
             torch.get_num_threads(),
         )

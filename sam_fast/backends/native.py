@@ -6,7 +6,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from .bucket import (
     check_direction,
     no_memory,
     shape_changed,
+    step_gradient,
 )
-from .columns import DEVICE_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather
+from .columns import DEVICE_FLOAT32, HOST_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather
 from .memory import has_memory, is_dense, is_plain, is_wrapper, rejects_memory, signature
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -55,6 +56,9 @@ class NativeBucket(Bucket):
     built: dtype, device, shape and strides. A kernel never sees the address of a tensor that does not match.
     """
 
+    counts: ClassVar[bool] = True
+    """Whether a step's kernel counts float32 step counters on the host."""
+
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(tensors, groups, *args, **kwargs)
         size = len(self.tensors)
@@ -67,6 +71,7 @@ class NativeBucket(Bucket):
         self._copies: dict[int, Tensor] = {}  # directions in their tensors' own layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
         self._wide_steps = torch.empty(0)
+        self._uncounted = False  # whether some of them are left to count after the kernel
         self.device_counters = self.host_counters = False
         values = {
             "dtype": DTYPE_CODES.get(self.dtype, -1),  # -1: only saved and restored
@@ -90,9 +95,6 @@ class NativeBucket(Bucket):
         self._struct[FIELDS.index("backup")] = self.backup.data_ptr()
         return _address(self._struct)
 
-    def locations(self) -> bytes:
-        return self._weights.tobytes()
-
     # ---- First step --------------------------------------------------------------------------------------------------
 
     def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
@@ -104,6 +106,7 @@ class NativeBucket(Bucket):
             perturb = (options.perturb[group] for group in self.groups)
             along = [tensor if takes_part else None for tensor, takes_part in zip(along, perturb, strict=True)]
             odd = self._gather.read(along, self._along)
+        self.moved = self.moved or self._gather.moved
         if changed:
             self._require_memory(changed)
             return False
@@ -116,7 +119,8 @@ class NativeBucket(Bucket):
     def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
         self._num_saved = None
         self._num_saved = self.launch_perturb(options, partials, eps, norm)
-        self._release_copies()
+        if self._copies:
+            self._release_copies()
 
     @abstractmethod
     def launch_perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
@@ -201,41 +205,43 @@ class NativeBucket(Bucket):
         self._saved[:] = array("Q", [at if is_saved else 0 for at, is_saved in zip(self._weights, saved, strict=True)])
         self._num_saved = None
 
-    def collect_step(self) -> None:
+    def prepare_step(self, state: Any, options: StepOptions) -> None:
         self._copies.clear()
         changed, odd = self._gather.collect(self._weights, self._along, None)
+        self.moved = self.moved or self._gather.moved
         if changed:
             raise NotFused("a parameter is no longer laid out as it was in first_step")
         for index in odd:
-            grad, source = self.sources[index].grad, self.sources[index]
-            if grad is not None and is_wrapper(type(source)):
-                if getattr(grad, "placements", None) != source.placements:  # type: ignore[attr-defined]
-                    raise NotFused("a DTensor's gradient is not placed as the parameter is")
-                grad = self.gradient_of(index)
-            if grad is None or not is_plain(grad):
-                raise NotFused("a gradient is sparse or has no memory of its own")
-            self._along[index] = self._in_layout(index, grad).data_ptr()
+            self._along[index] = self._in_layout(index, step_gradient(self, index)).data_ptr()
+        rule = options.rule
+        columns = self._states[: len(rule.states)]
+        wrong = self._gather.states(state, rule.states, options.masks, columns)
+        if wrong is not None:
+            raise _wrong_state(wrong[0], rule.states[wrong[2]])
+        if rule.counter is not None:
+            self._read_counters(state, rule.counter, 1 << len(rule.states), options.masks)
+        else:
+            self._steps, self._uncounted = [], False
+            self.device_counters = self.host_counters = False
 
     def with_gradient(self) -> list[int] | None:
         if self._gather.num_grads == len(self.tensors):
             return None
         return [index for index, has_grad in enumerate(self._gather.has_grad) if has_grad]
 
-    def read_state(self, state: Any, options: StepOptions) -> None:
-        rule = options.rule
-        columns = self._states[: len(rule.states)]
-        wrong = self._gather.states(state, rule.states, options.masks, columns)
+    def written_params(self) -> list[Tensor]:
+        whole = self._gather.num_grads == len(self.tensors) or self._num_saved == self._occupied > 0
+        return self.all_params if whole else super().written_params()
+
+    def _read_counters(self, state: Any, name: str, bit: int, masks: array[int]) -> None:
+        wrong, self._steps, kind = self._gather.counters(state, name, bit, masks, self._counters)
         if wrong is not None:
-            raise _wrong_state(wrong[0], rule.states[wrong[2]])
-        self._steps, kind = [], NO_COUNTERS
-        if rule.counter is not None:
-            bit = 1 << len(rule.states)
-            wrong, self._steps, kind = self._gather.counters(state, rule.counter, bit, options.masks, self._counters)
-            if wrong is not None:
-                raise _wrong_state(wrong[0], rule.counter)
+            raise _wrong_state(wrong[0], name)
         self.device_counters = kind == DEVICE_FLOAT32
         self.host_counters = kind not in (NO_COUNTERS, DEVICE_FLOAT32)
         self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else torch.empty(0)
+        # A kernel counts float32 counters on the host, but never comes to a tensor without elements.
+        self._uncounted = bool(self._steps) and (bool(self.empty) or not self.counts or kind != HOST_FLOAT32)
 
     def _steps_in_float32(self) -> Tensor:
         """Copies of counters in float64, which PyTorch makes where that is the default dtype; kernels read float32."""
@@ -251,8 +257,10 @@ class NativeBucket(Bucket):
     def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:
         self._num_saved = None
         left = self.launch_step(options, scaling)
-        self._count_steps(scaling)
-        self._release_copies()
+        if self._uncounted:
+            self._count_steps(scaling)
+        if self._copies:
+            self._release_copies()
         self._num_saved = left
         if left:  # tensors whose gradient vanished between the passes
             self.launch_copy(restore=True, release=True)
@@ -266,12 +274,12 @@ class NativeBucket(Bucket):
         """Add 1 to the counters that the kernel has not counted itself."""
         if self._wide_steps.numel():
             torch._foreach_add_(self._steps, 1.0)
-        elif self.host_counters and self.empty:  # the kernels never come to a tensor without elements
+        elif self.host_counters:
             counted = dict(zip(self._counted(), self._steps, strict=True))
             for index in self.empty:
                 if index in counted:
                     counted[index] += 1
-        elif self.device_counters and self._steps:
+        else:
             # After the kernel, which reads them as they were.
             torch._foreach_add_(self._steps, 1.0)
             if scaling.found_inf is not None:

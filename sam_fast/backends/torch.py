@@ -12,10 +12,19 @@ from torch import Tensor
 
 from ..amp import Scaling, inverse_scale
 from ..rounding import ROUNDED
-from ..steps import MissingState, NotFused
-from .bucket import Backend, Bucket, GroupOptions, ParameterError, StepOptions, check_direction, shape_changed
+from ..steps import MissingState, NotFused, Rule
+from .bucket import (
+    Backend,
+    Bucket,
+    GroupOptions,
+    ParameterError,
+    StepOptions,
+    check_direction,
+    shape_changed,
+    step_gradient,
+)
 from .columns import all_none, local_tensor, state_tensors
-from .memory import is_plain, is_wrapper, signature
+from .memory import is_wrapper, signature
 from .tensor_lists import (
     asam_t,
     compute_dtype,
@@ -37,6 +46,7 @@ class TorchBucket(Bucket):
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(tensors, groups, *args, **kwargs)
         self._expected = [signature(tensor) for tensor in self.tensors]
+        self._locations = array("Q")
         self._along: list[Tensor | None] = [None] * len(self.tensors)
         self._saved = [False] * len(self.tensors)
         self._states: dict[str, list[Tensor | None]] = {}
@@ -47,13 +57,13 @@ class TorchBucket(Bucket):
     def num_partials(self) -> int:
         return 1
 
-    def locations(self) -> bytes:
-        return array("Q", map(Tensor.data_ptr, self.tensors)).tobytes()
-
     def _is_as_built(self) -> bool:
         if self._wrapped:  # a DTensor may have been given another local tensor
             pairs = zip(self.sources, self.tensors, strict=True)
             self.tensors = [local_tensor(source) if is_wrapper(type(source)) else tensor for source, tensor in pairs]
+        locations = array("Q", map(Tensor.data_ptr, self.tensors))
+        self.moved = self.moved or locations != self._locations
+        self._locations = locations
         return [signature(tensor) for tensor in self.tensors] == self._expected
 
     # ---- First step --------------------------------------------------------------------------------------------------
@@ -158,38 +168,34 @@ class TorchBucket(Bucket):
         pairs = zip(source._saved, source.params, strict=True)
         self._saved = [was_saved for was_saved, params in pairs for _ in params]
 
-    def collect_step(self) -> None:
+    def prepare_step(self, state: Any, options: StepOptions) -> None:
         if not self._is_as_built() or any(tensor.is_neg() or tensor.is_conj() for tensor in self.tensors):
             raise NotFused("a parameter is no longer laid out as it was in first_step")
         for index, source in enumerate(self.sources):
-            grad = source.grad
-            if grad is not None and is_wrapper(type(source)):
-                if getattr(grad, "placements", None) != source.placements:  # type: ignore[attr-defined]
-                    raise NotFused("a DTensor's gradient is not placed as the parameter is")
-                grad = self.gradient_of(index)
-            if grad is not None and not is_plain(grad):
-                raise NotFused("a gradient is sparse or has no memory of its own")
-            self._along[index] = grad
-
-    def with_gradient(self) -> list[int]:
-        return [index for index, grad in enumerate(self._along) if grad is not None]
-
-    def read_state(self, state: Any, options: StepOptions) -> None:
+            self._along[index] = None if source.grad is None else step_gradient(self, index)
         if options.learning_rates:
             raise NotFused("the torch backend reads learning rates on the host")
-        rule, pairs = options.rule, list(zip(self.groups, self._along, strict=True))
+        pairs = zip(self.groups, self._along, strict=True)
         takes = [0 if grad is None else options.masks[group] for group, grad in pairs]
-        for k, name in enumerate(rule.all_names):
+        for k, name in enumerate(options.rule.all_names):
             found = state_tensors(state, self.sources, takes, 1 << k, name)
             if isinstance(found, int):
                 raise MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
-            if name == rule.counter:
-                if any(step is not None and step.device.type != "cpu" for step in found):
-                    raise NotFused("the torch backend reads step counters on the host")
-                self.host_counters = not all_none(found)
-            elif not all(t is None or _is_like(t, tensor) for t, tensor in zip(found, self.tensors, strict=True)):
-                raise NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
             self._states[name] = found
+        self._check_states(options.rule)
+
+    def _check_states(self, rule: Rule) -> None:
+        for name in rule.states:
+            pairs = zip(self._states[name], self.tensors, strict=True)
+            if not all(state is None or _is_like(state, tensor) for state, tensor in pairs):
+                raise NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
+        steps = [] if rule.counter is None else self._states[rule.counter]
+        if any(step is not None and step.device.type != "cpu" for step in steps):
+            raise NotFused("the torch backend reads step counters on the host")
+        self.host_counters = not all_none(steps)
+
+    def with_gradient(self) -> list[int]:
+        return [index for index, grad in enumerate(self._along) if grad is not None]
 
     @torch.no_grad()
     def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:

@@ -79,6 +79,7 @@ class TritonBucket(NativeBucket):
     backend = "triton"
     steps = frozenset({"sgd", "adam"})
     decides_on_device = True
+    counts = False
 
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(tensors, groups, *args, **kwargs)
@@ -250,10 +251,9 @@ class TritonBucket(NativeBucket):
         return self.addresses.send(b"".join(part.tobytes() for part in (*parts, rates)))
 
     def _count_steps(self, scaling: Scaling) -> None:
-        # After the launch: one that fails has counted nothing. The kernel counts none.
-        if self._steps:
-            by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
-            torch._foreach_add_(self._steps, by)
+        # After the launch: one that fails has counted nothing.
+        by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
+        torch._foreach_add_(self._steps, by)
 
 
 class TritonBackend(NativeBackend):

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from .adam import AdamRule
+from .adam import AdamRule, AdamWRule
 from .rule import MissingState, NotFused, Rule
 from .sgd import SgdRule
 
-RULES: tuple[Rule, ...] = (SgdRule(), AdamRule())
-
-_BY_CLASS = {cls: rule for rule in RULES for cls in rule.classes}
+RULES: tuple[Rule, ...] = (SgdRule(), AdamRule(), AdamWRule())
 
 
-def class_name(base: Optimizer) -> str:
-    """The qualified name of a base optimizer's class."""
-    return f"{type(base).__module__}.{type(base).__qualname__}"
+class _RuleOf(dict[type[Optimizer], Rule | None]):
+    """Class of the base optimizer -> how it steps, or None. Its qualified name decides, and no package is imported."""
+
+    def __missing__(self, cls: type[Optimizer]) -> Rule | None:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        self[cls] = next((rule for rule in RULES if name in rule.classes), None)
+        return self[cls]
 
 
-def rule_of(base: Optimizer) -> Rule | None:
-    """How ``base`` steps, or None if its step is not fused. Nothing but its class decides, and no package is imported."""
-    return _BY_CLASS.get(class_name(base))
+RULE_OF = _RuleOf()
 
 
 def fused_classes() -> list[str]:
     """The names of the classes whose step is fused."""
-    return [cls.rpartition(".")[2] for cls in _BY_CLASS]
+    return [cls.rpartition(".")[2] for rule in RULES for cls in rule.classes]
 
 
-__all__ = ["RULES", "MissingState", "NotFused", "Rule", "class_name", "fused_classes", "rule_of"]
+__all__ = ["RULES", "RULE_OF", "MissingState", "NotFused", "Rule", "fused_classes"]

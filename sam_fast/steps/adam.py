@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +13,16 @@ from .rule import Rule, first_counter
 
 class AdamRule(Rule):
     name = "adam"
-    classes = ("torch.optim.adam.Adam", "torch.optim.adamw.AdamW")
+    classes = ("torch.optim.adam.Adam",)
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay is AdamW's where the group does not say."""
+
     options = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize")
     states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counter = "step"
 
-    def values(self, group: dict[str, Any], cls: str) -> list[Any]:
-        decoupled = group.get("decoupled_weight_decay", cls == "torch.optim.adamw.AdamW")
+    def values(self, group: dict[str, Any]) -> list[Any]:
+        decoupled = group.get("decoupled_weight_decay", self.decoupled)
         others = (group[name] for name in ("eps", "weight_decay"))
         return [group["lr"], *group["betas"], *others, decoupled, group["amsgrad"], group["maximize"]]
 
@@ -53,3 +56,8 @@ class AdamRule(Rule):
             **numbers,
             **flags,
         )
+
+
+class AdamWRule(AdamRule):
+    classes = ("torch.optim.adamw.AdamW",)
+    decoupled = True

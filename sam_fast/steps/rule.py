@@ -45,8 +45,8 @@ class Rule(ABC):
         return self.states if self.counter is None else (*self.states, self.counter)
 
     @abstractmethod
-    def values(self, group: dict[str, Any], cls: str) -> list[Any]:
-        """The options of a group; ``cls`` is the qualified name of the base optimizer's class."""
+    def values(self, group: dict[str, Any]) -> list[Any]:
+        """The options of a group."""
 
     def takes(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the states that a parameter of this group has once it has taken a step."""

@@ -17,7 +17,7 @@ class SgdRule(Rule):
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     states = ("momentum_buffer",)
 
-    def values(self, group: dict[str, Any], cls: str) -> list[Any]:
+    def values(self, group: dict[str, Any]) -> list[Any]:
         return [group[name] for name in self.options]
 
     def takes(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu", "restore_sgd.cu", "restore_adam.cu")
+SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu")
 
 
 def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -> Path:
@@ -28,13 +29,18 @@ def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -
         options += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(source: str) -> Path:
-        target = out.with_name(f"{out.stem}.{source}.o")
-        _run(*options, "-x", "c++", "-c", csrc / "cuda" / source, "-o", target)
+    def compile_one(source: str, step: str = "") -> Path:
+        target = out.with_name(f"{out.stem}.{source}{step}.o")
+        definitions = [f"-DSAM_STEP={step}"] if step else []
+        _run(*options, *definitions, "-x", "c++", "-c", csrc / "cuda" / source, "-o", target)
         return target
 
+    # As CMakeLists.txt has it: step.cu once for each of SAM_STEPS.
+    steps = re.findall(r"^ *X\([a-z0-9_]+, ([A-Za-z0-9]+)\)", (csrc / "steps.h").read_text(), re.MULTILINE)
+    assert steps
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
+        jobs = [*((source, "") for source in SOURCES), *(("step.cu", step) for step in steps)]
+        objects = list(pool.map(lambda job: compile_one(*job), jobs))
     _run(*options, "-shared", *objects, "-o", out)
     return out
 

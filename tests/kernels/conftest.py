@@ -22,9 +22,8 @@ UNSCALED = Scaling(None, None)
 
 
 def rule_named(name: str) -> Rule:
-    """The rule of that name."""
-    (rule,) = (rule for rule in RULES if rule.name == name)
-    return rule
+    """The (first) rule of that name."""
+    return next(rule for rule in RULES if rule.name == name)
 
 
 def _variants() -> list[str]:
@@ -121,8 +120,7 @@ class Step:
             bits = (1 << k for k, name in enumerate(rule.all_names) if name in state[bucket.sources[i]])
             masks[group] |= sum(bits)
         options = StepOptions(rule, array("d", [float(x) for group in groups for x in group]), masks, **more)
-        bucket.collect_step()
-        bucket.read_state(state, options)
+        bucket.prepare_step(state, options)
         if device_counters and rule.counter is not None:
             bucket.device_counters, bucket.host_counters = True, False
         return options

@@ -339,7 +339,7 @@ def test_adams_counters_on_the_host_cost_no_upload_per_step():
     twin = SAM(twin_groups, torch.optim.AdamW, lr=0.01, backend="cpu" if "cpu" in backends.available() else "torch")
 
     def step() -> int:
-        tables = optimizer._perturbation.step_buckets()
+        tables = optimizer._perturbation.step_buckets(optimizer.param_groups)
         before = sum(table.numbers.uploads for table in tables)
         for each in (optimizer, twin):
             each.first_step()

@@ -1,0 +1,138 @@
+// What a step does with one chunk: the walk over its vectors.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sam {
+inline namespace SAM_ISA {
+
+// The operations of steps.h on vectors. What is not a vector becomes one.
+struct VectorMath {
+  template <class A, class B, class V>
+  static inline V madd(A a, B b, V c) {
+    return MultiplyAdd::madd(as<V>(a), as<V>(b), c);
+  }
+  template <class V>
+  static inline V root(V v) {
+    return sam::root<static_cast<int>(sizeof(V) / sizeof(v[0]))>(v);
+  }
+
+ private:
+  template <class V, class X>
+  static inline V as(X x) {
+    if constexpr (std::is_same_v<V, X>) return x;
+    else return x - V{};  // x + V{} would lose the sign of a zero
+  }
+};
+
+// The vectors of one dtype.
+template <class T>
+struct Lanes {
+  using Bits = typename Storage<T>::Bits;
+  using Compute = typename Storage<T>::Compute;
+  static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(Compute));
+  using V = Vec<Compute, kWidth>;
+  static inline V read(const Bits* p) { return Storage<T>::template widen<kWidth>(load<Vec<Bits, kWidth>>(p)); }
+  static inline void write(Bits* p, V v) { store(p, Storage<T>::template narrow<kWidth>(v)); }
+  // Past: past the caches. With `random` rounded stochastically. A template parameter would double the code for less than
+  // can be measured.
+  template <bool Past>
+  static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random, [[maybe_unused]] int64_t i) {
+    Vec<Bits, kWidth> bits = Storage<T>::template narrow<kWidth>(v);
+    if constexpr (kRounded<T>) {
+      if (random != nullptr) bits = Storage<T>::template narrow<kWidth>(v, random->at(i));
+    }
+    if constexpr (Past) stream(p, bits);
+    else store(p, bits);
+  }
+};
+
+// What is computed once for all tensors of one group and counter.
+template <class Step, class Compute>
+struct Prepared {
+  typename Step::template Numbers<Compute> numbers;
+  Compute grad_scale;
+  int flags;
+};
+
+// Where a run of elements is.
+template <class T, int NumStates>
+struct Elements {
+  using Bits = typename Lanes<T>::Bits;
+  const Bits* from;  // the weights as they were: the backup's, or `to`
+  Bits* to;
+  const Bits* grads;
+  std::array<Bits*, NumStates> states;
+};
+
+template <class Step, class T>
+struct ChunkStep {
+  static constexpr int K = Step::kNumStates;
+  using L = Lanes<T>;
+  using V = typename L::V;
+  using Bits = typename L::Bits;
+  using P = Prepared<Step, typename L::Compute>;
+  using E = Elements<T, K>;
+
+  // The elements from i on, as many as a vector has.
+  template <bool Past, class Flags>
+  static inline void vector(const E& e, int64_t i, const P& prepared, Flags flags, const RoundingBits* random, int64_t place) {
+    const V weight = L::read(e.from + i);
+    const V grad = L::read(e.grads + i) * prepared.grad_scale;
+    V states[K + 1];  // one more: there may be none
+    for (int s = 0; s < K; ++s)
+      if (Step::uses(s, flags)) states[s] = L::read(e.states[s] + i);
+    const V stepped = Step::template apply<VectorMath>(weight, grad, states, prepared.numbers, flags);
+    for (int s = 0; s < K; ++s)
+      if (Step::uses(s, flags)) L::write(e.states[s] + i, states[s]);
+    L::template write_weight<Past>(e.to + i, stepped, random, place);
+  }
+
+  template <bool Past, class Flags>
+  static inline void run(const E& e, int64_t n, const P& in_memory, Flags flags, const RoundingBits* random) {
+    constexpr int kWidth = L::kWidth;
+    const P prepared = in_memory;  // so that the compiler knows: what is written does not change it
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth)
+      for (int k = 0; k < 2; ++k) vector<Past>(e, i + k * kWidth, prepared, flags, random, i + k * kWidth);
+    for (; i + kWidth <= n; i += kWidth) vector<Past>(e, i, prepared, flags, random, i);
+    if (i == n) return;
+    const size_t bytes = static_cast<size_t>(n - i) * sizeof(Bits);
+    Bits tails[K + 3][kWidth] = {};
+    E tail{tails[K], tails[K + 1], tails[K + 2], {}};
+    std::memcpy(tails[K], e.from + i, bytes);
+    std::memcpy(tails[K + 2], e.grads + i, bytes);
+    for (int s = 0; s < K; ++s) {
+      tail.states[s] = tails[s];
+      if (Step::uses(s, flags)) std::memcpy(tails[s], e.states[s] + i, bytes);
+    }
+    vector<false>(tail, 0, prepared, flags, random, i);
+    std::memcpy(e.to + i, tails[K + 1], bytes);
+    for (int s = 0; s < K; ++s)
+      if (Step::uses(s, flags)) std::memcpy(e.states[s] + i, tails[s], bytes);
+  }
+};
+
+// Calls call(std::integral_constant<int, flags>{}).
+template <class Step, size_t... I, class Call>
+inline void with_flags(int flags, std::index_sequence<I...>, const Call& call) {
+  (void)((Step::kCombinations[I] == flags && (call(std::integral_constant<int, Step::kCombinations[I]>{}), true)) || ...);
+}
+
+// past_caches: only the backup is read from, what is written need not be read before.
+template <class Step, class T>
+inline void step_chunk(const Elements<T, Step::kNumStates>& e, int64_t n, const Prepared<Step, typename Lanes<T>::Compute>& prepared,
+                       bool past_caches, const RoundingBits* random) {
+  using Combinations = std::make_index_sequence<sizeof(Step::kCombinations) / sizeof(int)>;
+  with_flags<Step>(prepared.flags, Combinations{}, [&](auto flags) {
+    if (past_caches) ChunkStep<Step, T>::template run<true>(e, n, prepared, flags, random);
+    else ChunkStep<Step, T>::template run<false>(e, n, prepared, flags, random);
+  });
+}
+
+}  // namespace SAM_ISA
+}  // namespace sam
