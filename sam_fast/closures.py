@@ -129,7 +129,7 @@ def _first_step_along_what_is_there(optimizer: SAM, passes: str) -> bool:
         return False
     if not step.warned_of_gradients:
         step.warned_of_gradients = True
-        warnings.warn(TAKEN, UserWarning, stacklevel=5)
+        warnings.warn(TAKEN, UserWarning, stacklevel=6)
     return True
 
 

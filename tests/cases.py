@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sam_fast import backends
 from sam_fast.backends.bucket import CHUNK
+from sam_fast.backends.memory import is_dense
 
 RESTRICTED = os.environ.get("SAM_FAST_TEST_BACKENDS", "")
 """Names of backends, comma-separated: only they are tested, and only by tests that take each backend in turn. Empty: all that can be used here."""
@@ -50,6 +52,11 @@ def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
     if backend == "cuda" and dtype != torch.float64:
         return 6 * 0.5 * EPSILON[torch.float32] * 0.5
     return 1e-12
+
+
+def is_dense_of_a_stand_in(tensor: Any) -> bool:
+    """``is_dense`` for what only has a tensor's shape and strides."""
+    return is_dense(torch.empty_strided(tensor.shape, tensor.stride(), device="meta"))
 
 
 def make_params(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, grads: bool = True) -> list[nn.Parameter]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params
+from cases import is_dense_of_a_stand_in, make_params
 
 from sam_fast import SAM, backends, devices, fused_step, norm
 from sam_fast.amp import Scaling
+from sam_fast.backends import native
 from sam_fast.amp import inverse_scale
 from sam_fast.backends import triton as triton_backend
 from sam_fast.passes import RandomState
@@ -157,6 +158,7 @@ def with_module(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
         monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+        monkeypatch.setattr(native, "is_dense", is_dense_of_a_stand_in)
         backends.cuda._why_unusable.cache_clear()
         return module
 

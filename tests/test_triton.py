@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, INTERPRETED, SIZES, make_params, same_bits, values
+from cases import CHUNK, DTYPES, INTERPRETED, SIZES, is_dense_of_a_stand_in, make_params, same_bits, values
 from torch import nn
 
 from sam_fast import SAM, backends
-from sam_fast.backends import GroupOptions
+from sam_fast.backends import GroupOptions, native
 from sam_fast.backends import triton as backend
 from sam_fast.backends import upload
 from sam_fast.backends.bucket import Bucket
@@ -108,6 +108,7 @@ def somewhere(device: str, **changes: object) -> Facts:
 def test_what_it_takes_on_a_gpu(monkeypatch, tensor, arithmetic, words):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=False))
+    monkeypatch.setattr(native, "is_dense", is_dense_of_a_stand_in)
     reason = TRITON.rejects(tensor, arithmetic)
     assert reason is None if words is None else words in reason
 
@@ -121,6 +122,7 @@ def test_in_the_interpreter_it_takes_only_cpu_tensors(monkeypatch):
 def test_an_xpu_with_float64_is_taken(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=True))
+    monkeypatch.setattr(native, "is_dense", is_dense_of_a_stand_in)
     assert TRITON.rejects(somewhere("xpu:0")) is None
 
 

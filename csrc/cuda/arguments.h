@@ -116,7 +116,7 @@ struct Sizes {
   using GroupType = Group;
   using Small = typename Fitting<Group, Addresses, kSmallArguments, SmallGroups>::type;
 #if CUDART_VERSION >= 12010
-  using Medium = Arguments<Group, Addresses, 256, LargeGroups / 2 / static_cast<int>(sizeof(Group))>;
+  using Medium = Arguments<Group, Addresses, 256, 2 * SmallGroups / static_cast<int>(sizeof(Group))>;
   using Large = typename Fitting<Group, Addresses, kLargeArguments, LargeGroups>::type;
 #else
   using Medium = Small;

@@ -86,6 +86,11 @@ def lazy(tensors: list[Tensor]) -> bool:
     return any(t.is_neg() or t.is_conj() for t in tensors)
 
 
+def materialized(tensor: Tensor) -> Tensor:
+    """The tensor with its sign and conjugation applied, and memory of its own: what fused steps need."""
+    return tensor.clone() if tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor() else tensor
+
+
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     if lazy(targets):
         for target, source in zip(targets, sources, strict=True):
@@ -165,7 +170,7 @@ def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool) -> N
     for entry in map(list, zip(*columns, strict=True)):
         weight, n = entry[0], entry[0].numel()
         strides, rest = weight.stride(), n % (VECTOR // first.element_size())
-        alike = can and all(t.stride() == strides for t in entry if t.dim()) and is_dense(weight)
+        alike = can and all(t.stride() == strides for t in entry if t.dim()) and is_dense(weight) and not lazy(entry)
         if not alike or rest == n or (rest and not divide):
             others.append(entry)
         elif rest:

@@ -29,6 +29,7 @@ from .tensor_lists import (
     asam_t,
     compute_dtype,
     copy_all,
+    materialized,
     perturb_tensors,
     rounded,
     scale_of,
@@ -211,8 +212,7 @@ class TorchBucket(Bucket):
                 members.setdefault((self.groups[index], self._saved[index]), []).append((index, grad.detach()))
         for (group, saved), entries in members.items():
             indices = [index for index, _ in entries]
-            grads = to_dtype([grad for _, grad in entries], compute_dtype(self.dtype))
-            grads = [grad.resolve_conj() for grad in grads]
+            grads = to_dtype([materialized(grad) for _, grad in entries], compute_dtype(self.dtype))
             if inverse is not None:
                 grads = list(torch._foreach_mul(grads, inverse))
             self._step_group(options, group, indices, grads, saved)
