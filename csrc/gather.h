@@ -13,12 +13,13 @@ namespace sam {
 
 struct DlpackExchange;  // the part of DLPack's C exchange interface that is used, see gather.cpp
 
-// The tensors of one bucket as they were when it was built. Every step compares the tensors with this record before their addresses are handed to
-// a kernel: a tensor that changed its dtype, device, shape or strides, or whose memory is not its value, is reported, never used.
+// The tensors of one bucket as they were when it was built. Every step compares the tensors with this record before
+// their addresses are handed to a kernel: a tensor that changed its dtype, device, shape or strides, or whose memory is
+// not its value, is reported, never used.
 //
-// Columns (weights, gradients, a direction, one kind of the base optimizer's state) are arrays with one address per tensor, 0 where there is none:
-// writable buffers of 64-bit numbers, array("Q") in Python. Methods that read one return the tensors, by number, that do not match the record;
-// their address is 0.
+// Columns (weights, gradients, a direction, one kind of the base optimizer's state) are arrays with one address per
+// tensor, 0 where there is none: writable buffers of 64-bit numbers, array("Q") in Python. Methods that read one return
+// the tensors, by number, that do not match the record; their address is 0.
 //
 // A parameter may be a wrapper, a DTensor, whose elements are another tensor's: its attribute _local_tensor.
 //
@@ -27,8 +28,9 @@ class Gather {
  public:
   struct PythonError {};
 
-  // exchange: the capsule torch.Tensor.__dlpack_c_exchange_api__; tensor_class: torch.Tensor. Lists of one length: tensors, strided; params, whose
-  // .grad is the gradient and which are the keys of the base optimizer's state; groups, the number of each one's parameter group.
+  // exchange: the capsule torch.Tensor.__dlpack_c_exchange_api__; tensor_class: torch.Tensor. Lists of one length:
+  // tensors, strided; params, whose .grad is the gradient and which are the keys of the base optimizer's state; groups,
+  // the number of each one's parameter group.
   Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, PyObject* params, PyObject* groups);
   ~Gather();
   Gather(const Gather&) = delete;
@@ -37,8 +39,9 @@ class Gather {
   // A tensor that lies where `addresses` says already is not asked again whether its memory is its value.
   std::vector<int64_t> weights(PyObject* addresses);
 
-  // weights() and the gradients in one walk; a gradient's address is 0 where it is None. wanted: one byte per group, 0 where gradients are not
-  // looked at; or None. A gradient that is placed over processes otherwise than its parameter does not match.
+  // weights() and the gradients in one walk; a gradient's address is 0 where it is None. wanted: one byte per group, 0
+  // where gradients are not looked at; or None. A gradient that is placed over processes otherwise than its parameter
+  // does not match.
   struct Odd {
     std::vector<int64_t> weights;
     std::vector<int64_t> grads;
@@ -63,11 +66,13 @@ class Gather {
     int64_t name = -1;
   };
 
-  // columns[k] = the addresses of state[param][names[k]], for the params that had a gradient at the last collect() and whose group's entry in `masks`
-  // has bit k; 0 for the others. state: the base optimizer's, a dict; names: a tuple; masks: a buffer of one 64-bit number per group; columns: a tuple.
+  // columns[k] = the addresses of state[param][names[k]], for the params that had a gradient at the last collect() and
+  // whose group's entry in `masks` has bit k; 0 for the others. state: the base optimizer's, a dict; names: a tuple;
+  // masks: a buffer of one 64-bit number per group; columns: a tuple.
   Found states(PyObject* state, PyObject* names, PyObject* masks, PyObject* columns);
 
-  // The same for step counters, tensors of one element; `counters`, a list, receives them. kind: their dtype and whether they are on the host.
+  // The same for step counters, tensors of one element; `counters`, a list, receives them. kind: their dtype and
+  // whether they are on the host.
   enum class Counters { none, host_float32, host_float64, device_float32 };
   Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses, PyObject* counters, Counters* kind);
 

@@ -7,7 +7,7 @@
 
 namespace sam {
 
-// ---- DLPack, as far as it is needed (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.x) --------------------------------------
+// ---- DLPack, as far as it is needed (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.x) ------------------
 
 struct DlTensor {
   void* data;

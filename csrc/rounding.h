@@ -1,9 +1,11 @@
-// Stochastic rounding to the 16-bit formats, stated once for every native backend. sam_fast/rounding.py and kernels/formulas.py have the same bits.
+// Stochastic rounding to the 16-bit formats, stated once for every native backend. sam_fast/rounding.py and
+// kernels/formulas.py have the same bits.
 //
-// A value between two neighbours of the format goes to either, with a probability that makes the result right on average; a value that the format
-// has stays. Rounding is counter-based (Salmon et al., https://doi.org/10.1145/2063384.2063405): the random bits are a function of a key, the same for all
-// elements of one operation, of the element's place in the bucket, and of the value. The value matters where the key cannot change: when a CUDA graph
-// is replayed.
+// A value between two neighbours of the format goes to either, with a probability that makes the result right on
+// average; a value that the format has stays. Rounding is counter-based (Salmon et al.,
+// https://doi.org/10.1145/2063384.2063405): the random bits are a function of a key, the same for all elements of one
+// operation, of the element's place in the bucket, and of the value. The value matters where the key cannot change:
+// when a CUDA graph is replayed.
 //
 // U is an unsigned 32-bit integer or a SIMD vector of them.
 #pragma once
@@ -17,8 +19,8 @@ namespace sam {
 inline namespace SAM_ISA {
 #endif
 
-// A bijection that changes every bit of the result with every bit of x: two multiplications by odd numbers between shifts (a finalizer in the manner
-// of MurmurHash3; constants of Christopher Wellons's "lowbias32").
+// A bijection that changes every bit of the result with every bit of x: two multiplications by odd numbers between
+// shifts (a finalizer in the manner of MurmurHash3; constants of Christopher Wellons's "lowbias32").
 template <class U>
 SAM_HD U mixed(U x) {
   x ^= x >> 16;
@@ -46,7 +48,8 @@ template <class U>
 SAM_HD U round_f16(U value, U random) {
   const U magnitude = value & 0x7fffffffu;
   const U normal = ((magnitude + (random >> 19)) >> 13) - 0x1c000u;  // 13 bits go; the exponent is re-biased by 15 - 127
-  // Below 2^-14: a whole number of 2^-24 remains of significand * 2^(exponent - 150). Of what lies below 2^-31 of that unit nothing is left.
+  // Below 2^-14: a whole number of 2^-24 remains of significand * 2^(exponent - 150). Of what lies below 2^-31 of that
+  // unit nothing is left.
   const U exponent = magnitude >> 23;
   const U significand = (magnitude & 0x7fffffu) | 0x800000u;
   const U drop = 126u - (exponent < 113u ? exponent : U{} + 112u);

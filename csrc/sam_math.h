@@ -1,6 +1,7 @@
 // The per-element formulas of SAM and ASAM, stated once for every native backend.
 //
-// V is a floating-point scalar or a SIMD vector of them. Nothing here may be contracted into fused multiply-adds (build with
+// V is a floating-point scalar or a SIMD vector of them. Nothing here may be contracted into fused multiply-adds (build
+// with
 // -ffp-contract=off / -fmad=false): every backend and every instruction set then computes the same bits.
 //
 // SAM:  Foret et al., https://arxiv.org/abs/2010.01412        e = rho * g / ||g||
@@ -45,7 +46,8 @@ SAM_HD V perturbed(V w, V g, V scale) {
 template <class V>
 SAM_HD V perturbed_adaptive(V w, V g, V eta, V scale) {
   const V t = asam_t(w, eta);
-  // T g is at most the norm, so T g times the scale is at most rho. T T g alone may overflow, or lose its bits to underflow.
+  // T g is at most the norm, so T g times the scale is at most rho. T T g alone may overflow, or lose its bits to
+  // underflow.
   return w + ((t * g) * scale) * t;
 }
 

@@ -1,5 +1,5 @@
-// The fused steps of base optimizers, each stated once for every native backend. A new one is a struct here and a line in
-// SAM_STEPS; the build, the kernels, the bindings and the tests read that list.
+// The fused steps of base optimizers, each stated once for every native backend. A new one is a struct here and a line
+// in SAM_STEPS; the build, the kernels, the bindings and the tests read that list.
 //
 // Formulas have the operations and roundings of torch.optim's default path: where PyTorch's kernels use a fused
 // multiply-add, so do these. Results then equal restore + step() to the bit in float32 and float64.
@@ -13,8 +13,8 @@
 //   numbers()     what apply() takes: computed in float64, once for all tensors of one group and counter, and rounded to
 //                 C, the type of the arithmetic
 //   apply()       an element's new weight from its weight, its gradient and its state, which it updates
-// V is C or a SIMD vector of C. `flags` is an int, or on the CPU a std::integral_constant. M::madd(a, b, c) = a * b + c,
-// rounded once where PyTorch on the same processor rounds once, M::root is the square root.
+// V is C or a SIMD vector of C. `flags` is an int, or on the CPU a std::integral_constant. M::madd(a, b, c) = a * b +
+// c, rounded once where PyTorch on the same processor rounds once, M::root is the square root.
 #pragma once
 
 #include <cmath>
@@ -90,7 +90,7 @@ struct Sgd : Uncounted {
   }
 };
 
-// ---- torch.optim.Adam and AdamW (Kingma and Ba, https://arxiv.org/abs/1412.6980) ----------------------------------------
+// ---- torch.optim.Adam and AdamW (Kingma and Ba, https://arxiv.org/abs/1412.6980) ------------------------------------
 
 // decoupled: the weight decay is AdamW's.
 #define SAM_ADAM_OPTIONS(X) X(lr) X(beta1) X(beta2) X(eps) X(weight_decay) X(decoupled) X(amsgrad) X(maximize)

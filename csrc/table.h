@@ -30,8 +30,9 @@ constexpr int kMaxStates = 3;  // tensors of state that a base optimizer may hav
 // A bucket: tensors of one dtype on one device, in one index space. The backup is aligned to 64 bytes, and so is every
 // tensor's slot in it.
 //
-// weights, along, saved, counters and states[i] are arrays of addresses, one for each tensor; an address is 0 where there
-// is nothing, and where the tensor has no elements. All lie in host memory; what they point to is on the bucket's device.
+// weights, along, saved, counters and states[i] are arrays of addresses, one for each tensor; an address is 0 where
+// there is nothing, and where the tensor has no elements. All lie in host memory; what they point to is on the bucket's
+// device.
 #define SAM_BUCKET(X)                                                                                                  \
   X(int64_t, dtype)              /* DType; -1 where the bucket is only copied */                                       \
   X(int64_t, itemsize)           /* bytes of an element */                                                             \

@@ -17,14 +17,16 @@ from sam_fast.demo import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Wrong usage exits with 2, as argparse does."""
-    parser = argparse.ArgumentParser(prog="python -m sam_fast", description="Sharpness-Aware Minimization for PyTorch with fused kernels.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sam_fast", description="Sharpness-Aware Minimization for PyTorch with fused kernels."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, usable backends, how the native modules were built")
     cli.add_arguments(
         commands.add_parser(
             "demo",
             help="train a small network with SGD and with SAM and compare them",
-            description="Train a small convolutional network with SGD and with SAM at the same seeds on the CPU, and compare the solutions.",
+            description="Train a small network with SGD and with SAM at the same seeds on the CPU, and compare them.",
         )
     )
     arguments = parser.parse_args(argv)
@@ -44,7 +46,13 @@ def info() -> int:
         },
     )
     unusable = backends.why_not()
-    _section("Backends", {**dict.fromkeys(backends.available(), "usable"), **{name: f"not usable: {why}" for name, why in unusable.items()}})
+    _section(
+        "Backends",
+        {
+            **dict.fromkeys(backends.available(), "usable"),
+            **{name: f"not usable: {why}" for name, why in unusable.items()},
+        },
+    )
     _section("Native modules", backends.build_info() or {"none": "see the backends above for the reason"})
     return 0
 
@@ -65,7 +73,11 @@ def _triton() -> str:
 
 def _cuda() -> str:
     if torch.version.cuda is None:
-        return f"this torch is built for ROCm {torch.version.hip}" if torch.version.hip else "this torch is built without it"
+        return (
+            f"this torch is built for ROCm {torch.version.hip}"
+            if torch.version.hip
+            else "this torch is built without it"
+        )
     if not torch.cuda.is_available():
         return f"{torch.version.cuda}, no usable device"
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

@@ -16,7 +16,9 @@ class Gather:
 
 def isa() -> str: ...
 def use_isa(isa: str) -> None: ...
-def grad_norm(dtype: int, chunk_table: int, num_chunks: int, weights: int, grads: int, groups: int, partials: int, threads: int, /) -> None: ...
+def grad_norm(
+    dtype: int, chunk_table: int, num_chunks: int, weights: int, grads: int, groups: int, partials: int, threads: int, /
+) -> None: ...
 def perturb(
     dtype: int,
     chunk_table: int,
@@ -34,8 +36,20 @@ def perturb(
     threads: int,
     /,
 ) -> int: ...
-def backup(itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, threads: int, /) -> None: ...
-def restore(itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, release_saved: bool, threads: int, /) -> None: ...
+def backup(
+    itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, threads: int, /
+) -> None: ...
+def restore(
+    itemsize: int,
+    chunk_table: int,
+    num_chunks: int,
+    rows: int,
+    saved: int,
+    flat: int,
+    release_saved: bool,
+    threads: int,
+    /,
+) -> None: ...
 def restore_sgd(
     dtype: int,
     chunk_table: int,

@@ -38,9 +38,20 @@ def perturb(
     rounding_key: int | None,
     /,
 ) -> int: ...
-def backup(device: int, stream: int, itemsize: int, rows: int, num_rows: int, weights: int, saved: int, flat: int, /) -> None: ...
+def backup(
+    device: int, stream: int, itemsize: int, rows: int, num_rows: int, weights: int, saved: int, flat: int, /
+) -> None: ...
 def restore(
-    device: int, stream: int, itemsize: int, rows: int, num_rows: int, weights: int, saved: int, flat: int, release_saved: bool, /
+    device: int,
+    stream: int,
+    itemsize: int,
+    rows: int,
+    num_rows: int,
+    weights: int,
+    saved: int,
+    flat: int,
+    release_saved: bool,
+    /,
 ) -> None: ...
 def restore_sgd(
     device: int,

@@ -1,4 +1,6 @@
-"""Mixed precision: a step whose gradients torch.amp.GradScaler has scaled, and which is skipped if either pass overflowed."""
+"""Mixed precision: a step whose gradients torch.amp.GradScaler has scaled, and which is skipped if either pass
+overflowed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 ATTRIBUTES = ("grad_scale", "found_inf")
-"""What a GradScaler sets on an optimizer whose step knows what to do with scaled gradients, and removes after the step."""
+"""What a GradScaler sets on an optimizer whose step knows what to do with scaled gradients, and removes after the step.
+"""
 
 _warned: set[str] = set()
 
@@ -25,7 +28,8 @@ class Scaling:
 
     Args:
         grad_scale: what the gradients are multiplied by (0-d, on a device), or None if they are not scaled (any more).
-        found_inf: 1.0 if there must be no update, because the gradients of either pass are not finite, else 0.0 (0-d float32, on a device).
+        found_inf: 1.0 if there must be no update, because the gradients of either pass are not finite, else 0.0 (0-d
+            float32, on a device).
     """
 
     grad_scale: Tensor | None
@@ -37,7 +41,12 @@ class Scaling:
 
     def on(self, device: torch.device) -> Scaling:
         """The same on another device; nothing waits."""
-        return Scaling(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.grad_scale, self.found_inf)))
+        return Scaling(
+            *(
+                tensor if tensor is None else tensor.to(device, non_blocking=True)
+                for tensor in (self.grad_scale, self.found_inf)
+            )
+        )
 
 
 UNSCALED = Scaling(None, None)
@@ -50,7 +59,8 @@ def scaling_of(grad_scale: Tensor | None, found_inf: Tensor | float | None, norm
     Args:
         grad_scale: what the scaler has set on the optimizer.
         found_inf: the same.
-        norm: the first pass's norm, which is not finite if one of the gradients that it covers is not; None if that must not count.
+        norm: the first pass's norm, which is not finite if one of the gradients that it covers is not; None if that
+            must not count.
     """
     if found_inf is None:
         return Scaling(grad_scale, None)
@@ -59,25 +69,30 @@ def scaling_of(grad_scale: Tensor | None, found_inf: Tensor | float | None, norm
     overflow = found_inf != 0
     if norm is not None:
         overflow |= ~norm.isfinite().to(overflow.device)
-    return Scaling(grad_scale, overflow.to(torch.float32))  # exactly 0 or 1: fused optimizers subtract it from their step counters
+    # exactly 0 or 1: fused optimizers subtract it from their step counters
+    return Scaling(grad_scale, overflow.to(torch.float32))
 
 
 def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], None]) -> None:
-    """Step the base optimizer with gradients that are scaled like this, unless there must be no update; its state is then untouched.
+    """Step the base optimizer with gradients that are scaled like this, unless there must be no update; its state is
+    then untouched.
 
     ``step(base)`` calls ``base.step()``.
 
-    A base optimizer that can decide on the device (``fused=True``) does so, once it has its state. Otherwise the host reads ``found_inf``.
+    A base optimizer that can decide on the device (``fused=True``) does so, once it has its state. Otherwise the host
+    reads ``found_inf``.
 
     Raises:
-        ValueError: gradients in float16, where unscaling would lose the small ones, for a base optimizer that does not unscale them itself.
+        ValueError: gradients in float16, where unscaling would lose the small ones, for a base optimizer that does not
+            unscale them itself.
     """
     if scaling.grad_scale is None and scaling.found_inf is None:
         step(base)
         return
     # On the CPU a fused step may be replaced by one that does not decide, see base_step.FUSED_ON_CPU.
     decides = getattr(base, "_step_supports_amp_scaling", False) and not _is_on_host(scaling.found_inf)
-    # A fused step that is skipped while it makes its state would leave one behind; SGD's momentum would be memory that nobody has written.
+    # A fused step that is skipped while it makes its state would leave one behind; SGD's momentum would be memory that
+    # nobody has written.
     on_host = not decides or _lacks_state(base)
     if on_host and scaling.found_inf is not None and scaling.found_inf.item():
         return
@@ -105,7 +120,12 @@ def inverse_scale(grad_scale: Tensor) -> Tensor:
 
 def _lacks_state(base: Optimizer) -> bool:
     # SGD without momentum never has any.
-    return any(p.grad is not None and not base.state.get(p) for group in base.param_groups if group.get("momentum") != 0 for p in group["params"])
+    return any(
+        p.grad is not None and not base.state.get(p)
+        for group in base.param_groups
+        if group.get("momentum") != 0
+        for p in group["params"]
+    )
 
 
 def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
@@ -119,17 +139,21 @@ def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
         raise ValueError("gradients in float16 are too small to be unscaled: keep float32 parameters and use autocast")
     inverse = inverse_scale(grad_scale)
     for (device, _), grads in alike.items():
-        checked = torch.zeros((), device=device)  # the operation also looks for overflows: the scaler has done so already
+        # the operation also looks for overflows: the scaler has done so already
+        checked = torch.zeros((), device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(grads, checked, inverse.to(device))
 
 
 def tell_scaler(optimizer: Optimizer, scaling: Scaling) -> None:
-    """Let the next ``GradScaler.update()`` hear of an overflow in the first pass, which no gradient shows any more. Nothing waits for the device.
+    """Let the next ``GradScaler.update()`` hear of an overflow in the first pass, which no gradient shows any more.
+    Nothing waits for the device.
 
-    A scaler gives the optimizer the sum of what it has found, neither the tensors that update() reads nor itself. But it is up the call
-    stack; schedulers, hooks and profilers may lie between. If it is not to be found there, one warning says so.
+    A scaler gives the optimizer the sum of what it has found, neither the tensors that update() reads nor itself. But
+    it is up the call stack; schedulers, hooks and profilers may lie between. If it is not to be found there, one
+    warning says so.
 
-    Accelerate takes a step for skipped if ``step`` was not called, which it sees by a function that it has put around it: that is told as well.
+    Accelerate takes a step for skipped if ``step`` was not called, which it sees by a function that it has put around
+    it: that is told as well.
     """
     found_inf = scaling.found_inf
     if found_inf is None:
@@ -138,7 +162,8 @@ def tell_scaler(optimizer: Optimizer, scaling: Scaling) -> None:
     while frame is not None:
         accelerated = frame.f_locals.get("accelerated_optimizer") if frame.f_code.co_name == "patched_step" else None
         if accelerated is not None:
-            accelerated._accelerate_step_called = not bool(found_inf)  # waits for the device, as Accelerate does with any optimizer
+            # waits for the device, as Accelerate does with any optimizer
+            accelerated._accelerate_step_called = not bool(found_inf)
         if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), GradScaler):
             break
         frame = frame.f_back
@@ -155,7 +180,10 @@ def tell_scaler(optimizer: Optimizer, scaling: Scaling) -> None:
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        text = f"the gradient scaler cannot be told when only the first pass of SAM overflows, and will not reduce its scale then: {reason}"
+        text = (
+            "the gradient scaler cannot be told when only the first pass of SAM overflows, and will not reduce its "
+            f"scale then: {reason}"
+        )
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 

@@ -15,14 +15,16 @@ from .rounding import ROUNDED
 from .steps import RULE_OF
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is wrong in 16 bits as well."""
+"""Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is
+wrong in 16 bits as well.
+"""
 
 
 class BaseStep:
     """Calls ``base.step()`` so that hooks run once, and entries that somebody else keeps in its state do no harm.
 
-    PyTorch's optimizers take a state that is not empty for one of their own. What SAM's users keep in ``optimizer.state[p]`` before the base
-    optimizer's first step with p is set aside for that step.
+    PyTorch's optimizers take a state that is not empty for one of their own. What SAM's users keep in
+    ``optimizer.state[p]`` before the base optimizer's first step with p is set aside for that step.
     """
 
     def __init__(self, base: Optimizer) -> None:
@@ -82,7 +84,9 @@ def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
     laid_out: list[tuple[Tensor, Tensor]] = []
     not_fused = []
     for group in base.param_groups if type(base) in FUSED_ON_CPU else ():
-        with_grad = [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
+        with_grad = (
+            [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
+        )
         if type(base) is torch.optim.SGD and any(p.dtype in ROUNDED for p in with_grad):
             not_fused.append(group)
         laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]

@@ -84,7 +84,10 @@ class _Uncounted:
         self._stack = stack
 
     def sees(self, module: nn.Module) -> bool:
-        """Whether a call concerns it: other threads may train other models meanwhile. What the closure was found to lead to is saved already."""
+        """Whether a call concerns it: other threads may train other models meanwhile.
+
+        What the closure was found to lead to is saved already.
+        """
         return module not in self.seen and self._thread == get_ident()
 
     def save(self, roots: list[nn.Module], every_pattern: bool = False) -> None:

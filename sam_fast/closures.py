@@ -1,4 +1,4 @@
-"""``step(closure)``: which passes a closure computes, and whether the gradients that are there already are the first."""
+"""``step(closure)``: which passes a closure computes, and whether gradients that are there already are the first."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .closure_stats import uncounted_forwards
-from .passes import RandomState
+from .devices import devices_of
+from .random_state import RandomState
+from .rounding import rounding_step, set_rounding_step
 from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_models
-
-if TYPE_CHECKING:
-    from .sam import SAM
 
 AUTO, BOTH, SECOND = "auto", "both", "second"
 
 SPENT = "_sam_fast_spent"
-"""Attribute of a gradient tensor: its version when it was last used or zeroed. A gradient that still has that version is not a new one."""
+"""Attribute of a gradient tensor: its version when it was last used or zeroed.
+
+A gradient that still has that version is not a new one.
+"""
 
 TAKEN = (
-    "step(closure) found gradients and takes them for the first pass, as the reference implementation does; the closure is the second. "
-    'If that is right, say SAM(..., closure="second"). If they are left over from something else, or accumulated over several batches, '
+    "step(closure) found gradients and takes them for the first pass, as the reference implementation does; the "
+    "closure is the second. "
+    'If that is right, say SAM(..., closure="second"). If they are left over from something else, or accumulated over '
+    "several batches, "
     'say SAM(..., closure="both"): they are then discarded and the closure is called for both passes. '
     "step(closure, passes=...) does the same for one call."
 )
 
 ACCUMULATED = (
-    "Lightning has accumulated gradients over several batches before step(closure), and the closure computes the last batch only: SAM cannot take "
-    "its second gradient on the same data. Use accumulate_grad_batches=1, or manual optimization: accumulate the first pass over all batches, "
+    "Lightning has accumulated gradients over several batches before step(closure), and the closure computes the last "
+    "batch only: SAM cannot take "
+    "its second gradient on the same data. Use accumulate_grad_batches=1, or manual optimization: accumulate the first "
+    "pass over all batches, "
     "first_step(), accumulate the second pass over the same batches, second_step()"
 )
 
@@ -55,27 +61,36 @@ def are_new(gradients: Iterable[Tensor]) -> bool:
 
 
 def closure_step(
-    optimizer: SAM,
+    optimizer: Any,
     closure: Callable[[], Any],
     passes: str,
     replay_rng: bool,
     model: Models | None,
     extra_buffers: ExtraBuffers,
 ) -> Any:
-    """A whole step of ``optimizer`` with a closure; see :meth:`sam_fast.SAM.step`."""
+    """A whole step of ``optimizer``, a SAM, with a closure; see :meth:`sam_fast.SAM.step`."""
     check_closure_option("passes", passes)
-    extra_buffers = check_extra_buffers(extra_buffers) if model is None else check_models(model, extra_buffers, "step(model=)")[1]
+    extra_buffers = (
+        check_extra_buffers(extra_buffers) if model is None else check_models(model, extra_buffers, "step(model=)")[1]
+    )
     if optimizer._step.found_inf is not None:
-        raise RuntimeError("GradScaler.step with a closure would not check the second gradient: use first_step() and scaler.step(optimizer)")
+        raise RuntimeError(
+            "GradScaler.step with a closure would not check the second gradient: use first_step() and "
+            "scaler.step(optimizer)"
+        )
     step = optimizer._step
     first_pass_done = optimizer.perturbed or _takes_gradients(optimizer, closure, passes)
     if replay_rng and first_pass_done:
         raise ValueError(
-            "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not seen. Call zero_grad() to "
+            "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not "
+            "seen. Call zero_grad() to "
             "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
         )
     if step.random_state is not None and not first_pass_done:
-        raise ValueError("first_pass(replay_rng=True), but the closure is to be called for both passes: use step(closure, replay_rng=True)")
+        raise ValueError(
+            "first_pass(replay_rng=True), but the closure is to be called for both passes: use step(closure, "
+            "replay_rng=True)"
+        )
     loss = None
     try:
         with torch.enable_grad():
@@ -84,7 +99,7 @@ def closure_step(
             if first_pass_done:
                 random_state, step.random_state = step.random_state, None
             else:
-                random_state = RandomState.capture(optimizer._devices()) if replay_rng else None
+                random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replay_rng else None
                 optimizer.zero_grad()
                 loss = closure()
                 optimizer.first_step(zero_grad=True)
@@ -100,12 +115,52 @@ def closure_step(
     return second_loss if first_pass_done else loss
 
 
-def _takes_gradients(optimizer: SAM, closure: Callable[[], Any], passes: str) -> bool:
-    """Whether the gradients that are there are to be the first pass, as far as can be said without looking at their values."""
+def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -> None:
+    """A second step of ``optimizer``, a SAM; see :meth:`sam_fast.SAM.step`."""
+    if replay_rng:
+        raise ValueError(
+            "step(replay_rng=True) needs a closure: without one use first_pass(model, replay_rng=True) and "
+            "second_pass(model)"
+        )
+    if passes is not None:
+        raise ValueError(f"step(passes={passes!r}) needs a closure")
+    if not optimizer._perturbation.active and _can_only_make_state(optimizer):
+        optimizer.base_optimizer.step()
+        return
+    if optimizer._step.found_inf is not None and not optimizer._perturbation.active:
+        raise RuntimeError(
+            "a GradScaler has called step() without first_step() before it. A framework that calls the closure "
+            "itself under float16, as "
+            "Lightning's automatic optimization does, computes one pass only: use manual optimization, with "
+            "first_step() after the first pass, "
+            "or bfloat16"
+        )
+    optimizer._require_perturbed("step() without a closure")
+    optimizer._update()
+
+
+def _can_only_make_state(optimizer: Any) -> bool:
+    """Whether a step would do nothing but make the base optimizer's state: there is none yet, all learning rates
+    and all gradients are 0.
+
+    This is how torch.distributed.checkpoint has an optimizer make its state before it saves or loads it. A training
+    loop that forgets first_step() has gradients.
+    """
+    if optimizer.state or not all("lr" in group and float(group["lr"]) == 0.0 for group in optimizer.param_groups):
+        return False
+    grads = list(optimizer._gradients())
+    return bool(grads) and not any(grad.any() for grad in grads)
+
+
+def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) -> bool:
+    """Whether the gradients that are there are to be the first pass, as far as can be said without looking at their
+    values.
+    """
     if passes == SECOND:
         if not are_new(optimizer._gradients()):
             raise RuntimeError(
-                'passes="second" takes the gradients that are there for the first pass, but there are no new ones: call backward() first'
+                'passes="second" takes the gradients that are there for the first pass, but there are no new ones: '
+                "call backward() first"
             )
         return True
     by_lightning = lightning_closure(closure)
@@ -116,16 +171,20 @@ def _takes_gradients(optimizer: SAM, closure: Callable[[], Any], passes: str) ->
     return passes == AUTO and are_new(optimizer._gradients())
 
 
-def _first_step_along_what_is_there(optimizer: SAM, passes: str) -> bool:
-    """first_step along the gradients that are there. False if they are all zero: then it is undone, and there was no first pass."""
-    step, rounding_step = optimizer._step, optimizer._rounding_step()
+def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
+    """first_step along the gradients that are there.
+
+    False if they are all zero: then it is undone, and there was no first pass.
+    """
+    step, groups = optimizer._step, optimizer.param_groups
+    rounding_steps = rounding_step(groups)
     optimizer.first_step(zero_grad=True)
     if passes == SECOND or step.first_pass_entered:
         return True
     if float(optimizer.grad_norm) == 0.0:
         optimizer._perturbation.restore()
         if optimizer._rounds_stochastically():
-            optimizer._set_rounding_step(rounding_step)
+            set_rounding_step(groups, rounding_steps)
         return False
     if not step.warned_of_gradients:
         step.warned_of_gradients = True

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+
+def devices_of(param_groups: Iterable[dict[str, Any]]) -> set[torch.device]:
+    """The devices that parameters are on."""
+    return {p.device for group in param_groups for p in group["params"]}
 
 
 def made_current(device: torch.device) -> AbstractContextManager[Any]:

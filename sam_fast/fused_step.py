@@ -1,8 +1,8 @@
 """The second step in one pass: put the weights back and step as the base optimizer does, where a rule says how.
 
 The state stays the base optimizer's own, in its format, so that checkpoints move freely between SAM(AdamW) and AdamW.
-Whatever a kernel does not do goes through ``restore`` and ``base_optimizer.step()``: other optimizers and their subclasses,
-hooks, ``differentiable=True``, and first steps that a rule knows no state for.
+Whatever a kernel does not do goes through ``restore`` and ``base_optimizer.step()``: other optimizers and their
+subclasses, hooks, ``differentiable=True``, and first steps that a rule knows no state for.
 """
 
 from __future__ import annotations

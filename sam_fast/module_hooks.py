@@ -20,7 +20,10 @@ _our_keys: set[int] = set()
 
 
 def _others_have_hooks() -> bool:
-    return any(not _our_keys.issuperset(hooks) for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks))
+    return any(
+        not _our_keys.issuperset(hooks)
+        for hooks in (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+    )
 
 
 class ModuleHooks:

@@ -11,7 +11,7 @@ from .backends import Bucket
 
 
 class NormSum:
-    """The squared norm on one device: the partial sums of its buckets side by side, then one number per other device."""
+    """The squared norm on one device: the partial sums of its buckets side by side, then a number per other device."""
 
     def __init__(self, device: torch.device, own: int, others: int) -> None:
         # MPS has no float64.
@@ -25,7 +25,7 @@ class NormSum:
 
 
 def exchange_sums(sums: Sequence[NormSum]) -> None:
-    """Make every device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices, on each."""
+    """Make each device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices."""
     if len(sums) < 2:
         return
     totals = [s.own_sum() for s in sums]

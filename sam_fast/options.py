@@ -1,4 +1,7 @@
-"""What SAM is given: parameters, options, a base optimizer, a state dict. Checked and brought into the form that the rest expects."""
+"""What SAM is given: parameters, options, a base optimizer, a state dict.
+
+Checked and brought into the form that the rest expects.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
     if not any(OLD_WEIGHTS in entry for entry in state.values() if isinstance(entry, dict)):
         return state
     warnings.warn(
-        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: its momentum starts anew",
+        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: its momentum "
+        "starts anew",
         UserWarning,
         stacklevel=3,
     )
@@ -44,18 +48,25 @@ def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> 
     if isinstance(params, Optimizer):
         if base_kwargs or base_optimizer is not SGD:
             given = sorted(base_kwargs) if base_kwargs else f"base_optimizer={base_optimizer!r}"
-            raise TypeError(f"SAM(optimizer) takes the optimizer as it is, but {given} was given too: make the optimizer with these options")
+            raise TypeError(
+                f"SAM(optimizer) takes the optimizer as it is, but {given} was given too: make the optimizer with "
+                "these options"
+            )
         check_base(params)
         return lambda groups: params
     if isinstance(base_optimizer, str):
         try:
             found = pkgutil.resolve_name(base_optimizer)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f'base_optimizer={base_optimizer!r} is no import path such as "torch.optim.SGD": {error}') from None
+            raise ValueError(
+                f'base_optimizer={base_optimizer!r} is no import path such as "torch.optim.SGD": {error}'
+            ) from None
     else:
         found = base_optimizer
     if not callable(found):
-        raise TypeError(f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}")
+        raise TypeError(
+            f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}"
+        )
     return lambda groups: found(groups, **base_kwargs)
 
 
@@ -72,7 +83,10 @@ def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -
         found = [options_of[id(p)] for p in group["params"] if id(p) in options_of]
         for name in OPTIONS if found else ():
             if any(options[name] != found[0][name] for options in found):
-                raise ValueError(f"group {index} of the base optimizer mixes parameters that were given with different {name}: keep them apart")
+                raise ValueError(
+                    f"group {index} of the base optimizer mixes parameters that were given with different {name}: keep "
+                    "them apart"
+                )
             group.setdefault(name, found[0][name])
 
 
@@ -86,7 +100,9 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
     if isinstance(params, Optimizer):
         return params.param_groups
     if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, named tensors or parameter groups, got a tensor: wrap it in a list")
+        raise TypeError(
+            "params must be an iterable of tensors, named tensors or parameter groups, got a tensor: wrap it in a list"
+        )
     entries = list(params)
     if not entries:
         raise ValueError("params is empty: SAM got no parameters to optimize")
@@ -138,19 +154,27 @@ def check_base(base: Any) -> None:
         )
     if getattr(base, "_overlap_with_ddp", False):
         name = type(base).__name__
-        raise ValueError(f"{name} with overlap_with_ddp=True steps in the middle of every backward pass, SAM's first as well: leave it out")
+        raise ValueError(
+            f"{name} with overlap_with_ddp=True steps in the middle of every backward pass, SAM's first as well: leave "
+            "it out"
+        )
     if differentiates_gradients(type(base)):
         raise ValueError(
-            f"{type(base).__name__} differentiates gradients in its step, which needs the graph of the second pass and the weights w + e that it was "
+            f"{type(base).__name__} differentiates gradients in its step, which needs the graph of the second pass and "
+            "the weights w + e that it was "
             "made with; SAM has restored w by then: it cannot be SAM's base optimizer"
         )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{type(base).__name__}.step needs a closure to evaluate the loss again: it cannot be SAM's base optimizer")
+        raise ValueError(
+            f"{type(base).__name__}.step needs a closure to evaluate the loss again: it cannot be SAM's base optimizer"
+        )
 
 
 def differentiates_gradients(cls: type) -> bool:
-    """Whether ``cls.step``, or what it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the Hessian."""
+    """Whether ``cls.step``, or what it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the
+    Hessian.
+    """
     classes = cls.__mro__[: cls.__mro__.index(Optimizer)]
     pending: list[Any] = [vars(c).get("step") for c in classes]
     seen = set()

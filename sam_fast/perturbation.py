@@ -1,4 +1,6 @@
-"""The perturbation of one optimizer's parameters: which buckets there are, the norm over all of them, perturb and restore."""
+"""The perturbation of one optimizer's parameters: which buckets there are, the norm over all of them, perturb and
+restore.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,8 @@ class Perturbation:
                 if (is_wrapper(p.__class__) and not is_dtensor(p)) or p.layout != torch.strided:
                     raise RuntimeError(
                         f"{name_of(p, param_groups)} has a gradient, but SAM cannot move it: its elements are not in "
-                        f"strided memory ({type(p).__name__}, layout {p.layout}). Put it into a group with perturb=False"
+                        f"strided memory ({type(p).__name__}, layout {p.layout}). Put it into a group with "
+                        "perturb=False"
                     )
                 members.append((p, index))
         return members, left_out
@@ -147,9 +150,7 @@ class Perturbation:
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def perturb(
-        self, param_groups: ParamGroups, rounding_key: int | None = None, own_gradient: bool = False
-    ) -> None:
+    def perturb(self, param_groups: ParamGroups, rounding_key: int | None = None, own_gradient: bool = False) -> None:
         """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were.
 
         Args:
@@ -162,7 +163,8 @@ class Perturbation:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key)
         if not self._collect(options, own_gradient):
-            # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they are.
+            # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they
+            # are.
             self._build(param_groups)
             if not self._collect(options, own_gradient):
                 raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
@@ -227,7 +229,8 @@ class Perturbation:
         """Write the weights back, bit for bit. What an interruption left undone, the next call does."""
         error: RuntimeError | None = None
         perturbed = self._saved_params()
-        for bucket in reversed(self.buckets):  # one that shares memory with an earlier one has backed up what that moved
+        # one that shares memory with an earlier one has backed up what that moved
+        for bucket in reversed(self.buckets):
             try:
                 bucket.restore()
             except RuntimeError as raised:

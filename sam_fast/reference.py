@@ -1,9 +1,9 @@
 """SAM in plain PyTorch, one parameter at a time: the tests' oracle and the benchmarks' baseline.
 
-It states the algorithm as directly as PyTorch allows and optimizes nothing: operation for operation it does what the public implementation
-that people copy today (davda54/sam) does, so that "n times faster than the reference" says what they gain. Run it on float64 parameters for an
-oracle, on float32 for a baseline. Sharpness-Aware Minimization: Foret et al., https://arxiv.org/abs/2010.01412; ASAM: Kwon et al.,
-https://arxiv.org/abs/2102.11600.
+It states the algorithm as directly as PyTorch allows and optimizes nothing: operation for operation it does what the
+public implementation that people copy today (davda54/sam) does, so that "n times faster than the reference" says what
+they gain. Run it on float64 parameters for an oracle, on float32 for a baseline. Sharpness-Aware Minimization: Foret et
+al., https://arxiv.org/abs/2010.01412; ASAM: Kwon et al., https://arxiv.org/abs/2102.11600.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 class ReferenceSAM:
     """SAM around ``base_optimizer`` with the two-call interface ``first_step`` / ``second_step``.
 
-    ``rho``, ``adaptive``, ``eta`` and ``perturb`` may be overridden per parameter group. Parameters whose ``.grad`` is None are left alone.
+    ``rho``, ``adaptive``, ``eta`` and ``perturb`` may be overridden per parameter group. Parameters whose ``.grad`` is
+    None are left alone.
     """
 
     def __init__(
@@ -45,7 +46,11 @@ class ReferenceSAM:
         return self.base_optimizer.param_groups
 
     def _perturbed_groups(self) -> list[tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]]:
-        return [(group, [(p, p.grad) for p in group["params"] if p.grad is not None]) for group in self.param_groups if group["perturb"]]
+        return [
+            (group, [(p, p.grad) for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+            if group["perturb"]
+        ]
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,60 +12,28 @@ from torch.optim import Optimizer
 from .amp import UNSCALED, forget, scaling_of, step_base, tell_scaler
 from .backends import forced
 from .base_step import BaseStep
-from .batchnorm import announce_steps, frozen_running_stats, settle_running_stats
-from .closures import AUTO, check_closure_option, closure_step, mark_spent
+from .batchnorm import announce_steps, settle_running_stats
+from .closures import AUTO, check_closure_option, closure_step, mark_spent, step_without_closure
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
-from .passes import RandomState, without_gradient_sync
+from .passes import Passes
 from .perturbation import Perturbation
-from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
-from .running_stats import ExtraBuffers, Models, as_models, check_models
-from .storage.fsdp import forget_gathered_weights
+from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key, rounding_step, set_rounding_step
+from .running_stats import ExtraBuffers, Models
+from .step_state import StepState, set_by_scaler
 from .wrapper import OptimizerWrapper
-
-ROUNDING_STEP = "rounding_step"
-"""Entry of every parameter group where weights are rounded stochastically: the number of first_steps so far, from which the rounding is drawn."""
 
 STOCHASTIC_ROUNDING_DEFAULT = False
 """What ``stochastic_rounding=None`` means; docs/guide.md has the measurement."""
 
-NOT_STEPPED = "there was no second step yet"
 
+class SAM(Passes, OptimizerWrapper):
+    """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al.,
+    https://arxiv.org/abs/2102.11600).
 
-@dataclass
-class _Step:
-    """What a step keeps between its calls, shared with whatever a framework puts around the optimizer."""
-
-    random_state: RandomState | None = None
-    own_gradient: bool = False  # the gradient of this rank alone
-    first_pass_entered: bool = False
-    path: str = NOT_STEPPED
-    grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
-    found_inf: Tensor | float | None = None
-    warned_of_gradients: bool = False
-
-    def forget_first_pass(self) -> None:
-        """What ``first_pass`` was told holds for one step."""
-        self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
-
-
-def _set_by_scaler(name: str) -> property:
-    """An attribute that a GradScaler sets on the optimizer or on what a framework has put around it; it is there while it is set."""
-
-    def get(self: SAM) -> Any:
-        value = getattr(self._step, name)
-        if value is None:
-            raise AttributeError(f"no GradScaler has set {name}")
-        return value
-
-    return property(get, lambda self, value: setattr(self._step, name, value), lambda self: setattr(self._step, name, None))
-
-
-class SAM(OptimizerWrapper):
-    """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al., https://arxiv.org/abs/2102.11600).
-
-    ``first_step`` climbs from the weights w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm is one number over all
-    parameters of all groups and T = 1, or ``|w| + eta`` in adaptive groups. ``second_step`` puts w back, bit for bit, and lets the base
+    ``first_step`` climbs from the weights w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm
+    is one number over all parameters of all groups and T = 1, or ``|w| + eta`` in adaptive groups. ``second_step`` puts
+    w back, bit for bit, and lets the base
     optimizer step with the gradient found at ``w + e``::
 
         loss_fn(model(x), y).backward()
@@ -77,31 +43,38 @@ class SAM(OptimizerWrapper):
         optimizer.second_step(zero_grad=True)
 
     Args:
-        params: parameters, named parameters or parameter groups, as for any torch optimizer; or an optimizer, which becomes the base optimizer.
-            Groups may set ``rho``, ``adaptive``, ``eta`` and ``perturb`` (False: neither perturbed nor counted in the norm).
-        base_optimizer: an Optimizer class, its import path (``"torch.optim.SGD"``), or a callable that takes the parameter groups and
-            ``base_kwargs`` and returns an Optimizer. It may make groups of its own.
+        params: parameters, named parameters or parameter groups, as for any torch optimizer; or an optimizer, which
+            becomes the base optimizer. Groups may set ``rho``, ``adaptive``, ``eta`` and ``perturb`` (False: neither
+            perturbed nor counted in the norm).
+        base_optimizer: an Optimizer class, its import path (``"torch.optim.SGD"``), or a callable that takes the
+            parameter groups and ``base_kwargs`` and returns an Optimizer. It may make groups of its own.
         rho: radius of the perturbation in the 2-norm, in units of the weights; at least 0.
         adaptive: True for ASAM; its rho is usually about ten times SAM's.
         eta: added to ``|w|`` in ASAM's T; at least 0 (the reference implementation has 0, the paper's code 0.01).
         perturb_eps: added to the norm; at least 0.
-        flatten: make parameters and gradients views of flat buffers. Faster for many small parameters; gradients are then zero, not None.
-        backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each parameter.
-        closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass, and the closure is called for
-            the second, as in the reference implementation. "both": they are discarded and the closure is called for both, as with any torch
-            optimizer. "auto": "second" if they are new and not all zero, else "both"; this looks at the norm on the host.
-        stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e`` right on average, and with
-            a fused second step the new weights too; False rounds to nearest, which loses most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
+        flatten: make parameters and gradients views of flat buffers. Faster for many small parameters; gradients are
+            then zero, not None.
+        backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each
+            parameter.
+        closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass,
+            and the closure is called for the second, as in the reference implementation. "both": they are discarded and
+            the closure is called for both, as with any torch optimizer. "auto": "second" if they are new and not all
+            zero, else "both"; this looks at the norm on the host.
+        stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e``
+            right on average, and with a fused second step the new weights too; False rounds to nearest, which loses
+            most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
         **base_kwargs: options of the base optimizer.
 
     Raises:
-        TypeError: ``base_optimizer`` is not callable, ``params`` is a single tensor, or an optimizer is given together with ``base_kwargs``.
-        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs a closure,
-            differentiates gradients or steps during backward passes, or the forced backend does not support a parameter.
+        TypeError: ``base_optimizer`` is not callable, ``params`` is a single tensor, or an optimizer is given together
+            with ``base_kwargs``.
+        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs
+            a closure, differentiates gradients or steps during backward passes, or the forced backend does not support
+            a parameter.
     """
 
-    grad_scale = _set_by_scaler("grad_scale")
-    found_inf = _set_by_scaler("found_inf")
+    grad_scale = set_by_scaler("grad_scale")
+    found_inf = set_by_scaler("found_inf")
     _step_supports_amp_scaling = True  # a GradScaler calls step() even after an overflow: the weights must come back
 
     def __init__(
@@ -138,7 +111,7 @@ class SAM(OptimizerWrapper):
         self.base_optimizer = base
         self._base_step = BaseStep(base)
         self.defaults = {**base.defaults, **self._sam_defaults}
-        self._step = _Step()
+        self._step = StepState()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
         announce_steps(self._perturbation)
         self._prepare()
@@ -167,7 +140,7 @@ class SAM(OptimizerWrapper):
         settings = state.pop("_perturbation")
         super().__setstate__(state)
         self._base_step = BaseStep(self.base_optimizer)
-        self._step = _Step()
+        self._step = StepState()
         self._perturbation = Perturbation(*settings)
         announce_steps(self._perturbation)
         self._prepare()
@@ -179,12 +152,15 @@ class SAM(OptimizerWrapper):
             group.update(missing)
 
     def _prepare(self) -> None:
-        """Build the buckets. With flatten=True parameters get a gradient of zeros here, which must not count as a first pass."""
+        """Build the buckets.
+
+        With flatten=True parameters get a gradient of zeros here, which must not count as a first pass.
+        """
         without = [p for group in self.param_groups for p in group["params"] if p.grad is None]
         self._perturbation.prepare(self.param_groups)
         mark_spent(p.grad for p in without if p.grad is not None)
 
-    # ---- The two steps -------------------------------------------------------------------------------------------------------------------
+    # ---- The two steps -----------------------------------------------------------------------------------------------
 
     @property
     def perturbed(self) -> bool:
@@ -193,7 +169,8 @@ class SAM(OptimizerWrapper):
 
     @property
     def grad_norm(self) -> Tensor:
-        """``||T g||`` of the last ``first_step``: a 0-d float64 tensor on the (first) parameters' device. Reading it does not wait for the device.
+        """``||T g||`` of the last ``first_step``: a 0-d float64 tensor on the (first) parameters' device. Reading it
+        does not wait for the device.
 
         Raises:
             RuntimeError: there was no first_step yet.
@@ -204,34 +181,40 @@ class SAM(OptimizerWrapper):
 
     @property
     def second_step_path(self) -> str:
-        """How the last second step was taken: "fused", restore and step in one pass, or the reason why the base optimizer stepped by itself."""
+        """How the last second step was taken: "fused", restore and step in one pass, or the reason why the base
+        optimizer stepped by itself.
+        """
         return self._step.path
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Climb from w to ``w + e`` along the gradients of the first pass.
 
-        The gradients may be multiplied by any scale, as a GradScaler does: it cancels, but for ``perturb_eps``. Never unscale them here.
+        The gradients may be multiplied by any scale, as a GradScaler does: it cancels, but for ``perturb_eps``. Never
+        unscale them here.
 
-        Parameters without a gradient stay where they are. If the norm is not finite no parameter moves (the second pass is then an ordinary
-        one at w); this is decided on the device.
+        Parameters without a gradient stay where they are. If the norm is not finite no parameter moves (the second pass
+        is then an ordinary one at w); this is decided on the device.
 
         Args:
             zero_grad: call ``zero_grad()`` afterwards.
 
         Raises:
-            RuntimeError: the weights are already perturbed, or a gradient is sparse. The weights are then as before the call.
+            RuntimeError: the weights are already perturbed, or a gradient is sparse. The weights are then as before the
+                call.
             ValueError: an option of a group is out of range.
         """
         if self._perturbation.active:
-            raise RuntimeError("first_step() was called twice: finish with second_step(), or call restore() to give this step up")
+            raise RuntimeError(
+                "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
+            )
         groups = self.base_optimizer.param_groups
         if any("perturb" not in group for group in groups):  # added to the base optimizer, or loaded into it
             self._fill_in_options(groups)
         rounds = self._rounds and self._rounds_stochastically()
-        key = rounding_key(self._rounding_step(), PERTURB) if rounds else None
+        key = rounding_key(rounding_step(groups), PERTURB) if rounds else None
         self._perturbation.perturb(groups, key, self._step.own_gradient)
         if rounds:
-            self._set_rounding_step(self._rounding_step() + 1)
+            set_rounding_step(groups, rounding_step(groups) + 1)
         if zero_grad:
             self.zero_grad()
 
@@ -264,29 +247,34 @@ class SAM(OptimizerWrapper):
     ) -> Any:
         """The second step; or, with a closure, a whole SAM step.
 
-        Without a closure, while perturbed: restore w and step the base optimizer. Called by a ``torch.amp.GradScaler``, the gradients are
-        unscaled first, and there is no step of the base optimizer if a gradient of either pass was not finite.
+        Without a closure, while perturbed: restore w and step the base optimizer. Called by a ``torch.amp.GradScaler``,
+        the gradients are unscaled first, and there is no step of the base optimizer if a gradient of either pass was
+        not finite.
 
-        With a closure, while perturbed: the closure is the second pass. Otherwise it is called for both passes, or for the second if gradients are
-        there that are the first pass: see ``closure`` of the constructor. BatchNorm statistics count the first pass alone.
+        With a closure, while perturbed: the closure is the second pass. Otherwise it is called for both passes, or for
+        the second if gradients are there that are the first pass: see ``closure`` of the constructor. BatchNorm
+        statistics count the first pass alone.
 
         Args:
             closure: computes the loss, calls backward and returns the loss.
             passes: "auto", "both" or "second", for this call instead of the constructor's ``closure``.
-            replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the random state afterwards is
-                that after the first call.
-            model: modules whose BatchNorm statistics the second pass must leave alone although the closure does not call them, as where a
-                compiled function does: a module, or a list or tuple. Modules that are called are found without it.
-            extra_buffers: further buffers that the second pass must leave as they were; see :func:`sam_fast.disable_running_stats`.
+            replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the
+                random state afterwards is that after the first call.
+            model: modules whose BatchNorm statistics the second pass must leave alone although the closure does not
+                call them, as where a compiled function does: a module, or a list or tuple. Modules that are called are
+                found without it.
+            extra_buffers: further buffers that the second pass must leave as they were; see
+                :func:`sam_fast.disable_running_stats`.
 
         Returns:
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
 
         Raises:
-            RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients; or a closure from a GradScaler. If the
-                closure raises, w is restored.
-            ValueError: ``replay_rng`` where the closure would not be called for both passes, or ``first_pass(replay_rng=True)`` where it would; a
-                pattern in ``extra_buffers`` that fits nothing in ``model``.
+            RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients; or a closure from
+                a GradScaler. If the closure raises, w is restored.
+            ValueError: ``replay_rng`` where the closure would not be called for both passes, or
+                ``first_pass(replay_rng=True)`` where it would; a pattern in ``extra_buffers`` that fits nothing in
+                ``model``.
             TypeError: ``model`` or ``extra_buffers`` is of the wrong type.
         """
         return self._step_checked(closure, passes, replay_rng, model, extra_buffers)
@@ -303,55 +291,28 @@ class SAM(OptimizerWrapper):
     ) -> Any:
         try:
             if closure is None:
-                return self._step_without_closure(passes, replay_rng)
+                return step_without_closure(self, passes, replay_rng)
             passes = self._closure if passes is None else passes
             return closure_step(self, closure, passes, replay_rng, model, extra_buffers)
         except BaseException:
-            forget(self)  # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
+            # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
+            forget(self)
             raise
-
-    def _step_without_closure(self, passes: str | None, replay_rng: bool) -> None:
-        if replay_rng:
-            raise ValueError("step(replay_rng=True) needs a closure: without one use first_pass(model, replay_rng=True) and second_pass(model)")
-        if passes is not None:
-            raise ValueError(f"step(passes={passes!r}) needs a closure")
-        if not self._perturbation.active and self._can_only_make_state():
-            self.base_optimizer.step()
-            return
-        if self._step.found_inf is not None and not self._perturbation.active:
-            raise RuntimeError(
-                "a GradScaler has called step() without first_step() before it. A framework that calls the closure itself under float16, as "
-                "Lightning's automatic optimization does, computes one pass only: use manual optimization, with first_step() after the first pass, "
-                "or bfloat16"
-            )
-        self._require_perturbed("step() without a closure")
-        self._update()
-
-    def _can_only_make_state(self) -> bool:
-        """Whether a step would do nothing but make the base optimizer's state: there is none yet, all learning rates and all gradients are 0.
-
-        This is how torch.distributed.checkpoint has an optimizer make its state before it saves or loads it. A training loop that forgets
-        first_step() has gradients.
-        """
-        if self.state or not all("lr" in group and float(group["lr"]) == 0.0 for group in self.param_groups):
-            return False
-        grads = list(self._gradients())
-        return bool(grads) and not any(grad.any() for grad in grads)
 
     def _update(self) -> None:
         base, step = self.base_optimizer, self._step
         settle_running_stats(base.param_groups)
         scaling = UNSCALED
         if step.grad_scale is not None or step.found_inf is not None:
-            # Where each rank perturbs along its own gradient, an overflow of one in the first pass must not make it part
-            # from the others.
+            # Where each rank perturbs along its own gradient, an overflow of one in the first pass must not make it
+            # part from the others.
             norm = None if step.own_gradient else self._perturbation.norm.value
             scaling = scaling_of(step.grad_scale, step.found_inf, norm)
         if step.first_pass_entered:
             step.forget_first_pass()
         key = None
         if self._rounds and self._rounds_stochastically():
-            key = rounding_key(self._rounding_step(), UPDATE)
+            key = rounding_key(rounding_step(base.param_groups), UPDATE)
         reason = fused_step(self._perturbation, base, scaling, key)
         if reason is not None:
             self._perturbation.restore()
@@ -363,16 +324,11 @@ class SAM(OptimizerWrapper):
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)
 
-    def _rounding_step(self) -> int:
-        return int(self.param_groups[0].get(ROUNDING_STEP, 0))
-
-    def _set_rounding_step(self, step: int) -> None:
-        """The count is an entry of the groups, so that a run that resumes from a checkpoint goes on as it would have."""
-        for group in self.param_groups:
-            group[ROUNDING_STEP] = step
-
     def restore(self) -> None:
-        """Give the current step up: put w back, bit for bit, without a step. Does nothing if the weights are not perturbed."""
+        """Give the current step up: put w back, bit for bit, without a step.
+
+        Does nothing if the weights are not perturbed.
+        """
         self._step.forget_first_pass()
         if self._perturbation.active:
             self._perturbation.restore()
@@ -380,7 +336,10 @@ class SAM(OptimizerWrapper):
         settle_running_stats(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients. With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says."""
+        """Reset all gradients.
+
+        With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says.
+        """
         if self._perturbation.flatten:
             self._perturbation.zero_grad()
         else:
@@ -390,81 +349,23 @@ class SAM(OptimizerWrapper):
 
     def _gradients(self) -> Iterator[Tensor]:
         """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
-        return (getattr(p.grad, "_local_tensor", p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None)
-
-    # ---- The two passes ------------------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def first_pass(self, model: Models, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
-        """Around the first forward and backward; optional.
-
-        Args:
-            model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
-            replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to start from, so that dropout
-                draws the same masks in both passes.
-            sync: False to run this pass without gradient synchronisation (m-sharpness: each rank climbs along its own gradient). With a
-                GradScaler, only the second pass then decides whether the update is skipped, since the ranks must agree.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-            TypeError: ``model`` is neither a module nor a list or tuple of modules.
-            ValueError: ``sync=False`` where there can be no gradient of one replica: FSDP2 without HSDP, or DDP's first pass with a static graph.
-        """
-        self._require_restored("first_pass")
-        models = as_models(model, "first_pass(model)")
-        self._step.random_state = RandomState.capture(self._devices()) if replay_rng else None
-        self._step.own_gradient = not sync
-        self._step.first_pass_entered = True
-        try:
-            with ExitStack() as stack:
-                for module in () if sync else models:
-                    stack.enter_context(without_gradient_sync(module))
-                yield
-        except BaseException:
-            self._step.forget_first_pass()
-            raise
-
-    @contextmanager
-    def second_pass(self, model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
-        """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were, dropout draws the first pass's masks if
-        ``first_pass`` was asked to remember, and if the body raises, the weights are restored before the exception goes on.
-
-        ``break``, ``continue`` and ``return`` out of the body end it as its last line does: the weights stay perturbed, for the second_step that
-        follows. Call ``restore()`` before them to give the step up.
-
-        Args:
-            model: the model, or a list or tuple of models.
-            extra_buffers: further buffers that are to end as they were; see :func:`sam_fast.disable_running_stats`.
-
-        Raises:
-            RuntimeError: there was no first_step.
-            TypeError: ``model`` or ``extra_buffers`` is of the wrong type. The weights are still perturbed, as after any wrong call.
-            ValueError: a pattern in ``extra_buffers`` fits nothing. The same holds.
-        """
-        self._require_perturbed("second_pass")
-        models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
-        random_state, self._step.random_state = self._step.random_state, None
-        try:
-            if self._perturbation.storage.process_wide:
-                for module in models:
-                    forget_gathered_weights(module)
-            with frozen_running_stats(models, extra_buffers):
-                if random_state is None:
-                    yield
-                else:
-                    with random_state.replayed():
-                        yield
-        except BaseException:
-            self.restore()
-            raise
-
-    def _devices(self) -> set[torch.device]:
-        return {p.device for group in self.param_groups for p in group["params"]}
+        return (
+            getattr(p.grad, "_local_tensor", p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        )
 
     def _require_perturbed(self, what: str) -> None:
         if not self._perturbation.active:
-            raise RuntimeError(f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then second_step()")
+            raise RuntimeError(
+                f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
+                "second_step()"
+            )
 
     def _require_restored(self, what: str) -> None:
         if self._perturbation.active:
-            raise RuntimeError(f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this step up")
+            raise RuntimeError(
+                f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this "
+                "step up"
+            )

@@ -32,8 +32,9 @@ class _NoBaseYet:
 class OptimizerWrapper(Optimizer):
     """A torch optimizer whose state and parameter groups are those of ``base_optimizer``.
 
-    Frameworks put objects of a subclass around an optimizer, with a ``__dict__`` of their own that falls back on the optimizer's. So nothing here
-    asks what is in ``self.__dict__``, and what changes during a step is kept in objects that both share.
+    Frameworks put objects of a subclass around an optimizer, with a ``__dict__`` of their own that falls back on the
+    optimizer's. So nothing here asks what is in ``self.__dict__``, and what changes during a step is kept in objects
+    that both share.
     """
 
     base_optimizer: Optimizer
@@ -63,7 +64,9 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.param_groups = value
 
     def __getattr__(self, name: str) -> Any:
-        """Public attributes and methods of the base optimizer's own: ``train`` and ``eval`` of a schedule-free one, for instance."""
+        """Public attributes and methods of the base optimizer's own: ``train`` and ``eval`` of a schedule-free one, for
+        instance.
+        """
         # What a GradScaler sets for one step is never looked for in the base optimizer.
         if name.startswith("_") or name == "base_optimizer" or name in ATTRIBUTES:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -71,7 +74,10 @@ class OptimizerWrapper(Optimizer):
         try:
             value = getattr(base, name)
         except AttributeError:
-            text = f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, a {type(base).__name__}"
+            text = (
+                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, a "
+                f"{type(base).__name__}"
+            )
             raise AttributeError(text) from None
         return self._only_between_steps(name, value) if name in SWITCHES and callable(value) else value
 
@@ -84,7 +90,8 @@ class OptimizerWrapper(Optimizer):
         return checked
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the constructor's values.
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the
+        constructor's values.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -104,7 +111,10 @@ class OptimizerWrapper(Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict; SAM's options are in its groups. There is never a copy of the weights in it."""
+        """The base optimizer's state dict; SAM's options are in its groups.
+
+        There is never a copy of the weights in it.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
@@ -113,10 +123,11 @@ class OptimizerWrapper(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's values.
+        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's
+        values.
 
-        A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base optimizer: the copy is left
-        out, and a warning says that the base optimizer starts anew.
+        A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base
+        optimizer: the copy is left out, and a warning says that the base optimizer starts anew.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -152,7 +163,7 @@ class OptimizerWrapper(Optimizer):
         # PyTorch's own wrapping of the method below is all that there may be.
         return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step
 
-    # ---- What the subclass says ----------------------------------------------------------------------------------------------------------
+    # ---- What the subclass says --------------------------------------------------------------------------------------
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         raise NotImplementedError

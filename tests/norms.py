@@ -9,7 +9,7 @@ import torch
 from cases import normal, same_bits
 from torch import Tensor, nn
 
-from sam_fast.passes import RandomState
+from sam_fast.random_state import RandomState
 
 
 class MovingNorm(nn.Module):

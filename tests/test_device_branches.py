@@ -19,7 +19,7 @@ from sam_fast.amp import Scaling
 from sam_fast.backends import native
 from sam_fast.amp import inverse_scale
 from sam_fast.backends import triton as triton_backend
-from sam_fast.passes import RandomState
+from sam_fast.random_state import RandomState
 
 CUDA, XPU = torch.device("cuda", 0), torch.device("xpu", 1)
 PACKAGE = Path(backends.__file__).parent.parent

@@ -42,7 +42,8 @@ void copy(const Bucket& b, int threads) {
 
 }  // namespace
 
-// As in perturb, the notes on what is saved are written here, where no Python signal can come between them and the copy.
+// As in perturb, the notes on what is saved are written here, where no Python signal can come between them and the
+// copy.
 void backup(const Bucket& b, int threads) {
   copy<true>(b, threads);
   for (int64_t i = 0; i < b.num_tensors; ++i) b.saved[i] = b.weights[i];

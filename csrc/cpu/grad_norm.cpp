@@ -8,8 +8,8 @@ namespace sam {
 inline namespace SAM_ISA {
 namespace {
 
-// Sixteen float64 lanes whatever the vector width: element i of a chunk is summed in lane i % 16, so every instruction set
-// gets the same bits, and the lanes hide the latency of the addition. float32 squares are exact in float64.
+// Sixteen float64 lanes whatever the vector width: element i of a chunk is summed in lane i % 16, so every instruction
+// set gets the same bits, and the lanes hide the latency of the addition. float32 squares are exact in float64.
 constexpr int kLanes = 16;
 constexpr int kStreams = 4;
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(double));
@@ -42,8 +42,8 @@ double sum_of_squares(const void* weights, const void* grads, int64_t n, double 
   V sums[kVectors] = {};
   int64_t i = 0;
   // Four places are read at once: hardware prefetchers follow a stream within its page, so that one stream alone leaves
-  // read bandwidth unused (measured on two Zen 3 cores: 1 stream 30 GB/s, 2 streams 35, 4 streams 36; software prefetching
-  // adds less than that).
+  // read bandwidth unused (measured on two Zen 3 cores: 1 stream 30 GB/s, 2 streams 35, 4 streams 36; software
+  // prefetching adds less than that).
   const int64_t part = n / kStreams / kLanes * kLanes;
   const auto add = [&](int64_t at) { accumulate<T, Adaptive>(sums, Adaptive ? w + at : nullptr, g + at, eta); };
   for (; i < part; i += kLanes)

@@ -117,7 +117,8 @@ int64_t perturb(const Bucket& b, const Group* options, const double* partials, i
     if (streams) perturb_of<decltype(format), true>(args);
     else perturb_of<decltype(format), false>(args);
   });
-  // Written last and within this call: no Python signal can come between the move and the note that says it must be undone.
+  // Written last and within this call: no Python signal can come between the move and the note that says it must be
+  // undone.
   int64_t tensors = 0;
   for (int64_t i = 0; i < b.num_tensors; ++i) {
     if (b.along[i] == 0) continue;

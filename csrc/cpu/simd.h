@@ -1,6 +1,7 @@
 // Vectors of one instruction set. This file is compiled once per instruction set, in a namespace of its own (SAM_ISA).
 //
-// The GCC/Clang vector extensions give arithmetic, comparison and conversion; intrinsics serve only what they lack (streaming stores, fp16 conversion).
+// The GCC/Clang vector extensions give arithmetic, comparison and conversion; intrinsics serve only what they lack
+// (streaming stores, fp16 conversion).
 #pragma once
 
 #include <cstdint>
@@ -59,7 +60,7 @@ inline void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-// ---- float -> double, N lanes at a time ------------------------------------------------------------------------------------------------
+// ---- float -> double, N lanes at a time -----------------------------------------------------------------------------
 
 template <int N>
 inline Vec<double, N> to_double(Vec<double, N> v) {
@@ -78,7 +79,7 @@ inline Vec<double, N> to_double(Vec<float, N> v) {
   return __builtin_convertvector(v, Vec<double, N>);
 }
 
-// ---- Elementwise functions ------------------------------------------------------------------------------------------------------------
+// ---- Elementwise functions ------------------------------------------------------------------------------------------
 
 // a * b + c, rounded once where the instruction set can (as PyTorch's own kernels do there), else twice.
 struct MultiplyAdd {
@@ -137,7 +138,7 @@ inline Vec<double, N> root(Vec<double, N> v) {
   return v;
 }
 
-// ---- 16-bit formats <-> float, N lanes at a time -------------------------------------------------------------------------------------
+// ---- 16-bit formats <-> float, N lanes at a time --------------------------------------------------------------------
 
 // Intrinsics where GCC's conversion of a generic vector goes by halves.
 template <int N>
@@ -226,7 +227,7 @@ inline Vec<uint16_t, N> narrow_f16(Vec<float, N> f) {
   return to_uint16<N>(value | (sign >> 16));
 }
 
-// ---- Stochastic rounding --------------------------------------------------------------------------------------------------------------
+// ---- Stochastic rounding --------------------------------------------------------------------------------------------
 
 // The random bits of neighbouring elements, the first of which is number `index` in the bucket.
 struct RoundingBits {
@@ -241,7 +242,7 @@ struct RoundingBits {
   }
 };
 
-// ---- Storage: how a dtype lies in memory and in which type it is computed ------------------------------------------------------------
+// ---- Storage: how a dtype lies in memory and in which type it is computed -------------------------------------------
 
 // Compute: the type of the per-element arithmetic. widen / narrow: N stored elements <-> N Compute lanes.
 template <class T>
@@ -311,9 +312,10 @@ inline void with_dtype(int64_t dtype, const Call& call) {
   }
 }
 
-// ---- Streaming stores ----------------------------------------------------------------------------------------------------------------
+// ---- Streaming stores -----------------------------------------------------------------------------------------------
 
-// Store past the caches: the line is neither read first nor kept. p must be aligned to sizeof(V). Order with stream_fence().
+// Store past the caches: the line is neither read first nor kept. p must be aligned to sizeof(V). Order with
+// stream_fence().
 template <class V>
 inline void stream(void* p, V v) {
 #if defined(__clang__)
@@ -339,7 +341,8 @@ inline void stream(void* p, V v) {
 #endif
 }
 
-// Buckets of at least this many bytes are written with streaming stores: their backup is next read after a whole forward and backward pass.
+// Buckets of at least this many bytes are written with streaming stores: their backup is next read after a whole
+// forward and backward pass.
 constexpr int64_t kStreamBytes = int64_t{1} << 20;
 
 inline void stream_fence() {

@@ -1,5 +1,5 @@
-// step: put w back and step as the base optimizer does, in one pass over memory. Compiled once for each of SAM_STEPS, which
-// is SAM_STEP then.
+// step: put w back and step as the base optimizer does, in one pass over memory. Compiled once for each of SAM_STEPS,
+// which is SAM_STEP then.
 #include "step.h"
 
 #include <vector>

@@ -38,8 +38,8 @@ struct Lanes {
   using V = Vec<Compute, kWidth>;
   static inline V read(const Bits* p) { return Storage<T>::template widen<kWidth>(load<Vec<Bits, kWidth>>(p)); }
   static inline void write(Bits* p, V v) { store(p, Storage<T>::template narrow<kWidth>(v)); }
-  // Past: past the caches. With `random` rounded stochastically. A template parameter would double the code for less than
-  // can be measured.
+  // Past: past the caches. With `random` rounded stochastically. A template parameter would double the code for less
+  // than can be measured.
   template <bool Past>
   static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random, [[maybe_unused]] int64_t i) {
     Vec<Bits, kWidth> bits = Storage<T>::template narrow<kWidth>(v);

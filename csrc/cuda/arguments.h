@@ -13,11 +13,12 @@ namespace sam::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 4;  // independent 16-byte loads in flight, for each stream that is read
-// The same where tensors are not aligned or end, and units (format.h) may be narrower: four elements of at most 16 bytes, but at least one unit. More would
-// not leave enough registers.
+// The same where tensors are not aligned or end, and units (format.h) may be narrower: four elements of at most 16
+// bytes, but at least one unit. More would not leave enough registers.
 template <class U>
 constexpr int kUnitsPerBatch = std::max(1, std::min(4 / U::kSize, 16 / U::kBytes));
-// What the registers must allow: 98 KB of loads in flight, five times what an H100 needs. Turing makes bfloat16 of several instructions.
+// What the registers must allow: 98 KB of loads in flight, five times what an H100 needs. Turing makes bfloat16 of
+// several instructions.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kBlocksPerProcessor = 2;
 #else
@@ -51,8 +52,8 @@ __device__ __forceinline__ RoundingBits rounding_bits_of(const Tile<Addresses>& 
   return {key, static_cast<uint32_t>(tile.slot / static_cast<int64_t>(sizeof(typename T::Bits)))};
 }
 
-// Kernel arguments are as large as CUDA allows: 4 KB everywhere, 32 KB with driver 530 (CUDA 12.1) and compute capability 7.0. A bucket
-// with more tensors takes several launches.
+// Kernel arguments are as large as CUDA allows: 4 KB everywhere, 32 KB with driver 530 (CUDA 12.1) and compute
+// capability 7.0. A bucket with more tensors takes several launches.
 template <class GroupOptions, int Addresses, int MaxTensors, int MaxGroups>
 struct Arguments {
   using Group = GroupOptions;
@@ -108,8 +109,8 @@ struct Fitting {
 constexpr int kSmallArguments = 4096;
 constexpr int kLargeArguments = 32764;
 
-// The three sizes of an operation's arguments. Medium is for most networks: all of it is copied at every launch, used or
-// not. SmallGroups and LargeGroups: bytes that the groups may take.
+// The three sizes of an operation's arguments. Medium is for most networks: all of it is copied at every launch, used
+// or not. SmallGroups and LargeGroups: bytes that the groups may take.
 template <class Group, int Addresses, int SmallGroups, int LargeGroups>
 struct Sizes {
   static constexpr int kAddresses = Addresses;

@@ -1,4 +1,5 @@
-// The element types: how their bits widen to the arithmetic's type and narrow again, and how sixteen bytes of them move.
+// The element types: how their bits widen to the arithmetic's type and narrow again, and how sixteen bytes of them
+// move.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -104,8 +105,9 @@ struct WordOf<2> { using type = unsigned short; };
 template <>
 struct WordOf<1> { using type = unsigned char; };
 
-// Loads and stores go through intrinsics: the addresses come out of a table as integers, and plain accesses through them would be generic, or
-// split into narrower ones. Everything here is touched once: L1 is bypassed. Last: L2 need not keep these bytes either.
+// Loads and stores go through intrinsics: the addresses come out of a table as integers, and plain accesses through
+// them would be generic, or split into narrower ones. Everything here is touched once: L1 is bypassed. Last: L2 need
+// not keep these bytes either.
 template <bool Last, class Word>
 __device__ __forceinline__ Word load(const Word* p) {
   return Last ? __ldcs(p) : __ldcg(p);
@@ -133,8 +135,8 @@ __device__ __forceinline__ void store_unit(Bits* p, const U& unit) {
   store<Last>(reinterpret_cast<decltype(word)*>(p), word);
 }
 
-// Calls part(U{}, 0, whole) for the widest unit U that suits all of `addresses` (or-ed together) and the whole units among `count` elements, then
-// part(Single{}, whole, count) for the rest.
+// Calls part(U{}, 0, whole) for the widest unit U that suits all of `addresses` (or-ed together) and the whole units
+// among `count` elements, then part(Single{}, whole, count) for the rest.
 template <class Bits, class Part>
 __device__ __forceinline__ void in_widest_units(uint64_t addresses, int count, const Part& part) {
   constexpr int kBytes = static_cast<int>(sizeof(Bits));

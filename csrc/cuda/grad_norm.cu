@@ -50,9 +50,9 @@ __device__ __forceinline__ double sum_of_units(const Tile<kStates>& tile, int be
   return sum;
 }
 
-// A thread's part of a full, aligned tile. Squares are summed pairwise in the arithmetic's type, then once in float64: a conversion to it for
-// every element would make this kernel compute-bound where float64 units are few. That is at most six roundings of 2^-24 in a sum of
-// squares, so under 2e-7 in the norm.
+// A thread's part of a full, aligned tile. Squares are summed pairwise in the arithmetic's type, then once in float64:
+// a conversion to it for every element would make this kernel compute-bound where float64 units are few. That is at
+// most six roundings of 2^-24 in a sum of squares, so under 2e-7 in the norm.
 template <class T, bool Adaptive>
 __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, double eta) {
   using Bits = typename T::Bits;
@@ -89,7 +89,8 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
   for (int half = kVectorsPerThread / 2; half > 0; half /= 2)
 #pragma unroll
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  // A sum of zero is right where every gradient is: tensors that took no part in the loss are common, and not worth a second look.
+  // A sum of zero is right where every gradient is: tensors that took no part in the loss are common, and not worth a
+  // second look.
   const bool nothing = zero && sums[0] == Compute{};
   const bool trusted = sizeof(Compute) == sizeof(double) || nothing || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
   return trusted ? static_cast<double>(sums[0]) : sum_of_units<T, Adaptive, Vector<Bits>>(tile, 0, static_cast<int>(tile.count), eta);

@@ -27,7 +27,8 @@ void launch(const char* what, void (*kernel)(Params...), unsigned blocks, unsign
 #endif
 }
 
-// Whether the device has a context already: from CUDA 12 on cudaSetDevice makes one, and takes hundreds of megabytes for it.
+// Whether the device has a context already: from CUDA 12 on cudaSetDevice makes one, and takes hundreds of megabytes
+// for it.
 inline bool has_context(int device) {
   using GetState = int (*)(int, unsigned int*, int*);  // cuDevicePrimaryCtxGetState of the driver, which is not linked
   static const GetState get_state = [] {
@@ -49,8 +50,8 @@ inline bool has_context(int device) {
   return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
 }
 
-// Makes `device` the current one for as long as this lives. A device before it without a context stays without: `device` is then left current, as
-// PyTorch does, which remembers by itself which device its user wants.
+// Makes `device` the current one for as long as this lives. A device before it without a context stays without:
+// `device` is then left current, as PyTorch does, which remembers by itself which device its user wants.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {

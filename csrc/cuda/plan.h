@@ -50,7 +50,8 @@ inline int64_t tiles_of(int64_t numel, int itemsize) {
   return (numel + elements - 1) / elements;
 }
 
-// Fills `table` with the tensors from `next` on that take part, as many as fit, and moves `next` behind them. Adds their numbers to `launched`.
+// Fills `table` with the tensors from `next` on that take part, as many as fit, and moves `next` behind them. Adds
+// their numbers to `launched`.
 template <class Table, class TakesPart>
 void fill(Table& table, const Members<typename Table::Group>& members, int itemsize, const TensorAddresses<Table::kAddresses>& addresses,
           const TakesPart& takes_part, int64_t& next, std::vector<int64_t>& launched) {
@@ -79,8 +80,9 @@ void fill(Table& table, const Members<typename Table::Group>& members, int items
   }
 }
 
-// Calls launch_tensors(table, launched) for one table after the other until all tensors that take part are served; at least once, then without tensors,
-// if `always`. `launched` are the table's tensors by number. backwards: the last tensors first.
+// Calls launch_tensors(table, launched) for one table after the other until all tensors that take part are served; at
+// least once, then without tensors, if `always`. `launched` are the table's tensors by number. backwards: the last
+// tensors first.
 template <class Table, class TakesPart, class LaunchTensors>
 void for_tables(const Members<typename Table::Group>& members, int itemsize, const TensorAddresses<Table::kAddresses>& addresses, bool always,
                 bool backwards, const TakesPart& takes_part, const LaunchTensors& launch_tensors) {

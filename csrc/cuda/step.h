@@ -31,8 +31,8 @@ struct DeviceMath {
   }
 };
 
-// What a kernel knows of tensors that are stepped alike: the options of their group, what follows from their counter where
-// that is on the host, and whether the weights come from the backup.
+// What a kernel knows of tensors that are stepped alike: the options of their group, what follows from their counter
+// where that is on the host, and whether the weights come from the backup.
 template <class Step>
 struct Entry : Step::Options, Step::Counted {
   LearningRate learning_rate;
@@ -89,8 +89,8 @@ __device__ __forceinline__ Prepared<Step, Compute> prepared(const Entry<Step>& e
           entry.saved != 0, -1.0f};
 }
 
-// Reads the tensor's counter if it is on the device; all threads call it. One thread computes the numbers, and only if the
-// entry's tensor before had another counter.
+// Reads the tensor's counter if it is on the device; all threads call it. One thread computes the numbers, and only if
+// the entry's tensor before had another counter.
 template <class Step, class Compute, class Arguments>
 __device__ __forceinline__ void look_up(const Arguments& arguments, const Tile<Arguments::kAddresses>& tile,
                                         Prepared<Step, Compute>& step) {

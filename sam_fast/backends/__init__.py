@@ -15,9 +15,15 @@ from torch import Tensor, version
 from . import cpu, cuda, torch, triton
 from .bucket import Backend, Bucket, GroupOptions, StepOptions
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, torch.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, torch.BACKEND)
+}
 
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch"), "xpu": ("triton", "torch")}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "torch"),
+    "cuda": ("cuda", "triton", "torch"),
+    "xpu": ("triton", "torch"),
+}
 """Device type -> backends, best first. A device that is not listed takes ``torch``."""
 
 BACKEND_VARIABLE = "SAM_FAST_BACKEND"
@@ -43,7 +49,9 @@ def why_not() -> dict[str, str]:
 def build_info() -> dict[str, str]:
     """How the native modules were built and which instruction set is in use."""
     info = json.loads(BUILD_NOTE.read_text()) if BUILD_NOTE.is_file() else {}
-    return info | {f"{name}: {what}": value for name, backend in BACKENDS.items() for what, value in backend.build_info().items()}
+    return info | {
+        f"{name}: {what}": value for name, backend in BACKENDS.items() for what, value in backend.build_info().items()
+    }
 
 
 def forced(backend: str | None) -> Backend | None:
@@ -93,8 +101,22 @@ def choose(tensor: Tensor, backend: str | None = None, arithmetic: bool = True) 
             return candidate
         if reason is not None and (name, reason) not in _warned:
             _warned.add((name, reason))
-            warnings.warn(f"sam_fast falls back from its {name} backend to a slower one: {reason}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"sam_fast falls back from its {name} backend to a slower one: {reason}", RuntimeWarning, stacklevel=3
+            )
     return torch.BACKEND
 
 
-__all__ = ["BACKENDS", "PREFERENCE", "Backend", "Bucket", "GroupOptions", "StepOptions", "available", "build_info", "choose", "forced", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "PREFERENCE",
+    "Backend",
+    "Bucket",
+    "GroupOptions",
+    "StepOptions",
+    "available",
+    "build_info",
+    "choose",
+    "forced",
+    "why_not",
+]

@@ -1,8 +1,8 @@
 """Buckets: tensors of one device and dtype in one flat index space, and the operations on them, the one interface.
 
 By default the tensors are parameters where they lie; with ``flatten=True`` they are each group's run of a flat buffer
-(:mod:`sam_fast.storage.flat`). Every tensor has a *slot* in the bucket's index space, which starts on a 64-byte boundary.
-The tensors are cut into *chunks*, so that one launch serves tensors of every size, of all parameter groups.
+(:mod:`sam_fast.storage.flat`). Every tensor has a *slot* in the bucket's index space, which starts on a 64-byte
+boundary. The tensors are cut into *chunks*, so that one launch serves tensors of every size, of all parameter groups.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ CHUNK = 16384
 class GroupOptions:
     """SAM's options of all parameter groups, read once per step.
 
-    ``values`` is a float64 table with ``rho, eta, adaptive`` for each group, as ``struct Group`` in csrc/table.h; rho is
-    negative where the objective is maximized. ``perturb[i]`` says whether group i takes part. ``rounding_key`` is that of
-    stochastic rounding for the 16-bit formats (csrc/rounding.h), None for rounding to nearest.
+    ``values`` is a float64 table with ``rho, eta, adaptive`` for each group, as ``struct Group`` in csrc/table.h; rho
+    is negative where the objective is maximized. ``perturb[i]`` says whether group i takes part. ``rounding_key`` is
+    that of stochastic rounding for the 16-bit formats (csrc/rounding.h), None for rounding to nearest.
     """
 
     def __init__(self, param_groups: Iterable[dict[str, Any]], rounding_key: int | None = None) -> None:
@@ -96,8 +96,8 @@ class Bucket(ABC):
     Args:
         tensors: strided tensors of one device and dtype.
         groups: for each the index of its parameter group; ascending.
-        params: for each the parameters whose version counters follow it, by default the tensor itself. The first of them
-            is the tensor, or the DTensor that it is a part of, or the first parameter in a flat buffer.
+        params: for each the parameters whose version counters follow it, by default the tensor itself. The first of
+            them is the tensor, or the DTensor that it is a part of, or the first parameter in a flat buffer.
         backup: another bucket with the same elements in the same slots, whose backup is this one's too.
         shared: tensors may share memory with each other: they must be moved one after the other.
         gradient_of: what a DTensor's gradient is here.
@@ -257,7 +257,9 @@ class Bucket(ABC):
     # ---- Second step -------------------------------------------------------------------------------------------------
 
     def share_saved(self, source: Bucket) -> None:
-        """Note for each tensor of this bucket, ``source.by_parameter()`` and collected, whether ``source`` has it saved."""
+        """Note for each tensor of this bucket, ``source.by_parameter()`` and collected, whether ``source`` has it
+        saved.
+        """
         raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
     def prepare_step(self, state: Any, options: StepOptions) -> None:
@@ -340,7 +342,10 @@ class Backend(ABC):
 
     @abstractmethod
     def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
-        """Why this backend cannot take this tensor, or None. Without ``arithmetic``: for save and restore, any dtype."""
+        """Why this backend cannot take this tensor, or None.
+
+        Without ``arithmetic``: for save and restore, any dtype.
+        """
 
 
 class ParameterError(RuntimeError):
@@ -365,7 +370,9 @@ def shape_changed(param: Tensor, before: Tensor, now: Tensor) -> ParameterError:
 
 def no_memory(param: Tensor, whose: str) -> ParameterError:
     """The error for a tensor whose storage was resized to nothing."""
-    return ParameterError(param, f"has {whose} without memory: the storage was resized to nothing. Resize it back first")
+    return ParameterError(
+        param, f"has {whose} without memory: the storage was resized to nothing. Resize it back first"
+    )
 
 
 def check_direction(direction: Tensor, tensor: Tensor, param: Tensor) -> None:
@@ -374,7 +381,8 @@ def check_direction(direction: Tensor, tensor: Tensor, param: Tensor) -> None:
         raise ParameterError(
             param,
             f"has a sparse gradient (layout {direction.layout}), which SAM does not support: build the layer with "
-            "sparse=False, or put its parameters in a group with perturb=False and use a base optimizer that takes them",
+            "sparse=False, or put its parameters in a group with perturb=False and use a base optimizer that takes "
+            "them",
         )
     if direction.shape != tensor.shape:
         raise ParameterError(

@@ -1,7 +1,7 @@
 """Columns: one address per tensor of a bucket, read anew at every step and checked against what the tensors were.
 
-Gradients, a direction that is somebody's own list of tensors, and the base optimizer's state are all columns. ``Gather``
-reads them: natively (csrc/gather.h) where that was built, else :class:`PythonGather`.
+Gradients, a direction that is somebody's own list of tensors, and the base optimizer's state are all columns.
+``Gather`` reads them: natively (csrc/gather.h) where that was built, else :class:`PythonGather`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ NO_COUNTERS, HOST_FLOAT32, HOST_FLOAT64, DEVICE_FLOAT32 = range(4)
 """What step counters are: ``Gather::Counters`` in csrc/gather.h."""
 
 Wrong = tuple[bool, int, int]
-"""What is wrong with a state: whether it is missing (else it is not laid out as its tensor), whose it is, its name's number."""
+"""What is wrong with a state: whether it is missing (else it is not laid out as its tensor), whose it is, its name's
+number.
+"""
 
 
 def column(size: int) -> array[int]:
@@ -59,7 +61,9 @@ def local_tensor(tensor: Any) -> Any:
 def state_tensors(
     state: Any, params: Sequence[Tensor], takes: Sequence[int], bit: int, name: str
 ) -> list[Tensor | None] | int:
-    """``state[param][name]`` for each param whose entry in ``takes`` has the bit; or the number of the first that has none."""
+    """``state[param][name]`` for each param whose entry in ``takes`` has the bit; or the number of the first that has
+    none.
+    """
     found: list[Tensor | None] = []
     for i, (param, mask) in enumerate(zip(params, takes, strict=True)):
         value = state[param].get(name) if mask & bit and param in state else None
@@ -168,8 +172,8 @@ def make_gather(tensors: list[Tensor], params: list[Tensor], groups: list[int]) 
 
     Args:
         tensors: strided tensors of one device and dtype.
-        params: for each the parameter whose ``.grad`` is the gradient and which is the key of the base optimizer's state:
-            the tensor itself, or the DTensor that it is a part of.
+        params: for each the parameter whose ``.grad`` is the gradient and which is the key of the base optimizer's
+            state: the tensor itself, or the DTensor that it is a part of.
         groups: for each the index of its parameter group.
     """
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

@@ -92,7 +92,9 @@ class CpuBackend(NativeBackend):
         }
 
     def rejects_device(self, tensor: Tensor) -> str | None:
-        return None if tensor.device.type == "cpu" else f"a tensor on {tensor.device} (the cpu backend takes CPU tensors)"
+        return (
+            None if tensor.device.type == "cpu" else f"a tensor on {tensor.device} (the cpu backend takes CPU tensors)"
+        )
 
 
 BACKEND = CpuBackend()

@@ -1,4 +1,6 @@
-"""The ``cuda`` backend: CUDA C++ kernels (csrc/cuda), addresses by value in the kernel arguments, on the current stream."""
+"""The ``cuda`` backend: CUDA C++ kernels (csrc/cuda), addresses by value in the kernel arguments, on the current
+stream.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,7 @@ def _why_unusable(device: torch.device) -> str | None:
         return None
     if "cudaErrorNoKernelImageForDevice" in reason:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        todo = (
-            f"sam_fast._cuda was built for {_cuda.architectures}: "
-            f"build it with TORCH_CUDA_ARCH_LIST={capability}"
-        )
+        todo = f"sam_fast._cuda was built for {_cuda.architectures}: build it with TORCH_CUDA_ARCH_LIST={capability}"
     elif "cudaErrorInsufficientDriver" in reason:
         todo = (
             f"the driver is older than {_cuda.compiler} wants, which built sam_fast._cuda: "
@@ -61,7 +60,9 @@ def _learning_rates(options: StepOptions) -> array[int]:
 
 
 class CudaBucket(NativeBucket):
-    """Every operation is asynchronous: one launch for as many tensors as fit into a kernel's arguments (csrc/cuda/rows.h)."""
+    """Every operation is asynchronous: one launch for as many tensors as fit into a kernel's arguments
+    (csrc/cuda/rows.h).
+    """
 
     backend = "cuda"
     steps = frozenset() if _cuda is None else frozenset(_cuda.steps)

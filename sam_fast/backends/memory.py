@@ -15,12 +15,15 @@ ALIGNMENT = 64
 
 @cache
 def is_wrapper(cls: type[Tensor]) -> bool:
-    """True for a subclass whose elements lie elsewhere, or are not what its memory holds: DTensor, quantised tensors."""
+    """True for a subclass whose elements lie elsewhere, or are not what memory holds: DTensor, quantised tensors."""
     return cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """True if the elements lie in strided memory of the tensor's own. Nothing else is asked of one for which it is False."""
+    """True if the elements lie in strided memory of the tensor's own.
+
+    Nothing else is asked of one for which it is False.
+    """
     if is_wrapper(type(tensor)) or is_lazy(tensor):
         return False
     return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_nested
@@ -45,7 +48,7 @@ def padded_size(numel: int, itemsize: int) -> int:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """False if the storage of a strided tensor was resized to nothing: PyTorch's own kernels would write to address 0."""
+    """False if a strided tensor's storage was resized to nothing: PyTorch's own kernels would write to address 0."""
     return tensor.numel() == 0 or tensor.data_ptr() != 0
 
 
@@ -62,7 +65,10 @@ def rejects_memory(tensor: Tensor) -> str | None:
 
 
 def signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
-    """What a tensor must still be when its address is taken. The stride of a dimension of at most one element is free."""
+    """What a tensor must still be when its address is taken.
+
+    The stride of a dimension of at most one element is free.
+    """
     empty = tensor.numel() == 0
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     strides = tuple(0 if empty or size == 1 else stride for size, stride in sizes)

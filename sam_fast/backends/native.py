@@ -1,4 +1,4 @@
-"""What the backends share whose kernels take addresses: struct Bucket of csrc/table.h, and everything but the launches."""
+"""What the backends share whose kernels take addresses: struct Bucket of csrc/table.h, and all but the launches."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ FIELDS = (
 class NativeBucket(Bucket):
     """A bucket whose kernels take addresses: columns of them, and a struct that says where the columns are.
 
-    Addresses are read anew whenever an operation starts, and every tensor is compared with what it was when the bucket was
-    built: dtype, device, shape and strides. A kernel never sees the address of a tensor that does not match.
+    Addresses are read anew whenever an operation starts, and every tensor is compared with what it was when the bucket
+    was built: dtype, device, shape and strides. A kernel never sees the address of a tensor that does not match.
     """
 
     counts: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""The operations on lists of tensors with ``torch._foreach_*``: for every device, dtype (complex included) and layout."""
+"""The operations on lists of tensors with ``torch._foreach_*``: for every device, dtype (complex too) and layout."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     """The elements in one dimension: a view where the tensor is dense."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
-
 
 
 # ---- The perturbation ------------------------------------------------------------------------------------------------

@@ -227,7 +227,8 @@ class TorchBucket(Bucket):
         names = [name for name, tensors in found.items() if tensors]
 
         def step(fused: bool, w: list[Tensor], g: list[Tensor], *columns: list[Tensor]) -> None:
-            states = {**dict.fromkeys(found, []), **dict(zip(names, columns, strict=True))}
+            states: dict[str, list[Tensor]] = {name: [] for name in found}
+            states |= dict(zip(names, columns, strict=True))
             options.rule.step(options.of(group), w, g, states, fused)
 
         columns = [weights, grads, *(found[name] for name in names)]

@@ -1,4 +1,5 @@
-"""The ``triton`` backend: the kernels of ``sam_fast.kernels`` on NVIDIA, AMD and Intel GPUs; with ``TRITON_INTERPRET=1`` on CPU tensors.
+"""The ``triton`` backend: the kernels of ``sam_fast.kernels`` on NVIDIA, AMD and Intel GPUs; with
+``TRITON_INTERPRET=1`` on CPU tensors.
 
 triton is imported when the first bucket is built, not with sam_fast.
 """
@@ -54,7 +55,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _programs_at_once(kernel: Any, device: torch.device) -> int:
-    """How many programs of a compiled kernel a multiprocessor runs at once, but at most ``PROGRAMS_PER_MULTIPROCESSOR``.
+    """How many programs of a compiled kernel a multiprocessor runs at once, but at most
+    ``PROGRAMS_PER_MULTIPROCESSOR``.
 
     On NVIDIA GPUs its registers decide. Elsewhere neither Triton nor PyTorch says how many there are.
     """
@@ -71,9 +73,9 @@ def _programs_at_once(kernel: Any, device: torch.device) -> int:
 class TritonBucket(NativeBucket):
     """The addresses, their copies on the device, and which backup was written.
 
-    A signal can come between a launch and the note that it was made. So the note, that tensors are saved, is made before
-    the launch, with a ticket that no launch before had. The kernel that writes the backup leaves the ticket on the device,
-    and restore does nothing unless it finds it there.
+    A signal can come between a launch and the note that it was made. So the note, that tensors are saved, is made
+    before the launch, with a ticket that no launch before had. The kernel that writes the backup leaves the ticket on
+    the device, and restore does nothing unless it finds it there.
     """
 
     backend = "triton"
@@ -157,7 +159,9 @@ class TritonBucket(NativeBucket):
     # ---- Backup ------------------------------------------------------------------------------------------------------
 
     def _mark_saved(self, addresses: array[int]) -> int:
-        """Note that the tensors with an address are backed up, by the launch with the next ticket; returns their number."""
+        """Note that the tensors with an address are backed up, by the launch with the next ticket; returns their
+        number.
+        """
         self._ticket += 1
         count = len(addresses) - addresses.count(0)
         if count == self._occupied:
@@ -212,7 +216,9 @@ class TritonBucket(NativeBucket):
         rule = options.rule
         if any(self._along):
             counted = (rule.counter is not None,)
-            common, corrections = _bias_corrections(self, options) if rule.counter is not None else ((1.0, 1.0), array("d"))
+            common, corrections = (
+                _bias_corrections(self, options) if rule.counter is not None else ((1.0, 1.0), array("d"))
+            )
             module = _kernels(f"restore_{rule.name}")
             self.addresses.begin()
             self.numbers.begin()
@@ -264,20 +270,29 @@ class TritonBackend(NativeBackend):
         if not _installed():
             return "triton is not installed: pip install sam_fast[triton]"
         if not INTERPRETED and not torch.cuda.is_available() and not torch.xpu.is_available():
-            return "PyTorch finds no GPU that Triton can compile for, and its interpreter is not asked for (TRITON_INTERPRET=1 before the import)"
+            return (
+                "PyTorch finds no GPU that Triton can compile for, and its interpreter is not asked for "
+                "(TRITON_INTERPRET=1 before the import)"
+            )
         return None
 
     def build_info(self) -> dict[str, str]:
         if not _installed():
             return {}
-        return {"version": importlib.metadata.version("triton"), "interpreter": "yes (TRITON_INTERPRET=1)" if INTERPRETED else "no"}
+        return {
+            "version": importlib.metadata.version("triton"),
+            "interpreter": "yes (TRITON_INTERPRET=1)" if INTERPRETED else "no",
+        }
 
     def rejects_device(self, tensor: Tensor) -> str | None:
         device = tensor.device
         if INTERPRETED and device.type != "cpu":
             return f"a tensor on {device} (with TRITON_INTERPRET=1 the triton backend takes CPU tensors)"
         if not INTERPRETED and device.type not in ("cuda", "xpu"):
-            return f"a tensor on {device} (the triton backend takes tensors on cuda and xpu; on the CPU with TRITON_INTERPRET=1)"
+            return (
+                f"a tensor on {device} (the triton backend takes tensors on cuda and xpu; on the CPU with "
+                "TRITON_INTERPRET=1)"
+            )
         if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
             return f"a tensor on {device}, which has no float64 (the norm is summed in it)"
         return None
@@ -287,8 +302,8 @@ def _bias_corrections(bucket: TritonBucket, options: StepOptions) -> tuple[tuple
     """``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device
     knows t.
 
-    Returns those of the first tensor, and a table with those of every tensor, but zeros where they are the first one's: it
-    need not be copied to the device at every step as long as all tensors have stepped as often as each other.
+    Returns those of the first tensor, and a table with those of every tensor, but zeros where they are the first one's:
+    it need not be copied to the device at every step as long as all tensors have stepped as often as each other.
     """
     corrections = array("d", bytes(16 * len(bucket.tensors)))
     common: tuple[float, float] | None = None

@@ -18,9 +18,10 @@ class _Copies(NamedTuple):
 class Upload:
     """8-byte numbers that the host keeps, in device memory: copied when they are not those that were sent last.
 
-    A graph replays its copies, from the memory it was captured with to the memory it was captured with. So what a capture uses is written by nothing
-    else afterwards, and is kept as long as this object. If the numbers are what an eager operation has sent last, a capture uses that memory and
-    copies nothing. Otherwise it takes a spare pair: pinned memory should not be allocated while a graph is captured.
+    A graph replays its copies, from the memory it was captured with to the memory it was captured with. So what a
+    capture uses is written by nothing else afterwards, and is kept as long as this object. If the numbers are what an
+    eager operation has sent last, a capture uses that memory and copies nothing. Otherwise it takes a spare pair:
+    pinned memory should not be allocated while a graph is captured.
     """
 
     SPARES = 2
@@ -36,7 +37,9 @@ class Upload:
         self._kept: list[_Copies | Tensor] = []
 
     def begin(self) -> None:
-        """Start an operation, or several that follow each other on the device: a graph must hold the copies that its kernels read."""
+        """Start an operation, or several that follow each other on the device: a graph must hold the copies that its
+        kernels read.
+        """
         self._captured = is_capturing(self.device)
         self._sent = None
 
@@ -55,7 +58,8 @@ class Upload:
         count = len(numbers) // 8
         if self._memory is None or self._memory.numel() != count:
             self._memory = self._new_device(count)
-        # A new pinned tensor each time: an earlier copy may still be reading the last one. PyTorch reuses its memory when that is done.
+        # A new pinned tensor each time: an earlier copy may still be reading the last one. PyTorch reuses its memory
+        # when that is done.
         self._copy(numbers, _Copies(self._new_host(count), self._memory))
         self._eager = (numbers, self._memory)
         if not self._spares or self._spares[0].device.numel() != count:

@@ -23,12 +23,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     epochs = ", ".join(f"{entry.epochs} for {name}" for name, entry in DATASETS.items())
     lrs = ", ".join(f"{base.lr:g} for {base.cls}" for base in BASES.values())
     add = parser.add_argument
-    add("--dataset", choices=list(DATASETS), default="fashion-mnist", help="digits is scikit-learn's and needs no download (default: %(default)s)")
-    add("--data", type=Path, metavar="DIR", help="folder with the four Fashion-MNIST files (IDX, gzipped or not); by default they are looked for")
-    add("--label-noise", type=_fraction, default=0.3, metavar="F", help="share of training labels drawn anew at random (default: %(default)s)")
+    add(
+        "--dataset",
+        choices=list(DATASETS),
+        default="fashion-mnist",
+        help="digits is scikit-learn's and needs no download (default: %(default)s)",
+    )
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with the four Fashion-MNIST files (IDX, gzipped or not); by default they are looked for",
+    )
+    add(
+        "--label-noise",
+        type=_fraction,
+        default=0.3,
+        metavar="F",
+        help="share of training labels drawn anew at random (default: %(default)s)",
+    )
     add("--train-size", type=_integer(2), metavar="N", help=f"number of training images (default: {defaults})")
     add("--epochs", type=_integer(1), metavar="N", help=f"default: {epochs}")
-    add("--rho", type=_number(0.0), metavar="R", help=f"radius of SAM's ball (default: {RHO}, with --adaptive {RHO_ADAPTIVE})")
+    add(
+        "--rho",
+        type=_number(0.0),
+        metavar="R",
+        help=f"radius of SAM's ball (default: {RHO}, with --adaptive {RHO_ADAPTIVE})",
+    )
     add("--adaptive", action="store_true", help="ASAM: a ball measured relative to each weight")
     add(
         "--optimizer",
@@ -41,7 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=_integer(0), nargs="+", default=[0, 1], metavar="N", help="one or more (default: 0 1)")
     add("--batch-size", type=_integer(2), default=128, metavar="N", help="default: %(default)s")
     add("--lr", type=_positive, metavar="LR", help=f"initial learning rate, for all optimizers (default: {lrs})")
-    add("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="folder for the picture and the figures (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="folder for the picture and the figures (default: %(default)s)",
+    )
     add(
         "--weights",
         choices=list(WEIGHTS),
@@ -53,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the demo with parsed arguments; returns the exit code: 0, 1 (with a message on stderr), or 130 (interrupted)."""
+    """Run the demo with parsed arguments; returns the exit code: 0, 1 (a message is on stderr), 130 (interrupted)."""
     try:
         settings = _settings(arguments)
         needed = (*REQUIRED, "sklearn") if settings.dataset == "digits" else REQUIRED

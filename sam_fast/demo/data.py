@@ -18,7 +18,9 @@ MIN_SIDE = 8
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as it comes: uint8 images (n, height, width) from 0 to ``white``, int64 labels (n,) from 0 to ``classes`` - 1."""
+    """A data set as it comes: uint8 images (n, height, width) from 0 to ``white``, int64 labels (n,) from 0 to
+    ``classes`` - 1.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -33,7 +35,8 @@ class Dataset:
 class Split:
     """What one seed trains and tests on: float32 images (n, 1, height, width) in [0, 1], int64 labels (n,).
 
-    ``wrong`` is the share of training labels that randomising made wrong; ``mean`` and ``std`` are those of the training pixels.
+    ``wrong`` is the share of training labels that randomising made wrong; ``mean`` and ``std`` are those of the
+    training pixels.
     """
 
     train_images: Tensor
@@ -64,24 +67,32 @@ def _digits() -> Dataset:
     labels = torch.as_tensor(bunch.target, dtype=torch.int64)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_DIGITS_SPLIT_SEED))
     test, train = order[:_DIGITS_TEST], order[_DIGITS_TEST:]
-    return Dataset(images[train], labels[train], images[test], labels[test], white=16, classes=10, source="scikit-learn")
+    return Dataset(
+        images[train], labels[train], images[test], labels[test], white=16, classes=10, source="scikit-learn"
+    )
 
 
 def _fashion_mnist(folder: Path | None, log: Log) -> Dataset:
     raw = load_fashion_mnist(folder, log)
     if min(raw.train_images.shape[1:]) < MIN_SIDE:
-        raise DemoError(f"{raw.source}: images of {tuple(raw.train_images.shape[1:])} pixels, the network needs at least {MIN_SIDE} x {MIN_SIDE}")
+        raise DemoError(
+            f"{raw.source}: images of {tuple(raw.train_images.shape[1:])} pixels, the network needs at least "
+            f"{MIN_SIDE} x {MIN_SIDE}"
+        )
     if len(raw.train_labels) == 0 or len(raw.test_labels) == 0:
         raise DemoError(f"{raw.source}: there are no images in it")
     classes = int(torch.cat([raw.train_labels, raw.test_labels]).max()) + 1
     if classes < 2:
         raise DemoError(f"{raw.source}: all labels are 0, there is nothing to learn")
     train_labels, test_labels = raw.train_labels.to(torch.int64), raw.test_labels.to(torch.int64)
-    return Dataset(raw.train_images, train_labels, raw.test_images, test_labels, white=255, classes=classes, source=raw.source)
+    return Dataset(
+        raw.train_images, train_labels, raw.test_images, test_labels, white=255, classes=classes, source=raw.source
+    )
 
 
 def randomise_labels(labels: Tensor, classes: int, fraction: float, generator: torch.Generator) -> Tensor:
-    """Draw ``round(fraction * n)`` of the labels anew, uniformly from all classes (so one in ``classes`` of those stays right by chance).
+    """Draw ``round(fraction * n)`` of the labels anew, uniformly from all classes (so one in ``classes`` of those stays
+    right by chance).
 
     Args:
         labels: int64 (n,); left as it is.
@@ -93,7 +104,8 @@ def randomise_labels(labels: Tensor, classes: int, fraction: float, generator: t
 
 
 def split_for_seed(dataset: Dataset, train_size: int, label_noise: float, seed: int) -> Split:
-    """Draw the training images of a seed and randomise some of their labels. The test images are always all of them, with their true labels.
+    """Draw the training images of a seed and randomise some of their labels. The test images are always all of them,
+    with their true labels.
 
     Raises:
         DemoError: ``train_size`` is more than there is, or all of its pixels are alike.

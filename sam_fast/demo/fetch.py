@@ -1,7 +1,7 @@
 """Finding the four Fashion-MNIST files: on this machine, in Debian's archive, or on the data set's own site.
 
-The sources are tried in order of cost. Each is bounded in time and verified by checksum; when none works, the error tells what was tried and
-what to do.
+The sources are tried in order of cost. Each is bounded in time and verified by checksum; when none works, the error
+tells what was tried and what to do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SetFile:
-    """A file of the data set, with the SHA-256 of its contents uncompressed: gzip headers differ between the sources, the contents do not."""
+    """A file of the data set, with the SHA-256 of its contents uncompressed: gzip headers differ between the sources,
+    the contents do not.
+    """
 
     name: str
     sha256: str
@@ -51,7 +53,7 @@ class SetFile:
 
 @dataclass(frozen=True)
 class RawSet:
-    """The four arrays: uint8 images (n, height, width), uint8 labels (n,), and a line that says where they came from."""
+    """The four arrays: uint8 images (n, height, width), uint8 labels (n,); and a line that says where they are from."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -71,7 +73,8 @@ def load_fashion_mnist(folder: Path | None, log: Log) -> RawSet:
     """The data set from ``folder``, or else from the first source that works.
 
     Args:
-        folder: a folder with the four IDX files, gzipped or not. Their format is checked, their contents may be any data set of that form.
+        folder: a folder with the four IDX files, gzipped or not. Their format is checked, their contents may be any
+            data set of that form.
         log: takes one line of text for each source that is tried.
 
     Raises:
@@ -94,13 +97,15 @@ def load_fashion_mnist(folder: Path | None, log: Log) -> RawSet:
             tried.append(f"  - {title}: {error.strerror or error}")
     raise DemoError(
         "Fashion-MNIST could not be had. Tried:\n" + "\n".join(tried) + "\nWhat helps: install the Debian package "
-        f"(apt-get install {PACKAGE}); or put the four files {', '.join(file.name for file in FILES)} in a folder and give it with --data FOLDER; "
+        f"(apt-get install {PACKAGE}); or put the four files {', '.join(file.name for file in FILES)} in a folder and "
+        "give it with --data FOLDER; "
         "or use --dataset digits, which needs no download."
     )
 
 
 def read_folder(folder: Path, *, verify: bool, source: str) -> RawSet:
-    """Read and check the four files of ``folder`` (with or without ``.gz``); ``verify`` compares their contents with the known checksums.
+    """Read and check the four files of ``folder`` (with or without ``.gz``); ``verify`` compares their contents with
+    the known checksums.
 
     Raises:
         DemoError: a file is missing, damaged or not what its name says; the message names it.
@@ -116,9 +121,14 @@ def read_folder(folder: Path, *, verify: bool, source: str) -> RawSet:
         if images.dim() != 3:
             raise DemoError(f"{where}: holds {images.dim()} dimensions, images have 3 (number, height, width)")
         if labels.dim() != 1 or len(labels) != len(images):
-            raise DemoError(f"{where}: {len(images)} images, but the file of labels next to it has the shape {tuple(labels.shape)}")
+            raise DemoError(
+                f"{where}: {len(images)} images, but the file of labels next to it has the shape {tuple(labels.shape)}"
+            )
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise DemoError(f"{folder}: training images of {tuple(arrays[0].shape[1:])} pixels, test images of {tuple(arrays[2].shape[1:])}")
+        raise DemoError(
+            f"{folder}: training images of {tuple(arrays[0].shape[1:])} pixels, test images of "
+            f"{tuple(arrays[2].shape[1:])}"
+        )
     return RawSet(arrays[0], arrays[1], arrays[2], arrays[3], source)
 
 
@@ -201,7 +211,9 @@ def _from_debian(log: Log) -> Path:
 
 
 def _run(command: Sequence[str], folder: Path, end: float) -> None:
-    """Run a command in ``folder`` until it ends or ``end`` (of ``time.monotonic``) comes; then it and its children are killed."""
+    """Run a command in ``folder`` until it ends or ``end`` (of ``time.monotonic``) comes; then it and its children are
+    killed.
+    """
     left = end - time.monotonic()
     if left <= 0:
         raise DemoError(f"gave up after {APT_SECONDS:.0f} s")
@@ -253,7 +265,7 @@ def _from_sites(log: Log) -> Path:
 
 
 def _download(url: str, target: Path, end: float) -> None:
-    """Download one file with a progress bar, stopping at ``MAX_DOWNLOAD`` bytes and at ``end`` (of ``time.monotonic``)."""
+    """Download one file with a progress bar, up to ``MAX_DOWNLOAD`` bytes and until ``end`` (``time.monotonic``)."""
     request = urllib.request.Request(url, headers={"User-Agent": "sam_fast-demo"})
     with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as response, target.open("wb") as output:
         announced = response.headers.get("Content-Length", "")

@@ -1,8 +1,9 @@
 """Reading IDX files, the format of MNIST and its relatives.
 
-An IDX file is a big-endian header (two zero bytes, a type code, the number of dimensions, then one uint32 per dimension) followed by the elements in
-row-major order. Only type code 0x08 (unsigned byte) is read here. Files may be gzipped. A header is not trusted: its size is checked against a limit
-before any element is read, and never more than that is decompressed.
+An IDX file is a big-endian header (two zero bytes, a type code, the number of dimensions, then one uint32 per
+dimension) followed by the elements in row-major order. Only type code 0x08 (unsigned byte) is read here. Files may be
+gzipped. A header is not trusted: its size is checked against a limit before any element is read, and never more than
+that is decompressed.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ def read_idx(path: Path, *, sha256: str | None = None, max_bytes: int = MAX_BYTE
 
     Args:
         path: the file.
-        sha256: hexadecimal digest that the uncompressed contents (header included) must have; None checks the format alone. Contents, because the
-            same data set is around with different gzip headers.
+        sha256: hexadecimal digest that the uncompressed contents (header included) must have; None checks the format
+            alone. Contents, because the same data set is around with different gzip headers.
         max_bytes: the most elements, in bytes, that the header may announce.
 
     Returns:
         A uint8 tensor with the shape that the header states.
 
     Raises:
-        DemoError: unreadable, not IDX, truncated, longer than its header says, over ``max_bytes``, or with another digest. The file is named.
+        DemoError: unreadable, not IDX, truncated, longer than its header says, over ``max_bytes``, or with another
+            digest. The file is named.
     """
     try:
         with path.open("rb") as raw:
@@ -84,7 +86,9 @@ def _parse(stream: IO[bytes], path: Path, sha256: str | None, max_bytes: int) ->
         digest = hashlib.sha256(magic + sizes)
         digest.update(elements)
         if digest.hexdigest() != sha256:
-            raise DemoError(f"{path}: checksum mismatch, SHA-256 of the contents is {digest.hexdigest()}, expected {sha256}")
+            raise DemoError(
+                f"{path}: checksum mismatch, SHA-256 of the contents is {digest.hexdigest()}, expected {sha256}"
+            )
     if expected == 0:
         return torch.empty(shape, dtype=torch.uint8)
     return torch.frombuffer(elements, dtype=torch.uint8).reshape(shape)

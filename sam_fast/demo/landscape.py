@@ -1,4 +1,7 @@
-"""The loss along random filter-normalised directions around a solution (Li et al. 2018, https://arxiv.org/abs/1712.09913)."""
+"""The loss along random filter-normalised directions around a solution (Li et al.
+
+2018, https://arxiv.org/abs/1712.09913).
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,26 @@ from .metrics import EVAL_BATCH, evaluating
 
 @dataclass(frozen=True)
 class Landscape:
-    """``losses[d][i]``: mean loss (nats) at ``steps[i]`` along direction d. Step 0 is the solution; step 1 moves each filter by its own norm."""
+    """``losses[d][i]``: mean loss (nats) at ``steps[i]`` along direction d.
+
+    Step 0 is the solution; step 1 moves each filter by its own norm.
+    """
 
     steps: list[float]
     losses: list[list[float]]
 
 
 def random_direction(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """A Gaussian direction in which each filter has the norm of the model's own filter; no movement in biases and normalisation layers.
+    """A Gaussian direction in which each filter has the norm of the model's own filter; no movement in biases and
+    normalisation layers.
 
-    A filter is one output channel of a convolution or one output row of a linear layer: one slice along the first dimension of any parameter that has
-    two or more. Because of this scaling, solutions with weights of different sizes can be compared.
+    A filter is one output channel of a convolution or one output row of a linear layer: one slice along the first
+    dimension of any parameter that has two or more. Because of this scaling, solutions with weights of different sizes
+    can be compared.
 
     Returns:
-        Parameter name -> tensor of the parameter's shape. Same generator state and same architecture: same Gaussian draws.
+        Parameter name -> tensor of the parameter's shape. Same generator state and same architecture: same Gaussian
+        draws.
     """
     direction = {}
     for name, p in model.named_parameters():
@@ -44,12 +53,16 @@ def random_direction(model: nn.Module, generator: torch.Generator) -> dict[str, 
 
 
 @torch.no_grad()
-def loss_along(model: nn.Module, images: Tensor, labels: Tensor, *, directions: int, points: int, span: float, seed: int) -> Landscape:
-    """The model's mean cross-entropy at ``points`` steps in [-span, span] along each of ``directions`` random directions.
+def loss_along(
+    model: nn.Module, images: Tensor, labels: Tensor, *, directions: int, points: int, span: float, seed: int
+) -> Landscape:
+    """The model's mean cross-entropy at ``points`` steps in [-span, span] along each of ``directions`` random
+    directions.
 
     Args:
         images, labels: (n, 1, height, width) and (n,).
-        seed: of the directions; give two models the same, and the same Gaussian draws are scaled to each model's filters.
+        seed: of the directions; give two models the same, and the same Gaussian draws are scaled to each model's
+            filters.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = torch.linspace(-span, span, points).tolist()

@@ -1,4 +1,7 @@
-"""Measurements on a trained model: loss and accuracy, accuracy under noise, sharpness. All in eval mode; the model is left as it was."""
+"""Measurements on a trained model: loss and accuracy, accuracy under noise, sharpness.
+
+All in eval mode; the model is left as it was.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
 
 
 def noisy_accuracy(model: nn.Module, images: Tensor, labels: Tensor, level: float) -> float:
-    """Accuracy on images plus Gaussian noise of standard deviation ``level`` (1 = the full pixel range; not clipped), the same at every call."""
+    """Accuracy on images plus Gaussian noise of standard deviation ``level`` (1 = the full pixel range; not clipped),
+    the same at every call.
+    """
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(_NOISE_SEED))
     return evaluate(model, images + level * noise, labels)[1]
 
@@ -58,7 +63,8 @@ def sharpness(
 ) -> float:
     """Mean over batches of L(w + e) - L(w), with e the point of the rho-ball that the batch's own gradient g points to.
 
-    e = rho * g / ||g||; with ``adaptive``, e = rho * T^2 g / ||T g|| and T = |w| + eta. BatchNorm uses its running statistics in both.
+    e = rho * g / ||g||; with ``adaptive``, e = rho * T^2 g / ||T g|| and T = |w| + eta. BatchNorm uses its running
+    statistics in both.
 
     Args:
         images, labels: (n, ...) and (n,); the mean weights every image equally.
@@ -75,6 +81,9 @@ def sharpness(
                 norm = torch.stack([(t * g).norm() for t, g in zip(scales, grads, strict=True)]).norm()
                 if norm == 0:
                     continue
-                worst = {name: p.float() + rho * t * t * g / norm for (name, p), t, g in zip(params.items(), scales, grads, strict=True)}
+                worst = {
+                    name: p.float() + rho * t * t * g / norm
+                    for (name, p), t, g in zip(params.items(), scales, grads, strict=True)
+                }
                 total += float(loss_fn(functional_call(model, worst, (x,)), y) - loss) * len(y)
     return total / len(labels)

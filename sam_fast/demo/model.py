@@ -12,7 +12,9 @@ WIDTHS = (16, 32, 64, 128)
 
 
 class Standardise(nn.Module):
-    """Subtracts the mean of the training pixels and divides by their standard deviation, so that noise can be stated in pixel units outside."""
+    """Subtracts the mean of the training pixels and divides by their standard deviation, so that noise can be stated in
+    pixel units outside.
+    """
 
     mean: Tensor
     std: Tensor
@@ -27,7 +29,8 @@ class Standardise(nn.Module):
 
 
 class StoredIn(nn.Module):
-    """A network whose weights are kept in a format that the arithmetic is not done in: they widen to float32 whenever they are used.
+    """A network whose weights are kept in a format that the arithmetic is not done in: they widen to float32 whenever
+    they are used.
 
     Weights with fewer than two dimensions (biases, normalisation) stay in float32, as mixed-precision recipes have it.
 
@@ -50,7 +53,8 @@ class StoredIn(nn.Module):
 
 
 def build_model(classes: int, mean: float, std: float, seed: int) -> nn.Sequential:
-    """Four convolutions with BatchNorm, three of them followed by pooling, then a global average and one linear layer; 98,682 weights for 10 classes.
+    """Four convolutions with BatchNorm, three of them followed by pooling, then a global average and one linear layer;
+    98,682 weights for 10 classes.
 
     Args:
         classes: number of outputs.
@@ -58,7 +62,8 @@ def build_model(classes: int, mean: float, std: float, seed: int) -> nn.Sequenti
         seed: the same seed gives the same initial weights.
 
     Returns:
-        A network from images (n, 1, height, width), at least 8 x 8, to logits (n, classes). Weights are channels_last, the faster layout on a CPU.
+        A network from images (n, 1, height, width), at least 8 x 8, to logits (n, classes). Weights are channels_last,
+        the faster layout on a CPU.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -21,7 +21,8 @@ _STYLES = {"sgd": ("#d55e00", "--"), "sam": ("#0072b2", "-"), "adamw": ("#cc79a7
 
 
 def draw(results: Sequence[Result], settings: Settings, path: Path) -> None:
-    """Draw the results to a PNG at ``path``: lines are means, bands go from the lowest to the highest seed (and direction, in the landscape).
+    """Draw the results to a PNG at ``path``: lines are means, bands go from the lowest to the highest seed (and
+    direction, in the landscape).
 
     Raises:
         OSError: the file cannot be written.
@@ -49,9 +50,16 @@ def draw(results: Sequence[Result], settings: Settings, path: Path) -> None:
 
 def _title(settings: Settings) -> str:
     noise = f", {settings.label_noise:.0%} of the labels randomised" if settings.label_noise else ""
-    seeds = f"{len(settings.seeds)} seeds: line = mean, band = lowest to highest" if len(settings.seeds) > 1 else f"seed {settings.seeds[0]}"
+    seeds = (
+        f"{len(settings.seeds)} seeds: line = mean, band = lowest to highest"
+        if len(settings.seeds) > 1
+        else f"seed {settings.seeds[0]}"
+    )
     ball = "adaptive, " if settings.adaptive else ""
-    return f"{DATASETS[settings.dataset].title}, {settings.train_size:,} training images{noise} ({ball}rho {settings.rho:g}; {seeds})"
+    return (
+        f"{DATASETS[settings.dataset].title}, {settings.train_size:,} training images{noise} ({ball}rho "
+        f"{settings.rho:g}; {seeds})"
+    )
 
 
 def _line(axes: Axes, name: str, x: np.ndarray, values: np.ndarray) -> None:

@@ -23,9 +23,11 @@ from .train import Curves
 
 @dataclass(frozen=True)
 class Result:
-    """One trained model: ``optimizer`` is a name of ``OPTIMIZERS``; accuracies and shares are 0 to 1, ``sharpness`` is in nats.
+    """One trained model: ``optimizer`` is a name of ``OPTIMIZERS``; accuracies and shares are 0 to 1, ``sharpness`` is
+    in nats.
 
-    ``noisy_accuracy`` has one figure per noise level of the settings; ``wrong_labels`` is the share of wrong training labels.
+    ``noisy_accuracy`` has one figure per noise level of the settings; ``wrong_labels`` is the share of wrong training
+    labels.
     """
 
     optimizer: str
@@ -54,7 +56,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its name in the JSON file, its heading, the figure of a result, and how it is shown (factor, decimals)."""
+    """A column of the table: its name in the JSON file, its heading, the figure of a result, and how it is shown
+    (factor, decimals).
+    """
 
     key: str
     heading: str
@@ -71,7 +75,10 @@ def columns(settings: Settings) -> list[Column]:
 
     return [
         Column("test_accuracy", "test\nacc. %", lambda result: result.test_accuracy, 100.0, 1),
-        *(Column(f"accuracy_noise_{level:g}", f"noise\nsd {level:g}", noisy(index), 100.0, 1) for index, level in enumerate(settings.noise_levels)),
+        *(
+            Column(f"accuracy_noise_{level:g}", f"noise\nsd {level:g}", noisy(index), 100.0, 1)
+            for index, level in enumerate(settings.noise_levels)
+        ),
         Column("sharpness", "sharp-\nness", lambda result: result.sharpness, 1.0, 3),
         Column("seconds_per_epoch", "seconds\n/ epoch", lambda result: result.seconds_per_epoch, 1.0, 2),
         Column("optimizer_share", "optim.\ntime %", lambda result: result.optimizer_share, 100.0, 1),
@@ -103,14 +110,19 @@ def table(results: Sequence[Result], settings: Settings) -> str:
             row.append(f"{text} ±{spread:.{column.decimals}f}" if len(group) > 1 else text)
         rows.append(row)
     body = tabulate(
-        rows, headers=["trained\nwith", *(column.heading for column in shown)], disable_numparse=True, stralign="right", colalign=("left",)
+        rows,
+        headers=["trained\nwith", *(column.heading for column in shown)],
+        disable_numparse=True,
+        stralign="right",
+        colalign=("left",),
     )
     seeds = len(settings.seeds)
     note = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {settings.seeds[0]} alone"
     ball = "adaptive (ASAM) ball" if settings.adaptive else "ball"
     return (
         f"{body}\n\n{note}\n"
-        "noise sd: accuracy, in %, on test images with Gaussian noise of that standard deviation (1 = the full pixel range)\n"
+        "noise sd: accuracy, in %, on test images with Gaussian noise of that standard deviation (1 = the full pixel "
+        "range)\n"
         f"sharpness: mean loss increase along the gradient at the edge of the {ball} of radius {settings.rho:g}\n"
         "optim. time: share of the training time in the optimizer's steps and zero_grad"
     )
@@ -123,7 +135,12 @@ def as_json(results: Sequence[Result], settings: Settings, source: str, seconds:
     chosen["output"] = str(settings.output)
     chosen["threads"] = torch.get_num_threads()
     chosen["optimizer_options"] = {
-        name: {"class": BASES[choice.base].cls, "sam": choice.sam, "lr": settings.lr_of(choice.base), **BASES[choice.base].options}
+        name: {
+            "class": BASES[choice.base].cls,
+            "sam": choice.sam,
+            "lr": settings.lr_of(choice.base),
+            **BASES[choice.base].options,
+        }
         for name, choice in OPTIMIZERS.items()
         if name in settings.optimizers
     }

@@ -22,7 +22,8 @@ _DIRECTION_SEED = 1712
 
 
 def run(settings: Settings) -> None:
-    """Train with every optimizer at every seed, print the table, and write the picture and the JSON file to ``settings.output``.
+    """Train with every optimizer at every seed, print the table, and write the picture and the JSON file to
+    ``settings.output``.
 
     Raises:
         DemoError: no data, training diverged, or the output folder cannot be written.
@@ -33,9 +34,11 @@ def run(settings: Settings) -> None:
     picture, figures = _prepare_output(settings.output)
     dataset = load(settings.dataset, settings.data, _say)
     _say(
-        f"{DATASETS[settings.dataset].title} ({dataset.source}): {settings.train_size:,} training images, {settings.label_noise:.0%} of their labels "
+        f"{DATASETS[settings.dataset].title} ({dataset.source}): {settings.train_size:,} training images, "
+        f"{settings.label_noise:.0%} of their labels "
         f"randomised; {len(dataset.test_images):,} test images\n"
-        f"{', '.join(OPTIMIZERS[name].label for name in settings.optimizers)}; {settings.epochs} epochs, batch {settings.batch_size}, "
+        f"{', '.join(OPTIMIZERS[name].label for name in settings.optimizers)}; {settings.epochs} epochs, batch "
+        f"{settings.batch_size}, "
         f"{'adaptive ' if settings.adaptive else ''}rho {settings.rho:g}, seeds {', '.join(map(str, settings.seeds))}, "
         f"{torch.get_num_threads()} thread(s)"
     )
@@ -61,7 +64,9 @@ def _train_and_measure(name: str, split: Split, settings: Settings, seed: int) -
         seed=seed,
         wrong_labels=split.wrong,
         curves=curves,
-        noisy_accuracy=[noisy_accuracy(model, split.test_images, split.test_labels, level) for level in settings.noise_levels],
+        noisy_accuracy=[
+            noisy_accuracy(model, split.test_images, split.test_labels, level) for level in settings.noise_levels
+        ],
         sharpness=sharpness(
             model,
             images[: settings.sharpness_images],

@@ -59,9 +59,10 @@ RHO_ADAPTIVE = 0.5  # ASAM's ball is measured relative to the weights, so its ra
 class Settings:
     """The settings of one demo run.
 
-    Sizes count images. ``lr`` None means each base optimizer's own default. ``noise_levels`` are standard deviations in units of the full pixel
-    range (0 = black, 1 = white). The landscape is sampled at ``landscape_points`` equally spaced steps in [-``landscape_span``, ``landscape_span``]
-    along ``landscape_directions`` random directions. ``weights`` names the format that weight matrices are kept in, a key of ``WEIGHTS``.
+    Sizes count images. ``lr`` None means each base optimizer's own default. ``noise_levels`` are standard deviations in
+    units of the full pixel range (0 = black, 1 = white). The landscape is sampled at ``landscape_points`` equally
+    spaced steps in [-``landscape_span``, ``landscape_span``] along ``landscape_directions`` random directions.
+    ``weights`` names the format that weight matrices are kept in, a key of ``WEIGHTS``.
     """
 
     dataset: str

@@ -25,7 +25,10 @@ from .settings import BASES, OPTIMIZERS, WEIGHTS, Settings
 
 @dataclass
 class Curves:
-    """One figure per epoch. Losses are means over the epoch (nats), accuracies 0 to 1, training accuracy against the randomised labels."""
+    """One figure per epoch.
+
+    Losses are means over the epoch (nats), accuracies 0 to 1, training accuracy against the randomised labels.
+    """
 
     train_loss: list[float] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)
@@ -57,14 +60,20 @@ def build_optimizer(name: str, model: nn.Module, settings: Settings) -> torch.op
     base_class: Any = getattr(torch.optim, base.cls)
     options: dict[str, Any] = {"lr": settings.lr_of(choice.base), **base.options}
     if choice.sam:
-        sam_options: dict[str, Any] = {"rho": settings.rho, "adaptive": settings.adaptive, "stochastic_rounding": settings.stochastic_rounding}
+        sam_options: dict[str, Any] = {
+            "rho": settings.rho,
+            "adaptive": settings.adaptive,
+            "stochastic_rounding": settings.stochastic_rounding,
+        }
         return SAM(model.parameters(), base_class, **sam_options, **options)
     optimizer: torch.optim.Optimizer = base_class(model.parameters(), **options)
     return optimizer
 
 
 def batches(images: Tensor, labels: Tensor, batch_size: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """The images (n, ...) and labels (n,) in random order, cut into full batches; what is left over at the end sits out this epoch."""
+    """The images (n, ...) and labels (n,) in random order, cut into full batches; what is left over at the end sits out
+    this epoch.
+    """
     size = min(batch_size, len(labels))
     order = torch.randperm(len(labels), generator=generator)
     return [(images[chosen], labels[chosen]) for chosen in order.split(size) if len(chosen) == size]
@@ -73,7 +82,8 @@ def batches(images: Tensor, labels: Tensor, batch_size: int, generator: torch.Ge
 def train(name: str, split: Split, settings: Settings, seed: int) -> tuple[nn.Module, Curves]:
     """Train a new model with the optimizer ``name``, with a progress bar per epoch.
 
-    The seed fixes the initial weights and the batches, whatever the optimizer. The learning rate follows half a cosine down to 0.
+    The seed fixes the initial weights and the batches, whatever the optimizer. The learning rate follows half a cosine
+    down to 0.
 
     Raises:
         DemoError: the loss became infinite or NaN.
@@ -96,7 +106,10 @@ def train(name: str, split: Split, settings: Settings, seed: int) -> tuple[nn.Mo
             curves.test_accuracy.append(accuracy)
             _show(bar, curves.train_loss[-1], curves.train_accuracy[-1], accuracy)
         if not math.isfinite(curves.train_loss[-1]) or not math.isfinite(loss):
-            raise DemoError(f"{OPTIMIZERS[name].label}, seed {seed}: the loss became {curves.train_loss[-1]} in epoch {epoch}; try a smaller --lr")
+            raise DemoError(
+                f"{OPTIMIZERS[name].label}, seed {seed}: the loss became {curves.train_loss[-1]} in epoch {epoch}; try "
+                "a smaller --lr"
+            )
     return model, curves
 
 

@@ -42,7 +42,7 @@ class AdamRule(Rule):
         states: dict[str, list[Tensor]],
         fused: bool = False,
     ) -> None:
-        numbers = {name: options[name] for name in ("beta1", "beta2", "lr", "weight_decay", "eps")}
+        numbers: Any = {name: options[name] for name in ("beta1", "beta2", "lr", "weight_decay", "eps")}
         flags: Any = {name: bool(options[name]) for name in ("amsgrad", "maximize")} | {"fused": fused or None}
         adam(
             w,

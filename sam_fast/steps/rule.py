@@ -18,7 +18,8 @@ class MissingState(NotFused):
 
 
 class Rule(ABC):
-    """How one family of base optimizers steps: its name, classes, options and state, and PyTorch's own form of the step.
+    """How one family of base optimizers steps: its name, classes, options and state, and PyTorch's own form of the
+    step.
 
     Adding one: a file beside this one, a line in :data:`sam_fast.steps.RULES`, a struct in csrc/steps.h and a file in
     kernels/. A test compares ``options`` and ``states`` with those of csrc/steps.h.
@@ -72,7 +73,9 @@ class Rule(ABC):
 
 
 def first_counter(param: Tensor, group: dict[str, Any]) -> Tensor:
-    """A step counter as PyTorch makes it: on the host, unless the options ``capturable`` or ``fused`` ask for the device."""
+    """A step counter as PyTorch makes it: on the host, unless the options ``capturable`` or ``fused`` ask for the
+    device.
+    """
     wide = torch.get_default_dtype() == torch.float64
     if group.get("capturable") or group.get("fused"):
         dtype = torch.float64 if wide and not group.get("fused") else torch.float32

@@ -27,8 +27,9 @@ def _addresses(tensors: Sequence[Tensor]) -> array[int]:
 class FlatBuffers:
     """Moves ``params`` into one flat buffer, and their gradients into another of the same layout.
 
-    Every parameter's address changes here, once. Slots are in the order of ``params``, so parameters of one group must be neighbours.
-    Gradients are views from the start (zeros where there was none), except those of parameters that do not require one.
+    Every parameter's address changes here, once. Slots are in the order of ``params``, so parameters of one group must
+    be neighbours. Gradients are views from the start (zeros where there was none), except those of parameters that do
+    not require one.
 
     Args:
         params: leaf tensors of one device and dtype.
@@ -47,7 +48,9 @@ class FlatBuffers:
         self.weights = torch.zeros(numel, dtype=params[0].dtype, device=params[0].device)
         self.grads = torch.zeros_like(self.weights)
         layouts = [dense_layout(p) for p in self.params]
-        self.weight_views = [self.weights.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
+        self.weight_views = [
+            self.weights.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)
+        ]
         self.grad_views = [self.grads.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
         for p, view in zip(self.params, self.weight_views, strict=True):
             view.copy_(p.detach())
@@ -84,7 +87,10 @@ class FlatBuffers:
         return not self._gather.weights(self._found) and self._found == self._weight_places
 
     def _grads_intact(self) -> bool:
-        """True if every gradient lies where it belongs. Whichever object ``.grad`` is: ``model.to()`` gives the same one other memory."""
+        """True if every gradient lies where it belongs.
+
+        Whichever object ``.grad`` is: ``model.to()`` gives the same one other memory.
+        """
         return not self._gather.collect(self._found, self._found_grads)[1] and self._found_grads == self._grad_places
 
     def release_frozen(self) -> None:
@@ -100,7 +106,9 @@ class FlatBuffers:
         """As :meth:`Flat.write_back`; ``perturbed``: ids of parameters."""
         error: ParameterError | None = None
         for p, view in zip(self.params, self.weight_views, strict=True):
-            if id(p) not in perturbed or (p.data_ptr() == view.data_ptr() and p.shape == view.shape and p.dtype == view.dtype):
+            if id(p) not in perturbed or (
+                p.data_ptr() == view.data_ptr() and p.shape == view.shape and p.dtype == view.dtype
+            ):
                 continue
             if p.shape == view.shape:
                 p.data.copy_(view)
@@ -109,7 +117,8 @@ class FlatBuffers:
         return error
 
     def collect_grads(self) -> None:
-        """Bring every gradient into the flat buffer: one that was replaced is copied and attached again, the slot of a missing one is zeroed.
+        """Bring every gradient into the flat buffer: one that was replaced is copied and attached again, the slot of a
+        missing one is zeroed.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -156,7 +165,8 @@ class FlatBuffers:
 
     def _attach(self, index: int) -> None:
         view = self.grad_views[index]
-        if self._grad_places[index] and view.data_ptr() != self._grad_places[index]:  # model.to() has given this very object other memory
+        # model.to() has given this very object other memory
+        if self._grad_places[index] and view.data_ptr() != self._grad_places[index]:
             view = self.grads.as_strided(*dense_layout(self.weight_views[index]), self._slots[index])
             self.grad_views[index] = view
         self.params[index].grad = view
@@ -180,7 +190,9 @@ class Flat(InPlace):
         return choose(torch.empty(0, dtype=tensor.dtype, device=tensor.device), backend)
 
     def buckets(self, members: Sequence[tuple[Backend, bool, Sequence[Member]]]) -> list[Bucket]:
-        """Keep the buffers whose parameters are all in place and in their group; flatten the others' and new parameters."""
+        """Keep the buffers whose parameters are all in place and in their group; flatten the others' and new
+        parameters.
+        """
         group_of = {id(p): group for _, _, of_bucket in members for p, group in of_bucket}
         kept: list[FlatBuffers] = []
         for flat in self.buffers:
@@ -193,9 +205,7 @@ class Flat(InPlace):
             if fresh:
                 kept.append(FlatBuffers([p for p, _ in fresh], [group for _, group in fresh]))
         self.buffers = kept
-        return [
-            choose(flat.runs[0], self.backend).bucket(flat.runs, flat.run_groups, flat.run_params) for flat in kept
-        ]
+        return [choose(flat.runs[0], self.backend).bucket(flat.runs, flat.run_groups, flat.run_params) for flat in kept]
 
     def step_buckets(self, buckets: list[Bucket]) -> list[Bucket] | None:
         if not self._intact():

@@ -19,14 +19,18 @@ def is_fsdp_module(module: nn.Module) -> bool:
 
 
 def forget_gathered_weights(model: nn.Module) -> None:
-    """Have FSDP2 gather the weights anew. After ``set_reshard_after_backward(False)`` it keeps those of the pass before the climb."""
+    """Have FSDP2 gather the weights anew.
+
+    After ``set_reshard_after_backward(False)`` it keeps those of the pass before the climb.
+    """
     for module in model.modules():
         if is_fsdp_module(module):
             module.reshard()  # type: ignore[operator]
 
 
 def give_up_pass(params: Iterable[Tensor]) -> None:
-    """After a pass that was given up: FSDP2 lets go of the weights it has gathered, w + e, and of the rest of that pass.
+    """After a pass that was given up: FSDP2 lets go of the weights it has gathered, w + e, and of the rest of that
+    pass.
 
     Torch's own ``reset_iter_state`` (PyTorch 2.13) keeps gradients that were not reduced yet, which the next backward
     pass would add to.
@@ -44,8 +48,10 @@ def give_up_pass(params: Iterable[Tensor]) -> None:
                     _reset_iter_state(states, groups)
     except (ImportError, AttributeError, StopIteration) as error:
         warnings.warn(
-            f"the FSDP2 of PyTorch {torch.__version__} is not as it was in the versions that this was written for ({error!r}). "
-            "The parameters are restored, but the model may still hold weights that it has gathered, and gradients, of the "
+            f"the FSDP2 of PyTorch {torch.__version__} is not as it was in the versions that this was written for "
+            f"({error!r}). "
+            "The parameters are restored, but the model may still hold weights that it has gathered, and gradients, of "
+            "the "
             "pass that was given up: build it anew",
             RuntimeWarning,
             stacklevel=2,
@@ -109,7 +115,8 @@ def _reset_iter_state(states: Sequence[Any], groups: Sequence[Any]) -> None:
 
 @contextmanager
 def own_gradients(module: nn.Module) -> Iterator[None]:
-    """Run one FSDP2 module without adding its gradients up over replicas: with HSDP each replica of the model has a gradient of its own.
+    """Run one FSDP2 module without adding its gradients up over replicas: with HSDP each replica of the model has a
+    gradient of its own.
 
     Within a replica gradients are reduced and scattered as always, since no process has room for all of them.
 
@@ -123,14 +130,19 @@ def own_gradients(module: nn.Module) -> Iterator[None]:
         param_groups = _param_groups(module._get_fsdp_state())  # type: ignore[operator]
         infos = [param_group.mesh_info for param_group in param_groups]
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(f"first_pass(model, sync=False) does not know the FSDP2 of PyTorch {torch.__version__} ({error}): use sync=True") from None
+        raise RuntimeError(
+            f"first_pass(model, sync=False) does not know the FSDP2 of PyTorch {torch.__version__} ({error}): use "
+            "sync=True"
+        ) from None
     for info in infos:
         if not isinstance(info, HSDPMeshInfo):
             raise ValueError(
-                "first_pass(model, sync=False) needs a gradient of its own in each replica of the model, and fully_shard on this mesh makes "
+                "first_pass(model, sync=False) needs a gradient of its own in each replica of the model, and "
+                "fully_shard on this mesh makes "
                 "only one of all processes together: use sync=True, or a 2-D mesh (replicate, shard)"
             )
-    # set_requires_all_reduce(False) would keep the gradients in a buffer of FSDP's. A mesh without replicas puts them where they belong.
+    # set_requires_all_reduce(False) would keep the gradients in a buffer of FSDP's. A mesh without replicas puts them
+    # where they belong.
     try:
         for param_group, info in zip(param_groups, infos, strict=True):
             param_group.mesh_info = FSDPMeshInfo(info.mesh, info.shard_mesh_dim)

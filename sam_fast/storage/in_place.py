@@ -43,7 +43,10 @@ class InPlace:
         return backend.bucket([p for p, _ in members], [group for _, group in members], shared=shared)
 
     def step_buckets(self, buckets: list[Bucket]) -> list[Bucket] | None:
-        """For each bucket the one that a fused second step works on, whose tensors are parameters. None without such."""
+        """For each bucket the one that a fused second step works on, whose tensors are parameters.
+
+        None without such.
+        """
         return buckets
 
     def collect(self, own_gradient: bool) -> bool:

@@ -1,9 +1,9 @@
 """Parameters spread over processes: DTensor, which FSDP2's ``fully_shard`` and tensor parallelism are made of.
 
-The kernels work on the local tensors, what this process holds of each parameter. Only the norm needs the other processes.
-Parameters that are sharded over the same process groups share buckets, so that their sum of squares is one number, which
-is all-reduced over these groups; replicas hold the same numbers, and are not counted. Slots of replicas agree on all ranks
-for the same reason.
+The kernels work on the local tensors, what this process holds of each parameter. Only the norm needs the other
+processes. Parameters that are sharded over the same process groups share buckets, so that their sum of squares is one
+number, which is all-reduced over these groups; replicas hold the same numbers, and are not counted. Slots of replicas
+agree on all ranks for the same reason.
 
 Nothing here imports ``torch.distributed.tensor``: without DTensors in the program this module costs a dictionary lookup
 when buckets are built.
@@ -132,7 +132,8 @@ def sharded(params: Sequence[Tensor]) -> Sharded | None:
     """
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
-            "SAM does not support torch.distributed.fsdp.FullyShardedDataParallel, whose parameters do not show how they "
+            "SAM does not support torch.distributed.fsdp.FullyShardedDataParallel, whose parameters do not show how "
+            "they "
             "are sharded: use fully_shard"
         )
     return Sharded(params) if any(map(is_dtensor, params)) else None

@@ -1,0 +1,45 @@
+"""What an optimizer keeps between the calls of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .random_state import RandomState
+
+NOT_STEPPED = "there was no second step yet"
+
+
+@dataclass
+class StepState:
+    """What a step keeps between its calls, shared with whatever a framework puts around the optimizer."""
+
+    random_state: RandomState | None = None
+    own_gradient: bool = False  # the gradient of this rank alone
+    first_pass_entered: bool = False
+    path: str = NOT_STEPPED
+    grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
+    found_inf: Tensor | float | None = None
+    warned_of_gradients: bool = False
+
+    def forget_first_pass(self) -> None:
+        """What ``first_pass`` was told holds for one step."""
+        self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
+
+
+def set_by_scaler(name: str) -> property:
+    """An attribute that a GradScaler sets on the optimizer or on what a framework has put around it; it is there while
+    it is set.
+    """
+
+    def get(self: Any) -> Any:
+        value = getattr(self._step, name)
+        if value is None:
+            raise AttributeError(f"no GradScaler has set {name}")
+        return value
+
+    return property(
+        get, lambda self, value: setattr(self._step, name, value), lambda self: setattr(self._step, name, None)
+    )
