@@ -51,6 +51,22 @@ struct Uncounted {
   }
 };
 
+// torch.lerp(a, b, weight), which starts from the nearer end.
+template <class C>
+struct Lerp {
+  C coefficient;
+  bool from_a;
+  static SAM_HD Lerp of(double weight) {
+    const C rounded = C(weight);
+    const bool from_a = rounded < C(0.5);
+    return {from_a ? rounded : rounded - C(1.0), from_a};
+  }
+  template <class M, class V>
+  SAM_HD V between(V a, V b) const {
+    return M::madd(coefficient, b - a, from_a ? a : b);
+  }
+};
+
 // ---- torch.optim.SGD ------------------------------------------------------------------------------------------------
 
 #define SAM_SGD_OPTIONS(X) X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) X(maximize)
@@ -118,24 +134,21 @@ struct Adam {
 
   template <class C>
   struct Numbers {
-    C coefficient, beta2, keep2, eps, decay, minus_step_size, root_of_correction2;
-    bool from_m;
+    Lerp<C> first;
+    C beta2, keep2, eps, decay, minus_step_size, root_of_correction2;
   };
   template <class C>
   static SAM_HD Numbers<C> numbers(const Options& o, double lr, const Counted& c) {
-    const C keep1 = C(1.0 - o.beta1);
-    const bool from_m = keep1 < C(0.5);
     const double decay = flags(o) & kCoupled ? o.weight_decay : 1.0 - lr * o.weight_decay;
-    return {from_m ? keep1 : keep1 - C(1.0), C(o.beta2), C(1.0 - o.beta2), C(o.eps), C(decay), C(-lr / c.correction1),
-            C(c.root_of_correction2), from_m};
+    return {Lerp<C>::of(1.0 - o.beta1), C(o.beta2), C(1.0 - o.beta2), C(o.eps), C(decay), C(-lr / c.correction1),
+            C(c.root_of_correction2)};
   }
 
   template <class M, class C, class V, class Flags>
   static SAM_HD V apply(V w, V g, V* state, const Numbers<C>& n, Flags flags) {
     if (flags & kCoupled) g = M::madd(w, n.decay, g);
     else w = w * n.decay;
-    // torch.lerp(m, g, 1 - beta1), which starts from the nearer end.
-    const V m = M::madd(n.coefficient, g - state[0], n.from_m ? state[0] : g);
+    const V m = n.first.template between<M>(state[0], g);
     V v = M::madd(g * n.keep2, g, state[1] * n.beta2);
     state[0] = m;
     state[1] = v;

@@ -50,13 +50,16 @@ def fused_step(
             of_bucket = _options_of(bucket, base, rule, rounding_key)
             # Where it is not known yet whether there is a step, none must leave a state behind.
             _prepare(bucket, base, of_bucket, may_make=scaling.found_inf is None)
-            if bucket.host_counters:
+            if bucket.host_counters or rule.group_counter is not None:
                 _check_host_counters(bucket, scaling)
             options.append(of_bucket)
         perturbation.check_step()
     except NotFused as reason:
         return str(reason)
     perturbation.restore_and_step(buckets, options, scaling)
+    if rule.group_counter is not None:
+        for group in base.param_groups:
+            group[rule.group_counter] = group.get(rule.group_counter, 0) + 1
     if "step" in vars(base):
         base._opt_called = True  # type: ignore[attr-defined]  # what the wrapped step would have noted
     return None
@@ -119,7 +122,7 @@ def _options_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int |
     Raises NotFused if a kernel cannot take one.
     """
     given = [
-        (*rule.values(group), group.get("differentiable", False), group.get("capturable", False))
+        (*rule.values(group, base), group.get("differentiable", False), group.get("capturable", False))
         for group in base.param_groups
     ]
     plain = all(type(value) in (float, int, bool) for group in given for value in group)  # no tensors: == is ==
@@ -143,7 +146,7 @@ def _new_options(bucket: Bucket, base: Optimizer, rule: Rule, given: list[tuple[
             learning_rates.append(None)
             values.extend([math.nan] * len(rule.options))
             continue
-        lr, *others = rule.values(group)
+        lr, *others = rule.values(group, base)
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         _check_group(bucket, group, lr if on_device else None, others if on_device else [lr, *others])
         learning_rates.append(lr if on_device else None)

@@ -156,12 +156,15 @@ Step = Callable[..., None]
 """``step(fused, weights, gradients, *states)``: a rule's step of one group on lists of tensors."""
 
 
-def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool) -> None:
+def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool, has_fused: bool) -> None:
     """Step with ``columns``: weights, gradients, state. ``divide``: the end of a tensor may be stepped by itself.
 
     PyTorch's fused step on the CPU walks over memory as if all tensors lay as the weight does, and what is left behind
     the last whole vector of a tensor has other bits: the default step takes that.
     """
+    if not has_fused:
+        step(False, *columns)
+        return
     first = columns[0][0]
     can = first.device.type == "cpu" and FUSED_HAS_BITS and first.dtype in (torch.float32, torch.float64)
     whole: list[list[Tensor]] = []
@@ -183,11 +186,11 @@ def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool) -> N
             step(fused, *map(list, zip(*entries, strict=True)))
 
 
-def step_wide(step: Step, columns: Sequence[list[Tensor]]) -> list[Tensor]:
+def step_wide(step: Step, columns: Sequence[list[Tensor]], has_fused: bool) -> list[Tensor]:
     """``step_tensors`` in float32, for 16-bit formats: the new weights, which are yet to be rounded."""
     dtype = columns[0][0].dtype
     wide = [[t.float() for t in column] if column[0].dtype == dtype else column for column in columns]
-    step_tensors(step, wide, divide=True)
+    step_tensors(step, wide, divide=True, has_fused=has_fused)
     for tensors, new in zip(columns[2:], wide[2:], strict=True):
         if new is not tensors:
             torch._foreach_copy_(tensors, new)

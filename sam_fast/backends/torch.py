@@ -233,10 +233,10 @@ class TorchBucket(Bucket):
 
         columns = [weights, grads, *(found[name] for name in names)]
         if self.dtype in ROUNDED:
-            moved, backups = step_wide(step, columns), [self.backups[i] for i in indices]
+            moved, backups = step_wide(step, columns, options.rule.has_fused), [self.backups[i] for i in indices]
             torch._foreach_copy_(weights, rounded(moved, backups, options.rounding_key))
         else:
-            step_tensors(step, columns, divide=saved)
+            step_tensors(step, columns, saved, options.rule.has_fused)
 
 
 class TorchBackend(Backend):

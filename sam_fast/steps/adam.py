@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 from .rule import Rule, first_counter
@@ -20,8 +21,9 @@ class AdamRule(Rule):
     options = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize")
     states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counter = "step"
+    has_fused = True
 
-    def values(self, group: dict[str, Any]) -> list[Any]:
+    def values(self, group: dict[str, Any], base: Optimizer) -> list[Any]:
         decoupled = group.get("decoupled_weight_decay", self.decoupled)
         others = (group[name] for name in ("eps", "weight_decay"))
         return [group["lr"], *group["betas"], *others, decoupled, group["amsgrad"], group["maximize"]]

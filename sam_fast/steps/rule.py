@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 class NotFused(Exception):
@@ -40,14 +41,21 @@ class Rule(ABC):
     counter: ClassVar[str | None] = None
     """Name of the state that counts steps, a tensor of one element."""
 
+    group_counter: ClassVar[str | None] = None
+    """Name of the group entry, a number, that counts steps."""
+
     @property
     def all_names(self) -> tuple[str, ...]:
         """Names of all states."""
         return self.states if self.counter is None else (*self.states, self.counter)
 
     @abstractmethod
-    def values(self, group: dict[str, Any]) -> list[Any]:
-        """The options of a group."""
+    def values(self, group: dict[str, Any], base: Optimizer) -> list[Any]:
+        """The options of a group of ``base``.
+
+        Raises:
+            NotFused: one of its options asks for a step that is not this one.
+        """
 
     def takes(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the states that a parameter of this group has once it has taken a step."""
@@ -56,6 +64,9 @@ class Rule(ABC):
     @abstractmethod
     def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
         """The state with which the kernel's step is a parameter's first, as PyTorch takes it. None if there is none."""
+
+    has_fused: ClassVar[bool] = False
+    """Whether :meth:`step` can use PyTorch's fused kernels."""
 
     @abstractmethod
     def step(

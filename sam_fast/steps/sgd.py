@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from .rule import Rule
@@ -16,8 +17,9 @@ class SgdRule(Rule):
     classes = ("torch.optim.sgd.SGD",)
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     states = ("momentum_buffer",)
+    has_fused = True
 
-    def values(self, group: dict[str, Any]) -> list[Any]:
+    def values(self, group: dict[str, Any], base: Optimizer) -> list[Any]:
         return [group[name] for name in self.options]
 
     def takes(self, group: dict[str, Any]) -> tuple[str, ...]:
