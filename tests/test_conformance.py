@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import warnings
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch_conformance import REFUSED, optimizer_infos
 
 from sam_fast import SAM, backends
 from sam_fast.backends.bucket import CHUNK
+from sam_fast.backends.native import FIELDS
 
 each_optimizer = pytest.mark.parametrize("index", range(12), ids=lambda i: f"info{i}")
 BASES = [torch.optim.SGD, torch.optim.AdamW]
@@ -354,20 +356,22 @@ def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
     tail = slice(int(last[0, 2]), size)
     row[tail], grad[tail] = 1.0, 2.0
     addresses = torch.tensor([row.data_ptr(), grad.data_ptr(), 0], dtype=torch.int64)
-    weights, grads, saved = (addresses[i : i + 1].data_ptr() for i in range(3))
+    weights, along, saved = (addresses[i : i + 1].data_ptr() for i in range(3))
+    facts = {"dtype": 3, "itemsize": 2, "num_tensors": 1, "num_chunks": 2, "tensors": bucket.tensor_table.data_ptr()}
+    facts |= {"chunks": last.data_ptr(), "weights": weights, "along": along, "saved": saved, "backup": flat.data_ptr()}
+    struct = array("q", [facts.get(field, 0) for field in FIELDS])
+    at = struct.buffer_info()[0]
     group, partials, norm = (
         torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64),
         torch.zeros(2, dtype=torch.float64),
         torch.zeros((), dtype=torch.float64),
     )
-    _cpu.grad_norm(3, last.data_ptr(), 2, weights, grads, group.data_ptr(), partials.data_ptr(), 1)
+    _cpu.grad_norm(at, group.data_ptr(), partials.data_ptr(), 1)
     length = (4 * (size - tail.start)) ** 0.5
     assert float(partials.sum().sqrt()) == pytest.approx(length, rel=1e-12)
-    _cpu.perturb(
-        3, last.data_ptr(), 2, weights, grads, saved, group.data_ptr(), partials.data_ptr(), 2, 0.0, norm.data_ptr(), flat.data_ptr(), None, 1
-    )
+    _cpu.perturb(at, group.data_ptr(), partials.data_ptr(), 2, 0.0, norm.data_ptr(), None, 1)
     assert torch.equal(row[tail], torch.full_like(row[tail], 1.0 + 0.5 * 2.0 / length))
-    _cpu.restore(2, last.data_ptr(), 2, weights, saved, flat.data_ptr(), True, 1)
+    _cpu.restore(at, True, 1)
     assert torch.equal(row[tail], torch.ones_like(row[tail]))
 
 

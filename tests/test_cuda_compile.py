@@ -12,17 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cuda_emulation.build import steps
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ["80", "90", "100"]
-OPERATIONS = ["grad_norm", "perturb", "copy", "restore_sgd", "restore_adam"]
+STEPS = steps(CSRC)
+OPERATIONS = ["grad_norm", "perturb", "copy", *STEPS]
 DTYPES = {"float32": "Native<float>", "float64": "Native<double>", "bfloat16": "bf16", "float16": "f16"}
 
 KERNELS = {"copy": 6, "grad_norm": 12}
 """How many there are: dtypes, or directions, by three sizes of arguments. The others: also with stochastic rounding, for the 16-bit dtypes."""
 
 MAX_REGISTERS = 80
-"""3 blocks of 256 threads on a multiprocessor of 65,536 registers: what kBlocksPerProcessor in csrc/cuda/rows.h promises."""
+"""3 blocks of 256 threads on a multiprocessor of 65,536 registers: what kBlocksPerProcessor in csrc/cuda/arguments.h promises."""
 
 
 def find(tool: str) -> str | None:
@@ -48,7 +50,9 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pa
         operation, architecture = case
         out = folder / f"{operation}_{architecture}.cubin"
         command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
-        command += ["-cubin", str(CSRC / "cuda" / f"{operation}.cu"), "-o", str(out)]
+        source = "step" if operation in STEPS else operation
+        command += [f"-DSAM_STEP={operation}"] if operation in STEPS else []
+        command += ["-cubin", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return out
@@ -114,7 +118,7 @@ def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
     """At least. perturb: 4 vectors of w and of g in, 4 of the backup and of w out, for SAM and once more for ASAM. grad_norm: 4 of g, and 4 of g
     and w.
 
-    restore_sgd: 2 of the backup, of g and of the momentum in, 2 of w and of the momentum out. restore_adam: 1 each of five in, of four out.
+    Sgd: 2 of the backup, of g and of the momentum in, 2 of w and of the momentum out. Adam: 1 each of five in, of four out.
     """
     for name, code in functions(cubins["perturb", architecture]).items():
         if DTYPES[dtype] in name:
@@ -124,7 +128,7 @@ def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
     for name, code in functions(cubins["grad_norm", architecture]).items():
         if DTYPES[dtype] in name:
             assert wide(accesses(code), "LDG") >= 12
-    for operation, loads in (("restore_sgd", 6), ("restore_adam", 5)):
+    for operation, loads in (("Sgd", 6), ("Adam", 5)):
         for name, code in functions(cubins[operation, architecture]).items():
             if DTYPES[dtype] in name:
                 found = accesses(code)
@@ -145,7 +149,7 @@ def test_copies_move_sixteen_bytes_at_a_time(cubins, architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_rows_that_lie_askew_take_the_widest_accesses_that_suit_them(cubins, operation, architecture):
+def test_tensors_at_any_address_take_the_widest_accesses_that_suit_them(cubins, operation, architecture):
     """Every width from 16 bytes down to an element's, in loads and stores."""
     for name, code in functions(cubins[operation, architecture]).items():
         itemsize = 1 if operation == "copy" else 8 if "Native<double>" in name else 4 if "Native<float>" in name else 2
@@ -160,10 +164,10 @@ def test_rows_that_lie_askew_take_the_widest_accesses_that_suit_them(cubins, ope
 @each
 def test_memory_is_reached_by_global_accesses_and_nothing_is_fused(cubins, operation, architecture):
     """Generic and local accesses are slower. A fused multiply-add where none is written would make the result differ from the CPU's (float64
-    divisions use it inside). In restore_* it is written, as on the CPU."""
+    divisions use it inside). In steps it is written, as on the CPU."""
     for name, code in functions(cubins[operation, architecture]).items():
         assert not [access for access in accesses(code) if access.startswith(("LD.", "ST.", "LDL", "STL"))]
-        if operation.startswith("restore_") and "Native<double>" not in name:
+        if operation in STEPS and "Native<double>" not in name:
             assert re.search(r"\bFFMA\b", code), name
         if operation == "perturb" and "double" not in re.sub(r"double (?:const)?\*|, double,", "", name):
             assert not re.search(r"\bFFMA\b", code), name

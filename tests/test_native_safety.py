@@ -29,36 +29,69 @@ EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 NO_TENSORS: list[Any] = [None, 1, 2.5, "row", b"row", [], {}, object(), Tensor, torch.float32, array("Q", [0]), torch.Size([2])]
 
 
-def test_nothing_but_tensors_becomes_a_row() -> None:
+def gather(tensors: Any) -> Any:
+    """A gatherer whose parameters are the tensors, all in one group."""
+    return _cpu.Gather(EXCHANGE, Tensor, tensors, tensors, [0] * len(tensors) if isinstance(tensors, list) else [])
+
+
+REFUSED = (TypeError, RuntimeError, ValueError, BufferError)
+
+
+def test_nothing_but_tensors_is_taken_for_one() -> None:
     """Whatever is passed where tensors belong is an exception, never a crash."""
+    one = [torch.ones(2)]
     for bad in NO_TENSORS:
-        for rows in (bad, [bad], [torch.ones(2), bad]):
-            if rows == []:
-                continue
-            with pytest.raises((TypeError, RuntimeError, ValueError)):
-                _cpu.Gather(EXCHANGE, Tensor, rows)
-        with pytest.raises((TypeError, ValueError)):
-            _cpu.Gather(bad, Tensor, [torch.ones(2)])
-        gather = _cpu.Gather(EXCHANGE, Tensor, [torch.ones(2)])
-        if not isinstance(bad, array):
-            for read in (gather.weights, gather.grads):
-                with pytest.raises((TypeError, BufferError, ValueError)):
-                    read(bad)
+        for tensors in (bad, [bad], [torch.ones(2), bad]):
+            if tensors != []:
+                with pytest.raises(REFUSED):
+                    gather(tensors)
+        for arguments in ((bad, Tensor, one, one, [0]), (EXCHANGE, Tensor, one, [bad], [0]), (EXCHANGE, Tensor, one, one, [bad])):
+            if bad not in (1, torch.Size([2])) or arguments[-1] != [bad]:
+                with pytest.raises(REFUSED):
+                    _cpu.Gather(*arguments)
     for odd in (torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")):
         with pytest.raises(RuntimeError):
-            _cpu.Gather(EXCHANGE, Tensor, [odd])
-    for size in (0, 2, 9):
-        with pytest.raises(ValueError, match="one 64-bit number"):
-            _cpu.Gather(EXCHANGE, Tensor, [torch.ones(2)]).weights(array("Q", bytes(8 * size)))
+            gather([odd])
+    with pytest.raises(ValueError, match="same length"):
+        _cpu.Gather(EXCHANGE, Tensor, one, one, [])
 
 
-NO_ADDRESSES = [(), (0,), ("f32",) * 8, (None,) * 8, (0, -1, 1, 0, 0, 0, 0, 1), (0, 2**64, 1, 0, 0, 0, 0, 1), (0, 1.5, 1, 0, 0, 0, 0, 1)]
+@pytest.mark.parametrize("bad", NO_TENSORS, ids=lambda bad: type(bad).__name__)
+def test_nothing_but_columns_is_written_to(bad: Any) -> None:
+    """A column is a writable buffer with one 64-bit number per tensor; what is read is a list, a dict or a tuple."""
+    found, good = gather([torch.ones(2)]), array("Q", [0])
+    masks = array("Q", [3])
+    calls: list[Any] = [lambda: found.read(bad, good), lambda: found.states(bad, ("m",), masks, (good,))]
+    if not isinstance(bad, array):
+        calls += [lambda: found.weights(bad), lambda: found.collect(bad, good), lambda: found.collect(good, bad)]
+        calls += [lambda: found.read([None], bad), lambda: found.counters({}, "step", 1, masks, bad)]
+        calls += [lambda: found.states({}, ("m",), masks, (bad,)), lambda: found.states({}, ("m",), masks, bad)]
+    if bad == {} or (isinstance(bad, list) and not bad):
+        calls = calls[2:]
+    for call in calls:
+        with pytest.raises(REFUSED):
+            call()
+
+
+@pytest.mark.parametrize("size", [0, 2, 9])
+def test_a_column_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="one 64-bit number"):
+        gather([torch.ones(2)]).weights(array("Q", bytes(8 * size)))
+
+
+NO_ADDRESSES = [(), (0,), ("f32",) * 4, (None,) * 4, (0, -1, 1, 1), (0, 2**64, 1, 1), (0, 1.5, 1, 1)]
 
 
 @pytest.mark.parametrize("arguments", NO_ADDRESSES)
 def test_arguments_that_are_no_addresses_are_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError):
         _cpu.grad_norm(*arguments)
+
+
+@pytest.mark.parametrize("index", [-1, len(_cpu.steps)])
+def test_a_step_that_does_not_exist_is_refused(index: int) -> None:
+    with pytest.raises(IndexError, match="there is no step"):
+        _cpu.step(index, 0, 0, 1.0, None, 1)
 
 
 def mutations(dice: random.Random) -> list[Any]:
@@ -226,20 +259,20 @@ def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: 
 
 # ---- Inside the kernels ----------------------------------------------------------------------------------------------------------------------
 
-KERNELS = ["grad_norm", "perturb", "copy", "restore_sgd", "restore_adam"]
+KERNELS = ["grad_norm", "perturb", "copy", "step"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_do_not_know_python(kernel: str) -> None:
     """They include nothing of Python's, so no call into it is possible; and the bindings release its lock around them."""
-    command = ["g++", "-std=c++17", "-MM", "-DSAM_ISA=baseline", str(CSRC / "cpu" / f"{kernel}.cpp")]
+    command = ["g++", "-std=c++17", "-MM", "-DSAM_ISA=baseline", "-DSAM_STEP=Sgd", str(CSRC / "cpu" / f"{kernel}.cpp")]
     included = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "kernels.h" in included
     for header in ("Python.h", "pybind11", "torch"):
         assert header not in included.replace(str(CSRC), "")
     text = (CSRC / "cpu" / "bindings.cpp").read_text()
-    call = text.index(f"active->{kernel}(" if kernel != "copy" else "active->backup(")
+    call = text.index({"copy": "active->backup(", "step": "active->steps["}.get(kernel, f"active->{kernel}("))
     assert "py::gil_scoped_release release;" in text[text.rindex("m.def(", 0, call) : call]
 
 

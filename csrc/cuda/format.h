@@ -66,15 +66,23 @@ __device__ __forceinline__ typename T::Bits narrow_weight(typename T::Compute x,
   }
 }
 
-// call(T{}) for the format of a dtype, and of the rounding of its new weights.
+// call(T{}) for the format of a dtype.
 template <class Call>
-auto with_format(DType dtype, const Rounding& rounding, const Call& call) {
+auto with_dtype(DType dtype, const Call& call) {
   switch (dtype) {
     case DType::f64: return call(f64{});
-    case DType::bf16: return rounding.stochastic ? call(Stochastic<bf16>{}) : call(bf16{});
-    case DType::f16: return rounding.stochastic ? call(Stochastic<f16>{}) : call(f16{});
+    case DType::bf16: return call(bf16{});
+    case DType::f16: return call(f16{});
     default: return call(f32{});
   }
+}
+
+// The same, and of the rounding of its new weights.
+template <class Call>
+auto with_format(DType dtype, const Rounding& rounding, const Call& call) {
+  if (rounding.stochastic && dtype == DType::bf16) return call(Stochastic<bf16>{});
+  if (rounding.stochastic && dtype == DType::f16) return call(Stochastic<f16>{});
+  return with_dtype(dtype, call);
 }
 
 constexpr int kVectorBytes = 16;  // the widest access that every architecture has

@@ -144,11 +144,11 @@ int blocks_of(const Bucket& b) {
 }  // namespace
 
 int grad_norm_blocks(const Bucket& b) {
-  return with_format(static_cast<DType>(b.dtype), {}, [&](auto format) { return blocks_of<decltype(format)>(b); });
+  return with_dtype(static_cast<DType>(b.dtype), [&](auto format) { return blocks_of<decltype(format)>(b); });
 }
 
 void grad_norm(const Bucket& b, const Group* options, double* partials, int blocks, Launch on) {
-  with_format(static_cast<DType>(b.dtype), {}, [&](auto format) {
+  with_dtype(static_cast<DType>(b.dtype), [&](auto format) {
     grad_norm_of<decltype(format)>(b, options, partials, blocks, on);
   });
 }

@@ -20,6 +20,14 @@ CSRC = HERE.parent.parent / "csrc"
 SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu")
 
 
+def steps(csrc: Path = CSRC) -> list[str]:
+    """The structs of ``SAM_STEPS`` in csrc/steps.h: step.cu is compiled once for each, as CMakeLists.txt has it."""
+    found = re.findall(r"^ *X\([a-z0-9_]+, ([A-Za-z0-9]+)\)", (csrc / "steps.h").read_text(), re.MULTILINE)
+    if not found:
+        raise RuntimeError(f"{csrc}/steps.h has no SAM_STEPS")
+    return found
+
+
 def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -> Path:
     """Build ``csrc``/cuda into ``out``; the objects are kept beside it. Raises RuntimeError with the compiler's output."""
     options = ["-std=c++20", f"-O{optimize}", "-g", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden"]
@@ -35,11 +43,8 @@ def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -
         _run(*options, *definitions, "-x", "c++", "-c", csrc / "cuda" / source, "-o", target)
         return target
 
-    # As CMakeLists.txt has it: step.cu once for each of SAM_STEPS.
-    steps = re.findall(r"^ *X\([a-z0-9_]+, ([A-Za-z0-9]+)\)", (csrc / "steps.h").read_text(), re.MULTILINE)
-    assert steps
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [*((source, "") for source in SOURCES), *(("step.cu", step) for step in steps)]
+        jobs = [*((source, "") for source in SOURCES), *(("step.cu", step) for step in steps(csrc))]
         objects = list(pool.map(lambda job: compile_one(*job), jobs))
     _run(*options, "-shared", *objects, "-o", out)
     return out
