@@ -72,7 +72,7 @@ def narrow(x, DTYPE: tl.constexpr):
         return x.to(DTYPE)
 
 
-# ---- The base optimizers, as in csrc/step_math.h: where that has madd, this has a fused multiply-add ------------------------------------------
+# ---- For the base optimizers' steps --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -88,59 +88,8 @@ def root(x):
 
 
 @triton.jit
-def decayed_gradient(w, g, decay):
-    return tl.fma(w, decay, g)
-
-
-@triton.jit
-def decayed_weight(w, factor):
-    """AdamW's: factor = 1 - lr * weight_decay."""
-    return w * factor
-
-
-@triton.jit
-def sgd_momentum(m, g, momentum, keep):
-    """keep = 1 - dampening."""
-    return tl.fma(g, keep, m * momentum)
-
-
-@triton.jit
-def sgd_nesterov(g, m, momentum):
-    return tl.fma(m, momentum, g)
-
-
-@triton.jit
-def sgd_step(w, direction, minus_lr):
-    return tl.fma(direction, minus_lr, w)
-
-
-@triton.jit
-def adam_first_moment(m, g, keep):
-    """torch.lerp(m, g, keep) with keep = 1 - beta1, which starts from the nearer end."""
-    from_m = keep < 0.5
-    coefficient = tl.where(from_m, keep, keep - 1.0)
-    return tl.fma(coefficient, g - m, tl.where(from_m, m, g))
-
-
-@triton.jit
-def adam_second_moment(v, g, beta2, keep):
-    """keep = 1 - beta2."""
-    return tl.fma(g * keep, g, v * beta2)
-
-
-@triton.jit
-def bias_correction(log2_beta, t):
-    """1 - beta^t in float64, within about 2^-52."""
-    return 1.0 - tl.exp2(t * log2_beta)
-
-
-@triton.jit
-def adam_largest(before, v):
-    """As torch.maximum: NaN stays."""
-    return tl.where((before > v) | (before != before), before, v)
-
-
-@triton.jit
-def adam_step(w, m, v, minus_step_size, root_correction, eps):
-    """minus_step_size = -lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t)."""
-    return w + divide(m * minus_step_size, divide(root(v), root_correction) + eps)
+def lerp(a, b, weight):
+    """torch.lerp, which starts from the nearer end."""
+    from_a = weight < 0.5
+    coefficient = tl.where(from_a, weight, weight - 1.0)
+    return tl.fma(coefficient, b - a, tl.where(from_a, a, b))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..amp import Scaling
 from ..devices import made_current
+from ..steps import RULES
 from .bucket import Bucket, GroupOptions, StepOptions
 from .native import DTYPE_CODES, NativeBackend, NativeBucket
 from .upload import Upload
@@ -79,7 +80,7 @@ class TritonBucket(NativeBucket):
     """
 
     backend = "triton"
-    steps = frozenset({"sgd", "adam"})
+    steps = frozenset(rule.name for rule in RULES if find_spec(f"sam_fast.kernels.{rule.name}") is not None)
     decides_on_device = True
     counts = False
 
@@ -215,15 +216,14 @@ class TritonBucket(NativeBucket):
     def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
         rule = options.rule
         if any(self._along):
-            counted = (rule.counter is not None,)
-            common, corrections = (
-                _bias_corrections(self, options) if rule.counter is not None else ((1.0, 1.0), array("d"))
-            )
-            module = _kernels(f"restore_{rule.name}")
+            common, corrections = (1.0, 1.0), array("d")
+            if rule.counter is not None:
+                common, corrections = _bias_corrections(self, options)
             self.addresses.begin()
             self.numbers.begin()
             with made_current(self.device):
-                kernel = getattr(module, f"restore_{rule.name}")(
+                kernel = _kernels("step").step(
+                    _kernels(rule.name).STEP,
                     self._programs_for(rule.name),
                     self._chunks,
                     self._step_table(options),
@@ -236,7 +236,8 @@ class TritonBucket(NativeBucket):
                     scaling.found_inf,
                     options.rounding_key,
                     self.dtype,
-                    *((self.device_counters, common) if counted[0] else ()),
+                    self.device_counters,
+                    common,
                 )
                 self._learn(rule.name, kernel)
         for index, address in enumerate(self._along):

@@ -70,7 +70,8 @@ def test_same_bits_as_the_cpu_backend(operation, name, dtype):
 @one_of_each
 def test_rounding_beyond_two_to_the_31_elements(operation, name):
     """The element's place counts modulo 2^32. Only one chunk of the row and of the backup exists."""
-    from sam_fast.kernels import restore_adam, restore_sgd
+    from sam_fast.kernels import adam, sgd
+    from sam_fast.kernels.step import step
 
     begin, count, slot = (1 << 31) + CHUNK, 2500, (1 << 31) + 2 * CHUNK
     chunks = torch.tensor([[0, 0, begin, count, slot]])
@@ -97,9 +98,9 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
     numbers = torch.frombuffer(bytearray(options.tobytes()), dtype=torch.int64)
     common = (2, chunks, torch.tensor(addresses), 1, numbers, flat, written, 9, None, None, KEY, torch.bfloat16)
     if operation == "sgd":
-        restore_sgd.restore_sgd(*common)
+        step(sgd.STEP, *common)
     else:
-        restore_adam.restore_adam(*common, False, (0.0, 0.0))
+        step(adam.STEP, *common, False, (0.0, 0.0))
     assert same_bits([w], [wanted])
 
 
@@ -291,8 +292,8 @@ def test_interrupted_second_step(monkeypatch, base, when):
         optimizer.second_step()
     before = values(params)
     optimizer.first_step()
-    kernels = backend._kernels(operation)
-    launch = getattr(kernels, f"{operation}_kernel")
+    kernels = backend._kernels("step")
+    launch = kernels.step_kernel
 
     class Interrupted:
         def __getitem__(self, grid):
@@ -303,7 +304,7 @@ def test_interrupted_second_step(monkeypatch, base, when):
 
             return run
 
-    monkeypatch.setattr(kernels, f"{operation}_kernel", Interrupted())
+    monkeypatch.setattr(kernels, "step_kernel", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         optimizer.second_step()
     monkeypatch.undo()
