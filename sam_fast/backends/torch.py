@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..amp import Scaling, inverse_scale
 from ..rounding import ROUNDED
-from ..steps import MissingState, NotFused, Rule
+from ..steps import RULES, MissingState, NotFused, Rule
 from .bucket import (
     Backend,
     Bucket,
@@ -42,7 +42,7 @@ from .tensor_lists import (
 
 class TorchBucket(Bucket):
     backend = "torch"
-    steps = frozenset({"sgd", "adam"})
+    steps = frozenset(rule.name for rule in RULES)
 
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(tensors, groups, *args, **kwargs)

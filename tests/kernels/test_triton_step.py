@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import CHUNK, DTYPES, INTERPRETED, make_params, same_bits, values
 from conftest import UNSCALED, Step, rule_named
-from test_restore_step import ADAM, CASES, SGD, make_state, row_state, take
+from step_table import CASES, STEPS
+from test_step import make_state, row_state, take
 from torch import Tensor
 
 from sam_fast import SAM, backends
@@ -174,7 +175,7 @@ def test_learning_rates_on_the_device(operation, name, dtype):
         params = make_params([600, 30])
         state = make_state(operation, name, params)
         s = Step(TRITON, params, [0, 1], [{}, {}])
-        _, *others = (SGD if operation == "sgd" else ADAM)[name]
+        _, *others = STEPS[operation].cases[name]
         s.first_step()
         for value in (0.1, 0.3):
             rate = float(lr.fill_(value))
@@ -252,7 +253,7 @@ def test_rows_of_a_flat_buffer_are_stepped_from_its_backup(operation, name):
         climber.partials.zero_()
         climber.partials[0] = 0.25
         climber.perturb()
-        group = (SGD if operation == "sgd" else ADAM)[name]
+        group = STEPS[operation].cases[name]
         options = s.read_state(rule_named(operation), [group], state)
         if flat:
             s.bucket.share_saved(source)
@@ -274,7 +275,7 @@ def test_a_flat_backup_that_was_not_written_is_not_read():
     s.bucket = source.by_parameter()
     assert source.collect(s.options)
     source._mark_saved(source._along)
-    options = s.read_state(rule_named("sgd"), [SGD["plain"]], {"momentum_buffer": [None, None]})
+    options = s.read_state(rule_named("sgd"), [STEPS["sgd"].cases["plain"]], {"momentum_buffer": [None, None]})
     s.bucket.share_saved(source)
     s.bucket.restore_and_step(options, UNSCALED)  # the first parameter would be put back, the other one stepped
     assert not row.isnan().any()

@@ -88,17 +88,17 @@ BREAKAGES = [
         "csrc/cpu/restore_sgd.cpp",
         "keep(L::all(1.0 - group.dampening))",
         "keep(L::all(1.0))",
-        ("kernels/test_restore_step.py::test_against_float64",),
+        ("kernels/test_step.py::test_against_float64",),
     ),
     Breakage(
         "AdamW decays through the gradient",
         "csrc/cpu/restore_adam.cpp",
         "if (group.decoupled == 0.0 && group.weight_decay",
         "if (group.decoupled != 0.0 && group.weight_decay",
-        ("kernels/test_restore_step.py::test_against_float64",),
+        ("kernels/test_step.py::test_against_float64",),
     ),
     Breakage(
-        "Adam's step is not counted", "csrc/cpu/restore_adam.cpp", "    *step += 1.0f;\n", "", ("kernels/test_restore_step.py::test_against_float64",)
+        "Adam's step is not counted", "csrc/cpu/restore_adam.cpp", "    *step += 1.0f;\n", "", ("kernels/test_step.py::test_against_float64",)
     ),
     Breakage(
         "the fused step starts from w + e",

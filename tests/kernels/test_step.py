@@ -1,4 +1,4 @@
-"""restore_sgd and restore_adam: against the formulas in float64, for every size and dtype; nothing outside the rows touched; the same bits always."""
+"""step: against the formulas in float64, for every size and dtype; nothing outside touched; the same bits always."""
 
 from __future__ import annotations
 
@@ -8,83 +8,49 @@ import pytest
 import torch
 from cases import CHUNK, DTYPES, EMULATED, EPSILON, INTERPRETED, SIZES, make_params, normal, same_bits, values
 from conftest import UNSCALED, rule_named
+from step_table import CASES, COUNTER, POSITIVE, STEPS
 from torch import Tensor
 
 from sam_fast.amp import Scaling
 from sam_fast.backends import Backend
 from sam_fast.rounding import ROUNDED
-from sam_fast.steps import NotFused
+from sam_fast.steps import RULES, NotFused
 
 SLOW = INTERPRETED or EMULATED
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
-LR, MOMENTUM, DAMPENING, DECAY = 0.1, 0.9, 0.25, 0.01
-BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
-
-SGD = {
-    "plain": (LR, 0.0, 0.0, 0.0, 0, 0),
-    "momentum": (LR, MOMENTUM, DAMPENING, DECAY, 0, 0),
-    "nesterov": (LR, MOMENTUM, 0.0, DECAY, 1, 1),
-}
-ADAM = {
-    "adam": (LR, BETA1, BETA2, EPS, DECAY, 0, 0, 0),
-    "adamw": (LR, BETA1, BETA2, EPS, DECAY, 1, 0, 0),
-    "amsgrad": (LR, BETA1, BETA2, EPS, 0.0, 0, 1, 1),
-}
-CASES = [("sgd", name) for name in SGD] + [("adam", name) for name in ADAM]
 cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
 
 
-@pytest.fixture(autouse=True)
-def _has_the_operation(kernels) -> None:
-    if not kernels.bucket.steps:
-        pytest.skip(f"the {kernels.name} backend has no fused second step")
+def test_every_backend_has_every_step(kernels):
+    assert kernels.bucket.steps == set(STEPS) == {rule.name for rule in RULES}
 
 
-def make_state(operation: str, name: str, rows: list[Tensor], seed: int = 5, device_counters: bool = False) -> dict[str, list[Tensor | None]]:
+def make_state(
+    operation: str, name: str, tensors: list[Tensor], seed: int = 5, device_counters: bool = False
+) -> dict[str, list[Tensor | None]]:
     generator = torch.Generator().manual_seed(seed)
+    row = STEPS[operation]
 
-    def like(row: Tensor, positive: bool = False) -> Tensor:
-        x = normal(row.shape, generator, torch.float64) * 0.01
-        # Second moments far from zero: m / sqrt(v) would otherwise magnify the rounding of m, and 16 bits could not hold v.
-        return (x.square() + 1e-4 if positive else x).to(row.dtype)
+    def make(kind: str, i: int, tensor: Tensor) -> Tensor:
+        if kind == COUNTER:
+            return torch.tensor(float(3 + i % 4), device=None if device_counters else "cpu")
+        x = normal(tensor.shape, generator, torch.float64) * 0.01
+        return (x.square() + 1e-4 if kind == POSITIVE else x).to(tensor.dtype)
 
-    if operation == "sgd":
-        return {"momentum_buffer": [like(row) if SGD[name][1] else None for row in rows]}
     return {
-        "step": [torch.tensor(float(3 + i % 4), device=None if device_counters else "cpu") for i in range(len(rows))],
-        "exp_avg": [like(row) for row in rows],
-        "exp_avg_sq": [like(row, True) for row in rows],
-        "max_exp_avg_sq": [like(row, True) if ADAM[name][6] else None for row in rows],
+        key: [make(kind, i, t) if row.uses(row.cases[name], key) else None for i, t in enumerate(tensors)]
+        for key, kind in row.states.items()
     }
 
 
-def expected(operation: str, name: str, w: Tensor, g: Tensor, state: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The new weight and state in float64, as torch.optim's documentation has it."""
-    w, g = w.double(), g.double()
-    if operation == "sgd":
-        lr, momentum, dampening, decay, nesterov, maximize = SGD[name]
-        d = (-g if maximize else g) + decay * w
-        if momentum == 0.0:
-            return w - lr * d, {}
-        assert state["momentum_buffer"] is not None
-        m = momentum * state["momentum_buffer"].double() + (1 - dampening) * d
-        return w - lr * (d + momentum * m if nesterov else m), {"momentum_buffer": m}
-    lr, beta1, beta2, eps, decay, decoupled, amsgrad, maximize = ADAM[name]
-    assert all(state[key] is not None for key in ("step", "exp_avg", "exp_avg_sq"))
-    g = -g if maximize else g
-    if decoupled:
-        w = w * (1 - lr * decay)
-    else:
-        g = g + decay * w
-    t = float(state["step"]) + 1
-    m = beta1 * state["exp_avg"].double() + (1 - beta1) * g
-    v = beta2 * state["exp_avg_sq"].double() + (1 - beta2) * g * g
-    new = {"step": torch.tensor(t), "exp_avg": m, "exp_avg_sq": v}
-    if amsgrad:
-        new["max_exp_avg_sq"] = v = torch.maximum(state["max_exp_avg_sq"].double(), v)
-    denominator = (v / (1 - beta2**t)).sqrt() + eps
-    return w - lr / (1 - beta1**t) * m / denominator, new
+def expected(
+    operation: str, name: str, w: Tensor, g: Tensor, state: dict[str, Tensor | None]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The new weight and state in float64."""
+    row = STEPS[operation]
+    wide = {key: tensor.double() for key, tensor in state.items() if tensor is not None}
+    return row.step(row.cases[name], w.double(), g.double(), wide)
 
 
 def take(
@@ -97,7 +63,7 @@ def take(
     **more: Any,
 ) -> None:
     """The second step of a case; the first group has ``lr`` in place of the case's own."""
-    options = (SGD if operation == "sgd" else ADAM)[name]
+    options = STEPS[operation].cases[name]
     first = options if lr is None else (lr, *options[1:])
     s.take(rule_named(operation), [first, *[options] * max(s.bucket.groups)], state, scaling, **more)
 
@@ -273,7 +239,7 @@ def test_learning_rates_on_the_device(step, operation, name, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("name", ADAM)
+@pytest.mark.parametrize("name", STEPS["adam"].cases)
 @pytest.mark.usefixtures("_on_device")
 def test_step_counters_on_the_device(step, name, dtype):
     """Neighbouring rows have taken different numbers of steps, and one block serves many of them."""
@@ -356,7 +322,7 @@ def test_state_that_is_not_laid_out_as_its_tensor_is_refused(step):
     s.first_step()
 
     def read(state: Tensor) -> None:
-        s.read_state(rule_named("sgd"), [SGD["momentum"]], {"momentum_buffer": [state, torch.zeros(7)]})
+        s.read_state(rule_named("sgd"), [STEPS["sgd"].cases["momentum"]], {"momentum_buffer": [state, torch.zeros(7)]})
 
     odd_ones = [torch.zeros(100, dtype=torch.float64), torch.zeros(99), torch.zeros(100).to_sparse()]
     if s.backend.name != "torch":  # it takes any strides
