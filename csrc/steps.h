@@ -161,12 +161,65 @@ struct Adam {
   }
 };
 
+// ---- Lion (Chen et al., https://arxiv.org/abs/2302.06675) -------------------------------------------------------------
+
+// coupled: the weight decay is part of the gradient. fixed_decay: it is not multiplied by lr. interpolated: averages are
+// torch.lerp's; else each is m * beta + g * (1 - beta).
+#define SAM_LION_OPTIONS(X) X(lr) X(beta1) X(beta2) X(weight_decay) X(coupled) X(fixed_decay) X(interpolated) X(maximize)
+
+struct Lion : Uncounted {
+  SAM_OPTIONS(SAM_LION_OPTIONS)
+  static constexpr int kNumStates = 1;
+  static constexpr const char* kStates[kNumStates] = {"exp_avg"};
+
+  // Weight decay that is not coupled is decoupled, with a factor of 1 where there is none.
+  static constexpr int kCoupled = 1, kInterpolated = 2;
+  static constexpr int kCombinations[] = {0, kCoupled, kInterpolated, kInterpolated | kCoupled};
+  static SAM_HD constexpr int flags(const Options& o) {
+    const int coupled = o.coupled != 0.0 && o.weight_decay != 0.0 ? kCoupled : 0;
+    return coupled | (o.interpolated == 0.0 ? 0 : kInterpolated);
+  }
+  static SAM_HD constexpr bool uses(int, int) { return true; }
+
+  template <class C>
+  struct Numbers {
+    Lerp<C> first, second;
+    C beta1, keep1, beta2, keep2, decay, minus_lr;
+  };
+  template <class C>
+  static SAM_HD Numbers<C> numbers(const Options& o, double lr, const Counted&) {
+    const double decoupled = o.coupled != 0.0 ? 1.0 : 1.0 - o.weight_decay * (o.fixed_decay != 0.0 ? 1.0 : lr);
+    const double decay = flags(o) & kCoupled ? o.weight_decay : decoupled;
+    return {Lerp<C>::of(1.0 - o.beta1), Lerp<C>::of(1.0 - o.beta2), C(o.beta1), C(1.0 - o.beta1), C(o.beta2),
+            C(1.0 - o.beta2),           C(decay),                   C(-lr)};
+  }
+
+  template <class M, class C, class V, class Flags>
+  static SAM_HD V apply(V w, V g, V* state, const Numbers<C>& n, Flags flags) {
+    if (flags & kCoupled) g = M::madd(w, n.decay, g);
+    else w = w * n.decay;
+    const V m = state[0];
+    V direction;
+    if (flags & kInterpolated) {
+      direction = n.first.template between<M>(m, g);
+      state[0] = n.second.template between<M>(m, g);
+    } else {
+      direction = M::madd(g, n.keep1, m * n.beta1);
+      state[0] = M::madd(g, n.keep2, m * n.beta2);
+    }
+    const V zero{};
+    const V sign = (direction > zero ? zero + C(1) : zero) - (direction < zero ? zero + C(1) : zero);  // of NaN: 0
+    return M::madd(sign, n.minus_lr, w);
+  }
+};
+
 // ---- The list -------------------------------------------------------------------------------------------------------
 
 // The name in the bindings, and the struct. One to a line: the build reads it too.
 #define SAM_STEPS(X) \
   X(sgd, Sgd)        \
-  X(adam, Adam)
+  X(adam, Adam)      \
+  X(lion, Lion)
 
 #define SAM_COUNT_STEP(name, Step) +1
 constexpr int kNumSteps = 0 SAM_STEPS(SAM_COUNT_STEP);

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from .adam import AdamRule, AdamWRule
+from .lion import InterpolatedLionRule, LionRule
 from .rule import MissingState, NotFused, Rule
 from .sgd import SgdRule
 
-RULES: tuple[Rule, ...] = (SgdRule(), AdamRule(), AdamWRule())
+RULES: tuple[Rule, ...] = (SgdRule(), AdamRule(), AdamWRule(), LionRule(), InterpolatedLionRule())
 
 
 class _RuleOf(dict[type[Optimizer], Rule | None]):

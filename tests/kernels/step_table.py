@@ -13,8 +13,9 @@ LR, DECAY = 0.1, 0.01
 Options = tuple[float, ...]
 State = dict[str, Tensor]
 
-SIGNED, POSITIVE, COUNTER = "signed", "positive", "counter"
-"""Kinds of state: of either sign, at least 1e-4 (m / sqrt(v) would otherwise magnify the rounding of m), step counters."""
+SIGNED, FAR, POSITIVE, COUNTER = "signed", "far", "positive", "counter"
+"""Kinds of state: of either sign; of either sign and at least 0.01, so that the sign of its average with a gradient does not
+hang on a rounding; at least 1e-4 (m / sqrt(v) would otherwise magnify the rounding of m); step counters."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,16 @@ def adam(options: Options, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, 
     return w - lr / (1 - beta1**t) * m / denominator, new
 
 
+def lion(options: Options, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+    lr, beta1, beta2, decay, coupled, fixed_decay, _, maximize = options
+    g, m = -g if maximize else g, state["exp_avg"]
+    if coupled:
+        g = g + decay * w
+    else:
+        w = w * (1 - decay * (1 if fixed_decay else lr))
+    return w - lr * (beta1 * m + (1 - beta1) * g).sign(), {"exp_avg": beta2 * m + (1 - beta2) * g}
+
+
 STEPS: dict[str, Row] = {
     "sgd": Row(
         cases={
@@ -80,6 +91,16 @@ STEPS: dict[str, Row] = {
         states={"step": COUNTER, "exp_avg": SIGNED, "exp_avg_sq": POSITIVE, "max_exp_avg_sq": POSITIVE},
         uses=lambda options, name: name != "max_exp_avg_sq" or options[6] != 0,
         step=adam,
+    ),
+    "lion": Row(
+        cases={
+            "lion": (LR, 0.9, 0.99, DECAY, 0, 0, 0, 0),
+            "lion-lerp": (LR, 0.95, 0.4, DECAY, 0, 1, 1, 1),
+            "lion-coupled": (LR, 0.9, 0.99, DECAY, 1, 0, 1, 0),
+        },
+        states={"exp_avg": FAR},
+        uses=lambda options, name: True,
+        step=lion,
     ),
 }
 

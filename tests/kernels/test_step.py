@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CHUNK, DTYPES, EMULATED, EPSILON, INTERPRETED, SIZES, make_params, normal, same_bits, values
 from conftest import UNSCALED, rule_named
-from step_table import CASES, COUNTER, POSITIVE, STEPS
+from step_table import CASES, COUNTER, FAR, POSITIVE, STEPS
 from torch import Tensor
 
 from sam_fast.amp import Scaling
@@ -36,7 +36,9 @@ def make_state(
         if kind == COUNTER:
             return torch.tensor(float(3 + i % 4), device=None if device_counters else "cpu")
         x = normal(tensor.shape, generator, torch.float64) * 0.01
-        return (x.square() + 1e-4 if kind == POSITIVE else x).to(tensor.dtype)
+        if kind == POSITIVE:
+            x = x.square() + 1e-4
+        return (x + 0.01 * x.sign() if kind == FAR else x).to(tensor.dtype)
 
     return {
         key: [make(kind, i, t) if row.uses(row.cases[name], key) else None for i, t in enumerate(tensors)]
