@@ -113,6 +113,7 @@ gpu-check:
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
 # Copies of the package whose native module is instrumented; they go before the installed one (PYTHONPATH). Python itself is not instrumented, so

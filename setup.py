@@ -1,13 +1,12 @@
 """Builds the native modules with CMake. Everything else about the package is in pyproject.toml.
 
 Environment variables:
-    SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone.
-    SAM_FAST_CUDA=auto    build the CUDA module if nvcc is found: in CUDA_HOME if that is set, else on the PATH or in /usr/local/cuda (the
+    SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone. SAM_FAST_CUDA=auto    build
+    the CUDA module if nvcc is found: in CUDA_HOME if that is set, else on the PATH or in /usr/local/cuda (the
                           default). 1: it must be; 0: never.
-    CMAKE_CUDA_ARCHITECTURES=90;100  the GPUs to build for, in CMake's notation (default: 75, 80, 90 and, from CUDA 12.8 on, 100 and 120). Or
-    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"  the same in PyTorch's notation.
-    SAM_FAST_WERROR=1     compiler warnings are errors.
-    SAM_FAST_SANITIZE=... sanitizers to build with, e.g. address,undefined.
+    CMAKE_CUDA_ARCHITECTURES=90;100  the GPUs to build for, in CMake's notation (default: 75, 80, 90 and, from CUDA 12.8
+    on, 100 and 120). Or TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"  the same in PyTorch's notation. SAM_FAST_WERROR=1
+    compiler warnings are errors. SAM_FAST_SANITIZE=... sanitizers to build with, e.g. address,undefined.
 """
 
 from __future__ import annotations
@@ -72,7 +71,9 @@ def note(folder: Path, state: dict[str, str]) -> None:
 def cuda_options() -> list[str]:
     """CMake's options for the CUDA module."""
     options = ["-DSAM_FAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
-    architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES") or ";".join(map(from_torch_notation, torch_architectures()))
+    architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES") or ";".join(
+        map(from_torch_notation, torch_architectures())
+    )
     return options + ([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else [])
 
 
@@ -115,8 +116,14 @@ class CMakeBuild(build_ext):
             except subprocess.CalledProcessError as error:
                 if CUDA == "1":
                     raise failed(error) from error
-                print(f"sam_fast: WARNING: {NVCC} was found, but building with it failed ({error}); the CUDA kernels are left out", flush=True)
-                state["sam_fast._cuda"] = f"not built: the build with {NVCC} failed; SAM_FAST_CUDA=1 makes that an error"
+                print(
+                    f"sam_fast: WARNING: {NVCC} was found, but building with it failed ({error}); the CUDA kernels are "
+                    "left out",
+                    flush=True,
+                )
+                state["sam_fast._cuda"] = (
+                    f"not built: the build with {NVCC} failed; SAM_FAST_CUDA=1 makes that an error"
+                )
         if state["sam_fast._cuda"] != "built":
             try:
                 self.cmake(target, [])

@@ -1,1 +1,4 @@
-"""Benchmarks against the reference implementation. Run them with ``pytest bench --benchmark-only``; see README.md in this folder."""
+"""Benchmarks against the reference implementation.
+
+Run them with ``pytest bench --benchmark-only``; see README.md in this folder.
+"""

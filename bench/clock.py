@@ -12,7 +12,8 @@ WARMUP = 2
 """Rounds that are not counted. On a GPU the first counts launches, the second decides between events and kernels."""
 
 OURS, BASELINE = 3e-3, 20e-3
-"""Head starts in seconds: longer than the host needs to launch a step of ours, or several kernels for each parameter."""
+"""Head starts in seconds: longer than the host needs to launch a step of ours, or several kernels for each parameter.
+"""
 WITH_LAUNCHES = 0.0
 """No head start: the device is idle when the work begins, and launching counts."""
 HOST_ALONE = None
@@ -102,7 +103,8 @@ class Rehearsal(Gpu):
 
 
 class DeviceTimer:
-    """By a GPU's events. With a head start the device sleeps while the host launches: the work is timed, not the launches.
+    """By a GPU's events. With a head start the device sleeps while the host launches: the work is timed, not the
+    launches.
 
     Where the device wakes up before the host has launched everything, as it does when there are more launches than the
     driver's queue holds, the times are the sums of the kernels' durations from the profiler, without the gaps between.
@@ -120,7 +122,11 @@ class DeviceTimer:
         if not self.head_start:
             return "events, with launches"
         if self.late:
-            return "sum of the kernels' durations" if self.launches else "events; the head start was too short and there is no profiler"
+            return (
+                "sum of the kernels' durations"
+                if self.launches
+                else "events; the head start was too short and there is no profiler"
+            )
         return f"events, {1e3 * self.head_start:g} ms head start"
 
     def __call__(self, run: Callable[[], object]) -> float:

@@ -2,11 +2,13 @@
 
     python -m bench.compare BASE HEAD [--select "op or resnet18"] [--repeats 3] [--threshold 0.1]
 
-BASE and HEAD are files saved with ``pytest bench --save``, git refs, or source trees. Of a ref or tree, the package is built into build/compare, and
-this checkout's benchmarks measure the two in turn, ``--repeats`` times each, in processes of their own. Every figure is taken relative to a baseline
-of the same rounds that does not come from the kernels (PyTorch's copy, the reference, ...), so that a slow moment of the machine cancels.
+BASE and HEAD are files saved with ``pytest bench --save``, git refs, or source trees. Of a ref or tree, the package is
+built into build/compare, and this checkout's benchmarks measure the two in turn, ``--repeats`` times each, in processes
+of their own. Every figure is taken relative to a baseline of the same rounds that does not come from the kernels
+(PyTorch's copy, the reference, ...), so that a slow moment of the machine cancels.
 
-Exits with 1 if something has become slower by more than ``--threshold`` beyond the noise, with 2 if nothing could be compared.
+Exits with 1 if something has become slower by more than ``--threshold`` beyond the noise, with 2 if nothing could be
+compared.
 """
 
 from __future__ import annotations
@@ -88,14 +90,19 @@ def _pooled(estimates: Sequence[Estimate]) -> tuple[float, float]:
 
 def table(found: Sequence[Change], threshold: float) -> list[str]:
     width = max(len(f"{c.key} | {c.contender}") for c in found)
-    return [f"{f'{c.key} | {c.contender}':{width}s}  {c.slower:6.3f} ± {100 * c.noise:4.1f} %  {c.verdict(threshold)}" for c in found]
+    return [
+        f"{f'{c.key} | {c.contender}':{width}s}  {c.slower:6.3f} ± {100 * c.noise:4.1f} %  {c.verdict(threshold)}"
+        for c in found
+    ]
 
 
-# ---- Measuring two versions ------------------------------------------------------------------------------------------------------------------
+# ---- Measuring two versions ------------------------------------------------------------------------------------------
 
 
 def install(what: str) -> Path:
-    """Build the package of a ref or source tree and put it, with this checkout's benchmarks, into a folder of its own."""
+    """Build the package of a ref or source tree and put it, with this checkout's benchmarks, into a folder of its
+    own.
+    """
     source = Path(what)
     name = "tree-" + source.resolve().name
     scratch = ROOT / "build" / "compare"
@@ -111,7 +118,16 @@ def install(what: str) -> Path:
             subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
     site = scratch / name
     shutil.rmtree(site, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        str(ROOT / "constraints.txt"),
+    ]
     subprocess.run([*pip, "--no-deps", "--target", str(site), str(source)], check=True)
     shutil.copytree(ROOT / "bench", site / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     return site
@@ -124,12 +140,23 @@ def measured(site: Path, select: str, device: str, number: int, extra: Sequence[
     command = [sys.executable, *options, str(site), str(site / "bench"), "-k", select]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     probe = subprocess.run(
-        [sys.executable, "-c", "import sam_fast; print(sam_fast.__file__)"], cwd=site, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", "import sam_fast; print(sam_fast.__file__)"],
+        cwd=site,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if not probe.stdout.startswith(str(site)):
-        raise SystemExit(f"the package under {site} is not the one that Python imports there: {probe.stdout}{probe.stderr}")
+        raise SystemExit(
+            f"the package under {site} is not the one that Python imports there: {probe.stdout}{probe.stderr}"
+        )
     done = subprocess.run(
-        [*command, "--device", device, "--save", str(saved), *extra], cwd=site, env=environment, capture_output=True, text=True, check=False
+        [*command, "--device", device, "--save", str(saved), *extra],
+        cwd=site,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise SystemExit(f"the benchmarks failed in {site}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
@@ -141,7 +168,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("base")
     parser.add_argument("head")
     parser.add_argument(
-        "--select", default="test_op and float32 or host_overhead and 161 or test_optimizer_step and SGD and resnet18", help="pytest -k"
+        "--select",
+        default="test_op and float32 or host_overhead and 161 or test_optimizer_step and SGD and resnet18",
+        help="pytest -k",
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
@@ -160,12 +189,17 @@ def main(argv: list[str] | None = None) -> int:
         sides = [[], []]
         for number in range(arguments.repeats):
             for side, site in zip(sides, sites, strict=True):
-                side.append(measured(site, arguments.select, arguments.device, number, ["--smoke"] if arguments.smoke else []))
+                side.append(
+                    measured(site, arguments.select, arguments.device, number, ["--smoke"] if arguments.smoke else [])
+                )
     found = changes(*sides)
     if not found:
         print("the two have no benchmark in common")
         return 2
-    print(f"HEAD's time over BASE's, each relative to a baseline of the same rounds; {len(sides[0])} and {len(sides[1])} runs")
+    print(
+        f"HEAD's time over BASE's, each relative to a baseline of the same rounds; {len(sides[0])} and {len(sides[1])} "
+        "runs"
+    )
     print("\n".join(table(found, arguments.threshold)))
     regressions = [c for c in found if c.verdict(arguments.threshold) == "REGRESSION"]
     print(f"{len(regressions)} of {len(found)} slower by more than {100 * arguments.threshold:.0f} % beyond the noise")

@@ -25,12 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         default="cpu",
         choices=["cpu", "cuda", "rehearsal"],
-        help="where to measure; rehearsal: everything as on a GPU, but on the CPU with tiny shapes, to see that it runs",
+        help="where to measure; rehearsal: as on a GPU, but on the CPU with tiny shapes, to see that it runs",
     )
     group.addoption("--full", action="store_true", help="all combinations, not only the default selection (hours)")
-    group.addoption("--minutes", type=float, default=math.inf, help="start no further benchmark after so long; the report lists what was left out")
+    group.addoption(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="start no further benchmark after so long; the report lists what was left out",
+    )
     group.addoption("--smoke", action="store_true", help="tiny shapes and a few rounds: does it run at all?")
-    group.addoption("--save", type=Path, help="write the run to this file after each case, for bench.report and bench.compare")
+    group.addoption(
+        "--save", type=Path, help="write the run to this file after each case, for bench.report and bench.compare"
+    )
     group.addoption("--commit", default="", help="of the files, where they came without git")
 
 
@@ -38,18 +45,30 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_timer = "bench.replay.REPLAY"
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda needs a GPU and a PyTorch that sees it: torch.cuda.is_available() is False")
+        raise pytest.UsageError(
+            "--device cuda needs a GPU and a PyTorch that sees it: torch.cuda.is_available() is False"
+        )
     bench = Bench(device, config.getoption("--full"), config.getoption("--smoke"))
     if bench.smoke:
         shapes.shrink()
-    selection = "rehearsal" if bench.machine.rehearsal else "smoke" if bench.smoke else "full" if bench.full else "default"
+    selection = (
+        "rehearsal" if bench.machine.rehearsal else "smoke" if bench.smoke else "full" if bench.full else "default"
+    )
     config.stash[BENCH] = bench
     machine = {**describe(device, config.getoption("--commit")), "seconds": "0", "selection": selection}
     config.stash[RUN] = Run(machine, bench.records, [], bench.left_out)
     config.stash[BEGIN] = time.monotonic()
 
 
-ORDER = ["test_optimizer_step", "test_training", "test_overhead", "test_ops", "test_memory", "test_scaling", "test_weak_scaling"]
+ORDER = [
+    "test_optimizer_step",
+    "test_training",
+    "test_overhead",
+    "test_ops",
+    "test_memory",
+    "test_scaling",
+    "test_weak_scaling",
+]
 """Most important first: what --minutes leaves out is at the end."""
 
 BENCH = pytest.StashKey[Bench]()
@@ -65,12 +84,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
     if bench.machine.gpu:
         # What launching takes comes first: the profiler, which the others use, may leave every launch a little slower.
-        items.sort(key=lambda item: not any(name in item.nodeid for name in ("test_overhead", "test_training", "with_launches")))
+        items.sort(
+            key=lambda item: (
+                not any(name in item.nodeid for name in ("test_overhead", "test_training", "with_launches"))
+            )
+        )
         return
     # The parts of a case far from each other: everything else goes between them.
     others = [item for item in items if _part(item) is None]
     between = len(PARTS) - 1
-    items[:] = [item for part in PARTS for item in [*(i for i in items if _part(i) == part), *(others[part::between] if part < between else ())]]
+    items[:] = [
+        item
+        for part in PARTS
+        for item in [*(i for i in items if _part(i) == part), *(others[part::between] if part < between else ())]
+    ]
 
 
 def pytest_collection_finish() -> None:
@@ -89,7 +116,9 @@ def _left_out(item: pytest.Item, bench: Bench) -> bool:
 
 
 def _part(item: pytest.Item) -> int | None:
-    part: int | None = item.callspec.params.get("part") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    part: int | None = (
+        item.callspec.params.get("part") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    )
     return part
 
 
@@ -121,7 +150,8 @@ def save(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    from bench.report import comparison  # not before the tests: it imports some of them, whose assertions pytest rewrites
+    # not before the tests: it imports some of them, whose assertions pytest rewrites
+    from bench.report import comparison
 
     run = config.stash[RUN]
     write = terminalreporter.write_line

@@ -1,15 +1,16 @@
-"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found. See docs/gpu.md.
+"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found. See
+docs/gpu.md.
 
     python3 -m bench.gpu_check [--results DIR] [--logs DIR] [--commit SHA] [--only STEPS] [--minutes M] [--wheels DIR]
 
-Steps, in this order: build; tests (tests/gpu, by themselves); benchmarks (chosen cases of the suite in bench/); sanitizers
-(memcheck, racecheck); others (all other tests for GPUs). It uses the PyTorch of the Python that runs it and needs no
-network, no make and no git: the package is installed into that Python's environment, editable, without build isolation.
-A step that fails does not stop the next; where the CUDA module cannot be built, the rest goes on without it.
+Steps, in this order: build; tests (tests/gpu, by themselves); benchmarks (chosen cases of the suite in bench/);
+sanitizers (memcheck, racecheck); others (all other tests for GPUs). It uses the PyTorch of the Python that runs it and
+needs no network, no make and no git: the package is installed into that Python's environment, editable, without build
+isolation. A step that fails does not stop the next; where the CUDA module cannot be built, the rest goes on without it.
 
-Written after each step: ``gpu-check.json``, what became of it. While a step runs: ``<step>.log`` with every test's outcome
-as it is known, and after each benchmark ``cuda.json``, which bench.report reads. These are 8 files at most. Exits with 0
-if everything that was asked for passed.
+Written after each step: ``gpu-check.json``, what became of it. While a step runs: ``<step>.log`` with every test's
+outcome as it is known, and after each benchmark ``cuda.json``, which bench.report reads. These are 8 files at most.
+Exits with 0 if everything that was asked for passed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from bench.records import replace
 
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
 STEPS = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
-"""Step -> its share of the time. What one does not use goes to the next; the limits never add up to more than there is."""
+"""Step -> its share of the time.
+
+What one does not use goes to the next; the limits never add up to more than there is.
+"""
 SANITIZERS = ("memcheck", "racecheck")
 ASKED = {step: "sanitizers" if step in SANITIZERS else step for step in STEPS}
 """Step -> its name in --only."""
@@ -41,7 +45,8 @@ SPARE = 12.0
 PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check"]
 BUILD = [*PIP, "--no-build-isolation", "-v", "-e", "."]
 BUILDS: tuple[dict[str, str], ...] = ({"SAM_FAST_CUDA": "1"}, {"SAM_FAST_CUDA": "0"}, {"SAM_FAST_NATIVE": "0"})
-"""Tried one after the other: with CUDA kernels; without them, for the triton and torch backends; without any compiler."""
+"""Tried one after the other: with CUDA kernels; without them, for the triton and torch backends; without any compiler.
+"""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 TESTS = ["-p", "bench.outcomes", "--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
 GPU_TESTS, OTHER_TESTS = ["tests/gpu"], ["tests", "--ignore=tests/gpu"]
@@ -63,7 +68,9 @@ class Step:
 class Check:
     """Runs steps one after the other within a time limit and writes down after each what became of it."""
 
-    def __init__(self, minutes: float, results: Path, logs: Path, only: list[str], machine: dict[str, str], missing: list[str]) -> None:
+    def __init__(
+        self, minutes: float, results: Path, logs: Path, only: list[str], machine: dict[str, str], missing: list[str]
+    ) -> None:
         self.deadline = time.monotonic() + 60 * minutes - SPARE
         self.file = results / "gpu-check.json"
         self.logs = logs
@@ -72,8 +79,16 @@ class Check:
         self.machine = machine
         self.missing = missing
         earlier = json.loads(self.file.read_text())["steps"] if self.file.is_file() else []
-        kept = {step["name"]: Step(**step) for step in earlier if step["commit"] == machine["commit"] and step["name"] not in self.asked}
-        self.steps = {name: kept.get(name) or Step(name, commit=machine["commit"]) for name in STEPS if name in kept or name in self.asked}
+        kept = {
+            step["name"]: Step(**step)
+            for step in earlier
+            if step["commit"] == machine["commit"] and step["name"] not in self.asked
+        }
+        self.steps = {
+            name: kept.get(name) or Step(name, commit=machine["commit"])
+            for name in STEPS
+            if name in kept or name in self.asked
+        }
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
 
     def limit(self, name: str) -> float:
@@ -104,7 +119,9 @@ class Check:
         path = self.logs / f"{step.name}.log"
         with path.open("a" if step.name == "build" else "w") as log:
             # In a process group of its own, so that what it has started can be stopped with it: other steps measure.
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -130,7 +147,11 @@ class Check:
         return step
 
     def write(self) -> None:
-        content = {"machine": self.machine, "missing": self.missing, "steps": [asdict(step) for step in self.steps.values()]}
+        content = {
+            "machine": self.machine,
+            "missing": self.missing,
+            "steps": [asdict(step) for step in self.steps.values()],
+        }
         replace(self.file, json.dumps(content, indent=1) + "\n")
 
 
@@ -139,16 +160,28 @@ def missing_here() -> list[str]:
     setuptools = installed("setuptools")
     native = "no native module can be built, neither for GPUs nor for the CPU"
     needs = [
-        ("setuptools 77 or newer", int(setuptools.partition(".")[0] or 0) >= 77, "the package cannot be built, and nothing runs"),
+        (
+            "setuptools 77 or newer",
+            int(setuptools.partition(".")[0] or 0) >= 77,
+            "the package cannot be built, and nothing runs",
+        ),
         ("cmake", find("cmake"), native),
         ("pybind11", installed("pybind11"), native),
-        ("nvcc", find("nvcc"), "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1"),
+        (
+            "nvcc",
+            find("nvcc"),
+            "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1",
+        ),
         ("pytest", installed("pytest"), "no tests and no benchmarks"),
         ("pytest-benchmark", installed("pytest-benchmark"), "no benchmarks"),
         ("pytest-xdist", installed("pytest-xdist"), "tests run one after the other and may not end in time"),
         ("hypothesis", installed("hypothesis"), "tests/test_properties.py does not run"),
         ("compute-sanitizer", find("compute-sanitizer"), "no sanitizers"),
-        ("pytorch_optimizer", installed("pytorch_optimizer"), "it is left out of the peers; the target that names it is not measured"),
+        (
+            "pytorch_optimizer",
+            installed("pytorch_optimizer"),
+            "it is left out of the peers; the target that names it is not measured",
+        ),
     ]
     return [f"{what}: {follows}" for what, there, follows in needs if not there]
 
@@ -181,7 +214,10 @@ def build(check: Check, architecture: str) -> bool:
     if step.state == PASSED and reason:
         # The later ones serve what needs no CUDA module; the step itself has failed.
         used = " ".join(f"{key}={value}" for key, value in options.items())
-        step.state, step.detail = FAILED, f"without the CUDA module, whose build failed; what follows was built with {used}\n{reason}"
+        step.state, step.detail = (
+            FAILED,
+            f"without the CUDA module, whose build failed; what follows was built with {used}\n{reason}",
+        )
         check.done(step)
         return True
     return step.state == PASSED
@@ -194,7 +230,11 @@ def run_all(check: Check, arguments: argparse.Namespace) -> None:
             check.skip(name, "the build failed")
         return
     processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
-    options = [*TESTS, *(["-n", str(processes)] if installed("pytest-xdist") else []), *(["--timeout=60"] if installed("pytest-timeout") else [])]
+    options = [
+        *TESTS,
+        *(["-n", str(processes)] if installed("pytest-xdist") else []),
+        *(["--timeout=60"] if installed("pytest-timeout") else []),
+    ]
     tests(check, "tests", [*options, *GPU_TESTS])
     benchmarks(check, arguments)
     for tool in SANITIZERS:
@@ -203,7 +243,16 @@ def run_all(check: Check, arguments: argparse.Namespace) -> None:
         # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
         # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
         extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable, "tests/gpu/small_run.py"]
+        command = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            *extra,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "tests/gpu/small_run.py",
+        ]
         check.run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     tests(check, "others", [*options, *OTHER_TESTS])
 
@@ -226,7 +275,16 @@ def benchmarks(check: Check, arguments: argparse.Namespace) -> None:
     (arguments.results / "cuda.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     minutes = max(check.limit("benchmarks") - 30, 5) / 60  # so that the last case ends in time
     saved = ["--save", str((arguments.results / "cuda.json").resolve()), "--commit", check.machine["commit"]]
-    options = ["bench", "--benchmark-only", "--device", arguments.device, "--minutes", f"{minutes:.2f}", "-k", arguments.select]
+    options = [
+        "bench",
+        "--benchmark-only",
+        "--device",
+        arguments.device,
+        "--minutes",
+        f"{minutes:.2f}",
+        "-k",
+        arguments.select,
+    ]
     check.run("benchmarks", [*PYTEST, "-p", "bench.outcomes", "-rN", "--benchmark-quiet", *options, *saved])
 
 
@@ -234,9 +292,14 @@ def require_gpu() -> None:
     try:
         import torch
     except ImportError:
-        raise SystemExit(f"gpu-check needs PyTorch, which {sys.executable} does not have. Nothing was run or written.") from None
+        raise SystemExit(
+            f"gpu-check needs PyTorch, which {sys.executable} does not have. Nothing was run or written."
+        ) from None
     if not torch.cuda.is_available():
-        raise SystemExit("gpu-check needs an NVIDIA GPU and a PyTorch that sees it: torch.cuda.is_available() is False. Nothing was run or written.")
+        raise SystemExit(
+            "gpu-check needs an NVIDIA GPU and a PyTorch that sees it: torch.cuda.is_available() is False. Nothing was "
+            "run or written."
+        )
 
 
 def as_table(steps: dict[str, Step]) -> str:
@@ -246,14 +309,23 @@ def as_table(steps: dict[str, Step]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu-check", help="where cuda.json and gpu-check.json go")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "build" / "gpu-check", help="where cuda.json and gpu-check.json go"
+    )
     parser.add_argument("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
     parser.add_argument("--commit", default="", help="of these files, where they came without git")
     names = list(dict.fromkeys(ASKED.values()))
     parser.add_argument("--only", default=",".join(names), help="steps to run, of " + ",".join(names))
     parser.add_argument("--minutes", type=float, default=17.0, help="for everything")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels that the steps are to have, installed beside the environment")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "rehearsal"], help="rehearsal: the benchmarks on the CPU, to try this program")
+    parser.add_argument(
+        "--wheels", type=Path, help="a folder of wheels that the steps are to have, installed beside the environment"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        choices=["cuda", "rehearsal"],
+        help="rehearsal: the benchmarks on the CPU, to try this program",
+    )
     parser.add_argument("--select", default=SELECT, help="the benchmarks to run, as pytest's -k")
     arguments = parser.parse_args(argv)
     only = arguments.only.split(",")
@@ -264,9 +336,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda":
         require_gpu()
     missing = missing_here()
-    print("\n".join(["missing here:", *(f"   {line}" for line in missing)] if missing else ["nothing is missing"]), flush=True)
+    print(
+        "\n".join(["missing here:", *(f"   {line}" for line in missing)] if missing else ["nothing is missing"]),
+        flush=True,
+    )
     logs = arguments.logs or arguments.results / "logs"
-    check = Check(arguments.minutes, arguments.results, logs, only, describe(arguments.device, arguments.commit), missing)
+    check = Check(
+        arguments.minutes, arguments.results, logs, only, describe(arguments.device, arguments.commit), missing
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
     run_all(check, arguments)
     print(as_table(check.steps))

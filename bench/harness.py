@@ -1,4 +1,6 @@
-"""How a benchmark is measured: interleaved with its baselines in one process, in random order, next to a bandwidth measured in the same rounds."""
+"""How a benchmark is measured: interleaved with its baselines in one process, in random order, next to a bandwidth
+measured in the same rounds.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +21,30 @@ from torch import Tensor, nn
 from bench.clock import BASELINE, OURS, WARMUP, DeviceTimer, Gpu, HostTimer, Rehearsal, Timer
 from bench.records import COPY, Record
 from sam_fast import SAM, backends
-from sam_fast.backends.bucket import Bucket
 
 COPY_BYTES = {"cpu": 64_000_000, "cuda": 1 << 30}
 """How much the streaming copy copies: more than the caches of the machines this runs on."""
 
 PARTS = tuple(range(5))
-"""On a CPU, cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the machine's memory comes and goes."""
+"""On a CPU, cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the
+machine's memory comes and goes.
+"""
 FEWER_PARTS = PARTS[::2]
 """Of large cases, whose contenders are made anew for each part: together they would not fit the memory."""
 
 CACHES = 10
-"""How many times a GPU's cache the bytes that move must be, for their rate to be the memory's: a tenth may be cached."""
+"""How many times a GPU's cache the bytes that move must be, for their rate to be the memory's: a tenth may be cached.
+"""
 
 BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28}
-"""Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore copies; restore_sgd reads
-backup, g and momentum and writes w and momentum; restore_adam the same with two moments."""
+"""Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore
+copies; restore_sgd reads backup, g and momentum and writes w and momentum; restore_adam the same with two moments."""
 
 
 T = TypeVar("T")
 
 
-# ---- What is measured ------------------------------------------------------------------------------------------------------------------------
+# ---- What is measured ------------------------------------------------------------------------------------------------
 
 
 def nothing() -> None:
@@ -50,7 +54,8 @@ def nothing() -> None:
 class Contender:
     """What is timed: one piece of work, or several ``stages`` one after the other, each timed by itself.
 
-    ``prepare`` runs before and ``finish`` after each stage, untimed. ``head_start``: see bench/clock.py; on the CPU there is none.
+    ``prepare`` runs before and ``finish`` after each stage, untimed. ``head_start``: see bench/clock.py; on the CPU
+    there is none.
     """
 
     def __init__(
@@ -105,11 +110,13 @@ class Machine:
         return 0 if self.rehearsal or not self.gpu else int(torch.cuda.get_device_properties(0).L2_cache_size)
 
 
-def measure(machine: Machine, contenders: dict[str, Contender], plan: Plan) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, Timer]]]:
+def measure(
+    machine: Machine, contenders: dict[str, Contender], plan: Plan
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, Timer]]]:
     """Seconds by stage and contender, one number for each round; and what timed them.
 
-    A round runs every contender once, in an order drawn anew, so that none always finds the caches and the allocator as the same other left
-    them. Numbers of one round belong together: they are compared with each other.
+    A round runs every contender once, in an order drawn anew, so that none always finds the caches and the allocator as
+    the same other left them. Numbers of one round belong together: they are compared with each other.
     """
     times: dict[str, dict[str, list[float]]] = {}
     timers: dict[str, dict[str, Timer]] = {}
@@ -140,7 +147,9 @@ def measure(machine: Machine, contenders: dict[str, Contender], plan: Plan) -> t
                 rounds = WARMUP + max(least, min(most, int(plan.seconds / max(time.perf_counter() - begin, 1e-9))))
     finally:
         gc.enable()
-    return {stage: {name: values[WARMUP:] for name, values in by_name.items()} for stage, by_name in times.items()}, timers
+    return {
+        stage: {name: values[WARMUP:] for name, values in by_name.items()} for stage, by_name in times.items()
+    }, timers
 
 
 @cache
@@ -155,8 +164,8 @@ def _glibc() -> Any:
 def fix_allocator() -> None:
     """Let glibc's allocator start where it ends up in every long-lived process.
 
-    Its thresholds grow with the blocks that have been freed, up to 32 and 64 MiB. Whether a temporary costs page faults would otherwise depend on
-    which benchmarks came before.
+    Its thresholds grow with the blocks that have been freed, up to 32 and 64 MiB. Whether a temporary costs page faults
+    would otherwise depend on which benchmarks came before.
     """
     libc = _glibc()
     if libc is not None and hasattr(libc, "mallopt"):
@@ -173,15 +182,17 @@ BACKED_BYTES = 12 << 30
 def back_memory() -> None:
     """Touch memory once, at most half of what is free.
 
-    The host of a virtual machine provides memory when it is first touched, seven times as slowly as the kernel does afterwards. Whichever baseline
-    comes to it first would pay for that, some 100 ms in each round.
+    The host of a virtual machine provides memory when it is first touched, seven times as slowly as the kernel does
+    afterwards. Whichever baseline comes to it first would pay for that, some 100 ms in each round.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     torch.ones(min(BACKED_BYTES, free // 2), dtype=torch.uint8)
 
 
 def settle_allocator() -> None:
-    """Give freed memory back to the system: what a check or an earlier benchmark has used must not serve this one's temporaries."""
+    """Give freed memory back to the system: what a check or an earlier benchmark has used must not serve this one's
+    temporaries.
+    """
     fix_allocator()
     gc.collect()
     libc = _glibc()
@@ -190,7 +201,10 @@ def settle_allocator() -> None:
 
 
 class Bench:
-    """Measures cases on one machine and collects their records. ``replay`` shows a record's rounds to pytest-benchmark."""
+    """Measures cases on one machine and collects their records.
+
+    ``replay`` shows a record's rounds to pytest-benchmark.
+    """
 
     def __init__(self, kind: str = "cpu", full: bool = False, smoke: bool = False) -> None:
         self.machine = Machine(kind)
@@ -238,8 +252,8 @@ class Bench:
         """Measure one case. The first contender is the one that the others are baselines of.
 
         Args:
-            bytes_moved: that must move, for each stage where there are several; where given, the streaming copy joins the
-                contenders. On a GPU it is left out where the cache would hold too much of it.
+            bytes_moved: that must move, for each stage where there are several; where given, the streaming copy joins
+                the contenders. On a GPU it is left out where the cache would hold too much of it.
             total: name of a further record, the sum over the stages.
             facts: what else a reader of the record should know.
 
@@ -249,14 +263,21 @@ class Bench:
         target = next(iter(contenders))
         plan = Plan(0.0, (3, 3)) if self.smoke else GPU_PLAN if self.machine.gpu else plan or Plan()
         by_stage = bytes_moved if isinstance(bytes_moved, dict) else {"": bytes_moved}
-        by_stage = {stage: moved for stage, moved in by_stage.items() if moved and moved >= CACHES * self.machine.cache_bytes}
-        rounds, timers = measure(self.machine, {**contenders, COPY: streaming_copy(self.device)} if by_stage else contenders, plan)
+        by_stage = {
+            stage: moved for stage, moved in by_stage.items() if moved and moved >= CACHES * self.machine.cache_bytes
+        }
+        rounds, timers = measure(
+            self.machine, {**contenders, COPY: streaming_copy(self.device)} if by_stage else contenders, plan
+        )
         copy_rounds = rounds[""].pop(COPY) if by_stage else []
         if not rounds.get(""):
             rounds.pop("", None)
         parts = {stage: [stage] for stage in rounds}
         if total is not None:
-            sums = {name: [math.fsum(parts) for parts in zip(*(rounds[s][name] for s in rounds), strict=True)] for name in contenders}
+            sums = {
+                name: [math.fsum(parts) for parts in zip(*(rounds[s][name] for s in rounds), strict=True)]
+                for name in contenders
+            }
             if all(stage in by_stage for stage in rounds):
                 by_stage[total] = sum(by_stage.values())
             parts[total] = list(rounds)
@@ -264,12 +285,26 @@ class Bench:
         made = []
         for stage, by_name in rounds.items():
             name = f"{stage}, {group}" if stage else group
-            record = Record(name, case, target, by_name, elements, by_stage.get(stage), copy_rounds, COPY_BYTES[self.device] * 2, dict(facts))
+            record = Record(
+                name,
+                case,
+                target,
+                by_name,
+                elements,
+                by_stage.get(stage),
+                copy_rounds,
+                COPY_BYTES[self.device] * 2,
+                dict(facts),
+            )
             record.facts |= {"device": self.machine.kind, "threads": torch.get_num_threads()}
             if self.machine.gpu:
                 used = {name: [timers[part][name] for part in parts[stage]] for name in contenders}
-                record.facts["timed by"] = {name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()}
-                record.facts["launches"] = {name: sum(t.launches or 0 for t in its) for name, its in used.items() if its[0].launches is not None}
+                record.facts["timed by"] = {
+                    name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()
+                }
+                record.facts["launches"] = {
+                    name: sum(t.launches or 0 for t in its) for name, its in used.items() if its[0].launches is not None
+                }
             made.append(self.add(record))
         self.shown = made[0]
         wrong = {record.key: record.invalid() for record in made if record.invalid()}
@@ -278,7 +313,9 @@ class Bench:
 
     def add(self, record: Record) -> Record:
         """Keep a record, or its rounds with those of the same case's earlier part. Returns what was kept."""
-        earlier = next((r for r in self.records if r.key == record.key and r.rounds.keys() == record.rounds.keys()), None)
+        earlier = next(
+            (r for r in self.records if r.key == record.key and r.rounds.keys() == record.rounds.keys()), None
+        )
         if earlier is None:
             self.records.append(record)
             return record
@@ -291,7 +328,8 @@ class Bench:
 def streaming_copy(device: str) -> Contender:
     """A plain copy: what the memory gives at this moment.
 
-    On the CPU it is the backup kernel on one tensor, whose streaming stores make it half again as fast as ``Tensor.copy_``.
+    On the CPU it is the backup kernel on one tensor, whose streaming stores make it half again as fast as
+    ``Tensor.copy_``.
     """
     source = torch.rand(COPY_BYTES[device] // 4, device=device)
     if device != "cpu":
@@ -306,14 +344,20 @@ def usable(device: str) -> list[str]:
     """Backends that take this device's tensors, the preferred one first."""
     probe = torch.zeros(16, device=device)
     best = backends.choose(probe).name
-    return sorted((name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None), key=lambda name: name != best)
+    return sorted(
+        (name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None),
+        key=lambda name: name != best,
+    )
 
 
-# ---- Parameters and gradients ----------------------------------------------------------------------------------------------------------------
+# ---- Parameters and gradients ----------------------------------------------------------------------------------------
 
 
 def make_params(
-    shapes: Sequence[Sequence[int]], seed: int = 0, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    shapes: Sequence[Sequence[int]],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> list[nn.Parameter]:
     """Parameters like a network's: weights of sd 0.02, gradients of sd 0.001 (never zeros: those are faster)."""
     generator = torch.Generator().manual_seed(seed)
@@ -354,7 +398,7 @@ def gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
-# ---- A wrong result is not timed -------------------------------------------------------------------------------------------------------------
+# ---- A wrong result is not timed -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -406,7 +450,9 @@ class Problem:
 
     @cached_property
     def stepped(self) -> list[Tensor]:
-        """The weights after ``STEPS`` steps of the base optimizer in float64, in pieces: the perturbation leaves no trace."""
+        """The weights after ``STEPS`` steps of the base optimizer in float64, in pieces: the perturbation leaves no
+        trace.
+        """
         pieces = []
         for w, g in self._pieces():
             q = nn.Parameter(w)
@@ -426,10 +472,12 @@ class Problem:
         return w.abs() if self.adaptive else 1.0
 
     def check(self, name: str, method: Method, norm_error: float = 0.0) -> None:
-        """Refuse to time a wrong result: after its first first_step and after ``STEPS`` steps the method must be where float64 says.
+        """Refuse to time a wrong result: after its first first_step and after ``STEPS`` steps the method must be where
+        float64 says.
 
         Args:
-            norm_error: what the method's norm may be off by, relative. PyTorch's sum over one tensor of 100M float32 is off by some per cent.
+            norm_error: what the method's norm may be off by, relative. PyTorch's sum over one tensor of 100M float32 is
+                off by some per cent.
         """
         if not self.checks:
             return
@@ -443,7 +491,8 @@ class Problem:
             backward()
             method.optimizer.second_step()
             method.optimizer.zero_grad()
-        # AdamW's steps are of the size of lr whatever the gradient: a gradient near zero may be rounded to either side of it.
+        # AdamW's steps are of the size of lr whatever the gradient: a gradient near zero may be rounded to either side
+        # of it.
         slack = 0.0 if self.base is torch.optim.SGD else 0.01 * STEPS * float(self.options["lr"])
         check_close(name, method.params, self.stepped, slack)
 
@@ -453,7 +502,10 @@ class Problem:
 
 
 STEPS = 2
-"""That a method makes before it is timed. The first makes the base optimizer's state; fused second steps begin with the second."""
+"""That a method makes before it is timed.
+
+The first makes the base optimizer's state; fused second steps begin with the second.
+"""
 
 PIECE = 1 << 20
 """Elements that the oracle looks at together: float64 temporaries that a cache holds."""
@@ -464,7 +516,8 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def check_close(name: str, params: Sequence[Tensor], wanted: list[Tensor], slack: float) -> None:
-    # Rounded once or twice to the parameter's dtype: units in the last place of a weight of sd 0.02, all below 0.2. 16-bit momentum adds more.
+    # Rounded once or twice to the parameter's dtype: units in the last place of a weight of sd 0.02, all below 0.2.
+    # 16-bit momentum adds more.
     epsilon = torch.finfo(params[0].dtype).eps
     rtol, atol = (max(8 * epsilon, 1e-12), 0.05 * epsilon) if epsilon < 1e-4 else (2 * epsilon, 0.01 * epsilon)
     for got, want in zip(_flat(params).split(PIECE), wanted, strict=True):
@@ -472,5 +525,6 @@ def check_close(name: str, params: Sequence[Tensor], wanted: list[Tensor], slack
         error = got.double().sub_(want).abs_()
         if not bool((error <= bound).all()):  # NaN is not
             raise AssertionError(
-                f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g} where {float(bound[error.argmax()]):.3g} is allowed"
+                f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g} where "
+                f"{float(bound[error.argmax()]):.3g} is allowed"
             )

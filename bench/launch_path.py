@@ -1,9 +1,11 @@
-"""The host's part of the cuda backend, measured without a GPU: everything up to the driver's launch call, which is replaced by nothing.
+"""The host's part of the cuda backend, measured without a GPU: everything up to the driver's launch call, which is
+replaced by nothing.
 
     python -m bench.launch_path
 
-This is not the time on a GPU: there each of the two launches of first_step adds what the driver takes for it. It shows what this project's own code
-costs. The kernels come from tests/cuda_emulation, compiled with optimization, and launches are counted and left out.
+This is not the time on a GPU: there each of the two launches of first_step adds what the driver takes for it. It shows
+what this project's own code costs. The kernels come from tests/cuda_emulation, compiled with optimization, and launches
+are counted and left out.
 """
 
 from __future__ import annotations

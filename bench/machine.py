@@ -23,7 +23,10 @@ def first_line(*command: str, matching: str = "") -> str:
 
 
 def commit_and_date(commit: str = "") -> dict[str, str]:
-    """The commit, ``with changes`` if the tree is not clean, and the date. ``commit``: where the files came without git."""
+    """The commit, ``with changes`` if the tree is not clean, and the date.
+
+    ``commit``: where the files came without git.
+    """
     if not commit:
         changed = first_line("git", "status", "--porcelain", "--untracked-files=no")
         commit = first_line("git", "rev-parse", "HEAD") + (" with changes" if changed else "")
@@ -48,7 +51,14 @@ def describe(device: str, commit: str = "") -> dict[str, str]:
         name = {"device": "none: a rehearsal on the CPU, whose figures say nothing"} if device == "rehearsal" else gpu()
     found = {package: version for package in packages if (version := installed(package))}
     kind = "cpu" if device == "cpu" else "cuda"
-    return {"kind": kind, **name, **found, "python": sys.version.split()[0], "load average": load_average(), **commit_and_date(commit)}
+    return {
+        "kind": kind,
+        **name,
+        **found,
+        "python": sys.version.split()[0],
+        "load average": load_average(),
+        **commit_and_date(commit),
+    }
 
 
 def load_average() -> str:
@@ -76,7 +86,9 @@ def gpu() -> dict[str, str]:
 def find(program: str) -> str | None:
     """Where a program is; CUDA's tools are not always on the PATH."""
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(program) or shutil.which(program, path=os.pathsep.join([f"{cuda}/bin", f"{cuda}/compute-sanitizer"]))
+    return shutil.which(program) or shutil.which(
+        program, path=os.pathsep.join([f"{cuda}/bin", f"{cuda}/compute-sanitizer"])
+    )
 
 
 def processor() -> str:

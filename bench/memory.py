@@ -1,4 +1,5 @@
-"""Peak memory of a few training steps of one contender, printed in bytes; run in a process of its own, since a peak never goes down.
+"""Peak memory of a few training steps of one contender, printed in bytes; run in a process of its own, since a peak
+never goes down.
 
 python -m bench.memory CONTENDER [--device cpu|cuda]
 """
@@ -50,7 +51,9 @@ def resident() -> int:
     """Peak resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux's ru_maxrss is at least what the parent had when it started this process
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * next(
+            int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -63,7 +66,9 @@ def peak_bytes(contender: str, device: str) -> int:
     warm_up = nn.Linear(WIDTH, 64, device=device)
     warm_up(x).sum().backward()
     before = resident() if device == "cpu" else torch.cuda.memory_allocated()
-    model = nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, device=device), nn.ReLU())))
+    model = nn.Sequential(
+        *(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, device=device), nn.ReLU()))
+    )
     optimizer = make(contender, list(model.parameters()))
     for _ in range(3):
         model(x).square().mean().backward()

@@ -13,9 +13,16 @@ def convnet() -> nn.Module:
     """Three convolutions with BatchNorm and a linear layer for 28x28 images: 0.1M parameters."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
 
-    return nn.Sequential(*block(1, 32), *block(32, 64), *block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(
+        *block(1, 32), *block(32, 64), *block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
+    )
 
 
 class _Residual(nn.Module):
@@ -29,7 +36,11 @@ class _Residual(nn.Module):
             nn.BatchNorm2d(outputs),
         )
         same = (inputs, stride) == (outputs, 1)
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -45,7 +56,10 @@ def resnet18() -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """A small encoder with learned positions that predicts a token at every place: 3.4M parameters. No dropout: a benchmark must be repeatable."""
+    """A small encoder with learned positions that predicts a token at every place: 3.4M parameters.
+
+    No dropout: a benchmark must be repeatable.
+    """
 
     def __init__(self, tokens: int = 512, width: int = 256, layers: int = 4, length: int = 64) -> None:
         super().__init__()
@@ -76,5 +90,7 @@ NETWORKS: dict[str, Network] = {
     "ConvNet, batch 32": Network(convnet, _images(32, 1, 28)),
     "ConvNet, batch 128": Network(convnet, _images(128, 1, 28)),
     "ResNet-18, batch 32": Network(resnet18, _images(32, 3, 32)),
-    "transformer, batch 8": Network(Transformer, lambda: (torch.randint(0, 512, (8, 64)), torch.randint(0, 512, (8, 64)))),
+    "transformer, batch 8": Network(
+        Transformer, lambda: (torch.randint(0, 512, (8, 64)), torch.randint(0, 512, (8, 64)))
+    ),
 }

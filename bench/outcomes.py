@@ -1,5 +1,5 @@
-"""A pytest plugin that writes each test's outcome as soon as it is known, failures with their reason: a run that is killed
-has them in its log. ``python -m pytest -p bench.outcomes --no-summary``
+"""A pytest plugin that writes each test's outcome as soon as it is known, failures with their reason: a run that is
+killed has them in its log. ``python -m pytest -p bench.outcomes --no-summary``
 """
 
 from __future__ import annotations

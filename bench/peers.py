@@ -1,6 +1,7 @@
 """What sam_fast is compared with: other ways to make SAM's step, each with its best legal settings.
 
-All have the two-call interface. Only :class:`PublicLoop` is not a competitor: it is there to show that ``sam_fast/reference.py`` is no straw man.
+All have the two-call interface. Only :class:`PublicLoop` is not a competitor: it is there to show that
+``sam_fast/reference.py`` is no straw man.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ PEER_LOOP, PEER_FOREACH = "pytorch_optimizer, loop", "pytorch_optimizer, foreach
 FOREACH, COMPILED = "foreach, fused base", "torch.compile of foreach"
 PUBLIC_LOOP = "public loop"
 NORM_ERROR = 0.1
-"""How far off a baseline's norm may be. It is PyTorch's, which loses digits where tensors are large; the baseline takes the same time with them."""
+"""How far off a baseline's norm may be.
+
+It is PyTorch's, which loses digits where tensors are large; the baseline takes the same time with them.
+"""
 BEST_PEERS = (PEER_LOOP, PEER_FOREACH, FOREACH)
 """Issue 4's "best of": pytorch_optimizer's SAM and the same algorithm with torch._foreach_* and a fused base."""
 
@@ -30,11 +34,19 @@ BEST_PEERS = (PEER_LOOP, PEER_FOREACH, FOREACH)
 class PublicLoop:
     """The public implementation's two steps, written down from the list of its operations and not from reference.py.
 
-    Per parameter and step: the norm of the gradient (times ``|w|`` if adaptive), stacked and normed again; a copy of the weights, the perturbation
-    as a tensor of its own, one addition; then ``p.data`` is the copy again, and the base optimizer steps.
+    Per parameter and step: the norm of the gradient (times ``|w|`` if adaptive), stacked and normed again; a copy of
+    the weights, the perturbation as a tensor of its own, one addition; then ``p.data`` is the copy again, and the base
+    optimizer steps.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], base: type[torch.optim.Optimizer], rho: float, adaptive: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        base: type[torch.optim.Optimizer],
+        rho: float,
+        adaptive: bool,
+        **options: Any,
+    ) -> None:
         self.base = base(params, **options)
         self.params, self.rho, self.adaptive = list(params), rho, adaptive
         self.kept: dict[nn.Parameter, Tensor] = {}
@@ -64,14 +76,21 @@ class PublicLoop:
 
 
 class ForeachSAM:
-    """SAM with ``torch._foreach_*`` over all parameters at once and a fused base optimizer, the way one writes it who knows PyTorch well.
+    """SAM with ``torch._foreach_*`` over all parameters at once and a fused base optimizer, the way one writes it who
+    knows PyTorch well.
 
-    The backup is allocated once; the climb needs one temporary, the scaled gradient. ``compiled``: both halves of first_step go through
-    ``torch.compile``.
+    The backup is allocated once; the climb needs one temporary, the scaled gradient. ``compiled``: both halves of
+    first_step go through ``torch.compile``.
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], base: type[torch.optim.Optimizer], rho: float, adaptive: bool, compiled: bool = False, **options: Any
+        self,
+        params: Sequence[nn.Parameter],
+        base: type[torch.optim.Optimizer],
+        rho: float,
+        adaptive: bool,
+        compiled: bool = False,
+        **options: Any,
     ) -> None:
         self.base = base(params, **options)
         self.params, self.rho, self.adaptive = list(params), rho, adaptive
@@ -80,7 +99,9 @@ class ForeachSAM:
 
     @torch.no_grad()
     def first_step(self) -> None:
-        self.climb([p.detach() for p in self.params], [p.grad for p in self.params], self.backup, self.rho, self.adaptive)
+        self.climb(
+            [p.detach() for p in self.params], [p.grad for p in self.params], self.backup, self.rho, self.adaptive
+        )
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -103,7 +124,7 @@ def _foreach_climb(params: list[Tensor], grads: list[Any], backup: list[Tensor],
     torch._foreach_add_(params, torch._foreach_mul(scaled, rho / (norm + 1e-12)))
 
 
-# ---- By name ---------------------------------------------------------------------------------------------------------------------------------
+# ---- By name ---------------------------------------------------------------------------------------------------------
 
 
 def sam_fast(problem: Problem, **settings: Any) -> Method:
@@ -116,13 +137,19 @@ def sam_fast(problem: Problem, **settings: Any) -> Method:
 
 def _reference(problem: Problem, **extra: Any) -> Method:
     params = copies(problem.start)
-    optimizer = ReferenceSAM(params, problem.base, rho=problem.rho, adaptive=problem.adaptive, **problem.options, **extra)
-    return Method(optimizer, params, f"sam_fast/reference.py, base optimizer with {'fused=True' if extra else 'its defaults'}")
+    optimizer = ReferenceSAM(
+        params, problem.base, rho=problem.rho, adaptive=problem.adaptive, **problem.options, **extra
+    )
+    return Method(
+        optimizer, params, f"sam_fast/reference.py, base optimizer with {'fused=True' if extra else 'its defaults'}"
+    )
 
 
 def _own(cls: Callable[..., Any], problem: Problem, settings: str, **extra: Any) -> Method:
     params = copies(problem.start)
-    return Method(cls(params, problem.base, problem.rho, problem.adaptive, **extra, **problem.options), params, settings)
+    return Method(
+        cls(params, problem.base, problem.rho, problem.adaptive, **extra, **problem.options), params, settings
+    )
 
 
 def _peer(problem: Problem, foreach: bool) -> Method:
@@ -130,11 +157,14 @@ def _peer(problem: Problem, foreach: bool) -> Method:
 
     params = copies(problem.start)
     on_gpu = params[0].device.type != "cpu"
-    # Its foreach argument goes to the base optimizer too, which takes foreach or fused but not both. None means the loop on a CPU only.
+    # Its foreach argument goes to the base optimizer too, which takes foreach or fused but not both. None means the
+    # loop on a CPU only.
     extra: dict[str, Any] = {"foreach": True} if foreach else {"foreach": False} if on_gpu else {"fused": True}
     optimizer = PeerSAM(params, problem.base, rho=problem.rho, adaptive=problem.adaptive, **problem.options, **extra)
     said = ", ".join(f"{name}={value}" for name, value in extra.items())
-    return Method(optimizer, params, f"pytorch_optimizer {importlib.metadata.version('pytorch_optimizer')}, SAM({said})")
+    return Method(
+        optimizer, params, f"pytorch_optimizer {importlib.metadata.version('pytorch_optimizer')}, SAM({said})"
+    )
 
 
 MAKERS: dict[str, Callable[[Problem], Method]] = {
@@ -142,11 +172,19 @@ MAKERS: dict[str, Callable[[Problem], Method]] = {
     REFERENCE_FUSED: lambda problem: _reference(problem, fused=True),
     PEER_LOOP: lambda problem: _peer(problem, foreach=False),
     PEER_FOREACH: lambda problem: _peer(problem, foreach=True),
-    FOREACH: lambda problem: _own(ForeachSAM, problem, "bench/peers.py, torch._foreach_*, base with fused=True", fused=True),
-    COMPILED: lambda problem: _own(
-        ForeachSAM, problem, "the same, first_step through torch.compile (fullgraph, static shapes), base with fused=True", compiled=True, fused=True
+    FOREACH: lambda problem: _own(
+        ForeachSAM, problem, "bench/peers.py, torch._foreach_*, base with fused=True", fused=True
     ),
-    PUBLIC_LOOP: lambda problem: _own(PublicLoop, problem, "bench/peers.py, the public implementation's operations, base with its defaults"),
+    COMPILED: lambda problem: _own(
+        ForeachSAM,
+        problem,
+        "the same, first_step through torch.compile (fullgraph, static shapes), base with fused=True",
+        compiled=True,
+        fused=True,
+    ),
+    PUBLIC_LOOP: lambda problem: _own(
+        PublicLoop, problem, "bench/peers.py, the public implementation's operations, base with its defaults"
+    ),
 }
 
 

@@ -1,9 +1,10 @@
-"""Shows that the suite notices: plants a slowdown of 25 % in one kernel, in a copy of the sources, and compares the copy with the commit.
+"""Shows that the suite notices: plants a slowdown of 25 % in one kernel, in a copy of the sources, and compares the
+copy with the commit.
 
     python -m bench.planted [--repeats 3]
 
-The kernel is the CPU's grad_norm: each thread, done with its chunks, waits for a quarter of the time that they took. What was found becomes part
-of bench/results/cpu.json.
+The kernel is the CPU's grad_norm: each thread, done with its chunks, waits for a quarter of the time that they took.
+What was found becomes part of bench/results/cpu.json.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def main() -> int:
     run = results(ROOT, "cpu")
     if run is not None:
         found = "; ".join(" ".join(line.replace("|", ",").split()) for line in lines)
-        run.agreement["planted"] = {"caught": caught, "found": found, "output": output.getvalue().splitlines(), **commit_and_date()}
+        run.agreement["planted"] = {
+            "caught": caught,
+            "found": found,
+            "output": output.getvalue().splitlines(),
+            **commit_and_date(),
+        }
         run.save(ROOT / "bench" / "results" / "cpu.json")
     print("caught" if caught else "NOT caught: either grad_norm is not blamed, or something else is")
     return 0 if caught else 1

@@ -34,10 +34,13 @@ class Estimate:
 
 
 def median(values: Sequence[float]) -> Estimate:
-    """The median with its 95 % interval from order statistics (binomial): no assumption about how the noise is distributed."""
+    """The median with its 95 % interval from order statistics (binomial): no assumption about how the noise is
+    distributed.
+    """
     ordered = sorted(values)
     n = len(ordered)
-    below, rank = 0.0, 0  # the interval between the rank-th smallest and the rank-th largest misses with twice this probability
+    # the interval between the rank-th smallest and the rank-th largest misses with twice this probability
+    below, rank = 0.0, 0
     while rank < n // 2 and below + math.comb(n, rank) / 2**n <= 0.025:
         below += math.comb(n, rank) / 2**n
         rank += 1
@@ -73,8 +76,8 @@ class Record:
         return median(self.rounds[name or self.target])
 
     def faster_than(self, baseline: str, name: str | None = None) -> Estimate:
-        """How many times faster than a baseline: the median over the rounds of the quotient within the round. What slows the whole machine for a
-        while hits both."""
+        """How many times faster than a baseline: the median over the rounds of the quotient within the round. What
+        slows the whole machine for a while hits both."""
         return median([b / t for b, t in zip(self.rounds[baseline], self.rounds[name or self.target], strict=True)])
 
     def faster_than_best(self, baselines: Iterable[str]) -> Estimate:
@@ -98,12 +101,21 @@ class Record:
     def invalid(self) -> str:
         """Why this cannot have been measured right; empty if it can.
 
-        On a GPU only what does not write may be faster than a copy. A CPU's cache can hold all of a case: no bound there.
+        On a GPU only what does not write may be faster than a copy. A CPU's cache can hold all of a case: no bound
+        there.
         """
         if self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY):
             return ""
-        shares = {name: share.value for name in self.rounds if name != TORCH_COPY and (share := self.share_of_copy(name)) is not None}
-        above = [f"{name} at {100 * share:.0f} % of the copy's bandwidth" for name, share in shares.items() if share > CEILING]
+        shares = {
+            name: share.value
+            for name in self.rounds
+            if name != TORCH_COPY and (share := self.share_of_copy(name)) is not None
+        }
+        above = [
+            f"{name} at {100 * share:.0f} % of the copy's bandwidth"
+            for name, share in shares.items()
+            if share > CEILING
+        ]
         return f"invalid, an error in the measurement: {', '.join(above)}" if above else ""
 
     def floor(self) -> float | None:

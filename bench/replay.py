@@ -8,7 +8,9 @@ from bench.records import Record
 
 
 class Replay:
-    """pytest-benchmark's timer: it advances only by what the harness has measured, so that its table shows the same numbers for every device."""
+    """pytest-benchmark's timer: it advances only by what the harness has measured, so that its table shows the same
+    numbers for every device.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0

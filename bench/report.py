@@ -2,8 +2,9 @@
 
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; several files of one device are parts of one run. Without any,
-everything is made again from what is there. ``--again``: a second run of the same commit, whose agreement with the first becomes part of the results.
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; several files of one device are parts of one
+run. Without any, everything is made again from what is there. ``--again``: a second run of the same commit, whose
+agreement with the first becomes part of the results.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def results(root: Path, kind: str) -> Run | None:
     return Run.load(path) if path.is_file() else None
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -86,13 +87,26 @@ def readme_table(cpu: Run) -> str:
     ]
     rows, ratios = [], []
     for name in MODELS:
-        first, sgd, adamw = (cpu.get(f"{group}", name) for group in ("first_step, SGD", "optimizer step, SGD", "optimizer step, AdamW"))
+        first, sgd, adamw = (
+            cpu.get(f"{group}", name) for group in ("first_step, SGD", "optimizer step, SGD", "optimizer step, AdamW")
+        )
         if first is None or sgd is None or adamw is None:
             continue
         best = sgd.faster_than_best(peers.BEST_PEERS).value if set(peers.BEST_PEERS) & set(sgd.rounds) else float("nan")
-        four = [first.faster_than(peers.REFERENCE).value, sgd.faster_than(peers.REFERENCE).value, best, adamw.faster_than(peers.REFERENCE).value]
+        four = [
+            first.faster_than(peers.REFERENCE).value,
+            sgd.faster_than(peers.REFERENCE).value,
+            best,
+            adamw.faster_than(peers.REFERENCE).value,
+        ]
         ratios.append(four)
-        cells = [name, f"{first.elements / 1e6:.1f}M", milliseconds(first), milliseconds(first, peers.REFERENCE), f"{four[0]:.1f}x"]
+        cells = [
+            name,
+            f"{first.elements / 1e6:.1f}M",
+            milliseconds(first),
+            milliseconds(first, peers.REFERENCE),
+            f"{four[0]:.1f}x",
+        ]
         rows.append([*cells, milliseconds(sgd), f"{four[1]:.1f}x", f"{four[2]:.1f}x", share(sgd), f"{four[3]:.1f}x"])
     if rows:
         means = [f"**{geometric_mean(column):.1f}x**" for column in zip(*ratios, strict=True)]
@@ -112,7 +126,7 @@ def replace_marked(text: str, new: str) -> str:
     return text[:begin] + new + text[end + len(END) :]
 
 
-# ---- The page --------------------------------------------------------------------------------------------------------------------------------
+# ---- The page --------------------------------------------------------------------------------------------------------
 
 
 def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = tuple(PICTURES)) -> str:
@@ -120,14 +134,21 @@ def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = tuple
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.",
+        "Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: "
+        "`bench/README.md`.",
         "",
     ]
-    lines += ["Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.", ""]
+    lines += [
+        "Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.",
+        "",
+    ]
     lines += [
         "## Targets",
         "",
-        *table(["issue", "target", "measured", ""], [[f"{x.issue}", x.target, x.measured, x.state] for x in targets.lines(cpu, gpu)]),
+        *table(
+            ["issue", "target", "measured", ""],
+            [[f"{x.issue}", x.target, x.measured, x.state] for x in targets.lines(cpu, gpu)],
+        ),
     ]
     lines += ["", *page_of(cpu, pictures)]
     if gpu is not None:
@@ -151,7 +172,9 @@ def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
         "",
         *picture("step", pictures),
     ]
-    for group in dict.fromkeys(r.group for r in run.records if r.group.startswith("optimizer step") and "scaling" not in r.group):
+    for group in dict.fromkeys(
+        r.group for r in run.records if r.group.startswith("optimizer step") and "scaling" not in r.group
+    ):
         lines += comparison(run, group)
     lines += ["### Its halves", ""]
     for group in dict.fromkeys(r.group for r in run.records if r.group.startswith(("first_step, ", "second_step, "))):
@@ -174,7 +197,8 @@ def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
         lines += [
             "### Weak scaling",
             "",
-            f"Each process has one {'thread' if run.machine['kind'] == 'cpu' else 'GPU'} and resnet18's parameters, as replicas or as shards of "
+            f"Each process has one {'thread' if run.machine['kind'] == 'cpu' else 'GPU'} and resnet18's parameters, as "
+            "replicas or as shards of "
             "DTensors. The last column is the efficiency: what one process takes over what each of several takes.",
             "",
             *comparison(run, WEAK_SCALING),
@@ -186,10 +210,15 @@ def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
         lines += [
             "### Two runs",
             "",
-            f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart, the ten worst of ",
+            f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart, the "
+            "ten worst of ",
         ]
         lines[-1] += f"{len(run.agreement['all'])}."
-        lines += ["", *table(["record", "apart"], [[key.replace(" | ", ", "), f"{100 * value:.1f} %"] for key, value in worst]), ""]
+        lines += [
+            "",
+            *table(["record", "apart"], [[key.replace(" | ", ", "), f"{100 * value:.1f} %"] for key, value in worst]),
+            "",
+        ]
     if run.left_out:
         lines += ["### Not run", "", *(f"- {text}" for text in run.left_out)]
     while lines and not lines[-1]:
@@ -242,7 +271,11 @@ def scaling_table(run: Run) -> list[str]:
                 times(r, peers.REFERENCE),
             ]
         )
-    return [*table(["against", "elements in tensors", "sam_fast", "floor", "times faster than the reference"], rows), ""] if rows else []
+    return (
+        [*table(["against", "elements in tensors", "sam_fast", "floor", "times faster than the reference"], rows), ""]
+        if rows
+        else []
+    )
 
 
 def training_table(run: Run) -> list[str]:
@@ -283,7 +316,10 @@ def memory_table(run: Run) -> list[str]:
     if not run.memory:
         return []
     plain = next((m.bytes_peak for m in run.memory if m.contender == "SGD"), None)
-    rows = [[m.contender, f"{m.bytes_peak / 1e6:.0f} MB", f"{m.bytes_peak / plain:.2f}" if plain else ""] for m in run.memory]
+    rows = [
+        [m.contender, f"{m.bytes_peak / 1e6:.0f} MB", f"{m.bytes_peak / plain:.2f}" if plain else ""]
+        for m in run.memory
+    ]
     first = run.memory[0]
     return [
         f"Three training steps of {first.case}, {first.how}, above what was there before the model.",
@@ -293,7 +329,7 @@ def memory_table(run: Run) -> list[str]:
     ]
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------------------------------
+# ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
 def compare_runs(first: Run, second: Run) -> None:
@@ -314,7 +350,9 @@ def write(root: Path) -> list[Path]:
 
     cpu = results(root, "cpu")
     if cpu is None:
-        raise SystemExit(f"there is no {root}/bench/results/cpu.json: run `make bench` and give its file to bench.report")
+        raise SystemExit(
+            f"there is no {root}/bench/results/cpu.json: run `make bench` and give its file to bench.report"
+        )
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
     drawn = draw_all(cpu, root / "docs" / "benchmarks")
     page.write_text(markdown(cpu, results(root, "cuda"), tuple(Path(name).stem for name in drawn)))
@@ -336,7 +374,9 @@ def main(argv: list[str] | None = None) -> None:
             run.add(part)
     for run in runs.values():
         if arguments.root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
-            parser.error("a smoke run's or a rehearsal's figures say nothing and are not published; --root writes them elsewhere")
+            parser.error(
+                "a smoke run's or a rehearsal's figures say nothing and are not published; --root writes them elsewhere"
+            )
         before = results(arguments.root, run.machine["kind"])
         if before is not None and "planted" in before.agreement:
             run.agreement["planted"] = before.agreement["planted"]  # made by itself, see bench.planted

@@ -25,15 +25,24 @@ def _of_models(run: Run, group: str, names: Iterable[str] = tuple(MODELS)) -> li
     return [r for r in found if r is not None] if all(found) else []
 
 
-def _line(issue: int, target: str, value: float | None, wanted: float, unit: str = "x", at_most: bool = False, note: str = "") -> Line:
+def _line(
+    issue: int, target: str, value: float | None, wanted: float, unit: str = "x", at_most: bool = False, note: str = ""
+) -> Line:
     if value is None:
         return Line(issue, target, "", NOT_MEASURED)
-    text = {"x": f"{value:.2f}x", "%": f"{100 * value:.0f} %", "us": f"{1e6 * value:.0f} us", "ms": f"{1e3 * value:.0f} ms"}[unit]
+    text = {
+        "x": f"{value:.2f}x",
+        "%": f"{100 * value:.0f} %",
+        "us": f"{1e6 * value:.0f} us",
+        "ms": f"{1e3 * value:.0f} ms",
+    }[unit]
     met = value <= wanted if at_most else value >= wanted
     return Line(issue, target, f"{text}{', ' if note else ''}{note}", MET if met else NOT_MET)
 
 
-def _mean_and_least(records: list[Record], baselines: tuple[str, ...], optional: str = "") -> tuple[float | None, float | None, str]:
+def _mean_and_least(
+    records: list[Record], baselines: tuple[str, ...], optional: str = ""
+) -> tuple[float | None, float | None, str]:
     if not records or not all(set(baselines) - {optional} <= set(r.rounds) for r in records):
         return None, None, ""
     ratios = {r.case: r.faster_than_best(baselines).value for r in records}
@@ -74,19 +83,38 @@ def lines(cpu: Run, gpu: Run | None = None) -> list[Line]:
     apart = cpu.agreement.get("largest")
     planted = cpu.agreement.get("planted", {})
     return [
-        _line(2, "first_step at least 3.5 times faster than the reference on every set", first_least, 3.5, note=f"least: {first_worst}"),
+        _line(
+            2,
+            "first_step at least 3.5 times faster than the reference on every set",
+            first_least,
+            3.5,
+            note=f"least: {first_worst}",
+        ),
         _line(2, "first_step at least 4.5 times faster, geometric mean", first_mean, 4.5),
         _line(2, "whole step with SGD at least 2.5 times faster, geometric mean", sgd_mean, 2.5),
-        _line(2, "host time of first_step for 161 parameters under 60 us, in a loop of its own", host, 60e-6, "us", True),
+        _line(
+            2, "host time of first_step for 161 parameters under 60 us, in a loop of its own", host, 60e-6, "us", True
+        ),
         _line(2, "import adds under 50 ms", imported.seconds().value if imported else None, 50e-3, "ms", True),
         *_gpu_lines(3, gpu),
         _line(4, "whole step with SGD at least 4 times faster than the reference, geometric mean", sgd_mean, 4.0),
-        _line(4, "whole step with SGD at least 3 times faster on every set", sgd_least, 3.0, note=f"least: {sgd_worst}"),
-        _line(4, "whole step with SGD at least 2 times faster than the best of the peers, geometric mean", best_mean, 2.0),
+        _line(
+            4, "whole step with SGD at least 3 times faster on every set", sgd_least, 3.0, note=f"least: {sgd_worst}"
+        ),
+        _line(
+            4, "whole step with SGD at least 2 times faster than the best of the peers, geometric mean", best_mean, 2.0
+        ),
         _line(4, "the same on every set", best_least, 2.0, note=f"least: {best_worst}"),
         _line(4, "whole step with AdamW at least 3 times faster than the reference, geometric mean", adam_mean, 3.0),
         _line(4, "the same on every set", adam_least, 3.0, note=f"least: {adam_worst}"),
-        _line(4, "SGD: at least 85 % of the streaming bandwidth from 25M parameters on", share_sgd, 0.85, "%", note=f"least: {at_sgd}"),
+        _line(
+            4,
+            "SGD: at least 85 % of the streaming bandwidth from 25M parameters on",
+            share_sgd,
+            0.85,
+            "%",
+            note=f"least: {at_sgd}",
+        ),
         _line(4, "AdamW: the same", share_adam, 0.85, "%", note=f"least: {at_adam}"),
         *_gpu_lines(4, gpu),
         _line(
@@ -133,13 +161,52 @@ def _gpu_lines(issue: int, gpu: Run | None) -> list[Line]:
 
     if issue == 3:
         return [
-            _line(3, "GPU: first_step on resnet50 at least 10 times faster than the reference", ratio(first, peers.REFERENCE), 10.0),
-            _line(3, "GPU: at least 3 times faster than pytorch_optimizer's SAM with foreach", ratio(first, peers.PEER_FOREACH), 3.0),
-            _line(3, "GPU: first_step at 90 % of a copy's bandwidth from 80M parameters on", share("first_step, SGD"), 0.9, "%"),
-            _line(3, "GPU: host time of first_step for 161 parameters under 60 us, in a loop of its own", host, 60e-6, "us", True),
+            _line(
+                3,
+                "GPU: first_step on resnet50 at least 10 times faster than the reference",
+                ratio(first, peers.REFERENCE),
+                10.0,
+            ),
+            _line(
+                3,
+                "GPU: at least 3 times faster than pytorch_optimizer's SAM with foreach",
+                ratio(first, peers.PEER_FOREACH),
+                3.0,
+            ),
+            _line(
+                3,
+                "GPU: first_step at 90 % of a copy's bandwidth from 80M parameters on",
+                share("first_step, SGD"),
+                0.9,
+                "%",
+            ),
+            _line(
+                3,
+                "GPU: host time of first_step for 161 parameters under 60 us, in a loop of its own",
+                host,
+                60e-6,
+                "us",
+                True,
+            ),
         ]
     return [
-        _line(4, "GPU: whole step on resnet50 at least 10 times faster than the reference", ratio(step, peers.REFERENCE), 10.0),
-        _line(4, "GPU: whole step at 90 % of a copy's bandwidth from 80M parameters on", share("optimizer step, SGD"), 0.9, "%"),
-        Line(4, "GPU: second_step is one launch", f"{launches or ''}", MET if launches == 1 else NOT_MET if launches else NOT_MEASURED),
+        _line(
+            4,
+            "GPU: whole step on resnet50 at least 10 times faster than the reference",
+            ratio(step, peers.REFERENCE),
+            10.0,
+        ),
+        _line(
+            4,
+            "GPU: whole step at 90 % of a copy's bandwidth from 80M parameters on",
+            share("optimizer step, SGD"),
+            0.9,
+            "%",
+        ),
+        Line(
+            4,
+            "GPU: second_step is one launch",
+            f"{launches or ''}",
+            MET if launches == 1 else NOT_MET if launches else NOT_MEASURED,
+        ),
     ]

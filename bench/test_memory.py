@@ -15,7 +15,9 @@ from bench.records import Memory
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("contender", [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.full]) for name in CONTENDERS])
+@pytest.mark.parametrize(
+    "contender", [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.full]) for name in CONTENDERS]
+)
 def test_memory(bench: Bench, memory: list[Memory], contender: str) -> None:
     command = [sys.executable, "-m", "bench.memory", contender, "--device", bench.device]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)

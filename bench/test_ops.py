@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from bench.clock import OURS
-from bench.harness import BYTES_PER_ELEMENT, Backward, Bench, Contender, Method, Plan, Problem, check_close, copies, make_params, usable
+from bench.harness import (
+    BYTES_PER_ELEMENT,
+    Backward,
+    Bench,
+    Contender,
+    Method,
+    Plan,
+    Problem,
+    check_close,
+    copies,
+    make_params,
+    usable,
+)
 from bench.records import TORCH_COPY
 from bench.shapes import SHAPES
 from bench.test_optimizer_step import BASES, DTYPES
@@ -24,12 +36,12 @@ STATE = {"restore_sgd": {"momentum_buffer"}, "restore_adam": {"step", "exp_avg",
 def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:
     """An operation on the optimizer's one bucket, whose parameters have gradients. A wrong result is not timed.
 
-    ``restore_sgd`` and ``restore_adam`` are ``second_step`` itself, checked with the whole step: what goes on around the
-    kernel takes a few microseconds, on a GPU before it starts.
+    ``restore_sgd`` and ``restore_adam`` are ``second_step`` itself, checked with the whole step: what goes on around
+    the kernel takes a few microseconds, on a GPU before it starts.
     """
     (bucket, partials, sums), *others = optimizer._perturbation.norm.parts
     assert not others, "one bucket"
-    backend, options = bucket.backend, GroupOptions(optimizer.param_groups)
+    options = GroupOptions(optimizer.param_groups)
     params = list(bucket.all_params)
 
     def collect() -> None:
@@ -40,14 +52,17 @@ def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:
 
     collect()
     bucket.grad_norm(options, partials)
-    here = Problem(params, rho=problem.rho, adaptive=problem.adaptive)  # the parameters have moved since problem was made
+    # the parameters have moved since problem was made
+    here = Problem(params, rho=problem.rho, adaptive=problem.adaptive)
     norm, wanted = float(sums.partials.sum().sqrt()), here.norm()
     assert abs(norm - wanted) <= 1e-6 * wanted, f"the norm is {norm}, not {wanted}, so it is not timed"
     before, wanted_params = [p.detach().clone() for p in params], here.perturbed
     perturb()
     check_close("perturb", params, wanted_params, 0.0)
     bucket.restore()
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)), "restore is not exact, so it is not timed"
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)), (
+        "restore is not exact, so it is not timed"
+    )
     if op == "grad_norm":
         return Contender(lambda: bucket.grad_norm(options, partials), prepare=collect, head_start=OURS)
     if op == "perturb":
@@ -64,7 +79,9 @@ def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:
         optimizer.zero_grad()
         backward()
 
-    return Contender(optimizer.second_step, prepare=first_step, finish=lambda: (optimizer.zero_grad(), backward()), head_start=OURS)
+    return Contender(
+        optimizer.second_step, prepare=first_step, finish=lambda: (optimizer.zero_grad(), backward()), head_start=OURS
+    )
 
 
 def torch_copy(start: list[nn.Parameter]) -> Contender:
@@ -87,13 +104,20 @@ def op_cases() -> list[Any]:
     for op in OPS:
         for dtype in DTYPES:
             if (op, dtype) == ("restore_adam", "float16"):
-                continue  # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
+                # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
+                continue
             for shapes in SHAPES:
                 for adaptive in (False, True) if op in ("grad_norm", "perturb") else (False,):
-                    default = dtype == "float32" or (dtype == "bfloat16" and op in ("perturb", "restore_sgd") and not adaptive)
+                    default = dtype == "float32" or (
+                        dtype == "bfloat16" and op in ("perturb", "restore_sgd") and not adaptive
+                    )
                     full = [kind for kind, chosen in DEFAULT_SHAPES.items() if shapes != chosen or not default]
                     name = f"{op}{', adaptive' if adaptive else ''}-{dtype}-{shapes}"
-                    cases.append(pytest.param(op, dtype, shapes, adaptive, id=name, marks=[pytest.mark.full(*full)] if full else []))
+                    cases.append(
+                        pytest.param(
+                            op, dtype, shapes, adaptive, id=name, marks=[pytest.mark.full(*full)] if full else []
+                        )
+                    )
     return cases
 
 
@@ -155,5 +179,15 @@ def test_batchnorm_snapshot(bench: Bench, layers: int) -> None:
         torch._foreach_copy_(kept, buffers)
         torch._foreach_copy_(buffers, kept)
 
-    contenders = {"sam_fast": Contender(run, head_start=OURS), "loop over buffers": Contender(loop), "foreach": Contender(foreach)}
-    bench.run("BatchNorm snapshot, save + restore", f"{layers} layers", contenders, elements=129 * layers, plan=Plan(1.5, (50, 300)))
+    contenders = {
+        "sam_fast": Contender(run, head_start=OURS),
+        "loop over buffers": Contender(loop),
+        "foreach": Contender(foreach),
+    }
+    bench.run(
+        "BatchNorm snapshot, save + restore",
+        f"{layers} layers",
+        contenders,
+        elements=129 * layers,
+        plan=Plan(1.5, (50, 300)),
+    )

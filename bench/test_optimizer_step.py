@@ -1,4 +1,6 @@
-"""The whole optimizer step, and its two halves: first_step (norm, backup, climb) and second_step (restore and the base optimizer)."""
+"""The whole optimizer step, and its two halves: first_step (norm, backup, climb) and second_step (restore and the base
+optimizer).
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,13 @@ SOME = (REFERENCE, REFERENCE_FUSED, FOREACH)
 TARGETS = (REFERENCE, PEER_LOOP, FOREACH)
 FEW = (REFERENCE, FOREACH)
 LARGE = 30_000_000
-"""Elements from which on contenders are made anew for each part of a case; what smaller ones hold is kept in the meantime."""
+"""Elements from which on contenders are made anew for each part of a case; what smaller ones hold is kept in the
+meantime.
+"""
 EVERY_BASELINE = ("resnet18", "resnet50")
-"""Shape sets on which the default selection runs all baselines, with SGD; elsewhere those that a target speaks of, and the more rounds of them."""
+"""Shape sets on which the default selection runs all baselines, with SGD; elsewhere those that a target speaks of, and
+the more rounds of them.
+"""
 
 
 def step_case(
@@ -62,7 +68,10 @@ def step_case(
     count = sum(g.numel() for g in gradients)
     size = DTYPES[dtype].itemsize
     # The norm of an adaptive group reads the weights too.
-    moved = {"first_step": (24 if adaptive else 20) * count * size // 4, "second_step": second_bytes * count * size // 4}
+    moved = {
+        "first_step": (24 if adaptive else 20) * count * size // 4,
+        "second_step": second_bytes * count * size // 4,
+    }
     bench.run(
         f"{base_name}{variant}",
         shapes,
@@ -124,7 +133,13 @@ DEFAULT_VARIANTS = {("flatten", "resnet18"), ("adaptive", "resnet18"), ("bfloat1
 
 def variant_cases() -> list[Any]:
     return [
-        pytest.param(base, variant, shapes, part, marks=[] if base == "SGD" and (variant, shapes) in DEFAULT_VARIANTS else [pytest.mark.full])
+        pytest.param(
+            base,
+            variant,
+            shapes,
+            part,
+            marks=[] if base == "SGD" and (variant, shapes) in DEFAULT_VARIANTS else [pytest.mark.full],
+        )
         for base in BASES
         for variant in VARIANTS
         for shapes in SHAPES
@@ -159,7 +174,10 @@ def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str, par
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("shapes", ["resnet18", "efficientnet_b0", pytest.param("resnet50", marks=pytest.mark.full)])
 def test_reference_is_no_straw_man(bench: Bench, shapes: str, part: int) -> None:
-    """reference.py against a loop with the public implementation's operations, written independently. Target: at most 10 % slower."""
+    """reference.py against a loop with the public implementation's operations, written independently.
+
+    Target: at most 10 % slower.
+    """
     base, options, _ = BASES["SGD"]
 
     def make(check: bool) -> tuple[dict[str, Method], list[Tensor]]:

@@ -20,7 +20,10 @@ from bench.test_optimizer_step import BASES
 @pytest.mark.parametrize("flatten", [False, True], ids=["default", "flatten"])
 @pytest.mark.parametrize("tensors", [1, 161, pytest.param(10_000, marks=pytest.mark.full)])
 def test_host_overhead(bench: Bench, tensors: int, flatten: bool, part: int) -> None:
-    """The two steps on parameters of 8 elements: the time is all overhead. Target: 60 us for first_step with 161 parameters, alone."""
+    """The two steps on parameters of 8 elements: the time is all overhead.
+
+    Target: 60 us for first_step with 161 parameters, alone.
+    """
     base, options, _ = BASES["SGD"]
 
     def make(check: bool) -> tuple[dict[str, Method], list[Tensor]]:
@@ -48,4 +51,6 @@ def test_import_time(bench: Bench) -> None:
     run()
     samples = [run() for _ in range(3)]
     assert statistics.median(samples) > 0
-    bench.shown = bench.add(Record("import sam_fast after import torch", "fresh process", "sam_fast", {"sam_fast": samples}))
+    bench.shown = bench.add(
+        Record("import sam_fast after import torch", "fresh process", "sam_fast", {"sam_fast": samples})
+    )

@@ -1,4 +1,6 @@
-"""How the whole step's cost grows: with the number of elements, and with the number of tensors that hold the same elements."""
+"""How the whole step's cost grows: with the number of elements, and with the number of tensors that hold the same
+elements.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def threads_cases() -> list[Any]:
 def cases(counts: list[int], large_from: int, full_from: int) -> list[Any]:
     """Count, part and threads."""
     return [
-        pytest.param(count, part, threads, marks=[pytest.mark.full] if count >= full_from * (2 if threads > 1 else 1) else [])
+        pytest.param(
+            count, part, threads, marks=[pytest.mark.full] if count >= full_from * (2 if threads > 1 else 1) else []
+        )
         for count in counts
         for part in (PARTS if count < large_from else FEWER_PARTS)
         for threads in threads_cases()
@@ -46,7 +50,9 @@ def scaling_case(bench: Bench, group: str, tensors: int, elements: int, threads:
         elements = min(elements, 10_000)
 
     def make(check: bool) -> tuple[dict[str, Method], list[Tensor]]:
-        problem = Problem(make_params([[max(elements // tensors, 1)]] * tensors, device=bench.device), base, options, checks=check)
+        problem = Problem(
+            make_params([[max(elements // tensors, 1)]] * tensors, device=bench.device), base, options, checks=check
+        )
         target = peers.sam_fast(problem)
         problem.check("sam_fast", target)
         return {"sam_fast": target, **peers.make((peers.REFERENCE,), problem)[0]}, problem.gradients()

@@ -1,4 +1,6 @@
-"""Whole training iterations on real networks: what SAM costs over SGD, whose two iterations have the same forward and backward passes."""
+"""Whole training iterations on real networks: what SAM costs over SGD, whose two iterations have the same forward and
+backward passes.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,8 @@ def check(model: nn.Module, x: Tensor, y: Tensor, make: Callable[[nn.Module], An
     start = nn.utils.parameters_to_vector(model.parameters()).detach().double()
     want = nn.utils.parameters_to_vector(oracle.parameters()).detach() - start
     got = nn.utils.parameters_to_vector(tested.parameters()).detach().double() - start
-    # Both the passes and the weights are rounded to float32: an update of lr times a gradient loses some thousandths of its length.
+    # Both the passes and the weights are rounded to float32: an update of lr times a gradient loses some thousandths of
+    # its length.
     error = float((got - want).norm() / want.norm())
     assert error < 0.02, f"the update is off by {error:.3g} of its length, so it is not timed"
     for a, b in zip(tested.buffers(), oracle.buffers(), strict=True):
@@ -108,7 +111,9 @@ def test_training_iteration(bench: Bench, name: str) -> None:
         "sam_fast": Contender(sam_iteration(models[1], sam(models[1]), x, y)),
         SGD_ONCE: Contender(once),
         SGD_TWICE: Contender(twice(sgd_iteration(models[2], x, y, fused=True))),
-        REFERENCE: Contender(sam_iteration(models[3], ReferenceSAM(models[3].parameters(), torch.optim.SGD, **SGD), x, y)),
+        REFERENCE: Contender(
+            sam_iteration(models[3], ReferenceSAM(models[3].parameters(), torch.optim.SGD, **SGD), x, y)
+        ),
     }
     if bench.device == "cuda":
         contenders[GRAPH] = Contender(captured(models[4], sam_iteration(models[4], sam(models[4]), x, y)))

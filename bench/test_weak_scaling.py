@@ -16,10 +16,17 @@ GROUP = "weak scaling"
 
 
 def test_weak_scaling(bench: Bench) -> None:
-    """The quotient of both is the efficiency. Processes on one machine share its memory: the streaming copy shows what that costs."""
+    """The quotient of both is the efficiency.
+
+    Processes on one machine share its memory: the streaming copy shows what that costs.
+    """
     most = torch.cuda.device_count() if bench.device == "cuda" else min(os.cpu_count() or 1, 2)
     if most == 1:
         pytest.skip("needs two cores, or two GPUs")
-    rounds = {named(size): measured(size, MODELS["resnet18"], 3 if bench.smoke else 30, bench.device) for size in (1, most)}
+    rounds = {
+        named(size): measured(size, MODELS["resnet18"], 3 if bench.smoke else 30, bench.device) for size in (1, most)
+    }
     for case in rounds[named(1)]:
-        bench.shown = bench.add(Record(GROUP, case, named(most), {name: by_case[case] for name, by_case in rounds.items()}))
+        bench.shown = bench.add(
+            Record(GROUP, case, named(most), {name: by_case[case] for name, by_case in rounds.items()})
+        )

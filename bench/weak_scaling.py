@@ -1,10 +1,11 @@
-"""Weak scaling of the optimizer's own time, from one process to several on one machine: ``python -m bench.weak_scaling``, or test_weak_scaling.py.
+"""Weak scaling of the optimizer's own time, from one process to several on one machine: ``python -m
+bench.weak_scaling``, or test_weak_scaling.py.
 
 Every process has one thread (with ``--device cuda`` a GPU of its own) and the same number of parameters, whatever the
 number of processes: as DDP's replicas, or as its shards of a model that grows with it (DTensor, as FSDP2 has them).
-Timed are first_step and second_step, gradients being there; the time of a round is that of the slowest process. Rounds of
-all cases take turns. Processes share the memory's bandwidth, which is what the optimizer is made of: the streaming copy of
-the last column, which no communication slows down, says how much of a loss is the machine's.
+Timed are first_step and second_step, gradients being there; the time of a round is that of the slowest process. Rounds
+of all cases take turns. Processes share the memory's bandwidth, which is what the optimizer is made of: the streaming
+copy of the last column, which no communication slows down, says how much of a loss is the machine's.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
 
 
 def check(optimizer: SAM) -> None:
-    """Refuse to time a wrong result: first_step must climb by rho along the gradient, in float64, its norm over all processes where they share.
+    """Refuse to time a wrong result: first_step must climb by rho along the gradient, in float64, its norm over all
+    processes where they share.
 
     Raises:
         AssertionError: it does not.
@@ -86,7 +88,9 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
             times[i, turn] = timer(case)
     distributed.all_reduce(times, op=distributed.ReduceOp.MAX)
     if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps({name: row.tolist() for name, row in zip(cases, times, strict=True)}))
+        Path(f"{store}.json").write_text(
+            json.dumps({name: row.tolist() for name, row in zip(cases, times, strict=True)})
+        )
     distributed.destroy_process_group()
 
 
@@ -109,10 +113,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
-    rounds = {size: measured(size, MODELS[arguments.model], arguments.rounds, arguments.device) for size in arguments.processes}
-    runs = {size: {case: statistics.median(seconds) for case, seconds in by_case.items()} for size, by_case in rounds.items()}
+    rounds = {
+        size: measured(size, MODELS[arguments.model], arguments.rounds, arguments.device)
+        for size in arguments.processes
+    }
+    runs = {
+        size: {case: statistics.median(seconds) for case, seconds in by_case.items()}
+        for size, by_case in rounds.items()
+    }
     least = min(runs)
-    print(f"{arguments.model}, {arguments.device}; milliseconds, and the efficiency (time with {least} / time with n)\n")
+    print(
+        f"{arguments.model}, {arguments.device}; milliseconds, and the efficiency (time with {least} / time with n)\n"
+    )
     print("| case | " + " | ".join(map(named, runs)) + " |\n|---|" + "---|" * len(runs))
     for case, least_time in runs[least].items():
         cells = [f"{run[case] * 1e3:.2f} ({least_time / run[case]:.0%})" for run in runs.values()]

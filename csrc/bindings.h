@@ -17,13 +17,9 @@ T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-inline const Bucket& bucket(uint64_t address) {
-  return *pointer<const Bucket>(address);
-}
+inline const Bucket& bucket(uint64_t address) { return *pointer<const Bucket>(address); }
 
-inline Rounding rounding(std::optional<uint32_t> key) {
-  return {key.has_value(), key.value_or(0)};
-}
+inline Rounding rounding(std::optional<uint32_t> key) { return {key.has_value(), key.value_or(0)}; }
 
 template <size_t N>
 pybind11::tuple as_tuple(const char* const (&names)[N]) {
@@ -35,7 +31,7 @@ pybind11::tuple as_tuple(const char* const (&names)[N]) {
 // name -> (index, names of the options, names of the state, whether it counts steps), as in SAM_STEPS.
 inline pybind11::dict steps() {
   pybind11::dict found;
-#define SAM_DESCRIBE_STEP(name, Step)                                                                                  \
+#define SAM_DESCRIBE_STEP(name, Step) \
   found[#name] = pybind11::make_tuple(found.size(), as_tuple(Step::kOptions), as_tuple(Step::kStates), Step::kCounts);
   SAM_STEPS(SAM_DESCRIBE_STEP)
 #undef SAM_DESCRIBE_STEP

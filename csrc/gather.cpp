@@ -65,7 +65,8 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
 
 Gather::~Gather() {
   for (const auto& [type, is_plain] : types_) Py_DECREF(type);
-  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, spec_, placements_}) Py_XDECREF(object);
+  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, spec_, placements_})
+    Py_XDECREF(object);
 }
 
 PyObject* Gather::param(size_t i) const { return PyList_GET_ITEM(params_, static_cast<Py_ssize_t>(i)); }
@@ -86,7 +87,8 @@ bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
   for (PyObject* asks : {is_neg_, record.dtype_code == kComplex ? is_conj_ : nullptr}) {
     if (asks == nullptr) continue;
     // Called as the C function that it is, without the descriptor's checks: every new gradient is asked.
-    const bool direct = Py_TYPE(asks) == &PyMethodDescr_Type && reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_flags == METH_NOARGS;
+    const bool direct = Py_TYPE(asks) == &PyMethodDescr_Type &&
+                        reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_flags == METH_NOARGS;
     Owned answer(checked(direct ? reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_meth(tensor, nullptr)
                                 : PyObject_CallOneArg(asks, tensor)));
     if (answer.get() != Py_False) return true;
@@ -102,8 +104,9 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uin
     PyErr_Clear();  // no strided memory: Python says what it is
     return false;
   }
-  bool same = t.device.type == record.device_type && t.device.id == record.device_id && t.dtype.code == record.dtype_code &&
-              t.dtype.bits == record.dtype_bits && t.dtype.lanes == 1 && static_cast<size_t>(t.ndim) == record.shape.size();
+  bool same = t.device.type == record.device_type && t.device.id == record.device_id &&
+              t.dtype.code == record.dtype_code && t.dtype.bits == record.dtype_bits && t.dtype.lanes == 1 &&
+              static_cast<size_t>(t.ndim) == record.shape.size();
   for (size_t d = 0; same && d < record.shape.size(); ++d) {
     // The stride of a dimension of size 1 is never used and may be anything.
     same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || record.empty);

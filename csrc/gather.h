@@ -74,7 +74,8 @@ class Gather {
   // The same for step counters, tensors of one element; `counters`, a list, receives them. kind: their dtype and
   // whether they are on the host.
   enum class Counters { none, host_float32, host_float64, device_float32 };
-  Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses, PyObject* counters, Counters* kind);
+  Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses,
+                 PyObject* counters, Counters* kind);
 
  private:
   struct Record;
@@ -91,10 +92,10 @@ class Gather {
   const DlpackExchange* exchange_ = nullptr;
   PyObject* tensors_ = nullptr;
   PyObject* params_ = nullptr;
-  PyObject* grad_ = nullptr;      // attributes of torch.Tensor
+  PyObject* grad_ = nullptr;  // attributes of torch.Tensor
   PyObject* is_neg_ = nullptr;
   PyObject* is_conj_ = nullptr;
-  PyObject* dispatch_ = nullptr;  // its __torch_dispatch__, that of every class whose tensors are their memory
+  PyObject* dispatch_ = nullptr;      // its __torch_dispatch__, that of every class whose tensors are their memory
   PyObject* local_tensor_ = nullptr;  // names
   PyObject* spec_ = nullptr;
   PyObject* placements_ = nullptr;
@@ -104,8 +105,9 @@ class Gather {
   std::vector<char> has_grad_;
   int64_t num_grads_ = 0;
   bool moved_ = false;
-  std::vector<PyObject*> keys_;   // of the base optimizer's state in its order, when it was last looked at; only compared, never used
-  std::vector<int64_t> places_;   // the tensor of each of them, -1 for none
+  std::vector<PyObject*>
+      keys_;  // of the base optimizer's state in its order, when it was last looked at; only compared, never used
+  std::vector<int64_t> places_;     // the tensor of each of them, -1 for none
   std::vector<PyObject*> entries_;  // each tensor's entry, null for none
 };
 

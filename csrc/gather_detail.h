@@ -40,7 +40,7 @@ struct DlpackExchange {
 };
 
 constexpr uint8_t kFloat = 2, kComplex = 5;  // DLDataTypeCode
-constexpr int32_t kHost = 1;                  // DLDeviceType
+constexpr int32_t kHost = 1;                 // DLDeviceType
 
 struct Gather::Record {
   int32_t device_type;

@@ -89,8 +89,8 @@ Gather::Found Gather::states(PyObject* state, PyObject* names, PyObject* of_grou
   return {};
 }
 
-Gather::Found Gather::counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* of_groups, PyObject* column, PyObject* counters,
-                               Counters* kind) {
+Gather::Found Gather::counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* of_groups, PyObject* column,
+                               PyObject* counters, Counters* kind) {
   const Masks masks(of_groups);
   Addresses addresses(column, records_.size());
   find_entries(state);

@@ -47,7 +47,8 @@ SAM_HD U round_bf16(U value, U random) {
 template <class U>
 SAM_HD U round_f16(U value, U random) {
   const U magnitude = value & 0x7fffffffu;
-  const U normal = ((magnitude + (random >> 19)) >> 13) - 0x1c000u;  // 13 bits go; the exponent is re-biased by 15 - 127
+  const U normal =
+      ((magnitude + (random >> 19)) >> 13) - 0x1c000u;  // 13 bits go; the exponent is re-biased by 15 - 127
   // Below 2^-14: a whole number of 2^-24 remains of significand * 2^(exponent - 150). Of what lies below 2^-31 of that
   // unit nothing is left.
   const U exponent = magnitude >> 23;

@@ -52,9 +52,7 @@ SAM_HD V perturbed_adaptive(V w, V g, V eta, V scale) {
 }
 
 // True if a first pass with this norm may perturb: an infinite or NaN norm has no direction.
-SAM_HD bool can_perturb(double norm) {
-  return norm - norm == 0.0;
-}
+SAM_HD bool can_perturb(double norm) { return norm - norm == 0.0; }
 
 // rho / (norm + eps) in the arithmetic's own type. 0 where norm and eps are both 0: a zero gradient moves nothing. At
 // most the largest finite number: a scale of infinity would make NaN of every element whose gradient is 0.

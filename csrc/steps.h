@@ -10,8 +10,8 @@
 //   kCounts       whether it has step counters; then counted(options, t) is what follows from the number t of a step
 //   flags()       what the options switch on and off. kCombinations: all that may come out; the CPU has code for each
 //   uses()        whether it has this state, given the flags
-//   numbers()     what apply() takes: computed in float64, once for all tensors of one group and counter, and rounded to
-//                 C, the type of the arithmetic
+//   numbers()     what apply() takes: computed in float64, once for all tensors of one group and counter, and rounded
+//                 to C, the type of the arithmetic
 //   apply()       an element's new weight from its weight, its gradient and its state, which it updates
 // V is C or a SIMD vector of C. `flags` is an int, or on the CPU a std::integral_constant. M::madd(a, b, c) = a * b +
 // c, rounded once where PyTorch on the same processor rounds once, M::root is the square root.
@@ -31,14 +31,14 @@ inline namespace SAM_ISA {
 #define SAM_OPTION_MEMBER(name) double name;
 #define SAM_OPTION_NAME(name) #name,
 #define SAM_OPTION_SWITCH(name) (on >> i++ & 1) * 0.5,
-#define SAM_OPTIONS(LIST)                                             \
-  struct Options {                                                    \
-    LIST(SAM_OPTION_MEMBER)                                           \
-  };                                                                  \
-  static constexpr const char* kOptions[] = {LIST(SAM_OPTION_NAME)};  \
-  static constexpr Options switched(int on) {                         \
-    int i = 0;                                                        \
-    return {LIST(SAM_OPTION_SWITCH)};                                 \
+#define SAM_OPTIONS(LIST)                                            \
+  struct Options {                                                   \
+    LIST(SAM_OPTION_MEMBER)                                          \
+  };                                                                 \
+  static constexpr const char* kOptions[] = {LIST(SAM_OPTION_NAME)}; \
+  static constexpr Options switched(int on) {                        \
+    int i = 0;                                                       \
+    return {LIST(SAM_OPTION_SWITCH)};                                \
   }
 
 // Of the steps without counters.
@@ -77,8 +77,8 @@ struct Sgd : Uncounted {
   static constexpr const char* kStates[kNumStates] = {"momentum_buffer"};
 
   static constexpr int kDecay = 1, kMomentum = 2, kNesterov = 4;
-  static constexpr int kCombinations[] = {0,         kMomentum,          kMomentum | kNesterov,
-                                          kDecay,    kMomentum | kDecay, kMomentum | kNesterov | kDecay};
+  static constexpr int kCombinations[] = {0,      kMomentum,          kMomentum | kNesterov,
+                                          kDecay, kMomentum | kDecay, kMomentum | kNesterov | kDecay};
   static SAM_HD constexpr int flags(const Options& o) {
     const int momentum = o.momentum == 0.0 ? 0 : kMomentum | (o.nesterov == 0.0 ? 0 : kNesterov);
     return momentum | (o.weight_decay == 0.0 ? 0 : kDecay);
@@ -161,11 +161,12 @@ struct Adam {
   }
 };
 
-// ---- Lion (Chen et al., https://arxiv.org/abs/2302.06675) -------------------------------------------------------------
+// ---- Lion (Chen et al., https://arxiv.org/abs/2302.06675) -----------------------------------------------------------
 
-// coupled: the weight decay is part of the gradient. fixed_decay: it is not multiplied by lr. interpolated: averages are
-// torch.lerp's; else each is m * beta + g * (1 - beta).
-#define SAM_LION_OPTIONS(X) X(lr) X(beta1) X(beta2) X(weight_decay) X(coupled) X(fixed_decay) X(interpolated) X(maximize)
+// coupled: the weight decay is part of the gradient. fixed_decay: it is not multiplied by lr. interpolated: averages
+// are torch.lerp's; else each is m * beta + g * (1 - beta).
+#define SAM_LION_OPTIONS(X) \
+  X(lr) X(beta1) X(beta2) X(weight_decay) X(coupled) X(fixed_decay) X(interpolated) X(maximize)
 
 struct Lion : Uncounted {
   SAM_OPTIONS(SAM_LION_OPTIONS)
@@ -190,8 +191,14 @@ struct Lion : Uncounted {
   static SAM_HD Numbers<C> numbers(const Options& o, double lr, const Counted&) {
     const double decoupled = o.coupled != 0.0 ? 1.0 : 1.0 - o.weight_decay * (o.fixed_decay != 0.0 ? 1.0 : lr);
     const double decay = flags(o) & kCoupled ? o.weight_decay : decoupled;
-    return {Lerp<C>::of(1.0 - o.beta1), Lerp<C>::of(1.0 - o.beta2), C(o.beta1), C(1.0 - o.beta1), C(o.beta2),
-            C(1.0 - o.beta2),           C(decay),                   C(-lr)};
+    return {Lerp<C>::of(1.0 - o.beta1),
+            Lerp<C>::of(1.0 - o.beta2),
+            C(o.beta1),
+            C(1.0 - o.beta1),
+            C(o.beta2),
+            C(1.0 - o.beta2),
+            C(decay),
+            C(-lr)};
   }
 
   template <class M, class C, class V, class Flags>
@@ -235,8 +242,7 @@ constexpr bool has_all_combinations() {
   }
   return true;
 }
-#define SAM_CHECK_STEP(name, Step) \
-  static_assert(has_all_combinations<Step>() && Step::kNumStates <= kMaxStates, #name);
+#define SAM_CHECK_STEP(name, Step) static_assert(has_all_combinations<Step>() && Step::kNumStates <= kMaxStates, #name);
 SAM_STEPS(SAM_CHECK_STEP)
 
 #ifdef SAM_ISA

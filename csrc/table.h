@@ -33,18 +33,18 @@ constexpr int kMaxStates = 3;  // tensors of state that a base optimizer may hav
 // weights, along, saved, counters and states[i] are arrays of addresses, one for each tensor; an address is 0 where
 // there is nothing, and where the tensor has no elements. All lie in host memory; what they point to is on the bucket's
 // device.
-#define SAM_BUCKET(X)                                                                                                  \
-  X(int64_t, dtype)              /* DType; -1 where the bucket is only copied */                                       \
-  X(int64_t, itemsize)           /* bytes of an element */                                                             \
-  X(int64_t, num_tensors)                                                                                              \
-  X(int64_t, num_chunks)                                                                                               \
-  X(const TensorInfo*, tensors)                                                                                        \
-  X(const Chunk*, chunks)        /* the cpu backend's */                                                               \
-  X(const uint64_t*, weights)                                                                                          \
-  X(const uint64_t*, along)      /* the direction to perturb along, or a step's gradient; 0: takes no part */          \
-  X(uint64_t*, saved)            /* where the weight was when it was backed up; 0: has no backup */                    \
-  X(void*, backup)               /* all tensors' elements, each in its slot */                                         \
-  X(const uint64_t*, counters)   /* float32 step counters, on the host unless a step is told otherwise */
+#define SAM_BUCKET(X)                                                                                       \
+  X(int64_t, dtype)    /* DType; -1 where the bucket is only copied */                                      \
+  X(int64_t, itemsize) /* bytes of an element */                                                            \
+  X(int64_t, num_tensors)                                                                                   \
+  X(int64_t, num_chunks)                                                                                    \
+  X(const TensorInfo*, tensors)                                                                             \
+  X(const Chunk*, chunks) /* the cpu backend's */                                                           \
+  X(const uint64_t*, weights)                                                                               \
+  X(const uint64_t*, along)    /* the direction to perturb along, or a step's gradient; 0: takes no part */ \
+  X(uint64_t*, saved)          /* where the weight was when it was backed up; 0: has no backup */           \
+  X(void*, backup)             /* all tensors' elements, each in its slot */                                \
+  X(const uint64_t*, counters) /* float32 step counters, on the host unless a step is told otherwise */
 
 struct Bucket {
 #define SAM_MEMBER(type, name) type name;

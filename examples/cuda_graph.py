@@ -1,4 +1,5 @@
-"""A whole SAM step as one CUDA graph: both passes, both steps and the BatchNorm statistics replayed with a single launch.
+"""A whole SAM step as one CUDA graph: both passes, both steps and the BatchNorm statistics replayed with a single
+launch.
 
 Run: python examples/cuda_graph.py   (needs an NVIDIA GPU)
 """
@@ -39,7 +40,8 @@ def step() -> torch.Tensor:
     return loss
 
 
-# A few eager steps allocate everything, on a stream of their own as PyTorch asks for. To change rho or lr, capture the graph anew.
+# A few eager steps allocate everything, on a stream of their own as PyTorch asks for. To change rho or lr, capture the
+# graph anew.
 side = torch.cuda.Stream()
 side.wait_stream(torch.cuda.current_stream())
 with torch.cuda.stream(side):

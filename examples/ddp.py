@@ -1,6 +1,7 @@
 """Handwritten digits with DistributedDataParallel.
 
-With --own-gradient each process climbs along the gradient of its own share of the batch (m-sharpness). Needs sam_fast[demo], for the data.
+With --own-gradient each process climbs along the gradient of its own share of the batch (m-sharpness). Needs
+sam_fast[demo], for the data.
 
 Run: torchrun --nproc-per-node 2 examples/ddp.py
      torchrun --nproc-per-node 2 examples/ddp.py --own-gradient --checkpoint digits.pt
@@ -38,7 +39,9 @@ loader = DataLoader(train, batch_size=64 // distributed.get_world_size(), sample
 test_images, test_labels = split.test_images.to(device), split.test_labels.to(device)
 
 torch.manual_seed(0)
-inner = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)).to(device)
+inner = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)).to(
+    device
+)
 model = DistributedDataParallel(inner)
 optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
 done = 0
@@ -65,6 +68,10 @@ for epoch in range(done + 1, arguments.epochs + 1):
         inner.train()
         print(f"epoch {epoch}: test accuracy {accuracy:.1%}", flush=True)
         if arguments.checkpoint:  # between steps: the weights are w, not w + e
-            torch.save({"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, f"{arguments.checkpoint}.new")
-            os.replace(f"{arguments.checkpoint}.new", arguments.checkpoint)  # whenever it is killed, one of them is whole
+            torch.save(
+                {"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch},
+                f"{arguments.checkpoint}.new",
+            )
+            # whenever it is killed, one of them is whole
+            os.replace(f"{arguments.checkpoint}.new", arguments.checkpoint)
 distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Handwritten digits with FSDP2: weights, gradients and SAM's backup are sharded, the norm is that of all processes together.
+"""Handwritten digits with FSDP2: weights, gradients and SAM's backup are sharded, the norm is that of all processes
+together.
 
 The checkpoint may be resumed by any number of processes. Needs sam_fast[demo], for the data.
 
@@ -40,15 +41,19 @@ loader = DataLoader(train, batch_size=64 // distributed.get_world_size(), sample
 test_images, test_labels = split.test_images.to(device), split.test_labels.to(device)
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)).to(
+    device
+)
 for layer in (model[1], model[3]):
     fully_shard(layer)
 fully_shard(model)
-optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.05, lr=2e-3)  # after fully_shard, which makes new parameters
+# after fully_shard, which makes new parameters
+optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.05, lr=2e-3)
 state = {"epoch": 0}
 if arguments.resume:
     state["model"], state["optimizer"] = get_state_dict(model, optimizer)
-    whole = [entry.parent for entry in Path(arguments.checkpoint).glob("*/.metadata")]  # written last, so that a killed run leaves none
+    # written last, so that a killed run leaves none
+    whole = [entry.parent for entry in Path(arguments.checkpoint).glob("*/.metadata")]
     checkpoint.load(state, checkpoint_id=max(whole, key=lambda folder: int(folder.name)))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 

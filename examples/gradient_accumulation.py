@@ -1,6 +1,7 @@
 """Gradient accumulation: the first pass over all micro-batches, then the second pass over the same ones.
 
-The result is the big batch's SAM step, with the memory of a micro-batch. BatchNorm would see micro-batches, so this model uses LayerNorm.
+The result is the big batch's SAM step, with the memory of a micro-batch. BatchNorm would see micro-batches, so this
+model uses LayerNorm.
 
 Run: python examples/gradient_accumulation.py
 """

@@ -32,7 +32,8 @@ for epoch in range(5):
         with torch.autocast(device, dtype=torch.float16):
             loss = cross_entropy(model(x[batch]), y[batch])
         scaler.scale(loss).backward()
-        optimizer.first_step(zero_grad=True)  # with the gradients as they are: the perturbation does not depend on the scale
+        # with the gradients as they are: the perturbation does not depend on the scale
+        optimizer.first_step(zero_grad=True)
 
         with optimizer.second_pass(model):
             with torch.autocast(device, dtype=torch.float16):

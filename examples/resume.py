@@ -43,7 +43,10 @@ with tempfile.TemporaryDirectory() as folder:
     model, optimizer, scheduler = start()
     train(model, optimizer, scheduler, range(STOP_AFTER))
     # Between steps: the model's weights are w, not w + e.
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, checkpoint)
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
+        checkpoint,
+    )
     train(model, optimizer, scheduler, range(STOP_AFTER, EPOCHS))
 
     print("again from the checkpoint")

@@ -8,80 +8,50 @@ from torch import Tensor
 compiler: str
 openmp: bool
 sanitizer: str
+steps: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], bool]]
+"""The fused steps of csrc/steps.h: index, names of the options, names of the states, whether it counts steps."""
+bucket_fields: tuple[str, ...]
+"""The members of ``struct Bucket`` (csrc/table.h), whose address is ``bucket`` below."""
 
 class Gather:
-    def __init__(self, exchange: Any, tensor_class: type[Tensor], rows: list[Tensor]) -> None: ...
+    def __init__(
+        self, exchange: Any, tensor_class: type[Tensor], tensors: list[Tensor], params: list[Tensor], groups: list[int]
+    ) -> None: ...
     def weights(self, addresses: array[int]) -> list[int]: ...
-    def grads(self, addresses: array[int]) -> list[int]: ...
+    def collect(
+        self, weights: array[int], grads: array[int], wanted: bytes | None = None
+    ) -> tuple[list[int], list[int]]: ...
+    def read(self, tensors: list[Tensor | None], addresses: array[int]) -> list[int]: ...
+    def states(
+        self, state: Any, names: tuple[str, ...], masks: array[int], columns: tuple[array[int], ...]
+    ) -> tuple[bool, int, int] | None: ...
+    def counters(
+        self, state: Any, name: str, bit: int, masks: array[int], addresses: array[int]
+    ) -> tuple[tuple[bool, int, int] | None, list[Tensor], int]: ...
+    @property
+    def moved(self) -> bool: ...
+    @property
+    def num_grads(self) -> int: ...
+    @property
+    def has_grad(self) -> bytes: ...
 
+def same_objects(a: list[Any], b: list[Any]) -> bool: ...
 def isa() -> str: ...
 def use_isa(isa: str) -> None: ...
-def grad_norm(
-    dtype: int, chunk_table: int, num_chunks: int, weights: int, grads: int, groups: int, partials: int, threads: int, /
-) -> None: ...
+def grad_norm(bucket: int, options: int, partials: int, threads: int, /) -> None: ...
 def perturb(
-    dtype: int,
-    chunk_table: int,
-    num_chunks: int,
-    weights: int,
-    grads: int,
-    saved: int,
-    groups: int,
+    bucket: int,
+    options: int,
     partials: int,
     num_partials: int,
     eps: float,
     norm: int,
-    flat: int,
     rounding_key: int | None,
     threads: int,
     /,
 ) -> int: ...
-def backup(
-    itemsize: int, chunk_table: int, num_chunks: int, rows: int, saved: int, flat: int, threads: int, /
-) -> None: ...
-def restore(
-    itemsize: int,
-    chunk_table: int,
-    num_chunks: int,
-    rows: int,
-    saved: int,
-    flat: int,
-    release_saved: bool,
-    threads: int,
-    /,
-) -> None: ...
-def restore_sgd(
-    dtype: int,
-    chunk_table: int,
-    num_chunks: int,
-    num_rows: int,
-    weights: int,
-    grads: int,
-    saved: int,
-    flat: int,
-    grad_scale: float,
-    rounding_key: int | None,
-    groups: int,
-    momentum_buffers: int,
-    threads: int,
-    /,
-) -> int: ...
-def restore_adam(
-    dtype: int,
-    chunk_table: int,
-    num_chunks: int,
-    num_rows: int,
-    weights: int,
-    grads: int,
-    saved: int,
-    flat: int,
-    grad_scale: float,
-    rounding_key: int | None,
-    groups: int,
-    steps: int,
-    exp_avgs: int,
-    exp_avg_sqs: int,
-    max_exp_avg_sqs: int,
-    threads: int,
-    /,
+def backup(bucket: int, threads: int, /) -> None: ...
+def restore(bucket: int, release: bool, threads: int, /) -> None: ...
+def step(
+    index: int, bucket: int, options: int, grad_scale: float, rounding_key: int | None, threads: int, /
 ) -> int: ...

@@ -25,19 +25,30 @@ class Boundaries:
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         inside = frame.f_code.co_filename.startswith(PACKAGE)
-        # Python's own calls from the package, and out of it into torch: the caller is the package. Native ones have the package's frame.
-        if not inside and not (event in ("call", "return") and frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(PACKAGE)):
+        # Python's own calls from the package, and out of it into torch: the caller is the package. Native ones have the
+        # package's frame.
+        if not inside and not (
+            event in ("call", "return")
+            and frame.f_back is not None
+            and frame.f_back.f_code.co_filename.startswith(PACKAGE)
+        ):
             return
         if event not in EVENTS:
             return
         number, self.crossed = self.crossed, self.crossed + 1
         if number == self.fail_at:
             sys.setprofile(None)
-            self.failed = f"{event} of {getattr(arg, '__name__', frame.f_code.co_name)} in {frame.f_code.co_name}, line {frame.f_lineno}"
+            self.failed = (
+                f"{event} of {getattr(arg, '__name__', frame.f_code.co_name)} in {frame.f_code.co_name}, line "
+                f"{frame.f_lineno}"
+            )
             raise self.error(self.failed)
 
     def run(self, call: Callable[[], Any]) -> bool:
-        """True if the call came to its end. A boundary may lie in a destructor or a callback, where Python reports an exception and goes on."""
+        """True if the call came to its end.
+
+        A boundary may lie in a destructor or a callback, where Python reports an exception and goes on.
+        """
         sys.setprofile(self._profile)
         try:
             call()

@@ -14,7 +14,10 @@ from sam_fast.backends.bucket import CHUNK
 from sam_fast.backends.memory import is_dense
 
 RESTRICTED = os.environ.get("SAM_FAST_TEST_BACKENDS", "")
-"""Names of backends, comma-separated: only they are tested, and only by tests that take each backend in turn. Empty: all that can be used here."""
+"""Names of backends, comma-separated: only they are tested, and only by tests that take each backend in turn.
+
+Empty: all that can be used here.
+"""
 
 BACKENDS = [name for name in backends.available() if not RESTRICTED or name in RESTRICTED.split(",")]
 
@@ -33,7 +36,28 @@ def device_of(backend: str) -> str:
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 63, 64, 65, 127, 1009, 4099, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 17, 100_003]
+SIZES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    15,
+    16,
+    17,
+    31,
+    63,
+    64,
+    65,
+    127,
+    1009,
+    4099,
+    CHUNK - 1,
+    CHUNK,
+    CHUNK + 1,
+    2 * CHUNK + 17,
+    100_003,
+]
 """Around one vector, one 64-byte line, one chunk, and odd primes."""
 
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
@@ -43,9 +67,9 @@ EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
     """The relative error that a backend's norm may have.
 
-    cpu and triton square and add in float64: products of float32 numbers are exact there, and what is left is the error of the sums. cuda adds
-    32 squares at a time in float32: six roundings of half an epsilon in the square, half of that in the norm. torch multiplies |w| g in the
-    rows' own dtype (float32 for the 16-bit ones).
+    cpu and triton square and add in float64: products of float32 numbers are exact there, and what is left is the error
+    of the sums. cuda adds 32 squares at a time in float32: six roundings of half an epsilon in the square, half of that
+    in the norm. torch multiplies |w| g in the rows' own dtype (float32 for the 16-bit ones).
     """
     if backend == "torch":
         return 1e-7
@@ -59,7 +83,9 @@ def is_dense_of_a_stand_in(tensor: Any) -> bool:
     return is_dense(torch.empty_strided(tensor.shape, tensor.stride(), device="meta"))
 
 
-def make_params(sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, grads: bool = True) -> list[nn.Parameter]:
+def make_params(
+    sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0, grads: bool = True
+) -> list[nn.Parameter]:
     """Parameters with normal values of sd 0.5, and gradients of sd 0.01, on the default device."""
     generator = torch.Generator().manual_seed(seed)
     params = []
@@ -86,7 +112,9 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(
         x.shape == y.shape
         and x.dtype == y.dtype
-        and torch.equal(x.detach().contiguous().flatten().view(torch.uint8), y.detach().contiguous().flatten().view(torch.uint8))
+        and torch.equal(
+            x.detach().contiguous().flatten().view(torch.uint8), y.detach().contiguous().flatten().view(torch.uint8)
+        )
         for x, y in zip(a, b, strict=True)
     )
 
@@ -94,7 +122,8 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 def same_step(base: type[torch.optim.Optimizer], a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """True if the weights are those of ``base``'s own step: the same bits, but for Adam and AdamW.
 
-    There the fused second step takes correctly rounded square roots; PyTorch takes MKL's, of which one in six is a unit in the last place off.
+    There the fused second step takes correctly rounded square roots; PyTorch takes MKL's, of which one in six is a unit
+    in the last place off.
     """
     if base in (torch.optim.Adam, torch.optim.AdamW):
         return all(torch.allclose(x, y, rtol=1e-6, atol=1e-8) for x, y in zip(a, b, strict=True))
@@ -102,12 +131,15 @@ def same_step(base: type[torch.optim.Optimizer], a: Sequence[Tensor], b: Sequenc
 
 
 class SmallNet(nn.Module):
-    """A convolutional network with BatchNorm, in two groups' worth of layers: small, but with everything that matters."""
+    """A convolutional network with BatchNorm, in two groups' worth of layers: small, but with everything that
+    matters.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 6, 3, padding=1, bias=False),  # a bias before BatchNorm has a gradient of nothing but rounding errors
+            # a bias before BatchNorm has a gradient of nothing but rounding errors
+            nn.Conv2d(1, 6, 3, padding=1, bias=False),
             nn.BatchNorm2d(6),
             nn.ReLU(),
             nn.MaxPool2d(2),

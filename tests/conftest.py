@@ -26,15 +26,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Restricted to some backends, leave out what does not take each of them in turn."""
     if not RESTRICTED:
         return
-    assert set(RESTRICTED.split(",")) == set(BACKENDS), f"SAM_FAST_TEST_BACKENDS={RESTRICTED}, but only these can be used here: {BACKENDS}"
-    kept = [item for item in items if {"backend", "kernels"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("stand_in")]
+    assert set(RESTRICTED.split(",")) == set(BACKENDS), (
+        f"SAM_FAST_TEST_BACKENDS={RESTRICTED}, but only these can be used here: {BACKENDS}"
+    )
+    kept = [
+        item
+        for item in items
+        if {"backend", "kernels"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("stand_in")
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] if device_of(name) == "cuda" else []) for name in BACKENDS])
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if device_of(name) == "cuda" else []) for name in BACKENDS]
+)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that can be used on this machine, by name. Tensors that the test makes are on the backend's device."""
+    """Every backend that can be used on this machine, by name.
+
+    Tensors that the test makes are on the backend's device.
+    """
     with on_device_of(request.param):
         yield request.param
 

@@ -1,7 +1,8 @@
 """Makes Triton's interpreter several times faster, and an older one's fused multiply-add one that rounds once.
 
-Whenever one kernel function calls another, the interpreter looks through all of triton.language for what it has to replace. That was done when the
-kernel was launched, and takes longer than most blocks of a kernel. So here it is done once for each launch.
+Whenever one kernel function calls another, the interpreter looks through all of triton.language for what it has to
+replace. That was done when the kernel was launched, and takes longer than most blocks of a kernel. So here it is done
+once for each launch.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ interpreter._patch_lang = _replace_once
 
 
 class Unmasked:
-    """The accesses without a mask. They are compiled to wide ones, which fault at addresses that are not aligned; the interpreter would not mind.
+    """The accesses without a mask. They are compiled to wide ones, which fault at addresses that are not aligned; the
+    interpreter would not mind.
 
     ``width[n]``: in bytes, for a block of n elements; each width has blocks of its own size.
     """
@@ -45,7 +47,9 @@ class Unmasked:
         self.width = width
         self.found: Counter[int] = Counter()
         for name in ("create_load", "create_store"):
-            monkeypatch.setattr(interpreter.InterpreterBuilder, name, self._watched(getattr(interpreter.InterpreterBuilder, name)))
+            monkeypatch.setattr(
+                interpreter.InterpreterBuilder, name, self._watched(getattr(interpreter.InterpreterBuilder, name))
+            )
 
     def _watched(self, access: Callable[..., Any]) -> Callable[..., Any]:
         def watched(builder: Any, pointers: Any, *args: Any) -> Any:
@@ -59,7 +63,9 @@ class Unmasked:
 
 
 def blocks_by_width(counts: Iterable[int], address: int, width: dict[int, int]) -> Counter[int]:
-    """How many blocks of each width move chunks of ``counts`` elements; ``address``: of everything that is moved, or-ed together."""
+    """How many blocks of each width move chunks of ``counts`` elements; ``address``: of everything that is moved, or-ed
+    together.
+    """
     found: Counter[int] = Counter()
     for count in counts:
         for block, wide in sorted(width.items(), key=lambda item: -item[1]):
@@ -70,7 +76,9 @@ def blocks_by_width(counts: Iterable[int], address: int, width: dict[int, int]) 
 
 
 def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-    """One rounding, for 32 and 16 bits: the product is exact in float64, and a sum rounded to odd there can be rounded again."""
+    """One rounding, for 32 and 16 bits: the product is exact in float64, and a sum rounded to odd there can be rounded
+    again.
+    """
     if z.data.dtype == np.float64:
         return _twice_rounded(self, x, y, z)
     product = np.multiply(x.data, y.data, dtype=np.float64)

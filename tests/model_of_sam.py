@@ -1,7 +1,8 @@
 """A model of the optimizer that is slow and obviously right: what each call must do, from a snapshot taken before it.
 
-Nothing is carried along but the weights at which the step began. The perturbation is computed in float64 by the paper's formula, one parameter at a
-time; the base optimizer's step is taken by a copy of the base optimizer itself, on copies of the parameters.
+Nothing is carried along but the weights at which the step began. The perturbation is computed in float64 by the paper's
+formula, one parameter at a time; the base optimizer's step is taken by a copy of the base optimizer itself, on copies
+of the parameters.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ def wide(x: Tensor) -> Tensor:
 
 
 def as_laid_out(values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` with the strides of ``like``, gaps included: PyTorch's kernels for 16-bit formats round differently where there are gaps."""
+    """``values`` with the strides of ``like``, gaps included: PyTorch's kernels for 16-bit formats round differently
+    where there are gaps.
+    """
     return torch.empty_strided(like.shape, like.stride(), dtype=dtype).copy_(values)
 
 
 def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]]:
-    """The norm, and for each parameter that moves ``w + e`` in float64 (all of them, unmoved, where the norm is not finite)."""
+    """The norm, and for each parameter that moves ``w + e`` in float64 (all of them, unmoved, where the norm is not
+    finite).
+    """
     terms, moving = [], []
     for group in optimizer.param_groups:
         for p in group["params"] if group["perturb"] else []:
@@ -42,7 +47,8 @@ def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]
                 terms.append((t * wide(p.grad)).abs().square().sum())
                 moving.append((p, group, t))
             elif group["adaptive"] and optimizer._perturbation.flatten and not p.isfinite().all():
-                terms.append(torch.tensor(math.nan, dtype=torch.float64))  # docs/guarantees.md: not told from a gradient of zeros
+                # docs/guarantees.md: not told from a gradient of zeros
+                terms.append(torch.tensor(math.nan, dtype=torch.float64))
     norm = float(torch.stack(terms).sum().sqrt()) if terms else 0.0
     finite = norm - norm == 0.0
     results = []
@@ -56,7 +62,8 @@ def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]
 def stepped(optimizer: SAM, weights: list[Tensor], *, widen: bool = False) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """The weights and state after the base optimizer's own step from ``weights`` with the gradients that are there now.
 
-    With ``widen`` the 16-bit formats are stepped in float32 and rounded at the end, as the base optimizer does with ``fused=True``.
+    With ``widen`` the 16-bit formats are stepped in float32 and rounded at the end, as the base optimizer does with
+    ``fused=True``.
     """
     base = copy.deepcopy(optimizer.base_optimizer)
     own = [p for group in base.param_groups for p in group["params"]]
@@ -65,6 +72,10 @@ def stepped(optimizer: SAM, weights: list[Tensor], *, widen: bool = False) -> tu
         twin.data = as_laid_out(w, p, dtype)
         twin.grad = None if p.grad is None else as_laid_out(p.grad.detach(), p.grad, dtype)
         if dtype != p.dtype and twin in base.state:
-            base.state[twin] = {name: value.to(dtype) for name, value in base.state[twin].items() if isinstance(value, Tensor)}
+            base.state[twin] = {
+                name: value.to(dtype) for name, value in base.state[twin].items() if isinstance(value, Tensor)
+            }
     base.step()
-    return [p.detach().to(w.dtype, copy=True) for p, w in zip(own, weights, strict=True)], [base.state.get(p, {}) for p in own]
+    return [p.detach().to(w.dtype, copy=True) for p, w in zip(own, weights, strict=True)], [
+        base.state.get(p, {}) for p in own
+    ]

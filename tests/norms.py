@@ -13,7 +13,10 @@ from sam_fast.random_state import RandomState
 
 
 class MovingNorm(nn.Module):
-    """A norm of somebody's own, with TensorFlow's names, that updates its statistics in place. No torch class but nn.Module in its family."""
+    """A norm of somebody's own, with TensorFlow's names, that updates its statistics in place.
+
+    No torch class but nn.Module in its family.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -29,7 +32,9 @@ class MovingNorm(nn.Module):
 
 
 class ReassigningNorm(nn.Module):
-    """A norm of somebody's own that makes new tensors for its statistics in every forward pass, as much published code does."""
+    """A norm of somebody's own that makes new tensors for its statistics in every forward pass, as much published code
+    does.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -84,7 +89,9 @@ def unchanged(model: nn.Module, before: Sequence[Tensor]) -> bool:
 
 
 def forward_only(model: nn.Module, *xs: Tensor) -> list[Tensor]:
-    """The oracle: the statistics of a copy of ``model`` after ordinary training-mode passes over ``xs``, in plain PyTorch."""
+    """The oracle: the statistics of a copy of ``model`` after ordinary training-mode passes over ``xs``, in plain
+    PyTorch.
+    """
     twin = copy.deepcopy(model)
     for x in xs:
         twin(x)
@@ -92,7 +99,10 @@ def forward_only(model: nn.Module, *xs: Tensor) -> list[Tensor]:
 
 
 class Recorder:
-    """What the first passes of a SAM run saw: weights, batch and random state of each. ``replay`` computes from that what the statistics must be."""
+    """What the first passes of a SAM run saw: weights, batch and random state of each.
+
+    ``replay`` computes from that what the statistics must be.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,4 +1,6 @@
-"""What the tests of several processes have in common: a network, its batches, the loop, and what one process computes by itself."""
+"""What the tests of several processes have in common: a network, its batches, the loop, and what one process computes
+by itself.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ STEPS = 20
 RHO = 0.1
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
-"""In float64: twenty steps whose sums are taken in another order. Each rounds by 1e-16; the runs here part by about 1e-14."""
+"""In float64: twenty steps whose sums are taken in another order.
+
+Each rounds by 1e-16; the runs here part by about 1e-14.
+"""
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Sizes that two processes do not divide; of four one has nothing of the last layer. The first layer is even, as tensor parallelism wants it."""
+    """Sizes that two processes do not divide; of four one has nothing of the last layer.
+
+    The first layer is even, as tensor parallelism wants it.
+    """
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
@@ -33,7 +41,11 @@ def batches(steps: int = STEPS, dtype: torch.dtype = torch.float64) -> list[tupl
     generator = torch.Generator().manual_seed(1)
     scale = torch.linspace(0.5, 2.0, 4, dtype=dtype).repeat_interleave(4)[:, None]
     return [
-        (scale * torch.randn(16, 7, generator=generator, dtype=dtype), torch.randn(16, 3, generator=generator, dtype=dtype)) for _ in range(steps)
+        (
+            scale * torch.randn(16, 7, generator=generator, dtype=dtype),
+            torch.randn(16, 3, generator=generator, dtype=dtype),
+        )
+        for _ in range(steps)
     ]
 
 
@@ -47,7 +59,9 @@ def my_share(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return share(batch, distributed.get_rank(), distributed.get_world_size())
 
 
-def train(model: nn.Module, optimizer: SAM, data: Sequence[tuple[Tensor, Tensor]], sync: bool = True, micro_batches: int = 1) -> None:
+def train(
+    model: nn.Module, optimizer: SAM, data: Sequence[tuple[Tensor, Tensor]], sync: bool = True, micro_batches: int = 1
+) -> None:
     """The loop of the guide; with micro-batches gradients are synchronised with the last of them."""
 
     def one_pass(x: Tensor, y: Tensor) -> None:
@@ -70,7 +84,9 @@ def collectives(call: Callable[[], Any]) -> list[str]:
     """The names of the collectives that ``call`` starts from this thread."""
     with CommDebugMode() as seen:
         call()
-    return [str(operation).rsplit(".", 1)[-1] for operation, count in seen.get_comm_counts().items() for _ in range(count)]
+    return [
+        str(operation).rsplit(".", 1)[-1] for operation, count in seen.get_comm_counts().items() for _ in range(count)
+    ]
 
 
 def weights(model: nn.Module) -> list[Tensor]:
@@ -78,12 +94,16 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in model.parameters()]
 
 
-def one_process(steps: int = STEPS, base: Any = torch.optim.SGD, frozen: Sequence[int] = (), groups: Any = None, **options: Any) -> list[Tensor]:
+def one_process(
+    steps: int = STEPS, base: Any = torch.optim.SGD, frozen: Sequence[int] = (), groups: Any = None, **options: Any
+) -> list[Tensor]:
     """SAM on the whole batch, in one process, by the reference implementation."""
     model = network()
     for index in frozen:
         list(model.parameters())[index].requires_grad_(False)
-    optimizer = ReferenceSAM(model.parameters() if groups is None else groups(model), base, **({"rho": RHO} | (options or SGD)))
+    optimizer = ReferenceSAM(
+        model.parameters() if groups is None else groups(model), base, **({"rho": RHO} | (options or SGD))
+    )
     for x, y in batches(steps):
         for step in (optimizer.first_step, optimizer.second_step):
             mse_loss(model(x), y).backward()
@@ -92,7 +112,8 @@ def one_process(steps: int = STEPS, base: Any = torch.optim.SGD, frozen: Sequenc
 
 
 def each_its_own(replicas: int, steps: int = STEPS) -> list[Tensor]:
-    """m-sharpness: every replica climbs along the gradient of its own share, and their gradients at w + e_r are averaged.
+    """m-sharpness: every replica climbs along the gradient of its own share, and their gradients at w + e_r are
+    averaged.
 
     With stateless calls, and no optimizer but the base: it has nothing in common with what it is compared with.
     """
@@ -109,7 +130,10 @@ def each_its_own(replicas: int, steps: int = STEPS) -> list[Tensor]:
             x, y = share(batch, replica, replicas)
             g = gradient(w, x, y)
             norm = sum((part * part).sum() for part in g).sqrt()
-            climbed = {name: (p + RHO * part / norm).detach().requires_grad_() for (name, p), part in zip(w.items(), g, strict=True)}
+            climbed = {
+                name: (p + RHO * part / norm).detach().requires_grad_()
+                for (name, p), part in zip(w.items(), g, strict=True)
+            }
             second.append(gradient(climbed, x, y))
         for p, *of_all in zip(w.values(), *second, strict=True):
             p.grad = torch.stack(of_all).mean(0)

@@ -1,4 +1,7 @@
-"""SAM in plain PyTorch, one parameter after the other: what users' own situations are compared with. Uses nothing of sam_fast."""
+"""SAM in plain PyTorch, one parameter after the other: what users' own situations are compared with.
+
+Uses nothing of sam_fast.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,14 @@ from torch import Tensor
 class PlainSAM:
     """``w -> w + e`` with each e added in turn, then back to a copy of w and an ordinary step of the base optimizer."""
 
-    def __init__(self, params: Iterable[Any], base: Any = torch.optim.SGD, rho: float = 0.05, adaptive: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base: Any = torch.optim.SGD,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **options: Any,
+    ) -> None:
         self.base = base(list(params), **options)
         self.rho, self.adaptive = rho, adaptive
         self.old: list[tuple[Tensor, Tensor]] = []

@@ -1,6 +1,7 @@
 """Groups of real processes with gloo between them, for the tests of what happens across processes.
 
-They are forked from a server that has imported torch once, and a group lives for as long as its fixture: a check costs what it computes.
+They are forked from a server that has imported torch once, and a group lives for as long as its fixture: a check costs
+what it computes.
 """
 
 from __future__ import annotations
@@ -113,10 +114,16 @@ def group_of(size: int, timeout: float = 30.0) -> Iterator[Group]:
 
 
 def launch(script: Path, arguments: Sequence[str], size: int, folder: Path) -> list[str]:
-    """Run a script as torchrun does, with the variables that it sets, in ``folder``. Returns what each process printed, errors as well."""
+    """Run a script as torchrun does, with the variables that it sets, in ``folder``.
+
+    Returns what each process printed, errors as well.
+    """
     with tempfile.TemporaryDirectory() as outputs:
         port = _free_port()
-        processes = [_context.Process(target=_run_script, args=(str(script), arguments, rank, size, port, folder, outputs)) for rank in range(size)]
+        processes = [
+            _context.Process(target=_run_script, args=(str(script), arguments, rank, size, port, folder, outputs))
+            for rank in range(size)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -135,7 +142,9 @@ def _free_port() -> int:
         return port
 
 
-def _run_script(script: str, arguments: Sequence[str], rank: int, size: int, port: int, folder: Path, outputs: str) -> None:
+def _run_script(
+    script: str, arguments: Sequence[str], rank: int, size: int, port: int, folder: Path, outputs: str
+) -> None:
     descriptor = os.open(f"{outputs}/{rank}", os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -149,7 +158,9 @@ def _run_script(script: str, arguments: Sequence[str], rank: int, size: int, por
 
 def _work(rank: int, size: int, store: str, connection: Connection, timeout: float) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{Path(store)}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{Path(store)}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
     while True:
         try:
             check, args, kwargs = pickle.loads(connection.recv_bytes())

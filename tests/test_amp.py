@@ -56,7 +56,10 @@ def make(backend: str, flatten: bool) -> Make:
 
 
 class Run:
-    """A small network in training, with or without a scaler; the same weights each time. No perturb_eps: the one thing that sees the scale."""
+    """A small network in training, with or without a scaler; the same weights each time.
+
+    No perturb_eps: the one thing that sees the scale.
+    """
 
     def __init__(self, options: dict[str, Any], scaler: torch.amp.GradScaler | None = None, clip: bool = False) -> None:
         torch.manual_seed(1)
@@ -75,7 +78,10 @@ class Run:
         return loss.item()
 
     def step(self, batch: int, first: float | None = None, second: float | None = None) -> float:
-        """One step with this batch; ``first`` and ``second`` are planted in the gradients of their pass. Returns the first loss."""
+        """One step with this batch; ``first`` and ``second`` are planted in the gradients of their pass.
+
+        Returns the first loss.
+        """
         loss = self.backward(*batch_of(batch), first)
         self.optimizer.first_step(zero_grad=True)
         self.backward(*batch_of(batch), second)
@@ -95,7 +101,9 @@ class Run:
         return copy.deepcopy(self.optimizer.state_dict()["state"])
 
 
-def scaler_with(scale: float = 2.0**12, kind: type[torch.amp.GradScaler] = torch.amp.GradScaler, **options: Any) -> torch.amp.GradScaler:
+def scaler_with(
+    scale: float = 2.0**12, kind: type[torch.amp.GradScaler] = torch.amp.GradScaler, **options: Any
+) -> torch.amp.GradScaler:
     return kind(torch.get_default_device().type, init_scale=scale, **options)
 
 
@@ -107,7 +115,7 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
             assert same_bits([value], [other[name]]) if isinstance(value, Tensor) else value == other[name], name
 
 
-# ---- Without an overflow -----------------------------------------------------------------------------------------------------------------
+# ---- Without an overflow ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["", "clip"])
@@ -147,7 +155,11 @@ def test_unscale_is_gradscalers_own_to_the_bit(make: Make) -> None:
 
 
 def test_several_dtypes_are_unscaled(backend: str) -> None:
-    params = [*make_params([5], grads=False), *make_params([7], torch.float64, grads=False), *make_params([3], torch.bfloat16, grads=False)]
+    params = [
+        *make_params([5], grads=False),
+        *make_params([7], torch.float64, grads=False),
+        *make_params([3], torch.bfloat16, grads=False),
+    ]
     optimizer, scaler = SAM(params, lr=1.0, rho=0.0, backend=backend), scaler_with(1024.0)
     before = values(params)
     for call in (optimizer.first_step, lambda: scaler.step(optimizer)):
@@ -157,14 +169,18 @@ def test_several_dtypes_are_unscaled(backend: str) -> None:
     assert same_bits(values(params), [w - 0.5 for w in before])
 
 
-# ---- Overflows ---------------------------------------------------------------------------------------------------------------------------
+# ---- Overflows -------------------------------------------------------------------------------------------------------
 
 
 INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["", "clip"])
-@pytest.mark.parametrize(("first", "second"), [(INF, None), (NAN, None), (None, INF), (INF, NAN)], ids=["first", "first-nan", "second", "both"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(INF, None), (NAN, None), (None, INF), (INF, NAN)],
+    ids=["first", "first-nan", "second", "both"],
+)
 @pytest.mark.parametrize("steps", [0, 3], ids=["at-once", "later"])
 def test_after_an_overflow_everything_is_as_it_was_but_the_scale(
     make: Make, base: dict[str, Any], first: float | None, second: float | None, clip: bool, steps: int
@@ -221,7 +237,9 @@ def test_no_overflow_counts_where_the_gradient_is_not_used(backend: str) -> None
 
 @pytest.mark.parametrize("name", ["sgd-fused", "adamw"])
 def test_without_gradient_synchronisation_only_the_second_pass_decides(make: Make, name: str) -> None:
-    """Another rank has not seen this one's overflow and makes its update; so must this one, once, and at the same scale."""
+    """Another rank has not seen this one's overflow and makes its update; so must this one, once, and at the same
+    scale.
+    """
     runs = [make(BASES[name], scaler_with()) for _ in range(2)]
     for run, plant in zip(runs, (INF, None), strict=True):
         run.step(0)
@@ -250,7 +268,7 @@ def test_a_first_pass_without_synchronisation_that_raised_is_forgotten(make: Mak
     assert run.scaler.get_scale() == 2.0**11
 
 
-# ---- What lies between the scaler and the step -------------------------------------------------------------------------------------------
+# ---- What lies between the scaler and the step -----------------------------------------------------------------------
 
 
 class Subclass(torch.amp.GradScaler):
@@ -281,7 +299,9 @@ def patched(optimizer: SAM, steps: list[float]) -> None:
 
 @pytest.mark.parametrize("kind", [torch.amp.GradScaler, Subclass])
 @pytest.mark.parametrize("wrap", [scheduled, hooked, patched])
-def test_the_scaler_is_found_behind_what_wraps_the_step(wrap: Callable[[SAM, list[float]], None], kind: type[torch.amp.GradScaler]) -> None:
+def test_the_scaler_is_found_behind_what_wraps_the_step(
+    wrap: Callable[[SAM, list[float]], None], kind: type[torch.amp.GradScaler]
+) -> None:
     run = Run(BASES["adamw-fused"], scaler_with(kind=kind))
     wrap(run.optimizer, [])
     run.step(0)
@@ -323,7 +343,9 @@ class Renamed(Foreign, torch.amp.GradScaler):
 
 
 @pytest.mark.parametrize(("kind", "words"), [(Foreign, "not called by"), (Renamed, "_per_optimizer_states")])
-def test_a_scaler_that_cannot_be_told_gets_one_warning_and_still_no_update(kind: type[Foreign], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scaler_that_cannot_be_told_gets_one_warning_and_still_no_update(
+    kind: type[Foreign], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(amp, "_warned", set())
     run, foreign = Run(BASES["adamw-fused"]), kind()
     before = run.weights
@@ -340,7 +362,7 @@ def test_a_scaler_that_cannot_be_told_gets_one_warning_and_still_no_update(kind:
     assert words in str(caught[0].message)
 
 
-# ---- No waiting for the device -----------------------------------------------------------------------------------------------------------
+# ---- No waiting for the device ---------------------------------------------------------------------------------------
 
 
 class Reads(TorchDispatchMode):
@@ -355,7 +377,13 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("sgd-plain", [0, 0, 0]), ("sgd-fused", [1, 0, 0]), ("adamw-fused", [1, 0, 0]), ("sgd", [1, 1, 1]), ("sgd-foreach", [1, 1, 1])],
+    [
+        ("sgd-plain", [0, 0, 0]),
+        ("sgd-fused", [1, 0, 0]),
+        ("adamw-fused", [1, 0, 0]),
+        ("sgd", [1, 1, 1]),
+        ("sgd-foreach", [1, 1, 1]),
+    ],
 )
 def test_a_fused_base_optimizer_decides_on_the_device_once_it_has_its_state(
     make: Make, backend: str, name: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
@@ -379,7 +407,7 @@ def test_a_fused_base_optimizer_decides_on_the_device_once_it_has_its_state(
     assert reads == expected
 
 
-# ---- Misuse and mishaps ------------------------------------------------------------------------------------------------------------------
+# ---- Misuse and mishaps ----------------------------------------------------------------------------------------------
 
 
 def test_a_disabled_scaler_is_no_scaler(make: Make, base: dict[str, Any]) -> None:
@@ -434,7 +462,9 @@ def test_a_base_optimizer_that_raises_keeps_no_scale(make: Make, name: str, monk
     before, seen = run.weights, []
 
     def fail() -> None:
-        seen.append((hasattr(run.optimizer.base_optimizer, "grad_scale"), hasattr(run.optimizer.base_optimizer, "found_inf")))
+        seen.append(
+            (hasattr(run.optimizer.base_optimizer, "grad_scale"), hasattr(run.optimizer.base_optimizer, "found_inf"))
+        )
         raise RuntimeError("base failed")
 
     monkeypatch.setattr(amp, "_is_on_host", lambda _: False)  # as on a device: a fused step is told
@@ -473,10 +503,12 @@ def test_no_gradient_in_the_second_pass(base: dict[str, Any], first: float | Non
     assert run.scaler.get_scale() == (2.0**12 if first is None else 2.0**11)
 
 
-# ---- Autocast ----------------------------------------------------------------------------------------------------------------------------
+# ---- Autocast --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)], ids=["float16", "bfloat16"]
+)
 def test_autocast_follows_float32(make: Make, base: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
     """20 steps: the way that the weights have come differs from float32's by less than the tolerance, relative."""
     options = {**base, "lr": 0.1} if base["base_optimizer"] is SGD else base
@@ -493,7 +525,9 @@ def test_autocast_follows_float32(make: Make, base: dict[str, Any], dtype: torch
 
 
 def test_both_passes_in_one_autocast_region_see_their_own_weights(make: Make) -> None:
-    """Autocast keeps the casts of weights until its region ends: the second pass would be at w, and the step after it at w + e."""
+    """Autocast keeps the casts of weights until its region ends: the second pass would be at w, and the step after it
+    at w + e.
+    """
     inner, outer = make(BASES["sgd"]), make(BASES["sgd"])
     device = torch.get_default_device().type
     inner.autocast = lambda: torch.autocast(device, dtype=torch.bfloat16)

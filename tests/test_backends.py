@@ -23,13 +23,17 @@ def chosen(params, **options) -> list[str]:
 
 
 @cpu_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
+)
 def test_cpu_tensors_take_the_cpu_backend(dtype):
     assert chosen(make_params([10], dtype)) == ["cpu"]
 
 
 @cpu_only
-@pytest.mark.parametrize("tensor", [torch.zeros(4, dtype=torch.complex64), torch.zeros(8)[::2]], ids=["complex", "strided"])
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(4, dtype=torch.complex64), torch.zeros(8)[::2]], ids=["complex", "strided"]
+)
 def test_what_the_kernels_do_not_take_goes_to_torch_without_a_warning(tensor):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -62,7 +66,9 @@ def test_unknown_backend_is_an_error_that_lists_the_known_ones(monkeypatch):
 
 @cpu_only
 @pytest.mark.parametrize(
-    "tensor", [torch.zeros(4, dtype=torch.complex64), torch.zeros(8)[::2], torch.zeros(3, device="meta")], ids=["complex", "strided", "device"]
+    "tensor",
+    [torch.zeros(4, dtype=torch.complex64), torch.zeros(8)[::2], torch.zeros(3, device="meta")],
+    ids=["complex", "strided", "device"],
 )
 def test_forced_backend_that_does_not_take_a_parameter_is_an_error(tensor):
     p = torch.nn.Parameter(tensor)
@@ -124,7 +130,9 @@ def test_the_best_backend_for_a_gpu_is_cuda_then_triton(monkeypatch):
         monkeypatch.setattr(type(backends.BACKENDS[name]), "unusable_on", lambda self, device: None)
         monkeypatch.setattr(type(backends.BACKENDS[name]), "rejects", lambda self, tensor, arithmetic=True: None)
     assert backends.choose(GpuTensor()).name == "cuda"
-    monkeypatch.setattr(type(backends.BACKENDS["cuda"]), "rejects", lambda self, tensor, arithmetic=True: "not this one")
+    monkeypatch.setattr(
+        type(backends.BACKENDS["cuda"]), "rejects", lambda self, tensor, arithmetic=True: "not this one"
+    )
     assert backends.choose(GpuTensor()).name == "triton"
 
 
@@ -138,7 +146,11 @@ def test_old_pytorch_is_reported(monkeypatch):
 def test_instruction_set_can_be_named(isa, fails):
     script = "import torch, sam_fast; print(sam_fast.backends.build_info()['cpu: instruction set in use'])"
     done = subprocess.run(
-        [sys.executable, "-c", script], env={"SAM_FAST_CPU_ISA": isa, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env={"SAM_FAST_CPU_ISA": isa, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode != 0) is fails
     assert (f"'{isa}'" in done.stderr) if fails else (done.stdout.strip() == isa)
@@ -150,7 +162,9 @@ def test_kernels_get_as_many_threads_as_pytorch_has(threads, monkeypatch):
     asked = []
     for name in ("grad_norm", "perturb", "restore"):
         kernel = getattr(backends.cpu._cpu, name)
-        monkeypatch.setattr(backends.cpu._cpu, name, lambda *args, kernel=kernel: (asked.append(args[-1]), kernel(*args))[1])
+        monkeypatch.setattr(
+            backends.cpu._cpu, name, lambda *args, kernel=kernel: (asked.append(args[-1]), kernel(*args))[1]
+        )
     optimizer = SAM(make_params([100]), lr=0.1)
     torch.set_num_threads(threads)
     optimizer.first_step()
@@ -173,7 +187,8 @@ def test_kernels_release_the_interpreter_lock():
     def count() -> None:
         while not done.is_set():
             counted[0] += 1
-            time.sleep(0)  # gives the lock away: the interpreter itself does not take it from a thread within the interval set below
+            # gives the lock away: the interpreter itself does not take it from a thread within the interval set below
+            time.sleep(0)
 
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=count)

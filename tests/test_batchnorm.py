@@ -1,4 +1,6 @@
-"""BatchNormSnapshot and frozen_running_stats: every layer that keeps statistics gets back exactly what it had, every other is left alone."""
+"""BatchNormSnapshot and frozen_running_stats: every layer that keeps statistics gets back exactly what it had, every
+other is left alone.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,14 @@ def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def model() -> nn.Module:
     """Two norm layers that have seen one batch."""
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, momentum=None)))
+    model = nn.Sequential(
+        nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, momentum=None))
+    )
     model(torch.randn(8, 4))
     return model
 
 
-# ---- Every layer that keeps statistics --------------------------------------------------------------------------------------------------------
+# ---- Every layer that keeps statistics -------------------------------------------------------------------------------
 
 
 @every_kind
@@ -79,7 +83,9 @@ def test_a_frozen_pass_computes_what_a_training_pass_computes(kind: Kind) -> Non
 
 
 def test_the_cumulative_average_by_hand() -> None:
-    """momentum=None: the mean of the batch means of the counted passes, 1 and 3; half-counted passes would give something else."""
+    """momentum=None: the mean of the batch means of the counted passes, 1 and 3; half-counted passes would give
+    something else.
+    """
     layer = nn.BatchNorm1d(1, momentum=None)
     for counted in (1.0, 3.0):
         layer(torch.full((4, 1), counted))
@@ -94,7 +100,9 @@ def test_the_cumulative_average_by_hand() -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_sync_batchnorm(training: bool) -> None:
     """It does not run on a CPU in training mode, so its buffers are moved by hand."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))).train(training)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))).train(
+        training
+    )
     assert isinstance(model[1], nn.SyncBatchNorm)
     before = statistics(model)
     with frozen_running_stats(model):
@@ -143,7 +151,7 @@ def test_a_scripted_model() -> None:
     assert unchanged(model, before)
 
 
-# ---- Layers and models to leave alone ---------------------------------------------------------------------------------------------------------
+# ---- Layers and models to leave alone --------------------------------------------------------------------------------
 
 
 def test_a_layer_in_eval_mode_is_left_as_it_is(model: nn.Module) -> None:
@@ -167,7 +175,14 @@ def test_a_layer_in_eval_mode_is_left_as_it_is(model: nn.Module) -> None:
         lambda: nn.InstanceNorm1d(4),  # of one unbatched (4, 3) input
         lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Dropout()),
     ],
-    ids=["identity", "empty", "linear", "batchnorm-without-tracking", "instancenorm-without-tracking", "layernorm-dropout"],
+    ids=[
+        "identity",
+        "empty",
+        "linear",
+        "batchnorm-without-tracking",
+        "instancenorm-without-tracking",
+        "layernorm-dropout",
+    ],
 )
 def test_a_model_without_statistics_is_no_error(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -199,10 +214,15 @@ def test_other_buffers_keep_what_the_frozen_pass_wrote() -> None:
 
 
 def test_nothing_but_values_changes_in_any_module(model: nn.Module) -> None:
-    """No attribute is switched, inside or afterwards: that is why compiled models need no recompilation and nothing can stay off."""
+    """No attribute is switched, inside or afterwards: that is why compiled models need no recompilation and nothing can
+    stay off.
+    """
 
     def attributes() -> list[dict[str, object]]:
-        return [{name: value for name, value in vars(module).items() if name[0] != "_"} | {"keys": list(vars(module))} for module in model.modules()]
+        return [
+            {name: value for name, value in vars(module).items() if name[0] != "_"} | {"keys": list(vars(module))}
+            for module in model.modules()
+        ]
 
     before, buffers, addresses = attributes(), list(model.buffers()), [b.data_ptr() for b in model.buffers()]
     with frozen_running_stats(model):
@@ -213,7 +233,7 @@ def test_nothing_but_values_changes_in_any_module(model: nn.Module) -> None:
     assert [b.data_ptr() for b in model.buffers()] == addresses
 
 
-# ---- Lazy layers, and layers that make their statistics late ----------------------------------------------------------------------------------
+# ---- Lazy layers, and layers that make their statistics late ---------------------------------------------------------
 
 
 def test_a_lazy_layer_that_never_ran_stays_lazy() -> None:
@@ -281,7 +301,7 @@ def test_tracking_switched_on_between_two_frozen_passes_is_covered() -> None:
     assert unchanged(layer, before)
 
 
-# ---- save and restore -------------------------------------------------------------------------------------------------------------------------
+# ---- save and restore ------------------------------------------------------------------------------------------------
 
 
 def test_saving_moves_nothing(model: nn.Module) -> None:
@@ -339,14 +359,16 @@ def test_every_bit_pattern_comes_back() -> None:
     assert unchanged(layer, before)
 
 
-# ---- Statistics that become other tensors in between ------------------------------------------------------------------------------------------
+# ---- Statistics that become other tensors in between -----------------------------------------------------------------
 
 
 def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
+)
 def test_the_model_moves_to_another_dtype_between_save_and_restore(model: nn.Module, dtype: torch.dtype) -> None:
     snapshot, before = BatchNormSnapshot(model), statistics(model)
     snapshot.save()

@@ -43,7 +43,9 @@ class PartsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(144, 9), MovingNorm(9))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(144, 9), MovingNorm(9)
+        )
         self.head = nn.Sequential(ReassigningNorm(9), nn.Linear(9, 10))
 
     def forward(self, x: Tensor) -> Tensor:

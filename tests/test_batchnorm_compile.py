@@ -89,12 +89,23 @@ def closure_after_a_backward(model: nn.Module, compiled: nn.Module, optimizer: S
     optimizer.step(lambda: backward(compiled, x, y))
 
 
-STYLES: list[Step] = [two_calls, two_calls_on_the_inner_model, second_pass, frozen, reference_loop, closure, closure_after_a_backward]
+STYLES: list[Step] = [
+    two_calls,
+    two_calls_on_the_inner_model,
+    second_pass,
+    frozen,
+    reference_loop,
+    closure,
+    closure_after_a_backward,
+]
 
 
 @pytest.fixture(autouse=True)
 def _no_warning() -> Iterator[None]:
-    """PyTorch warns where a compiled model meets global hooks. What other tests have disabled is no longer waited for."""
+    """PyTorch warns where a compiled model meets global hooks.
+
+    What other tests have disabled is no longer waited for.
+    """
     gc.collect()
     _watch.remove()
     assert not torch_module._global_forward_pre_hooks
@@ -149,13 +160,15 @@ def test_switching_momentum_would_have_been_noticed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
+)
 def test_with_inductor() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 10))
     assert_right_and_compiled_once(model, "inductor", second_pass, steps=2)
 
 
-# ---- Where no hook is called: a compiled function around the model ------------------------------------------------------------------------------
+# ---- Where no hook is called: a compiled function around the model ---------------------------------------------------
 
 
 class Registry:
@@ -171,7 +184,9 @@ def run(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def first_passes_alone(model: nn.Module, function: Callable[[Tensor], Tensor], step: Callable[[Tensor, Tensor], None], data: list) -> bool:
+def first_passes_alone(
+    model: nn.Module, function: Callable[[Tensor], Tensor], step: Callable[[Tensor, Tensor], None], data: list
+) -> bool:
     """Train; then the first passes alone, with the same code: whether the statistics are the same."""
     initial = copy.deepcopy(model.state_dict())
     passes = []

@@ -1,4 +1,6 @@
-"""What keeping the statistics right costs: native calls per device and dtype, nothing else once warm, and no model kept alive."""
+"""What keeping the statistics right costs: native calls per device and dtype, nothing else once warm, and no model kept
+alive.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-# ---- Calls -----------------------------------------------------------------------------------------------------------------------------------------
+# ---- Calls -----------------------------------------------------------------------------------------------------------
 
 
 class Calls:
@@ -61,7 +63,9 @@ def test_one_native_call_per_dtype_whatever_the_number_of_layers(layers: int, mo
 
 @cpu_only
 def test_each_further_dtype_costs_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(*[nn.BatchNorm1d(3).to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16) for _ in range(5)])
+    model = nn.Sequential(
+        *[nn.BatchNorm1d(3).to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16) for _ in range(5)]
+    )
     calls = Calls(monkeypatch)
     with frozen_running_stats(model):
         pass
@@ -112,7 +116,7 @@ def test_once_warm_the_kernels_are_all_that_runs(style: str) -> None:
     assert operators.names == []
 
 
-# ---- Nobody keeps a model alive ---------------------------------------------------------------------------------------------------------------
+# ---- Nobody keeps a model alive --------------------------------------------------------------------------------------
 
 
 class HookedNet(nn.Module):
@@ -166,7 +170,9 @@ USES = [use_frozen, use_switches, use_disable_only, use_inner_and_wrapper]
     ],
     ids=["inside-a-model", "the-layer-is-the-model", "layer-with-a-hook-to-its-model", "scripted"],
 )
-def test_a_model_is_freed_when_its_owner_lets_it_go(make: Callable[[], nn.Module], use: Callable[[nn.Module], None]) -> None:
+def test_a_model_is_freed_when_its_owner_lets_it_go(
+    make: Callable[[], nn.Module], use: Callable[[nn.Module], None]
+) -> None:
     model = make()
     use(model)
     alive = [weakref.ref(module) for module in model.modules()]
@@ -175,7 +181,9 @@ def test_a_model_is_freed_when_its_owner_lets_it_go(make: Callable[[], nn.Module
     assert [ref() for ref in alive] == [None] * len(alive)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(3), HookedNet], ids=["the-layer-is-the-model", "layer-with-a-hook-to-its-model"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.BatchNorm1d(3), HookedNet], ids=["the-layer-is-the-model", "layer-with-a-hook-to-its-model"]
+)
 def test_a_snapshot_does_not_keep_its_model_alive(make: Callable[[], nn.Module]) -> None:
     model = make()
     saved = BatchNormSnapshot(model)

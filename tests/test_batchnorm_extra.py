@@ -50,7 +50,9 @@ class KerasNorm(nn.Module):
                 for name, value in (("net/norm/moving_mean", mean), ("net/norm/moving_variance", variance)):
                     self.variables[name].copy_(self.variables[name] * 0.9 + value * 0.1)
                 self.variables["net/seed"] += 1
-        return (x - mean) / (variance + 1e-3).sqrt() * self.variables["net/norm/gamma"] + self.variables["net/norm/beta"]
+        return (x - mean) / (variance + 1e-3).sqrt() * self.variables["net/norm/gamma"] + self.variables[
+            "net/norm/beta"
+        ]
 
 
 class Observer(nn.Module):

@@ -41,7 +41,9 @@ class MixedNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.InstanceNorm2d(4, track_running_stats=True))
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.InstanceNorm2d(4, track_running_stats=True)
+        )
         self.head = nn.Sequential(
             nn.Flatten(),
             nn.Linear(144, 9),
@@ -79,7 +81,9 @@ def reference_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor, end: 
         optimizer.zero_grad()
 
 
-def trained(make: Callable[[], nn.Module], end: str = "second_step", steps: int = 3) -> tuple[nn.Module, SAM, list[Tensor]]:
+def trained(
+    make: Callable[[], nn.Module], end: str = "second_step", steps: int = 3
+) -> tuple[nn.Module, SAM, list[Tensor]]:
     """A model after some steps of the reference's loop, and the statistics that it must have."""
     model = make()
     optimizer, recorder = SAM(model.parameters(), lr=0.1, rho=0.1), Recorder(model)
@@ -341,7 +345,9 @@ def test_what_somebody_changes_stands(make: Callable[[], nn.Module], change: Cal
 
 @every_net
 @every_change
-def test_what_somebody_changes_stands_where_enable_is_never_called(make: Callable[[], nn.Module], change: Callable[[nn.Module], None]) -> None:
+def test_what_somebody_changes_stands_where_enable_is_never_called(
+    make: Callable[[], nn.Module], change: Callable[[nn.Module], None]
+) -> None:
     model = make()
     optimizer = SAM(model.parameters(), lr=0.01)
     disable_running_stats(model)

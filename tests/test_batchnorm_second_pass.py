@@ -51,7 +51,9 @@ def test_second_pass_does_not_count(model: nn.Module, flatten: bool) -> None:
 
 
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
-def test_second_pass_that_raises_puts_statistics_and_weights_back(model: nn.Module, flatten: bool, error: type[BaseException]) -> None:
+def test_second_pass_that_raises_puts_statistics_and_weights_back(
+    model: nn.Module, flatten: bool, error: type[BaseException]
+) -> None:
     optimizer, weights = climbed(model, flatten)
     before = statistics(model)
 

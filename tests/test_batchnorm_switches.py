@@ -1,4 +1,6 @@
-"""disable_running_stats, enable_running_stats, frozen_running_stats: in any order, nested, interrupted, on wrappers and parts."""
+"""disable_running_stats, enable_running_stats, frozen_running_stats: in any order, nested, interrupted, on wrappers and
+parts.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class Interrupted(Exception):
     """Raised in the middle of something."""
 
 
-# ---- disable and enable -----------------------------------------------------------------------------------------------------------------------
+# ---- disable and enable ----------------------------------------------------------------------------------------------
 
 
 def test_disable_then_enable(model: nn.Module) -> None:
@@ -95,7 +97,9 @@ def test_enable_without_disable_changes_nothing(model: nn.Module) -> None:
 
 
 def test_enable_before_the_first_pass_and_disable_before_the_second(model: nn.Module) -> None:
-    """The reference example's order: enable, first pass, disable, second pass, and again; nothing after the last second pass but enable."""
+    """The reference example's order: enable, first pass, disable, second pass, and again; nothing after the last second
+    pass but enable.
+    """
     expected = forward_only(model, batch(1), batch(3))
     for first in (1, 3):
         enable_running_stats(model)
@@ -146,7 +150,7 @@ def test_two_models_are_independent(model: nn.Sequential) -> None:
     assert unchanged(model, before)
 
 
-# ---- Wrappers and parts -----------------------------------------------------------------------------------------------------------------------
+# ---- Wrappers and parts ----------------------------------------------------------------------------------------------
 
 
 class Wrapper(nn.Module):
@@ -162,7 +166,9 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("disable_wrapper", [True, False], ids=["disable-wrapper", "disable-inner"])
 @pytest.mark.parametrize("enable_wrapper", [True, False], ids=["enable-wrapper", "enable-inner"])
-def test_wrapper_and_wrapped_model_are_the_same_to_us(model: nn.Module, disable_wrapper: bool, enable_wrapper: bool) -> None:
+def test_wrapper_and_wrapped_model_are_the_same_to_us(
+    model: nn.Module, disable_wrapper: bool, enable_wrapper: bool
+) -> None:
     wrapper = Wrapper(model)
     before, expected = statistics(model), forward_only(model, batch(2))
     disable_running_stats(wrapper if disable_wrapper else model)
@@ -247,7 +253,7 @@ def test_two_models_in_a_container_that_is_made_for_the_call() -> None:
     assert unchanged(second, before)
 
 
-# ---- frozen_running_stats ---------------------------------------------------------------------------------------------------------------------
+# ---- frozen_running_stats --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [2, 3])
@@ -343,7 +349,7 @@ def test_a_frozen_block_between_disable_and_enable(model: nn.Module) -> None:
     assert unchanged(model, before)
 
 
-# ---- The model itself is not touched ----------------------------------------------------------------------------------------------------------
+# ---- The model itself is not touched ---------------------------------------------------------------------------------
 
 
 def test_a_copy_made_while_disabled_is_an_ordinary_model(model: nn.Module) -> None:

@@ -28,16 +28,23 @@ class MixedNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU(), nn.BatchNorm2d(4, momentum=None))
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.InstanceNorm2d(4, track_running_stats=True),
+            nn.ReLU(),
+            nn.BatchNorm2d(4, momentum=None),
+        )
         self.frozen = nn.BatchNorm2d(4).eval()
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 9), MovingNorm(9), nn.Dropout(), ReassigningNorm(9), nn.Linear(9, 10))
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(4 * 36, 9), MovingNorm(9), nn.Dropout(), ReassigningNorm(9), nn.Linear(9, 10)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.frozen(self.features(x)))
         return out
 
 
-# ---- Ways to train ----------------------------------------------------------------------------------------------------------------------------
+# ---- Ways to train ---------------------------------------------------------------------------------------------------
 
 
 def backward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -135,7 +142,9 @@ def train(model: nn.Module, step: Step, **options: Any) -> Recorder:
 
 @every_style
 @pytest.mark.parametrize("make", [SmallNet, MixedNet])
-def test_statistics_are_those_of_the_first_passes_alone(make: Callable[[], nn.Module], style: Step, backend: str, flatten: bool) -> None:
+def test_statistics_are_those_of_the_first_passes_alone(
+    make: Callable[[], nn.Module], style: Step, backend: str, flatten: bool
+) -> None:
     model = make()
     recorder = train(model, style, backend=backend, flatten=flatten)
     assert unchanged(model, recorder.replay())
@@ -188,7 +197,7 @@ def test_gradient_accumulation_counts_every_micro_batch_once(flatten: bool) -> N
     assert unchanged(model, recorder.replay())
 
 
-# ---- Autograd ---------------------------------------------------------------------------------------------------------------------------------
+# ---- Autograd --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -234,7 +243,9 @@ def test_a_statistic_that_backward_needs_is_not_overwritten() -> None:
 
 
 class ScaledByMean(nn.Module):
-    """Updates its statistic in place and computes with it, as BatchRenorm and online norms do: backward needs the value at that time."""
+    """Updates its statistic in place and computes with it, as BatchRenorm and online norms do: backward needs the value
+    at that time.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -246,7 +257,9 @@ class ScaledByMean(nn.Module):
 
 
 def test_backward_after_the_frozen_block_is_never_a_wrong_gradient() -> None:
-    """A statistic that was changed in place and is put back: an error, as invariant 5 has it for weights, or the right gradient."""
+    """A statistic that was changed in place and is put back: an error, as invariant 5 has it for weights, or the right
+    gradient.
+    """
     model = ScaledByMean(3)
     x = torch.randn(8, 3, requires_grad=True)
     (expected,) = torch.autograd.grad(ScaledByMean(3)(x).sum(), x)

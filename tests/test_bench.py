@@ -20,11 +20,21 @@ from bench.test_ops import contender_of
 from sam_fast import SAM
 
 ROOT = Path(__file__).parent.parent
-MACHINE = {"kind": "cpu", "device": "d", "threads": "2", "instruction set": "avx2", "torch": "t", "date": "2026-01-01T00:00", "commit": "c" * 40}
+MACHINE = {
+    "kind": "cpu",
+    "device": "d",
+    "threads": "2",
+    "instruction set": "avx2",
+    "torch": "t",
+    "date": "2026-01-01T00:00",
+    "commit": "c" * 40,
+}
 
 
 def run_with(slower: float = 1.0, seed: int = 0, noise: float = 0.05, machine: float = 1.0) -> Run:
-    """A run whose machine wobbles by half, for all contenders of a round alike, and whose timings carry some noise of their own."""
+    """A run whose machine wobbles by half, for all contenders of a round alike, and whose timings carry some noise of
+    their own.
+    """
     draw = random.Random(seed)
 
     def rounds(*seconds: float) -> list[list[float]]:
@@ -32,9 +42,14 @@ def run_with(slower: float = 1.0, seed: int = 0, noise: float = 0.05, machine: f
         return [[s * w * draw.uniform(1, 1 + noise) for w in wobble] for s in seconds]
 
     ours, reference, copy = rounds(1e-3 * slower, 4e-3, 5e-4)
-    step = Record("first_step, SGD", "resnet50", "sam_fast", {"sam_fast": ours, REFERENCE: reference}, 1000, 20_000, copy, 20_000)
+    step = Record(
+        "first_step, SGD", "resnet50", "sam_fast", {"sam_fast": ours, REFERENCE: reference}, 1000, 20_000, copy, 20_000
+    )
     other, reference = rounds(2e-3, 4e-3)
-    return Run(MACHINE, [step, Record("optimizer step, SGD", "resnet50", "sam_fast", {"sam_fast": other, REFERENCE: reference}, 1000)])
+    return Run(
+        MACHINE,
+        [step, Record("optimizer step, SGD", "resnet50", "sam_fast", {"sam_fast": other, REFERENCE: reference}, 1000)],
+    )
 
 
 def test_the_median_s_interval_is_the_textbook_s():
@@ -52,7 +67,11 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_a_planted_slowdown_of_a_quarter_is_a_regression_and_nothing_else_is(tmp_path, capsys):
-    for name, run in (("base", run_with()), ("head", run_with(1.25, seed=1, machine=1.3)), ("same", run_with(seed=2, machine=0.7))):
+    for name, run in (
+        ("base", run_with()),
+        ("head", run_with(1.25, seed=1, machine=1.3)),
+        ("same", run_with(seed=2, machine=0.7)),
+    ):
         run.save(tmp_path / f"{name}.json")
     base, head, same = (str(tmp_path / f"{name}.json") for name in ("base", "head", "same"))
     assert compare.main([base, same]) == 0
@@ -110,7 +129,10 @@ def test_every_baseline_makes_sam_s_step(name, adaptive):
 def test_a_round_times_every_stage_of_every_contender_once():
     calls: list[str] = []
     stages = {"one": lambda: calls.append("a1"), "two": lambda: calls.append("a2")}
-    contenders = {"a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")), "b": Contender(lambda: calls.append("b"))}
+    contenders = {
+        "a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")),
+        "b": Contender(lambda: calls.append("b")),
+    }
     times, _ = measure(Machine("cpu"), contenders, Plan(0.0, (4, 4)))
     assert {stage: {name: len(v) for name, v in by_name.items()} for stage, by_name in times.items()} == {
         "one": {"a": 4},
@@ -123,7 +145,10 @@ def test_a_round_times_every_stage_of_every_contender_once():
 
 
 class FakeGpu(Rehearsal):
-    """A device that does what it is told and writes down what that was. ``late``: it wakes up before everything is launched."""
+    """A device that does what it is told and writes down what that was.
+
+    ``late``: it wakes up before everything is launched.
+    """
 
     def __init__(self, late: bool) -> None:
         self.calls: list[object] = []
@@ -174,7 +199,10 @@ def test_where_the_head_start_is_too_short_the_kernels_are_added_up(late):
 
 def test_head_starts_are_as_long_as_they_must_be_and_said_in_the_record():
     problem = Problem(make_params([[30, 7], [11]]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    ours, reference = sam_fast(problem).contender(problem.gradients()), MAKERS[REFERENCE](problem).contender(problem.gradients())
+    ours, reference = (
+        sam_fast(problem).contender(problem.gradients()),
+        MAKERS[REFERENCE](problem).contender(problem.gradients()),
+    )
     assert (ours.head_start, reference.head_start) == (OURS, BASELINE) == (3e-3, 20e-3)
     record = Bench("rehearsal").run("g", "c", {"sam_fast": ours, "reference": reference}, elements=221)[0]
     assert record.facts["timed by"] == {"sam_fast": "events, 3 ms head start", "reference": "events, 20 ms head start"}
@@ -201,7 +229,17 @@ def test_the_profiler_s_kernels_are_counted():
 
 def record_at(share: float, group: str, device: str = "cuda") -> Record:
     """Whose target moves bytes at this share of the copy's bandwidth."""
-    return Record(group, "resnet50", "cuda", {"cuda": [1.0 / share] * 9, "torch copy_": [0.01] * 9}, 1, 100, [1.0] * 9, 100, {"device": device})
+    return Record(
+        group,
+        "resnet50",
+        "cuda",
+        {"cuda": [1.0 / share] * 9, "torch copy_": [0.01] * 9},
+        1,
+        100,
+        [1.0] * 9,
+        100,
+        {"device": device},
+    )
 
 
 def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
@@ -213,14 +251,18 @@ def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
     run = Run.load(tmp_path / "run.json")
     assert [r.group for r in run.records] == [r.group for r in right]
     assert [text.partition(",")[0] for text in run.left_out] == ["op restore_sgd", "first_step"]
-    assert "| 140 %" not in "\n".join(line for line in report.markdown(run_with(), run).splitlines() if "first_step" in line)
+    assert "| 140 %" not in "\n".join(
+        line for line in report.markdown(run_with(), run).splitlines() if "first_step" in line
+    )
 
 
 def test_a_benchmark_with_a_figure_that_cannot_be_right_fails():
     bench = Bench("rehearsal")
     elements = 100 * COPY_BYTES["cpu"]
     with pytest.raises(AssertionError, match=r"op perturb \| big: invalid, an error in the measurement: sam_fast at"):
-        bench.run("op perturb", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=16 * elements)
+        bench.run(
+            "op perturb", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=16 * elements
+        )
     assert bench.records[0].invalid()
     bench.run("op grad_norm", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=4 * elements)
 
@@ -229,14 +271,20 @@ def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
     bench = Bench("rehearsal")
     bench.machine.cache_bytes = 1
     run = {"first_step": lambda: None, "second_step": lambda: None}
-    records = bench.run("g", "c", {"a": Contender(run)}, elements=1, bytes_moved={"first_step": 9, "second_step": 10}, total="all")
+    records = bench.run(
+        "g", "c", {"a": Contender(run)}, elements=1, bytes_moved={"first_step": 9, "second_step": 10}, total="all"
+    )
     assert {r.group: r.bytes_moved for r in records} == {"all, g": None, "first_step, g": None, "second_step, g": 10}
     assert COPY not in records[0].rounds
 
 
 @pytest.mark.parametrize(
     ("op", "base", "options"),
-    [("restore_sgd", torch.optim.SGD, {}), ("restore_sgd", torch.optim.AdamW, {}), ("restore_adam", torch.optim.SGD, {"momentum": 0.9})],
+    [
+        ("restore_sgd", torch.optim.SGD, {}),
+        ("restore_sgd", torch.optim.AdamW, {}),
+        ("restore_adam", torch.optim.SGD, {"momentum": 0.9}),
+    ],
 )
 def test_an_operation_is_timed_with_its_own_base_optimizer(op, base, options):
     problem = Problem(make_params([[300, 7], [11], []]), base, {"lr": 1e-4, **options})
@@ -280,13 +328,33 @@ def test_targets_that_were_not_measured_say_so():
 def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     """A few cases with tiny shapes, as `make bench` runs them; then everything that bench.report makes of them."""
     saved = tmp_path / "run.json"
-    select = "(test_optimizer_step and SGD-efficientnet) or (test_op and grad_norm-float32-resnet50) or (test_batchnorm_snapshot and 53)"
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--smoke", "-k", select]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist: it disables benchmarks
-    done = subprocess.run([*command, "--save", str(saved)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    select = (
+        "(test_optimizer_step and SGD-efficientnet) or (test_op and grad_norm-float32-resnet50) or "
+        "(test_batchnorm_snapshot and 53)"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "-q",
+        "--benchmark-only",
+        "-p",
+        "no:cacheprovider",
+        "--smoke",
+        "-k",
+        select,
+    ]
+    # of xdist: it disables benchmarks
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, "--save", str(saved)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = Run.load(saved)
-    assert {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "op grad_norm"} <= {r.group for r in run.records}
+    assert {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "op grad_norm"} <= {
+        r.group for r in run.records
+    }
     assert run.machine["selection"] == "smoke"
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

@@ -41,7 +41,10 @@ class Loop:
         return call
 
     def plain_step(self, first: int, second: int | None = None) -> None:
-        for step, advance in ((first, self.plain.first_step), (first if second is None else second, self.plain.second_step)):
+        for step, advance in (
+            (first, self.plain.first_step),
+            (first if second is None else second, self.plain.second_step),
+        ):
             mse_loss(self.twin(self.data[step][0]), self.data[step][1]).backward()
             advance()
 
@@ -206,7 +209,7 @@ def test_a_copy_keeps_the_mode():
     assert len(calls) == 2
 
 
-# ---- Closures of Lightning's automatic optimization ----------------------------------------------------------------------------------------
+# ---- Closures of Lightning's automatic optimization ------------------------------------------------------------------
 
 
 class LightningLike:
@@ -229,7 +232,9 @@ def test_a_lightning_closure_is_called_for_both_whatever_is_left_over():
     loop = Loop()
     for step in range(4):
         saliency(loop)
-        loop.optimizer.step(partial(wrapped, loop.model, loop.optimizer, LightningLike(loop.closure(step), loop.model.zero_grad)))
+        loop.optimizer.step(
+            partial(wrapped, loop.model, loop.optimizer, LightningLike(loop.closure(step), loop.model.zero_grad))
+        )
         loop.plain_step(step)
     assert loop.off() < CLOSE
 

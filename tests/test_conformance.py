@@ -1,4 +1,7 @@
-"""SAM goes through what torch holds its own optimizers to. Wherever it can be, the oracle is torch's own optimizer on the same calls."""
+"""SAM goes through what torch holds its own optimizers to.
+
+Wherever it can be, the oracle is torch's own optimizer on the same calls.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,11 @@ def info(index: int) -> Any:
 
 def test_every_optimizer_of_torch_is_covered() -> None:
     """A new one in torch must be tried, or refused with a reason."""
-    known = {name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)} - {"Optimizer"}
+    known = {
+        name
+        for name, cls in vars(torch.optim).items()
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+    } - {"Optimizer"}
     assert {info.name for info in optimizer_infos()} == known - set(REFUSED)
     assert len(optimizer_infos()) == 12
 
@@ -64,7 +71,7 @@ def plain_step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], see
     optimizer.step()
 
 
-# ---- Constructor ---------------------------------------------------------------------------------------------------------------------------
+# ---- Constructor -----------------------------------------------------------------------------------------------------
 
 
 @each_optimizer
@@ -105,7 +112,9 @@ def leaf() -> nn.Parameter:
     ],
     ids=["set", "not a leaf", "array", "string", "half named", "no dict", "no params"],
 )
-def test_a_group_that_torch_refuses_is_refused_alike(base: type[torch.optim.Optimizer], entry: Callable[[], Any]) -> None:
+def test_a_group_that_torch_refuses_is_refused_alike(
+    base: type[torch.optim.Optimizer], entry: Callable[[], Any]
+) -> None:
     plain, optimizer = base([leaf()], lr=0.1), SAM([leaf()], base, lr=0.1)
     with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever torch raises
         plain.add_param_group(entry())
@@ -118,15 +127,20 @@ def test_a_group_that_torch_refuses_is_refused_alike(base: type[torch.optim.Opti
             SAM([entry()], base, lr=0.1)
 
 
-# ---- Every optimizer with every option -----------------------------------------------------------------------------------------------------
+# ---- Every optimizer with every option -------------------------------------------------------------------------------
 
 
 @each_optimizer
 def test_every_option_steps_as_torchs_own(info: Any, flatten: bool) -> None:
-    """Learning rates in tensors, weight decay, maximize, momentum...: restored weights and the second gradient give the base optimizer's own step."""
+    """Learning rates in tensors, weight decay, maximize, momentum...: restored weights and the second gradient give the
+    base optimizer's own step.
+    """
     for case in info.optim_inputs_func("cpu"):
         params, own = two_dimensional(), two_dimensional()
-        optimizer, plain = SAM(params, info.optim_cls, flatten=flatten, **case.kwargs), info.optim_cls(own, **case.kwargs)
+        optimizer, plain = (
+            SAM(params, info.optim_cls, flatten=flatten, **case.kwargs),
+            info.optim_cls(own, **case.kwargs),
+        )
         for seed in range(3):
             sam_step(optimizer, params, seed)
             plain_step(plain, own, seed)
@@ -135,7 +149,9 @@ def test_every_option_steps_as_torchs_own(info: Any, flatten: bool) -> None:
 
 @each_optimizer
 def test_a_state_dict_determines_what_follows(info: Any, flatten: bool) -> None:
-    """Saved with weights_only=True, loaded into a new optimizer: the same state dict, and the same bits from there on."""
+    """Saved with weights_only=True, loaded into a new optimizer: the same state dict, and the same bits from there
+    on.
+    """
     for case in info.optim_inputs_func("cpu")[-2:]:
         params = two_dimensional()
         optimizer = SAM(params, info.optim_cls, flatten=flatten, **case.kwargs)
@@ -158,7 +174,9 @@ def test_a_state_dict_determines_what_follows(info: Any, flatten: bool) -> None:
 
 @each_optimizer
 def test_an_older_state_dict_loads(info: Any) -> None:
-    """One from before the optimizer had some of its options, and before it was SAM's: they take the constructor's values."""
+    """One from before the optimizer had some of its options, and before it was SAM's: they take the constructor's
+    values.
+    """
     params = two_dimensional()
     optimizer = SAM(params, info.optim_cls)
     sam_step(optimizer, params, 0)
@@ -177,7 +195,10 @@ def test_an_older_state_dict_loads(info: Any) -> None:
 
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])
 def test_step_counters_that_are_numbers_load(base: type[torch.optim.Optimizer]) -> None:
-    """As state dicts of PyTorch before 1.12 have them. The fused second step takes what the base optimizer makes of them."""
+    """As state dicts of PyTorch before 1.12 have them.
+
+    The fused second step takes what the base optimizer makes of them.
+    """
     params = two_dimensional()
     optimizer = SAM(params, base, lr=0.01)
     sam_step(optimizer, params, 0)
@@ -250,12 +271,14 @@ def test_schedulers_of_torch_give_the_same_learning_rates() -> None:
                     sam_step(optimizer, params, step)
                     plain_step(plain, own, step)
                     for scheduler in (*schedulers, *expected):
-                        scheduler.step(*[1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else [])
+                        scheduler.step(
+                            *[1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []
+                        )
                     assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
             assert same_step(info.optim_cls, params, own), info.name
 
 
-# ---- Parameters of every kind --------------------------------------------------------------------------------------------------------------
+# ---- Parameters of every kind ----------------------------------------------------------------------------------------
 
 
 @bases
@@ -266,7 +289,11 @@ def test_learning_rate_and_weight_decay_of_each_group(base: type[torch.optim.Opt
     def groups(of: list[nn.Parameter]) -> list[dict[str, Any]]:
         return [{"params": of[:1], "lr": 0.3, "weight_decay": 0.1}, {"params": of[1:2]}]
 
-    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.02, **({"momentum": 0.9} if base is torch.optim.SGD else {})}
+    options: dict[str, Any] = {
+        "lr": 0.01,
+        "weight_decay": 0.02,
+        **({"momentum": 0.9} if base is torch.optim.SGD else {}),
+    }
     optimizer, plain = SAM(groups(params), base, flatten=flatten, **options), base(groups(own), **options)
     for step in range(6):
         if step == 3:
@@ -311,13 +338,17 @@ def test_parameters_that_are_not_contiguous(base: type[torch.optim.Optimizer], b
     if backend != "torch" and not flatten:
         del kinds[2]
     params, own = [nn.Parameter(t) for t in kinds], [nn.Parameter(t.contiguous().clone()) for t in kinds]
-    optimizer, plain = SAM(params, base, lr=0.1, backend=backend, flatten=flatten), SAM(own, base, lr=0.1, backend=backend, flatten=flatten)
+    optimizer, plain = (
+        SAM(params, base, lr=0.1, backend=backend, flatten=flatten),
+        SAM(own, base, lr=0.1, backend=backend, flatten=flatten),
+    )
     for step in range(3):
         give(params, step)
         give(own, step)
         optimizer.first_step()
         plain.first_step()
-        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(params, own, strict=True))  # the norm is summed in another order
+        # the norm is summed in another order
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(params, own, strict=True))
         give(params, 50 + step)
         give(own, 50 + step)
         optimizer.second_step()
@@ -375,7 +406,7 @@ def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
     assert torch.equal(row[tail], torch.ones_like(row[tail]))
 
 
-# ---- Hooks and printing --------------------------------------------------------------------------------------------------------------------
+# ---- Hooks and printing ----------------------------------------------------------------------------------------------
 
 
 def with_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -385,11 +416,21 @@ def with_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
     optimizer.register_step_pre_hook(lambda *_: seen.append("step-pre-2"))
     optimizer.register_step_post_hook(lambda *_: seen.append("step-post"))
     optimizer.register_step_post_hook(lambda *_: seen.append("step-post-2"))
-    for name, arguments in (("state_dict_pre", 1), ("state_dict_post", 2), ("load_state_dict_pre", 2), ("load_state_dict_post", 1)):
+    for name, arguments in (
+        ("state_dict_pre", 1),
+        ("state_dict_post", 2),
+        ("load_state_dict_pre", 2),
+        ("load_state_dict_post", 1),
+    ):
         register = getattr(optimizer, f"register_{name}_hook")
         for number, prepend in ((1, False), (2, True)):
             text = f"{name}-{number}"
-            register((lambda o, text=text: seen.append(text)) if arguments == 1 else (lambda o, d, text=text: seen.append(text)), prepend=prepend)
+            register(
+                (lambda o, text=text: seen.append(text))
+                if arguments == 1
+                else (lambda o, d, text=text: seen.append(text)),
+                prepend=prepend,
+            )
     return seen
 
 
@@ -432,7 +473,9 @@ def test_a_hook_that_returns_another_state_dict_is_obeyed() -> None:
 
 @bases
 def test_repr_has_every_line_of_the_base_optimizers(base: type[torch.optim.Optimizer]) -> None:
-    lines = set(repr(SAM([{"params": make_params([3])}, {"params": make_params([2]), "lr": 0.5}], base, lr=0.1)).splitlines())
+    lines = set(
+        repr(SAM([{"params": make_params([3])}, {"params": make_params([2]), "lr": 0.5}], base, lr=0.1)).splitlines()
+    )
     own = repr(base([{"params": make_params([3])}, {"params": make_params([2]), "lr": 0.5}], lr=0.1)).splitlines()
     assert set(own[1:]) <= lines
 

@@ -1,4 +1,6 @@
-"""The CUDA sources, compiled for every generation with nvcc, and what the machine code shows: no spills, 16-byte accesses, few registers."""
+"""The CUDA sources, compiled for every generation with nvcc, and what the machine code shows: no spills, 16-byte
+accesses, few registers.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,24 @@ OPERATIONS = ["grad_norm", "perturb", "copy", *STEPS]
 DTYPES = {"float32": "Native<float>", "float64": "Native<double>", "bfloat16": "bf16", "float16": "f16"}
 
 KERNELS = {"copy": 6, "grad_norm": 12}
-"""How many there are: dtypes, or directions, by three sizes of arguments. The others: also with stochastic rounding, for the 16-bit dtypes."""
+"""How many there are: dtypes, or directions, by three sizes of arguments.
+
+The others: also with stochastic rounding, for the 16-bit dtypes.
+"""
 
 MAX_REGISTERS = 80
-"""3 blocks of 256 threads on a multiprocessor of 65,536 registers: what kBlocksPerProcessor in csrc/cuda/arguments.h promises."""
+"""3 blocks of 256 threads on a multiprocessor of 65,536 registers: what kBlocksPerProcessor in csrc/cuda/arguments.h
+promises.
+"""
 
 
 def find(tool: str) -> str | None:
     """A CUDA tool: in CUDA_HOME, on the PATH or, for the binary tools, in Triton's wheel."""
-    places = [os.path.join(os.environ.get("CUDA_HOME", "/nonexistent"), "bin"), os.environ["PATH"], "/usr/local/cuda/bin"]
+    places = [
+        os.path.join(os.environ.get("CUDA_HOME", "/nonexistent"), "bin"),
+        os.environ["PATH"],
+        "/usr/local/cuda/bin",
+    ]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.submodule_search_locations:
         places += [str(Path(place) / "backends" / "nvidia" / "bin") for place in triton.submodule_search_locations]
@@ -38,7 +49,9 @@ def find(tool: str) -> str | None:
 
 NVCC, CUOBJDUMP = find("nvcc"), find("cuobjdump")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="NOT CHECKED: there is no nvcc, the CUDA kernels are not compiled")
-needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="NOT CHECKED: there is no cuobjdump, the machine code is not looked at")
+needs_cuobjdump = pytest.mark.skipif(
+    CUOBJDUMP is None, reason="NOT CHECKED: there is no cuobjdump, the machine code is not looked at"
+)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +62,15 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pa
     def compile_one(case: tuple[str, str]) -> Path:
         operation, architecture = case
         out = folder / f"{operation}_{architecture}.cubin"
-        command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
+        command = [
+            str(NVCC),
+            "-std=c++17",
+            "-O3",
+            f"-arch=sm_{architecture}",
+            "-fmad=false",
+            "-Werror=all-warnings",
+            "-Xcompiler=-Wall,-Wextra",
+        ]
         source = "step" if operation in STEPS else operation
         command += [f"-DSAM_STEP={operation}"] if operation in STEPS else []
         command += ["-cubin", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(out)]
@@ -115,10 +136,11 @@ def by_bytes(found: Counter[str], kind: str) -> dict[int, int]:
 @pytest.mark.parametrize("architecture", ["90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
-    """At least. perturb: 4 vectors of w and of g in, 4 of the backup and of w out, for SAM and once more for ASAM. grad_norm: 4 of g, and 4 of g
-    and w.
+    """At least. perturb: 4 vectors of w and of g in, 4 of the backup and of w out, for SAM and once more for ASAM.
+    grad_norm: 4 of g, and 4 of g and w.
 
-    Sgd: 2 of the backup, of g and of the momentum in, 2 of w and of the momentum out. Adam: 1 each of five in, of four out.
+    Sgd: 2 of the backup, of g and of the momentum in, 2 of w and of the momentum out. Adam: 1 each of five in, of four
+        out.
     """
     for name, code in functions(cubins["perturb", architecture]).items():
         if DTYPES[dtype] in name:
@@ -163,8 +185,8 @@ def test_tensors_at_any_address_take_the_widest_accesses_that_suit_them(cubins, 
 @pytest.mark.slow
 @each
 def test_memory_is_reached_by_global_accesses_and_nothing_is_fused(cubins, operation, architecture):
-    """Generic and local accesses are slower. A fused multiply-add where none is written would make the result differ from the CPU's (float64
-    divisions use it inside). In steps it is written, as on the CPU."""
+    """Generic and local accesses are slower. A fused multiply-add where none is written would make the result differ
+    from the CPU's (float64 divisions use it inside). In steps it is written, as on the CPU."""
     for name, code in functions(cubins[operation, architecture]).items():
         assert not [access for access in accesses(code) if access.startswith(("LD.", "ST.", "LDL", "STL"))]
         if operation in STEPS and "Native<double>" not in name:

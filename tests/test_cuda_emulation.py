@@ -1,4 +1,6 @@
-"""What the emulation of the CUDA kernels (tests/cuda_emulation) shows beyond `make test-cuda`; each case builds it or takes minutes."""
+"""What the emulation of the CUDA kernels (tests/cuda_emulation) shows beyond `make test-cuda`; each case builds it or
+takes minutes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CSRC = TESTS.parent / "csrc"
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="NOT CHECKED: needs g++ and nm to build the emulation"),
+    pytest.mark.skipif(
+        not (shutil.which("g++") and shutil.which("nm")), reason="NOT CHECKED: needs g++ and nm to build the emulation"
+    ),
 ]
 
 
@@ -33,9 +37,26 @@ def build(out: Path, csrc: Path = CSRC) -> Path:
 
 
 def run(module: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "cuda_emulation.plugin", *arguments]
-    env = {"SAM_FAST_EMULATED_CUDA": str(module), "SAM_FAST_TEST_BACKENDS": "cuda", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=TESTS, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=900)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "cuda_emulation.plugin",
+        *arguments,
+    ]
+    env = {
+        "SAM_FAST_EMULATED_CUDA": str(module),
+        "SAM_FAST_TEST_BACKENDS": "cuda",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    return subprocess.run(
+        command, cwd=TESTS, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=900
+    )
 
 
 def test_as_many_blocks_as_on_a_large_gpu(tmp_path):
@@ -46,7 +67,10 @@ def test_as_many_blocks_as_on_a_large_gpu(tmp_path):
 
 
 def test_shared_memory_that_a_block_has_not_written_is_noticed(tmp_path):
-    """Only the first block writes the scales. Where shared memory is kept from block to block, the others read what it wrote, and all tests pass."""
+    """Only the first block writes the scales.
+
+    Where shared memory is kept from block to block, the others read what it wrote, and all tests pass.
+    """
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     source = csrc / "cuda" / "perturb.cu"

@@ -1,4 +1,6 @@
-"""DistributedDataParallel, with real processes: both meanings of the perturbation, DDP's options, and what happens when a process fails."""
+"""DistributedDataParallel, with real processes: both meanings of the perturbation, DDP's options, and what happens when
+a process fails.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 from cases import same_bits, values
-from parallel import RHO, SGD, TOLERANCE, batches, collectives, each_its_own, my_share, network, one_process, train, weights
+from parallel import (
+    RHO,
+    SGD,
+    TOLERANCE,
+    batches,
+    collectives,
+    each_its_own,
+    my_share,
+    network,
+    one_process,
+    train,
+    weights,
+)
 from processes import group_of
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -25,7 +39,7 @@ def equal(found: list[list[Tensor]], expected: list[Tensor]) -> None:
     torch.testing.assert_close(found[0], expected, **TOLERANCE)
 
 
-# ---- Both meanings -----------------------------------------------------------------------------------------------------------------------
+# ---- Both meanings ---------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -41,7 +55,10 @@ def trained(sync: bool, flatten: bool = False, micro_batches: int = 1, steps: in
     optimizer = SAM(model.parameters(), rho=RHO, flatten=flatten, **SGD)
     data = [my_share(batch) for batch in batches(steps)]
     if options.get("static_graph") and not sync:
-        with pytest.raises(ValueError, match=r"static_graph.*sync=True in the first step"), optimizer.first_pass(model, sync=False):
+        with (
+            pytest.raises(ValueError, match=r"static_graph.*sync=True in the first step"),
+            optimizer.first_pass(model, sync=False),
+        ):
             raise AssertionError("not reached")
         mse_loss(model(data[0][0]), data[0][1]).backward()
         optimizer.zero_grad()
@@ -88,11 +105,13 @@ def test_after_200_local_steps_all_processes_hold_the_same_bits(four):
     assert all(same_bits(of_rank, found[0]) for of_rank in found)
 
 
-# ---- Communication -----------------------------------------------------------------------------------------------------------------------
+# ---- Communication ---------------------------------------------------------------------------------------------------
 
 
 def all_reduces(sync: bool | None) -> tuple[int, list[str]]:
-    """How many gradients DDP has reduced in two passes of SAM (or of nothing but the passes), and what the two steps communicate."""
+    """How many gradients DDP has reduced in two passes of SAM (or of nothing but the passes), and what the two steps
+    communicate.
+    """
     model = DistributedDataParallel(network(), bucket_cap_mb=1e9)
     count = 0
 
@@ -121,7 +140,7 @@ def test_the_steps_communicate_nothing(two):
     assert two.run(all_reduces, False) == [(6, [])] * 2
 
 
-# ---- Unused parameters, BatchNorm ------------------------------------------------------------------------------------------------------
+# ---- Unused parameters, BatchNorm ------------------------------------------------------------------------------------
 
 
 class Branches(nn.Module):
@@ -137,8 +156,12 @@ class Branches(nn.Module):
         return out
 
 
-def branches(sync: bool, used: list[tuple[int, int]], set_to_none: bool = True) -> tuple[list[Tensor], list[bool], list[bool]]:
-    """A step whose passes use these branches, by rank; the weights, which of them first_step moved, and which the whole step has changed."""
+def branches(
+    sync: bool, used: list[tuple[int, int]], set_to_none: bool = True
+) -> tuple[list[Tensor], list[bool], list[bool]]:
+    """A step whose passes use these branches, by rank; the weights, which of them first_step moved, and which the whole
+    step has changed.
+    """
     inner = Branches()
     model = DistributedDataParallel(inner, find_unused_parameters=True)
     optimizer = SAM(model.parameters(), rho=RHO, lr=0.1)
@@ -223,7 +246,10 @@ def test_statistics_are_those_of_the_first_passes(two, sync, broadcast):
     gap = (found[0][0][-1][0] - found[1][0][-1][0]).abs().max()
     assert gap > 0
     first, second = ([of_rank[1][i][0] for of_rank in found] for i in (0, 1))
-    started = [(new - 0.7 * old).sub(found[0][1][1][0] - 0.7 * found[0][1][0][0]) for new, old in zip(second, first, strict=True)]
+    started = [
+        (new - 0.7 * old).sub(found[0][1][1][0] - 0.7 * found[0][1][0][0])
+        for new, old in zip(second, first, strict=True)
+    ]
     assert started[0].abs().max() == 0
     assert gap < 10
 
@@ -236,7 +262,7 @@ def test_statistics_of_all_processes_together(two):
         assert same_bits([b for step in after_step for b in step], [b for step in of_other[0] for b in step])
 
 
-# ---- Failures ----------------------------------------------------------------------------------------------------------------------------
+# ---- Failures --------------------------------------------------------------------------------------------------------
 
 
 def fails_in_the_second_pass(sync: bool) -> tuple[bool, bool, str, float]:
@@ -300,14 +326,16 @@ def test_processes_agree_on_an_overflow_of_one_of_them(two, first):
     assert same_bits(found[0][2], found[1][2])
 
 
-# ---- ZeroRedundancyOptimizer -----------------------------------------------------------------------------------------------------------
+# ---- ZeroRedundancyOptimizer -----------------------------------------------------------------------------------------
 
 
 def zero_redundancy(sharded: bool) -> tuple[list[Tensor], int]:
     model = DistributedDataParallel(network())
     options = {"lr": 0.01, "weight_decay": 0.1}
     if sharded:
-        optimizer = SAM(model.parameters(), ZeroRedundancyOptimizer, rho=RHO, optimizer_class=torch.optim.AdamW, **options)
+        optimizer = SAM(
+            model.parameters(), ZeroRedundancyOptimizer, rho=RHO, optimizer_class=torch.optim.AdamW, **options
+        )
     else:
         optimizer = SAM(model.parameters(), lambda groups, **kw: torch.optim.AdamW(groups, **kw), rho=RHO, **options)
         optimizer.register_step_pre_hook(lambda *_: None)
@@ -322,7 +350,9 @@ def zero_redundancy_misused() -> list[str]:
     model = network()
     texts = []
     for attempt in (
-        lambda: SAM(model.parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, lr=0.1, overlap_with_ddp=True),
+        lambda: SAM(
+            model.parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, lr=0.1, overlap_with_ddp=True
+        ),
         lambda: ZeroRedundancyOptimizer(model.parameters(), SAM, lr=0.1),
     ):
         before = values(list(model.parameters()))

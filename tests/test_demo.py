@@ -1,4 +1,7 @@
-"""The demo: the whole command on a tiny run, its data readers, and its measurements against computations by hand. No network."""
+"""The demo: the whole command on a tiny run, its data readers, and its measurements against computations by hand.
+
+No network.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,30 @@ from sam_fast.demo.idx import read_idx
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "sam_fast", "demo", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "sam_fast", "demo", *arguments], capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory) -> tuple[str, str, Path]:
     """A run on the digits: what it printed, its progress, and its folder."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = demo("--dataset", "digits", "--epochs", "2", "--train-size", "300", "--seed", "0", "1", "--output", str(out), "--threads", "1")
+    done = demo(
+        "--dataset",
+        "digits",
+        "--epochs",
+        "2",
+        "--train-size",
+        "300",
+        "--seed",
+        "0",
+        "1",
+        "--output",
+        str(out),
+        "--threads",
+        "1",
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr, out
 
@@ -54,7 +73,11 @@ def test_progress_shows_loss_and_accuracy_for_every_epoch(tiny_run):
     for seed in (0, 1):
         for label in ("SGD", "SAM"):
             for epoch in (1, 2):
-                (line, *_) = [part for part in stderr.split("\r") if f"seed {seed}  {label:<9} epoch {epoch:>2}/2" in part and "test acc" in part]
+                (line, *_) = [
+                    part
+                    for part in stderr.split("\r")
+                    if f"seed {seed}  {label:<9} epoch {epoch:>2}/2" in part and "test acc" in part
+                ]
                 assert "loss" in line
 
 
@@ -90,7 +113,20 @@ def test_the_json_holds_every_figure_and_setting(tiny_run):
 @pytest.mark.nightly
 def test_adamw_and_asam_run(tmp_path):
     done = demo(
-        *("--dataset", "digits", "--epochs", "1", "--train-size", "200", "--seed", "3", "--adaptive", "--optimizer", "adamw", "sam-adamw"),
+        *(
+            "--dataset",
+            "digits",
+            "--epochs",
+            "1",
+            "--train-size",
+            "200",
+            "--seed",
+            "3",
+            "--adaptive",
+            "--optimizer",
+            "adamw",
+            "sam-adamw",
+        ),
         *("--output", str(tmp_path)),
     )
     assert done.returncode == 0, done.stderr
@@ -132,7 +168,7 @@ def test_info_names_versions_backends_and_the_build(capsys):
         assert word in printed
 
 
-# ---- Data ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def idx_bytes(array: torch.Tensor, magic: int = 8) -> bytes:
@@ -193,7 +229,11 @@ class Endless(io.RawIOBase):
 
 @pytest.mark.parametrize(
     ("announced", "size", "words"),
-    [("", 10**12, "longer than 1,000,000 bytes"), ("10", 10**12, "longer than"), ("5000", 4000, "4,000 of 5,000 bytes arrived")],
+    [
+        ("", 10**12, "longer than 1,000,000 bytes"),
+        ("10", 10**12, "longer than"),
+        ("5000", 4000, "4,000 of 5,000 bytes arrived"),
+    ],
     ids=["endless", "lies", "cut off"],
 )
 def test_a_download_that_is_too_large_is_given_up(announced, size, words, tmp_path, monkeypatch):
@@ -241,11 +281,12 @@ def test_label_noise_draws_the_share_it_says():
     before = labels.clone()
     noisy = data.randomise_labels(labels, 10, 0.3, torch.Generator().manual_seed(2))
     assert torch.equal(labels, before)
-    # 3000 labels are drawn anew and 9 in 10 of those are wrong: 2700, with a standard deviation of sqrt(3000 * 0.9 * 0.1) = 16.
+    # 3000 labels are drawn anew and 9 in 10 of those are wrong: 2700, with a standard deviation of sqrt(3000 * 0.9 *
+    # 0.1) = 16.
     assert abs(int((noisy != labels).sum()) - 2700) < 80
 
 
-# ---- Measurements ----------------------------------------------------------------------------------------------------------------------------
+# ---- Measurements ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])

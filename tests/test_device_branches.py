@@ -15,9 +15,8 @@ import torch
 from cases import is_dense_of_a_stand_in, make_params
 
 from sam_fast import SAM, backends, devices, fused_step, norm
-from sam_fast.amp import Scaling
+from sam_fast.amp import Scaling, inverse_scale
 from sam_fast.backends import native
-from sam_fast.amp import inverse_scale
 from sam_fast.backends import triton as triton_backend
 from sam_fast.random_state import RandomState
 
@@ -47,12 +46,14 @@ def gpu(monkeypatch) -> FakeGpu:
 
 def test_no_private_function_of_torch_is_asked_about_devices():
     # torch.func has no public way to tell a wrapped tensor; it has nothing to do with devices.
-    private = re.compile(r"torch\.(?:_C(?!\._functorch)|cuda\._|xpu\._|mps\._|accelerator\._)\w*|_graph_capture_health_check|_getCurrentRawStream")
+    private = re.compile(
+        r"torch\.(?:_C(?!\._functorch)|cuda\._|xpu\._|mps\._|accelerator\._)\w*|_graph_capture_health_check|_getCurrentRawStream"
+    )
     found = {f"{path.name}: {hit}" for path in PACKAGE.rglob("*.py") for hit in private.findall(path.read_text())}
     assert not found
 
 
-# ---- sam_fast/devices.py -------------------------------------------------------------------------------------------------------------------
+# ---- sam_fast/devices.py ---------------------------------------------------------------------------------------------
 
 
 def test_the_device_is_made_current_where_there_is_a_current_one(monkeypatch):
@@ -73,7 +74,7 @@ def test_capturing_is_asked_of_the_devices_own_stream(gpu):
     assert not devices.is_capturing(torch.device("meta"))
 
 
-# ---- Captures that are refused ---------------------------------------------------------------------------------------------------------------
+# ---- Captures that are refused ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])
@@ -105,7 +106,7 @@ def test_replaying_random_numbers_is_refused_while_a_graph_is_captured(gpu, monk
         RandomState.capture([CUDA])
 
 
-# ---- The cuda backend ------------------------------------------------------------------------------------------------------------------------
+# ---- The cuda backend ------------------------------------------------------------------------------------------------
 
 
 class FakeModule:
@@ -168,20 +169,27 @@ def with_module(monkeypatch):
 
 ERRORS = {
     "no kernel image": (
-        "CUDA error in probe: no kernel image is available for execution on the device (cudaErrorNoKernelImageForDevice)",
+        "CUDA error in probe: no kernel image is available for execution on the device "
+        "(cudaErrorNoKernelImageForDevice)",
         r"built for 80-real 90: build it with TORCH_CUDA_ARCH_LIST=7\.0 .*cudaErrorNoKernelImageForDevice",
     ),
     "insufficient driver": (
-        "CUDA error in cudaGetDevice: CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver)",
+        "CUDA error in cudaGetDevice: CUDA driver version is insufficient for CUDA runtime version "
+        "(cudaErrorInsufficientDriver)",
         r"driver is older than nvcc 13\.0 wants.*update the driver.*cudaErrorInsufficientDriver",
     ),
-    "anything else": ("CUDA error in probe: unknown error (cudaErrorUnknown)", r"cannot use this device.*cudaErrorUnknown"),
+    "anything else": (
+        "CUDA error in probe: unknown error (cudaErrorUnknown)",
+        r"cannot use this device.*cudaErrorUnknown",
+    ),
 }
 
 
 @pytest.mark.parametrize(("error", "words"), ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "no-triton"])
-def test_a_device_that_the_module_cannot_run_on_is_one_warning_and_the_next_backend(with_module, monkeypatch, error, words, triton):
+def test_a_device_that_the_module_cannot_run_on_is_one_warning_and_the_next_backend(
+    with_module, monkeypatch, error, words, triton
+):
     module = with_module(error)
     monkeypatch.setattr(triton_backend, "_installed", lambda: triton)
     with warnings.catch_warnings(record=True) as caught:
@@ -210,12 +218,14 @@ def test_launches_go_to_the_devices_current_stream(monkeypatch):
     assert backends.cuda._current_stream(torch.device("cpu")) == 0
 
 
-# ---- The triton backend ----------------------------------------------------------------------------------------------------------------------
+# ---- The triton backend ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("registers", "expected"), [(88, 5), (85, 5), (64, 8), (32, 8), (255, 2)])
 def test_programs_come_from_the_compiled_kernel(monkeypatch, registers, expected):
-    h100 = SimpleNamespace(multi_processor_count=132, warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048)
+    h100 = SimpleNamespace(
+        multi_processor_count=132, warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     triton_backend._multiprocessors.cache_clear()
     loaded = []
@@ -250,7 +260,9 @@ def test_an_xpu_has_its_own_word_for_multiprocessors(monkeypatch):
 
 
 class OnGpu(triton_backend.Upload):
-    """Uploads for a GPU that is not here: memory is the CPU's, and nothing pinned may be allocated while a graph is captured."""
+    """Uploads for a GPU that is not here: memory is the CPU's, and nothing pinned may be allocated while a graph is
+    captured.
+    """
 
     def __init__(self, gpu: FakeGpu) -> None:
         super().__init__(torch.device("cpu"))
@@ -298,12 +310,14 @@ def test_a_capture_of_what_was_sent_before_copies_nothing_however_often(gpu):
     assert other.tolist() == [3, 4]
 
 
-# ---- MPS and others --------------------------------------------------------------------------------------------------------------------------
+# ---- MPS and others --------------------------------------------------------------------------------------------------
 
 
 def test_mps_has_no_float64(monkeypatch):
     made = []
-    monkeypatch.setattr(norm, "torch", SimpleNamespace(zeros=lambda *a, **k: made.append(k["dtype"]), float32=1, float64=2))
+    monkeypatch.setattr(
+        norm, "torch", SimpleNamespace(zeros=lambda *a, **k: made.append(k["dtype"]), float32=1, float64=2)
+    )
     norm.NormSum(torch.device("mps"), 1, 0)
     norm.NormSum(torch.device("cuda"), 1, 0)
     assert made == [1, 1, 2, 2]

@@ -1,4 +1,6 @@
-"""torch.distributed.checkpoint: saved by four processes, resumed by four, two and one; a process killed in the middle of a step."""
+"""torch.distributed.checkpoint: saved by four processes, resumed by four, two and one; a process killed in the middle
+of a step.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def saved_and_finished(folder: str, kind: str, base: str) -> list[Tensor]:
     train(model, optimizer, data[:SAVED])
     checkpoint.save(state_of(model, optimizer), checkpoint_id=folder)
     if kind == "ddp":
-        # Between its first step and its second DDP orders its buckets anew, and adds up in another order: here as in the run that resumes.
+        # Between its first step and its second DDP orders its buckets anew, and adds up in another order: here as in
+        # the run that resumes.
         model = DistributedDataParallel(model.module)
     train(model, optimizer, data[SAVED:])
     return weights(model)
@@ -86,7 +89,7 @@ def test_saved_by_four_and_resumed_by_four_two_and_one(four, two, tmp_path, kind
         torch.testing.assert_close(found, finished[0], **TOLERANCE)
 
 
-# ---- Killed --------------------------------------------------------------------------------------------------------------------------------
+# ---- Killed ----------------------------------------------------------------------------------------------------------
 
 
 def killed(folder: str) -> None:
@@ -115,7 +118,7 @@ def test_killed_in_the_middle_of_a_step(two, tmp_path):
         assert same_bits(one, other)
 
 
-# ---- Making the state: a step that is none ---------------------------------------------------------------------------------------------
+# ---- Making the state: a step that is none ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])

@@ -1,10 +1,13 @@
-"""An exception at every boundary of a step: each call that the package makes or that is made into it fails once, on entry and on return.
+"""An exception at every boundary of a step: each call that the package makes or that is made into it fails once, on
+entry and on return.
 
-``SAM_FAST_HYPOTHESIS=nightly`` takes every boundary, as it takes more cases in test_properties.py; by default it is one in 13, others in each test.
+``SAM_FAST_HYPOTHESIS=nightly`` takes every boundary, as it takes more cases in test_properties.py; by default it is one
+in 13, others in each test.
 
-The calls are not listed anywhere. A first run counts them (``sys.setprofile`` sees calls and returns of Python and native functions), and for
-each of them the same run is made again and interrupted there. What must then hold: no weight is left at ``w + e`` once ``restore()`` has been
-called, every weight is w or what the base optimizer makes of it, and the optimizer goes on.
+The calls are not listed anywhere. A first run counts them (``sys.setprofile`` sees calls and returns of Python and
+native functions), and for each of them the same run is made again and interrupted there. What must then hold: no weight
+is left at ``w + e`` once ``restore()`` has been called, every weight is w or what the base optimizer makes of it, and
+the optimizer goes on.
 """
 
 from __future__ import annotations
@@ -37,11 +40,19 @@ def interruptions(run: Callable[[Boundaries], Any]) -> Iterator[Boundaries]:
 
 
 class Case:
-    """Two buckets, two groups, a parameter that is not perturbed and one without a gradient, after one whole step if it ``began``."""
+    """Two buckets, two groups, a parameter that is not perturbed and one without a gradient, after one whole step if it
+    ``began``.
+    """
 
-    def __init__(self, base: type[torch.optim.Optimizer], backend: str, flatten: bool, began: bool = True, **options: Any) -> None:
+    def __init__(
+        self, base: type[torch.optim.Optimizer], backend: str, flatten: bool, began: bool = True, **options: Any
+    ) -> None:
         self.params = [*make_params([130, 7], grads=False), *make_params([33, 20], torch.float64, seed=1, grads=False)]
-        groups = [{"params": self.params[:1]}, {"params": self.params[1:2], "perturb": False}, {"params": self.params[2:]}]
+        groups = [
+            {"params": self.params[:1]},
+            {"params": self.params[1:2], "perturb": False},
+            {"params": self.params[2:]},
+        ]
         self.options = options
         self.optimizer = SAM(groups, base, lr=0.1, rho=0.5, backend=backend, flatten=flatten, **options)
         self.optimizer.zero_grad()  # imports what PyTorch imports late, before anything is counted
@@ -73,7 +84,9 @@ class Case:
         plain = base(own, lr=0.1, **self.options)
         for p, twin in zip(self.params, own, strict=True):
             twin.grad = p.grad.detach().clone()  # type: ignore[union-attr]
-            plain.state[twin] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.optimizer.state[p].items()}
+            plain.state[twin] = {
+                k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.optimizer.state[p].items()
+            }
         plain.step()
         self.optimizer.second_step()
         assert same_step(base, self.params, own)
@@ -157,7 +170,10 @@ def test_restore_interrupted_anywhere(flatten: bool) -> None:
 
 
 def test_second_pass_interrupted_anywhere() -> None:
-    """On the way in, in the model, on the way out: the weights come back. Statistics too, unless it is putting them back that is interrupted."""
+    """On the way in, in the model, on the way out: the weights come back.
+
+    Statistics too, unless it is putting them back that is interrupted.
+    """
     model = SmallNet()
     optimizer = SAM(model.parameters(), lr=0.1, momentum=0.9)
     ((x, y),) = batches(1)
@@ -212,12 +228,14 @@ def test_closure_interrupted_anywhere() -> None:
             assert same_bits([p], [w]) or same_bits([p], [new]), boundary.failed
 
 
-# ---- Planted values, and weights moved behind the optimizer's back ---------------------------------------------------------------------------
+# ---- Planted values, and weights moved behind the optimizer's back ---------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_bad_element_anywhere(value: float, backend: str, flatten: bool) -> None:
-    """In the first, middle or last element of the first, middle or last parameter: w stays, and the step is the base optimizer's own."""
+    """In the first, middle or last element of the first, middle or last parameter: w stays, and the step is the base
+    optimizer's own.
+    """
     for index in range(3):
         for place in (0, 500, 1008):
             params = make_params([1009, 1009, 1009])

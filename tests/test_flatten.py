@@ -35,7 +35,12 @@ def test_parameters_and_gradients_are_views_of_one_buffer():
 
 
 def test_values_gradients_shapes_and_strides_are_kept():
-    sources = [torch.randn(3, 4), torch.randn(4, 5).t(), torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), torch.randn(())]
+    sources = [
+        torch.randn(3, 4),
+        torch.randn(4, 5).t(),
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.randn(()),
+    ]
     params = [torch.nn.Parameter(s.clone(memory_format=torch.preserve_format)) for s in sources]
     gradients = [torch.randn_like(s) for s in sources]
     for p, g in zip(params, gradients, strict=True):
@@ -59,8 +64,15 @@ def test_one_row_per_group():
 def test_training_gives_the_same_bits_as_without(adaptive):
     model = SmallNet()
     twin = copy.deepcopy(model)
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "adaptive": adaptive, "rho": 0.5 if adaptive else 0.05}
-    # The norm's partial sums are cut differently, so a last bit of it may differ; the weights are float32 and do not show it here.
+    options = {
+        "lr": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 1e-3,
+        "adaptive": adaptive,
+        "rho": 0.5 if adaptive else 0.05,
+    }
+    # The norm's partial sums are cut differently, so a last bit of it may differ; the weights are float32 and do not
+    # show it here.
     train(model, SAM(model.parameters(), **options), batches(20))
     train(twin, SAM(twin.parameters(), flatten=True, **options), batches(20))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

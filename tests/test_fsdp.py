@@ -8,7 +8,20 @@ from unittest import mock
 import pytest
 import torch
 from cases import same_bits
-from parallel import RHO, SGD, TOLERANCE, batches, collectives, each_its_own, my_share, network, one_process, share, train, weights
+from parallel import (
+    RHO,
+    SGD,
+    TOLERANCE,
+    batches,
+    collectives,
+    each_its_own,
+    my_share,
+    network,
+    one_process,
+    share,
+    train,
+    weights,
+)
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -20,7 +33,9 @@ from sam_fast.reference import ReferenceSAM
 
 
 def sharded_network(shape: tuple[int, ...], **policy: Any) -> nn.Sequential:
-    """The network with every layer sharded by itself, the last one by the root; one number: over all, two: replicas of shards."""
+    """The network with every layer sharded by itself, the last one by the root; one number: over all, two: replicas of
+    shards.
+    """
     model = network()
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[2 - len(shape) :])
     for layer in (model[0], model[2]):
@@ -30,7 +45,10 @@ def sharded_network(shape: tuple[int, ...], **policy: Any) -> nn.Sequential:
 
 def two_groups(model: nn.Module) -> list[dict[str, Any]]:
     params = list(model.parameters())
-    return [{"params": params[:2], "rho": 0.5, "adaptive": True, "eta": 0.01}, {"params": params[2:], "weight_decay": 0.1}]
+    return [
+        {"params": params[:2], "rho": 0.5, "adaptive": True, "eta": 0.01},
+        {"params": params[2:], "weight_decay": 0.1},
+    ]
 
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -39,7 +57,9 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def fsdp_trained(shape: tuple[int, ...], base: str = "sgd", frozen: tuple[int, ...] = (), grouped: bool = False, sync: bool = True) -> list[Tensor]:
+def fsdp_trained(
+    shape: tuple[int, ...], base: str = "sgd", frozen: tuple[int, ...] = (), grouped: bool = False, sync: bool = True
+) -> list[Tensor]:
     model = sharded_network(shape)
     for index in frozen:
         list(model.parameters())[index].requires_grad_(False)
@@ -61,7 +81,9 @@ def fsdp_trained(shape: tuple[int, ...], base: str = "sgd", frozen: tuple[int, .
 def test_fsdp_is_one_process_with_the_whole_batch(request, shape, kwargs):
     group = request.getfixturevalue("two" if shape == (2,) else "four")
     cls, options = BASES[kwargs.get("base", "sgd")]
-    expected = one_process(base=cls, frozen=kwargs.get("frozen", ()), groups=two_groups if "grouped" in kwargs else None, **options)
+    expected = one_process(
+        base=cls, frozen=kwargs.get("frozen", ()), groups=two_groups if "grouped" in kwargs else None, **options
+    )
     for found in group.run(fsdp_trained, shape, **kwargs):
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
@@ -127,8 +149,13 @@ def test_local_without_replicas_is_refused(two):
 
 
 def in_bfloat16() -> tuple[list[Tensor], list[Tensor]]:
-    """Weights after some steps of FSDP2 in bfloat16, and those of one process that does the same with stateless calls."""
-    model = sharded_network((distributed.get_world_size(),), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    """Weights after some steps of FSDP2 in bfloat16, and those of one process that does the same with stateless
+    calls.
+    """
+    model = sharded_network(
+        (distributed.get_world_size(),),
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    )
     optimizer = SAM(model.parameters(), rho=RHO, lr=0.1)
     train(model, optimizer, [(x, y.to(torch.bfloat16)) for x, y in map(my_share, batches(5))])
     assert all(p.dtype == torch.float64 for p in model.parameters())

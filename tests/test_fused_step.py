@@ -34,7 +34,10 @@ CASES = [
     *((torch.optim.Adam, options) for options in ADAM_OPTIONS.values()),
     *((torch.optim.AdamW, options) for options in ADAM_OPTIONS.values()),
 ]
-IDS = [*(f"SGD-{name}" for name in SGD_OPTIONS), *(f"{base}-{name}" for base in ("Adam", "AdamW") for name in ADAM_OPTIONS)]
+IDS = [
+    *(f"SGD-{name}" for name in SGD_OPTIONS),
+    *(f"{base}-{name}" for base in ("Adam", "AdamW") for name in ADAM_OPTIONS),
+]
 bases = pytest.mark.parametrize(("base", "options"), CASES, ids=IDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -84,8 +87,9 @@ def without(optimizer: SAM) -> SAM:
 @dtypes
 @bases
 def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, taken):
-    """SGD in float32 and float64: the same bits, weights and state. Adam: PyTorch's square root is MKL's, not always rounded correctly. With 16 bits
-    PyTorch's default rounds every intermediate result to 16 bits; its fused step computes in float32, as this one, but in another order."""
+    """SGD in float32 and float64: the same bits, weights and state. Adam: PyTorch's square root is MKL's, not always
+    rounded correctly. With 16 bits PyTorch's default rounds every intermediate result to 16 bits; its fused step
+    computes in float32, as this one, but in another order."""
     steps, sizes = 100, [5, 0, 17, 4003]
     params = make_params(sizes, dtype)
     narrow = dtype in (torch.bfloat16, torch.float16)
@@ -99,7 +103,9 @@ def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, t
     run(oracle, twin, steps)
     if base is torch.optim.SGD and not narrow:
         assert same_bits(values(params), values(twin))
-        buffers = [[own.state[p].get("momentum_buffer", p) for p in ps] for own, ps in ((optimizer, params), (oracle, twin))]
+        buffers = [
+            [own.state[p].get("momentum_buffer", p) for p in ps] for own, ps in ((optimizer, params), (oracle, twin))
+        ]
         assert same_bits(*buffers)
         return
     lr, eps = 1e-2, EPSILON[dtype]
@@ -136,7 +142,8 @@ def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, o
     assert taken[-2:] == [True, False]
     for p, q, w in zip(params, twin, before, strict=True):
         assert all(torch.equal(optimizer.state[p][name], oracle.state[q][name]) for name in optimizer.state[p])
-        # A unit of the square root is at most 2^-23 of it, and so of the step, which is at most 0.03 long; then it is rounded to w's units.
+        # A unit of the square root is at most 2^-23 of it, and so of the step, which is at most 0.03 long; then it is
+        # rounded to w's units.
         assert bool(((p - q).abs() <= 2.0**-22 * 0.03 + 2.0**-23 * w.abs()).all())
 
 

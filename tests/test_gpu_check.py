@@ -1,4 +1,6 @@
-"""What gpu-check does and what it leaves behind, as far as it can be seen without a GPU: in rehearsals, and with tiny suites in place of the real."""
+"""What gpu-check does and what it leaves behind, as far as it can be seen without a GPU: in rehearsals, and with tiny
+suites in place of the real.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,21 @@ from bench import gpu_check, report, targets
 from bench.records import Run
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist: it disables benchmarks
-REHEARSAL = [sys.executable, "-m", "bench.gpu_check", "--device", "rehearsal", "--only", "benchmarks", "--minutes", "5", "--commit", "c0ffee"]
+# of xdist: it disables benchmarks
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+REHEARSAL = [
+    sys.executable,
+    "-m",
+    "bench.gpu_check",
+    "--device",
+    "rehearsal",
+    "--only",
+    "benchmarks",
+    "--minutes",
+    "5",
+    "--commit",
+    "c0ffee",
+]
 OF_TARGETS = "(test_optimizer_step[SGD and (resnet50 or vit or gpt2)) or test_host_overhead[161-default"
 
 
@@ -32,8 +47,18 @@ def test_without_a_gpu_nothing_is_written(tmp_path, monkeypatch):
 
 def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
     """Where there is no git and no make: gpu-check, and the report of the file that it leaves."""
-    command = [*REHEARSAL, "--results", str(tmp_path / "out"), "--logs", str(tmp_path / "out" / "logs"), "--select", OF_TARGETS]
-    done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    command = [
+        *REHEARSAL,
+        "--results",
+        str(tmp_path / "out"),
+        "--logs",
+        str(tmp_path / "out" / "logs"),
+        "--select",
+        OF_TARGETS,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**ENVIRONMENT, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cmake: no native module can be built" in done.stdout
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -41,7 +66,9 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "bench" / "results").mkdir(parents=True)
     shutil.copy(ROOT / "README.md", tmp_path)
-    Run({"kind": "cpu", "device": "d", "torch": "t", "date": "2026-01-01"}).save(tmp_path / "bench" / "results" / "cpu.json")
+    Run({"kind": "cpu", "device": "d", "torch": "t", "date": "2026-01-01"}).save(
+        tmp_path / "bench" / "results" / "cpu.json"
+    )
     report.main([str(tmp_path / "out" / "cuda.json"), "--root", str(tmp_path)])
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if "| GPU: " in line]
@@ -55,7 +82,11 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
 
 
 def test_a_run_that_is_killed_keeps_what_was_measured(tmp_path):
-    process = subprocess.Popen([*REHEARSAL, "--results", str(tmp_path), "--select", "test_batchnorm_snapshot or test_op"], cwd=ROOT, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [*REHEARSAL, "--results", str(tmp_path), "--select", "test_batchnorm_snapshot or test_op"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
     saved = tmp_path / "cuda.json"
     deadline = time.monotonic() + 120
     while not saved.is_file() and time.monotonic() < deadline:
@@ -77,20 +108,44 @@ def check_of(tmp_path: Path, only: str, minutes: float = 1.0, commit: str = "c")
 def test_a_build_that_fails_with_cuda_goes_on_without_and_is_a_failure(tmp_path, monkeypatch):
     (tmp_path / "test_one.py").write_text("def test_right(): pass\n")
     (tmp_path / "test_two.py").write_text(
-        "import pytest\ndef test_wrong(): assert 1 == 2\n@pytest.mark.skip(reason='NOT CHECKED')\ndef test_not(): pass\n"
+        "import pytest\ndef test_wrong(): assert 1 == 2\n@pytest.mark.skip(reason='NOT CHECKED')\ndef test_not(): "
+        "pass\n"
     )
-    script = "import os, sys; cuda = os.environ['SAM_FAST_CUDA']; print('SAM_FAST_CUDA is', cuda); sys.exit(3 if cuda == '1' else 0)"
+    script = (
+        "import os, sys; cuda = os.environ['SAM_FAST_CUDA']; print('SAM_FAST_CUDA is', cuda); sys.exit(3 if cuda == "
+        "'1' else 0)"
+    )
     monkeypatch.setattr(gpu_check, "BUILD", [sys.executable, "-c", script])
     monkeypatch.setattr(gpu_check, "TESTS", ["-p", "bench.outcomes", "--no-summary"])
     monkeypatch.setattr(gpu_check, "installed", lambda package: "")
     monkeypatch.setattr(gpu_check, "GPU_TESTS", [str(tmp_path / "test_one.py")])
     monkeypatch.setattr(gpu_check, "OTHER_TESTS", [str(tmp_path / "test_two.py")])
     results = tmp_path / "out"
-    code = gpu_check.main(["--device", "rehearsal", "--results", str(results), "--commit", "c", "--only", "build,tests,others", "--minutes", "2"])
+    code = gpu_check.main(
+        [
+            "--device",
+            "rehearsal",
+            "--results",
+            str(results),
+            "--commit",
+            "c",
+            "--only",
+            "build,tests,others",
+            "--minutes",
+            "2",
+        ]
+    )
     assert code == 1
     steps = {step["name"]: step for step in json.loads((results / "gpu-check.json").read_text())["steps"]}
-    assert {name: step["state"] for name, step in steps.items()} == {"build": "failed", "tests": "passed", "others": "failed"}
-    assert steps["build"]["detail"].splitlines()[0] == "without the CUDA module, whose build failed; what follows was built with SAM_FAST_CUDA=0"
+    assert {name: step["state"] for name, step in steps.items()} == {
+        "build": "failed",
+        "tests": "passed",
+        "others": "failed",
+    }
+    assert (
+        steps["build"]["detail"].splitlines()[0]
+        == "without the CUDA module, whose build failed; what follows was built with SAM_FAST_CUDA=0"
+    )
     assert (results / "logs" / "build.log").read_text() == "SAM_FAST_CUDA is 1\nSAM_FAST_CUDA is 0\n"
     assert steps["tests"]["detail"].startswith("1 passed\n")
     assert steps["others"]["detail"].startswith("1 failed, 1 skipped\n")
@@ -103,7 +158,10 @@ def test_where_nothing_can_be_built_nothing_else_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "BUILD", [sys.executable, "-c", "import sys; sys.exit(3)"])
     assert gpu_check.main(["--device", "rehearsal", "--results", str(tmp_path), "--commit", "c"]) == 1
     steps = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
-    assert [(step["name"], step["state"]) for step in steps] == [("build", "failed"), *((name, "not run") for name in list(gpu_check.STEPS)[1:])]
+    assert [(step["name"], step["state"]) for step in steps] == [
+        ("build", "failed"),
+        *((name, "not run") for name in list(gpu_check.STEPS)[1:]),
+    ]
     assert {step["detail"] for step in steps[1:]} == {"the build failed"}
 
 
@@ -115,7 +173,9 @@ def test_steps_end_as_passed_failed_or_not_run_with_the_reason(tmp_path):
     missing = check.run("memcheck", ["no-such-tool-anywhere"])
     assert (missing.state, missing.detail) == ("not run", "no-such-tool-anywhere is not installed")
     check.limit = lambda name: 5.0
-    slow = check.run("racecheck", [sys.executable, "-c", "import subprocess; print('begun'); subprocess.run(['sleep', '60'])"])
+    slow = check.run(
+        "racecheck", [sys.executable, "-c", "import subprocess; print('begun'); subprocess.run(['sleep', '60'])"]
+    )
     assert slow.state == "failed"
     assert slow.detail == "stopped after 5 s\nbegun"
     assert slow.seconds < 30
@@ -123,10 +183,19 @@ def test_steps_end_as_passed_failed_or_not_run_with_the_reason(tmp_path):
     assert check.run("others", [sys.executable, "-c", ""]).detail == "the time was up"
     assert (tmp_path / "logs" / "tests.log").read_text() == "why\n"
     saved = {step["name"]: step["state"] for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]}
-    assert saved == {"build": "passed", "tests": "failed", "benchmarks": "not run", "memcheck": "not run", "racecheck": "failed", "others": "not run"}
+    assert saved == {
+        "build": "passed",
+        "tests": "failed",
+        "benchmarks": "not run",
+        "memcheck": "not run",
+        "racecheck": "failed",
+        "others": "not run",
+    }
 
 
-@pytest.mark.parametrize("only", ["build,tests,benchmarks", "sanitizers,others", "build,tests,benchmarks,sanitizers,others"])
+@pytest.mark.parametrize(
+    "only", ["build,tests,benchmarks", "sanitizers,others", "build,tests,benchmarks,sanitizers,others"]
+)
 def test_limits_never_add_up_to_more_than_there_is(tmp_path, monkeypatch, only):
     now = [1000.0]
     monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
@@ -146,7 +215,10 @@ def test_limits_never_add_up_to_more_than_there_is(tmp_path, monkeypatch, only):
 def test_the_second_call_keeps_what_the_first_found(tmp_path):
     check_of(tmp_path, "build").run("build", [sys.executable, "-c", ""])
     check_of(tmp_path, "others").run("others", [sys.executable, "-c", ""])
-    assert [step["name"] for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]] == ["build", "others"]
+    assert [step["name"] for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]] == [
+        "build",
+        "others",
+    ]
     check_of(tmp_path, "tests", commit="another").run("tests", [sys.executable, "-c", ""])
     assert [step["name"] for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]] == ["tests"]
 
@@ -156,7 +228,17 @@ def test_all_that_is_missing_is_said_at_once_with_what_follows(monkeypatch):
     monkeypatch.setattr(gpu_check, "find", lambda program: None)
     monkeypatch.setattr(gpu_check, "installed", lambda package: "76.1.0" if package == "setuptools" else "")
     missing = gpu_check.missing_here()
-    wanted = ["setuptools 77 or newer", "cmake", "pybind11", "nvcc", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "compute-sanitizer"]
+    wanted = [
+        "setuptools 77 or newer",
+        "cmake",
+        "pybind11",
+        "nvcc",
+        "pytest",
+        "pytest-benchmark",
+        "pytest-xdist",
+        "hypothesis",
+        "compute-sanitizer",
+    ]
     assert [line.partition(":")[0] for line in missing] == [*wanted, "pytorch_optimizer"]
     assert "left out of the peers" in missing[-1]
 

@@ -25,7 +25,9 @@ def functions_of(file: str) -> set[str]:
 
 def test_every_named_test_exists() -> None:
     assert len(NAMED) > 80
-    missing = [f"{file}::{name}" for file, name in NAMED if not (ROOT / file).is_file() or name not in functions_of(file)]
+    missing = [
+        f"{file}::{name}" for file, name in NAMED if not (ROOT / file).is_file() or name not in functions_of(file)
+    ]
     assert not missing
 
 

@@ -1,4 +1,6 @@
-"""Where a parameter's memory is, and whether it is its value: lazy signs, wrappers, shared memory, what has no gradient."""
+"""Where a parameter's memory is, and whether it is its value: lazy signs, wrappers, shared memory, what has no
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ CLOSE = 1e-12  # float64: a few roundings in numbers around 1
 
 @pytest.fixture
 def make(backend, flatten):
-    return lambda params, *args, **options: SAM(params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options})
+    return lambda params, *args, **options: SAM(
+        params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options}
+    )
 
 
 def negated(x: Tensor) -> Tensor:
@@ -31,12 +35,14 @@ def negated(x: Tensor) -> Tensor:
     return lazy
 
 
-# ---- Lazy signs --------------------------------------------------------------------------------------------------------------------------
+# ---- Lazy signs ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["first", "second", "both"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch.")
+)
 def test_a_gradient_with_a_lazy_sign_counts_as_what_it_is(make, base, which, dtype):
     results = []
     for lazy in (False, True):
@@ -126,7 +132,7 @@ def test_state_with_a_lazy_sign(make):
     assert same_bits(*results)
 
 
-# ---- Wrappers ----------------------------------------------------------------------------------------------------------------------------
+# ---- Wrappers --------------------------------------------------------------------------------------------------------
 
 
 class Named(nn.Parameter):
@@ -156,7 +162,7 @@ def test_a_wrapper_with_a_gradient_is_refused_by_name_and_nothing_has_moved(make
     assert same_bits(values([plain]), before)
 
 
-# ---- Shared memory -----------------------------------------------------------------------------------------------------------------------
+# ---- Shared memory ---------------------------------------------------------------------------------------------------
 
 
 def tied(how: str, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -197,7 +203,10 @@ def test_parameters_that_share_memory(how, when, base, options, threads):
 
         if when == "before":
             tie()
-        optimizer, plain = SAM(params, base, lr=0.1, rho=0.5, **options), PlainSAM(twin, base, lr=0.1, rho=0.5, **options)
+        optimizer, plain = (
+            SAM(params, base, lr=0.1, rho=0.5, **options),
+            PlainSAM(twin, base, lr=0.1, rho=0.5, **options),
+        )
         if when == "after the optimizer was made":
             tie()
         for step in range(6):
@@ -265,7 +274,7 @@ def test_flatten_refuses_parameters_tied_later_by_name():
         optimizer.first_step()
 
 
-# ---- What has no gradient is left alone --------------------------------------------------------------------------------------------------
+# ---- What has no gradient is left alone ------------------------------------------------------------------------------
 
 
 def odd_parameters() -> dict[str, Any]:
@@ -359,7 +368,7 @@ def test_everything_frozen(flatten):
     assert torch.equal(p, torch.ones(3))
 
 
-# ---- Flat gradients that moved -----------------------------------------------------------------------------------------------------------
+# ---- Flat gradients that moved ---------------------------------------------------------------------------------------
 
 MOVES = {
     "double": lambda m: m.double(),
@@ -400,7 +409,7 @@ def test_a_gradient_that_was_zeroed_is_zero_whatever_moved(move, when):
         optimizer.second_step(zero_grad=True)
 
 
-# ---- Freed without the garbage collector -------------------------------------------------------------------------------------------------
+# ---- Freed without the garbage collector -----------------------------------------------------------------------------
 
 
 def test_deleting_the_optimizer_frees_everything(make):

@@ -1,4 +1,6 @@
-"""The native code from outside: what Python refuses, processes that fork or spawn after the threads were used, and what kernels must not do."""
+"""The native code from outside: what Python refuses, processes that fork or spawn after the threads were used, and what
+kernels must not do.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,22 @@ CSRC = Path(__file__).parent.parent / "csrc"
 EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
-# ---- Fuzzing what comes in -------------------------------------------------------------------------------------------------------------------
+# ---- Fuzzing what comes in -------------------------------------------------------------------------------------------
 
-NO_TENSORS: list[Any] = [None, 1, 2.5, "row", b"row", [], {}, object(), Tensor, torch.float32, array("Q", [0]), torch.Size([2])]
+NO_TENSORS: list[Any] = [
+    None,
+    1,
+    2.5,
+    "row",
+    b"row",
+    [],
+    {},
+    object(),
+    Tensor,
+    torch.float32,
+    array("Q", [0]),
+    torch.Size([2]),
+]
 
 
 def gather(tensors: Any) -> Any:
@@ -45,7 +60,11 @@ def test_nothing_but_tensors_is_taken_for_one() -> None:
             if tensors != []:
                 with pytest.raises(REFUSED):
                     gather(tensors)
-        for arguments in ((bad, Tensor, one, one, [0]), (EXCHANGE, Tensor, one, [bad], [0]), (EXCHANGE, Tensor, one, one, [bad])):
+        for arguments in (
+            (bad, Tensor, one, one, [0]),
+            (EXCHANGE, Tensor, one, [bad], [0]),
+            (EXCHANGE, Tensor, one, one, [bad]),
+        ):
             if bad not in (1, torch.Size([2])) or arguments[-1] != [bad]:
                 with pytest.raises(REFUSED):
                     _cpu.Gather(*arguments)
@@ -148,7 +167,10 @@ def mutations(dice: random.Random) -> list[Any]:
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_parameters_changed_at_random_are_right_or_refused(base: type[torch.optim.Optimizer]) -> None:
-    """Before first_step, between the passes and before second_step. What is not refused climbs by the formula, and the others keep their bits."""
+    """Before first_step, between the passes and before second_step.
+
+    What is not refused climbs by the formula, and the others keep their bits.
+    """
     for seed in range(80):
         dice = random.Random(seed)
         params = [nn.Parameter(t.detach().reshape(-1, 1)) for t in make_params([40, 17, 130], seed=seed, grads=False)]
@@ -164,7 +186,9 @@ def test_parameters_changed_at_random_are_right_or_refused(base: type[torch.opti
         try:
             sensible = all(p.grad is None or (p.grad.shape == p.shape and not p.grad.is_sparse) for p in params)
             # A gradient is brought to its parameter's dtype.
-            precision = 1e-6 if all(p.grad is None or p.grad.element_size() <= p.element_size() for p in params) else 1e-2
+            precision = (
+                1e-6 if all(p.grad is None or p.grad.element_size() <= p.element_size() for p in params) else 1e-2
+            )
             norm, expected = climbed(optimizer, 1e-12) if sensible else (0.0, [])
             optimizer.first_step()
             assert sensible
@@ -208,7 +232,7 @@ def test_memory_of_a_deleted_parameter_is_not_used() -> None:
         assert all(bool((s == 7.0).all()) for s in strangers)
 
 
-# ---- Processes -----------------------------------------------------------------------------------------------------------------------------
+# ---- Processes -------------------------------------------------------------------------------------------------------
 
 PROCESSES = """
 import os, sys
@@ -253,11 +277,13 @@ def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: 
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert done.stdout.endswith("fine\n"), done.stdout + done.stderr
 
 
-# ---- Inside the kernels ----------------------------------------------------------------------------------------------------------------------
+# ---- Inside the kernels ----------------------------------------------------------------------------------------------
 
 KERNELS = ["grad_norm", "perturb", "copy", "step"]
 
@@ -265,7 +291,9 @@ KERNELS = ["grad_norm", "perturb", "copy", "step"]
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_do_not_know_python(kernel: str) -> None:
-    """They include nothing of Python's, so no call into it is possible; and the bindings release its lock around them."""
+    """They include nothing of Python's, so no call into it is possible; and the bindings release its lock around
+    them.
+    """
     command = ["g++", "-std=c++17", "-MM", "-DSAM_ISA=baseline", "-DSAM_STEP=Sgd", str(CSRC / "cpu" / f"{kernel}.cpp")]
     included = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "kernels.h" in included
@@ -277,9 +305,9 @@ def test_kernels_do_not_know_python(kernel: str) -> None:
 
 
 COUNTER = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stddef.h>
+# define _GNU_SOURCE
+# include <dlfcn.h>
+# include <stddef.h>
 static _Atomic long count = 0;
 static void *(*real)(size_t) = 0;
 long allocations(void) { return count; }
@@ -310,7 +338,8 @@ def during(base, numel, **options):
     return min(counts[2:])
 
 torch.set_num_threads(1)
-for base, options in ((torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {}), (torch.optim.SGD, {"adaptive": True})):
+SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
+for base, options in ((SGD, {"momentum": 0.9}), (AdamW, {}), (SGD, {"adaptive": True})):
     few, many = (during(base, numel, **options) for numel in (10, 64 * 16384 + 5))
     assert few == many, (base, few, many)
 before = allocations()
@@ -323,27 +352,36 @@ print("fine")
 @pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and Linux")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer counts allocations itself")
 def test_no_kernel_allocates_in_its_loop(tmp_path: Path) -> None:
-    """A step over 65 chunks calls malloc as often as one over 10 elements (Adam's bias corrections, one number a row, and Python's own objects)."""
+    """A step over 65 chunks calls malloc as often as one over 10 elements (Adam's bias corrections, one number a row,
+    and Python's own objects).
+    """
     (tmp_path / "counter.c").write_text(COUNTER)
     library = tmp_path / "counter.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", str(tmp_path / "counter.c"), "-o", str(library), "-ldl"], check=True)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O1", str(tmp_path / "counter.c"), "-o", str(library), "-ldl"], check=True
+    )
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COUNTING, str(library)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING, str(library)], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.stdout == "fine\n", done.stderr
 
 
-# ---- Nothing is written ------------------------------------------------------------------------------------------------------------------------
+# ---- Nothing is written ----------------------------------------------------------------------------------------------
 
 WATCHED = """
 import os, sys
 import torch
-torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()  # what PyTorch imports late, and writes then, is its own affair
+# what PyTorch imports late, and writes then, is its own affair
+torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
 written = []
 def hook(event, arguments):
-    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC):
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & writing:
         if str(arguments[0]) != os.devnull:
             written.append((event, str(arguments[0])))
-    if event in ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.rmdir", "shutil.copyfile", "socket.connect", "subprocess.Popen"):
+    files = ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.rmdir", "shutil.copyfile")
+    if event in (*files, "socket.connect", "subprocess.Popen"):
         written.append((event, str(arguments[0])))
 sys.addaudithook(hook)
 import sam_fast, sam_fast.backends, sam_fast.reference
@@ -369,6 +407,8 @@ print("fine")
 def test_importing_and_stepping_writes_nothing(tmp_path: Path) -> None:
     """No file, no folder, no connection, no process. (Python's own byte code is switched off here.)"""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+    )
     assert done.stdout == "fine\n", done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["probe"]

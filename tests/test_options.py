@@ -102,7 +102,7 @@ def test_a_group_without_parameters_takes_no_part(backend: str, flatten: bool) -
     optimizer.second_step()
 
 
-# ---- A refused group leaves no trace -----------------------------------------------------------------------------------------------------
+# ---- A refused group leaves no trace ---------------------------------------------------------------------------------
 
 
 def test_a_group_that_the_forced_backend_does_not_take_is_not_added() -> None:
@@ -137,7 +137,7 @@ def test_a_parameter_that_is_in_another_group_is_refused_and_nothing_changes(fla
     assert same_bits(values(params), before)
 
 
-# ---- Groups that change ------------------------------------------------------------------------------------------------------------------
+# ---- Groups that change ----------------------------------------------------------------------------------------------
 
 
 def test_a_parameter_exchanged_in_its_group_takes_part(backend: str, flatten: bool) -> None:
@@ -156,7 +156,9 @@ def test_a_parameter_exchanged_in_its_group_takes_part(backend: str, flatten: bo
 
 
 @pytest.mark.parametrize("change", ["rho", "perturb", "params"])
-def test_options_changed_between_the_passes_do_not_keep_the_weights_from_coming_back(change: str, backend: str, flatten: bool) -> None:
+def test_options_changed_between_the_passes_do_not_keep_the_weights_from_coming_back(
+    change: str, backend: str, flatten: bool
+) -> None:
     params = make_params([10, 20])
     optimizer = SAM([{"params": params[:1]}, {"params": params[1:]}], lr=0.0, backend=backend, flatten=flatten)
     before = values(params)
@@ -168,7 +170,9 @@ def test_options_changed_between_the_passes_do_not_keep_the_weights_from_coming_
 
 def test_maximize_in_one_group_turns_only_that_groups_perturbation(backend: str, flatten: bool) -> None:
     params = make_params([10, 20])
-    optimizer = SAM([{"params": params[:1]}, {"params": params[1:], "maximize": True}], lr=0.0, backend=backend, flatten=flatten)
+    optimizer = SAM(
+        [{"params": params[:1]}, {"params": params[1:], "maximize": True}], lr=0.0, backend=backend, flatten=flatten
+    )
     before = values(params)
     optimizer.first_step()
     along = [float(((p.detach() - q) * p.grad).sum()) for p, q in zip(params, before, strict=True)]

@@ -1,4 +1,6 @@
-"""What is shipped: the wheel and the sdist, with and without native modules, and a source tree that names nothing it should not."""
+"""What is shipped: the wheel and the sdist, with and without native modules, and a source tree that names nothing it
+should not.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ NVCC = shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin") if
 def run(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
     """Run a command, outside this checkout's import path, and return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**environment, **env}, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**environment, **env}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -35,7 +39,9 @@ def run(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources without anything that was built."""
     target = tmp_path_factory.mktemp("checkout") / "sam_fast"
-    ignore = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "_build_info.json", ".*_cache", "out")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "_build_info.json", ".*_cache", "out"
+    )
     shutil.copytree(ROOT, target, ignore=ignore)
     return target
 
@@ -48,15 +54,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built(checkout: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """``python -m build``: the sdist, the wheel made from the sdist, and what the build printed. Without CUDA: nvcc is slow, and the environment
-    that runs these tests was built by the same setup.py with it where it is."""
+    """``python -m build``: the sdist, the wheel made from the sdist, and what the build printed. Without CUDA: nvcc is
+    slow, and the environment that runs these tests was built by the same setup.py with it where it is."""
     dist = tmp_path_factory.mktemp("dist")
     # What pip itself needs of the real home folder: its settings, and its cache.
     pip = {"PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(Path.home() / ".cache/pip"))}
     for path in (Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf"):
         if path.is_file():
             pip["PIP_CONFIG_FILE"] = str(path)
-    output = run(sys.executable, "-m", "build", "--outdir", dist, cwd=checkout, SAM_FAST_CUDA="0", HOME=str(home), **pip)
+    output = run(
+        sys.executable, "-m", "build", "--outdir", dist, cwd=checkout, SAM_FAST_CUDA="0", HOME=str(home), **pip
+    )
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     return sdist, wheel, output
 
@@ -87,7 +95,9 @@ def install(python: Path, wheel: Path, where: Path) -> None:
 def test_wheel_has_no_top_level_kernels(built):
     top_level = {name.split("/")[0] for name in names_in(built[1])}
     assert top_level == {"sam_fast", f"sam_fast-{sam_fast.__version__}.dist-info"}
-    assert {f"sam_fast/kernels/{name}.py" for name in ("__init__", "grad_norm", "perturb", "copy")} <= set(names_in(built[1]))
+    assert {f"sam_fast/kernels/{name}.py" for name in ("__init__", "grad_norm", "perturb", "copy")} <= set(
+        names_in(built[1])
+    )
 
 
 @pytest.mark.slow
@@ -127,8 +137,13 @@ def test_the_oldest_torch_that_is_declared_is_the_one_that_is_tested():
 
 @pytest.mark.slow
 def test_a_build_writes_nothing_outside_its_folders(built, checkout, home):
-    assert {path.name for path in home.iterdir()} <= {".rustup"}  # pip asks rustc for its version, and rustup, where it is, makes a note
-    assert {path.name for path in checkout.iterdir()} - {path.name for path in ROOT.iterdir()} <= {"build", "dist", "sam_fast.egg-info"}
+    # pip asks rustc for its version, and rustup, where it is, makes a note
+    assert {path.name for path in home.iterdir()} <= {".rustup"}
+    assert {path.name for path in checkout.iterdir()} - {path.name for path in ROOT.iterdir()} <= {
+        "build",
+        "dist",
+        "sam_fast.egg-info",
+    }
     assert {path.name for path in built[0].parent.iterdir()} == {built[0].name, built[1].name}
 
 
@@ -187,7 +202,9 @@ def test_an_nvcc_that_does_not_work_is_left_out_with_a_warning(tmp_path, monkeyp
     """setup.py itself, with CMake replaced: it fails where it is to build the CUDA module."""
     setup = setup_py(monkeypatch)
     setuptools = pytest.importorskip("setuptools")
-    command = setup["CMakeBuild"](setuptools.Distribution({"ext_modules": [setuptools.Extension("sam_fast._cpu", sources=[])]}))
+    command = setup["CMakeBuild"](
+        setuptools.Distribution({"ext_modules": [setuptools.Extension("sam_fast._cpu", sources=[])]})
+    )
     command.extensions = [setuptools.Extension("sam_fast._cpu", sources=[])]
     command.get_ext_fullpath = lambda _: str(tmp_path / "sam_fast" / "_cpu.so")
     calls = []
@@ -224,7 +241,21 @@ def test_installed_wheel_works_and_explains_itself(built, tmp_path):
 @pytest.mark.nightly
 def test_without_a_compiler_the_package_runs_on_torch_and_says_why(checkout, tmp_path):
     """SAM_FAST_NATIVE=0 on a machine without compilers: a pure-Python wheel, one warning, and right results."""
-    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "-w", tmp_path, cwd=checkout, SAM_FAST_NATIVE="0", CC="false", CXX="false")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--quiet",
+        "-w",
+        tmp_path,
+        cwd=checkout,
+        SAM_FAST_NATIVE="0",
+        CC="false",
+        CXX="false",
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert not any(name.endswith(".so") for name in names_in(wheel))
     python = fresh_python(tmp_path / "env")
@@ -253,17 +284,36 @@ print("fine")
 @pytest.mark.nightly
 def test_a_build_without_a_compiler_says_what_to_do(checkout, tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path)]
-    done = subprocess.run(command, cwd=checkout, env={**os.environ, "CXX": "/nonexistent/c++", "SAM_FAST_CUDA": "0"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=checkout,
+        env={**os.environ, "CXX": "/nonexistent/c++", "SAM_FAST_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert "SAM_FAST_NATIVE=0" in done.stdout + done.stderr
 
 
-@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no aarch64 cross compiler (Debian: g++-aarch64-linux-gnu)")
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="no aarch64 cross compiler (Debian: g++-aarch64-linux-gnu)"
+)
 @pytest.mark.parametrize("source", ["grad_norm", "perturb", "copy", "restore_sgd", "restore_adam", "isa_table"])
 def test_kernels_compile_for_aarch64(source, tmp_path):
     run(
         "aarch64-linux-gnu-g++",
-        *("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DSAM_ISA=baseline", "-c"),
+        *(
+            "-std=c++17",
+            "-O3",
+            "-ffp-contract=off",
+            "-fopenmp",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-psabi",
+            "-DSAM_ISA=baseline",
+            "-c",
+        ),
         ROOT / "csrc" / "cpu" / f"{source}.cpp",
         "-o",
         tmp_path / "out.o",
@@ -272,7 +322,9 @@ def test_kernels_compile_for_aarch64(source, tmp_path):
 
 def test_importing_the_package_imports_nothing_heavy():
     script = "import sys, torch; before = set(sys.modules); import sam_fast; new = set(sys.modules) - before; "
-    script += "assert not any(m.startswith('torch.distributed') for m in new); print(sorted({m.split('.')[0] for m in new}))"
+    script += (
+        "assert not any(m.startswith('torch.distributed') for m in new); print(sorted({m.split('.')[0] for m in new}))"
+    )
     output = run(sys.executable, "-c", script, cwd=ROOT)
     assert not {"numpy", "matplotlib", "sklearn", "tqdm", "triton"} & set(eval(output)) - set(sys.stdlib_module_names)
 

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from sam_fast import SAM
 
-# ---- Closures ----------------------------------------------------------------------------------------------------------------------------
+# ---- Closures --------------------------------------------------------------------------------------------------------
 
 
 class Counter:
@@ -48,7 +48,10 @@ def test_closure_after_a_backward_is_the_second_pass(flatten):
 def test_closure_alone_is_both_passes(flatten, zeroes):
     params = make_params([3, 4], grads=False)
     optimizer = SAM(params, lr=0.1, flatten=flatten)
-    zero = {"in-closure": optimizer.zero_grad, "in-closure-to-zero": lambda: optimizer.zero_grad(set_to_none=False)}.get(zeroes)
+    zero = {
+        "in-closure": optimizer.zero_grad,
+        "in-closure-to-zero": lambda: optimizer.zero_grad(set_to_none=False),
+    }.get(zeroes)
     closure = Counter(params, zero)
     for iteration in range(4):
         with torch.no_grad():
@@ -82,7 +85,7 @@ def test_closure_forms_and_two_calls_give_the_same_bits(flatten):
         assert same_bits(list(net.parameters()), list(nets[0].parameters()))
 
 
-# ---- The two passes ------------------------------------------------------------------------------------------------------------------------
+# ---- The two passes --------------------------------------------------------------------------------------------------
 
 
 def dropout_masks(replay: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

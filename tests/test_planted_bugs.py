@@ -1,4 +1,6 @@
-"""The sanitizers are worth something only if they catch mistakes: some are planted in the CPU's and the emulated CUDA kernels, and must be found."""
+"""The sanitizers are worth something only if they catch mistakes: some are planted in the CPU's and the emulated CUDA
+kernels, and must be found.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,50 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 COMPILED_WITH = {"tsan": "thread", "asan": "address"}
 
-pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("setarch") is None, reason="needs setarch (util-linux)")]
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(shutil.which("setarch") is None, reason="needs setarch (util-linux)"),
+]
 
 
 def sanitizer_library(name: str) -> str | None:
-    done = subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=False) if shutil.which("g++") else None
+    done = (
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=False)
+        if shutil.which("g++")
+        else None
+    )
     path = done.stdout.strip() if done is not None else ""
     return path if os.path.isabs(path) else None
 
 
-def run_kernel_tests(sanitizer: str, select: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_kernel_tests(
+    sanitizer: str, select: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The kernel tests that ``select`` picks, under a sanitizer. As `make sanitize` runs them all."""
-    options = {"tsan": {"TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1"}, "asan": {"ASAN_OPTIONS": "detect_leaks=0"}}[sanitizer]
+    options = {
+        "tsan": {"TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1"},
+        "asan": {"ASAN_OPTIONS": "detect_leaks=0"},
+    }[sanitizer]
     # UBSan's library brings libstdc++, whose exceptions AddressSanitizer wants to see from the start.
-    libraries = [sanitizer_library(name) or "" for name in ([sanitizer, "ubsan"] if sanitizer == "asan" else [sanitizer])]
+    libraries = [
+        sanitizer_library(name) or "" for name in ([sanitizer, "ubsan"] if sanitizer == "asan" else [sanitizer])
+    ]
     # Without randomized addresses: ThreadSanitizer needs certain ranges.
-    command = ["setarch", "-R", sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", "-q", *arguments, "kernels", "-k", select]
+    command = [
+        "setarch",
+        "-R",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        "-q",
+        *arguments,
+        "kernels",
+        "-k",
+        select,
+    ]
     env = {**os.environ, **options, "LD_PRELOAD": " ".join(libraries), **environment}
     return subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, check=False, timeout=300)
 
@@ -72,7 +102,9 @@ def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, 
     assert spec.loader is not None
     emulation = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(emulation)
-    module = emulation.build(tmp_path / "_cuda.so", COMPILED_WITH[sanitizer], broken_sources(tmp_path, file, right, wrong), optimize=0)
+    module = emulation.build(
+        tmp_path / "_cuda.so", COMPILED_WITH[sanitizer], broken_sources(tmp_path, file, right, wrong), optimize=0
+    )
     done = run_kernel_tests(
         sanitizer,
         "test_one_tensor and (1009 or 100003) and float32",
@@ -88,9 +120,22 @@ def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, 
 @pytest.mark.parametrize(
     ("sanitizer", "file", "right", "wrong", "report"),
     [
-        # The last chunk of one thread's share is also the first of the next one's: both write the same numbers, and no other test can tell.
-        ("tsan", "cpu/parallel.h", "return {first_at(thread),", "return {thread > 0 ? first_at(thread) - 1 : 0,", "data race"),
-        ("asan", "cpu/perturb.cpp", "for (; i + kWidth <= n; i += kWidth)", "for (; i < n; i += kWidth)", "heap-buffer-overflow"),
+        # The last chunk of one thread's share is also the first of the next one's: both write the same numbers, and no
+        # other test can tell.
+        (
+            "tsan",
+            "cpu/parallel.h",
+            "return {first_at(thread),",
+            "return {thread > 0 ? first_at(thread) - 1 : 0,",
+            "data race",
+        ),
+        (
+            "asan",
+            "cpu/perturb.cpp",
+            "for (; i + kWidth <= n; i += kWidth)",
+            "for (; i < n; i += kWidth)",
+            "heap-buffer-overflow",
+        ),
     ],
     ids=["threads that share a chunk", "a vector where there are too few elements"],
 )
@@ -100,7 +145,14 @@ def test_a_planted_bug_in_the_cpu_kernels_is_caught(tmp_path, sanitizer, file, r
     (package / "sam_fast" / "kernels").symlink_to(ROOT / "kernels")
     broken_sources(package, file, right, wrong)
     shutil.copy(ROOT / "CMakeLists.txt", package)
-    configure = ["cmake", "-S", str(package), "-B", str(tmp_path / "build"), f"-DSAM_FAST_SANITIZE={COMPILED_WITH[sanitizer]}"]
+    configure = [
+        "cmake",
+        "-S",
+        str(package),
+        "-B",
+        str(tmp_path / "build"),
+        f"-DSAM_FAST_SANITIZE={COMPILED_WITH[sanitizer]}",
+    ]
     pybind11_dir = importlib.import_module("pybind11").get_cmake_dir()
     configure += [
         f"-DPython_EXECUTABLE={sys.executable}",
@@ -108,7 +160,9 @@ def test_a_planted_bug_in_the_cpu_kernels_is_caught(tmp_path, sanitizer, file, r
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package / 'sam_fast'}",
     ]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", str(tmp_path / "build"), "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["cmake", "--build", str(tmp_path / "build"), "--parallel", "2"], check=True, stdout=subprocess.DEVNULL
+    )
     done = run_kernel_tests(
         sanitizer,
         "test_one_tensor and (1009 or 100003) and float32 and baseline",

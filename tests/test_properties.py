@@ -1,4 +1,5 @@
-"""Random optimizers and random sequences of calls, compared after every call with a slow model of the optimizer (model_of_sam.py).
+"""Random optimizers and random sequences of calls, compared after every call with a slow model of the optimizer
+(model_of_sam.py).
 
 The profile ``ci`` (the default) tries 300 sequences, ``nightly`` 10,000, a number that many:
 ``SAM_FAST_HYPOTHESIS=nightly python -m pytest tests/test_properties.py``.
@@ -46,13 +47,15 @@ class Raised(BaseException):
     """Not an Exception, as KeyboardInterrupt is not."""
 
 
-# ---- Random optimizers ---------------------------------------------------------------------------------------------------------------------
+# ---- Random optimizers -----------------------------------------------------------------------------------------------
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout."""
     if layout == "transposed":
-        return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))) if t.dim() > 1 else t
+        return (
+            t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))) if t.dim() > 1 else t
+        )
     if layout == "gaps" and t.dim() > 0:
         room = t.new_zeros((*t.shape[:-1], t.shape[-1] + 1))
         room[..., :-1] = t
@@ -76,7 +79,9 @@ sam_options = st.fixed_dictionaries(
         "perturb": st.booleans(),
     },
 )
-base_options = st.fixed_dictionaries({}, optional={"lr": st.sampled_from([0.0, 0.01, 0.3]), "weight_decay": st.sampled_from([0.0, 0.1])})
+base_options = st.fixed_dictionaries(
+    {}, optional={"lr": st.sampled_from([0.0, 0.01, 0.3]), "weight_decay": st.sampled_from([0.0, 0.1])}
+)
 maximize = st.fixed_dictionaries({}, optional={"maximize": st.booleans()})
 BASES: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {}),
@@ -99,18 +104,30 @@ def optimizers(draw: Callable[..., Any]) -> tuple[SAM, list[nn.Parameter]]:
         params = [make_param(*spec) for spec in draw(st.lists(specs, min_size=1, max_size=3))]
         groups.append({"params": params, **draw(sam_options), **draw(base_options), **draw(maximize)})
     flatten = draw(st.booleans())
-    dense = flatten or all(p.stride() == nn.Parameter(p.detach().clone()).stride() for group in groups for p in group["params"])
+    dense = flatten or all(
+        p.stride() == nn.Parameter(p.detach().clone()).stride() for group in groups for p in group["params"]
+    )
     backend = draw(st.sampled_from([None, None, "torch", "cpu"])) if dense else None
     optimizer = SAM(groups, base, rho=0.1, lr=0.05, flatten=flatten, backend=backend, **options)
     return optimizer, params_of(optimizer)
 
 
-# ---- The calls -----------------------------------------------------------------------------------------------------------------------------
+# ---- The calls -------------------------------------------------------------------------------------------------------
 
 calls = st.one_of(
-    *(st.tuples(st.just(name)) for name in ("first_step", "first_step", "first_step", "second_step", "second_step", "second_step")),
-    *(st.tuples(st.just(name)) for name in ("step", "restore", "save_and_load", "deepcopy", "pickle", "raise_in_second_pass")),
-    st.tuples(st.just("gradients"), st.integers(0, 99), st.sampled_from(["all", "all", "some", "none", "zero", "inf", "nan", "layout"])),
+    *(
+        st.tuples(st.just(name))
+        for name in ("first_step", "first_step", "first_step", "second_step", "second_step", "second_step")
+    ),
+    *(
+        st.tuples(st.just(name))
+        for name in ("step", "restore", "save_and_load", "deepcopy", "pickle", "raise_in_second_pass")
+    ),
+    st.tuples(
+        st.just("gradients"),
+        st.integers(0, 99),
+        st.sampled_from(["all", "all", "some", "none", "zero", "inf", "nan", "layout"]),
+    ),
     st.tuples(st.just("gradients"), st.integers(0, 99), st.sampled_from(["all", "some"])),
     st.tuples(st.just("zero_grad"), st.booleans()),
     st.tuples(st.just("closure"), st.integers(0, 99), st.sampled_from([0, 0, 1, 2])),
@@ -152,7 +169,11 @@ class Run:
     @contextmanager
     def keeps(self, *, gradients: bool = True) -> Any:
         """Addresses, and what the call has no business with, stay as they are; weights that change get a new version."""
-        addresses, versions, before = [p.data_ptr() for p in self.params], [p._version for p in self.params], values(self.params)
+        addresses, versions, before = (
+            [p.data_ptr() for p in self.params],
+            [p._version for p in self.params],
+            values(self.params),
+        )
         grads = [None if p.grad is None else p.grad.detach().clone() for p in self.params]
         yield
         assert self.left_flat or [p.data_ptr() for p in self.params] == addresses
@@ -195,11 +216,19 @@ class Run:
             compute = EPSILON[torch.float64 if p.dtype == torch.float64 else torch.float32]
             e = (moved[id(p)] - w.double()).abs()
             # Half a unit of the result in its own format, and some roundings of e in the format of the arithmetic.
-            tolerance = 0.5 * EPSILON[p.dtype] * moved[id(p)].abs() + 2 * compute * (w.double().abs() + moved[id(p)].abs()) + 8 * compute * e
+            tolerance = (
+                0.5 * EPSILON[p.dtype] * moved[id(p)].abs()
+                + 2 * compute * (w.double().abs() + moved[id(p)].abs())
+                + 8 * compute * e
+            )
             if p.dtype == torch.float16:
                 tolerance = tolerance + 2.0**-25  # half of the smallest number
             off = (p.detach().double() - moved[id(p)]).abs()
-            assert ((off <= tolerance + 4e-7 * e) | (p.detach() == moved[id(p)].to(p.dtype)) | (p.isnan() & moved[id(p)].isnan())).all()
+            assert (
+                (off <= tolerance + 4e-7 * e)
+                | (p.detach() == moved[id(p)].to(p.dtype))
+                | (p.isnan() & moved[id(p)].isnan())
+            ).all()
 
     def second_step(self) -> None:
         if self.began is None:
@@ -209,7 +238,9 @@ class Run:
 
     def step(self) -> None:
         if self.began is None:
-            if all(group["lr"] == 0 for group in self.optimizer.param_groups) and all(p.grad is None or not p.grad.any() for p in self.params):
+            if all(group["lr"] == 0 for group in self.optimizer.param_groups) and all(
+                p.grad is None or not p.grad.any() for p in self.params
+            ):
                 return None  # torch.distributed.checkpoint has the base optimizer's state made like this
             return self.refused(self.optimizer.step)
         self.finish(self.optimizer.step)
@@ -232,7 +263,9 @@ class Run:
         for p, w, state, fused in zip(self.params, expected, states, widened, strict=True):
             if p.dtype in (torch.bfloat16, torch.float16):
                 # The base optimizer rounds after every operation, a fused second step only what it stores.
-                close = torch.isclose(p.double(), fused.double(), rtol=2 * EPSILON[p.dtype], atol=2.0**-24, equal_nan=True)
+                close = torch.isclose(
+                    p.double(), fused.double(), rtol=2 * EPSILON[p.dtype], atol=2.0**-24, equal_nan=True
+                )
                 assert (close | (p == w) | (p.isnan() & w.isnan())).all()
             elif adam:
                 # The square root, rounded correctly here: a unit in the last place of the update.
@@ -399,7 +432,9 @@ class Run:
 
 @profile
 @given(made=optimizers(), sequence=st.lists(calls, min_size=6, max_size=20))
-def test_every_call_does_what_the_model_does(made: tuple[SAM, list[nn.Parameter]], sequence: list[tuple[Any, ...]]) -> None:
+def test_every_call_does_what_the_model_does(
+    made: tuple[SAM, list[nn.Parameter]], sequence: list[tuple[Any, ...]]
+) -> None:
     run = Run(*made)
     run.gradients(0, "all")
     for name, *arguments in sequence:

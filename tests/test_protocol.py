@@ -24,14 +24,20 @@ def two_calls(params, optimizer) -> None:
         call(zero_grad=True)
 
 
-# ---- Constructor and groups --------------------------------------------------------------------------------------------------------------
+# ---- Constructor and groups ------------------------------------------------------------------------------------------
 
 
 def test_signature_is_the_contract():
     optimizer = SAM(make_params([3]), lr=0.1)
     assert type(optimizer.base_optimizer) is torch.optim.SGD
     group = optimizer.param_groups[0]
-    assert (group["rho"], group["adaptive"], group["eta"], group["perturb"], group["lr"]) == (0.05, False, 0.0, True, 0.1)
+    assert (group["rho"], group["adaptive"], group["eta"], group["perturb"], group["lr"]) == (
+        0.05,
+        False,
+        0.0,
+        True,
+        0.1,
+    )
     assert isinstance(optimizer, torch.optim.Optimizer)
 
 
@@ -92,7 +98,7 @@ def test_repr_shows_the_options():
     assert "rho: 0.05" in repr(SAM(make_params([3]), lr=0.1))
 
 
-# ---- One state ---------------------------------------------------------------------------------------------------------------------------
+# ---- One state -------------------------------------------------------------------------------------------------------
 
 
 def assert_one(optimizer: SAM) -> None:
@@ -164,7 +170,7 @@ def test_hooks_of_state_dict_and_load_state_dict_run():
     assert seen == ["save-pre", "load-pre", "load-post"]
 
 
-# ---- Schedulers, hooks, profiler -----------------------------------------------------------------------------------------------------------
+# ---- Schedulers, hooks, profiler -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,7 +222,7 @@ def test_the_profiler_sees_the_step():
     assert "Optimizer.step#SAM.step" in {event.key for event in profile.key_averages()}
 
 
-# ---- Misuse --------------------------------------------------------------------------------------------------------------------------------
+# ---- Misuse ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,7 +240,19 @@ def test_the_profiler_sees_the_step():
         (False, lambda o, m: o.second_pass(m).__enter__(), "first_step"),
         (False, lambda o, m: o.grad_norm, "first_step"),
     ],
-    ids=["first-twice", "second-first", "step-first", "closure", "load", "add-group", "deepcopy", "pickle", "first_pass", "second_pass", "grad_norm"],
+    ids=[
+        "first-twice",
+        "second-first",
+        "step-first",
+        "closure",
+        "load",
+        "add-group",
+        "deepcopy",
+        "pickle",
+        "first_pass",
+        "second_pass",
+        "grad_norm",
+    ],
 )
 def test_misuse_says_what_to_do_and_changes_nothing(perturbed, call, words):
     model = nn.Linear(3, 2)

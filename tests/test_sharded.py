@@ -1,4 +1,6 @@
-"""DTensor parameters, with real processes: placements of every kind, FSDP2 and tensor parallelism, against what one process computes."""
+"""DTensor parameters, with real processes: placements of every kind, FSDP2 and tensor parallelism, against what one
+process computes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,19 @@ from unittest import mock
 import pytest
 import torch
 from cases import same_bits, values
-from parallel import RHO, SGD, TOLERANCE, batches, collectives, each_its_own, network, one_process, share, train, weights
+from parallel import (
+    RHO,
+    SGD,
+    TOLERANCE,
+    batches,
+    collectives,
+    each_its_own,
+    network,
+    one_process,
+    share,
+    train,
+    weights,
+)
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -19,7 +33,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
-# ---- Placements --------------------------------------------------------------------------------------------------------------------------
+# ---- Placements ------------------------------------------------------------------------------------------------------
 
 SHAPES = [(5, 3), (8, 4), (2, 6), (1, 9), (0, 4), (130, 129)]
 S0, S1, R = Shard(0), Shard(1), Replicate()
@@ -51,7 +65,9 @@ def options(params: list[nn.Parameter]) -> list[dict[str, Any]]:
     ]
 
 
-def a_step(shape: tuple[int, ...], placements: list[list[Any]], dtype: torch.dtype, backend: str | None, world: int = 4) -> dict[str, Any]:
+def a_step(
+    shape: tuple[int, ...], placements: list[list[Any]], dtype: torch.dtype, backend: str | None, world: int = 4
+) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", shape)
     full = full_params(dtype)
     params = []
@@ -65,7 +81,9 @@ def a_step(shape: tuple[int, ...], placements: list[list[Any]], dtype: torch.dty
     stale = (params[0] * params[0]).sum()
     started = collectives(optimizer.first_step)
     perturbed = [p.full_tensor().detach().clone() for p in params]
-    assert all(row.grad is None for bucket in optimizer._perturbation.buckets for row in bucket.tensors), "gradients are kept alive"
+    assert all(row.grad is None for bucket in optimizer._perturbation.buckets for row in bucket.tensors), (
+        "gradients are kept alive"
+    )
     if before[0].numel() > 0:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             stale.backward()
@@ -81,8 +99,19 @@ def a_step(shape: tuple[int, ...], placements: list[list[Any]], dtype: torch.dty
     backups = sum(bucket.backup.numel() for bucket in optimizer._perturbation.buckets)
     padding = len(params) * 64 // dtype.itemsize
     assert backups <= sum(w.numel() for w in before) + padding, "a backup of more than the local parts"
-    local = {i: p.to_local().detach().clone() for i, p in enumerate(params) if all(place.is_replicate() for place in p.placements)}
-    return {"norm": norm, "perturbed": perturbed, "restored": restored, "collectives": started, "w": weights_of(params), "local": local}
+    local = {
+        i: p.to_local().detach().clone()
+        for i, p in enumerate(params)
+        if all(place.is_replicate() for place in p.placements)
+    }
+    return {
+        "norm": norm,
+        "perturbed": perturbed,
+        "restored": restored,
+        "collectives": started,
+        "w": weights_of(params),
+        "local": local,
+    }
 
 
 def weights_of(params: list[Any]) -> list[Tensor]:
@@ -104,7 +133,8 @@ def test_a_step_is_that_of_whole_tensors(four, case, backend):
     oracle.second_step()
     for of_rank in found:
         assert of_rank["restored"]
-        assert of_rank["collectives"] == ["allreduce_"] * 2 * all_reduces  # two first_steps, and nothing in what follows them
+        # two first_steps, and nothing in what follows them
+        assert of_rank["collectives"] == ["allreduce_"] * 2 * all_reduces
         torch.testing.assert_close(of_rank["norm"], oracle.grad_norm, rtol=1e-12, atol=0.0)
         for key, expected in (("perturbed", perturbed), ("w", params)):
             torch.testing.assert_close(of_rank[key], values(expected), rtol=1e-12, atol=1e-13)
@@ -133,10 +163,11 @@ def test_the_kernels_do_to_a_part_what_they_do_to_the_whole(four, dtype):
     optimizer.first_step()
     torch.testing.assert_close(found["norm"], optimizer.grad_norm, rtol=1e-14, atol=0.0)
     for a, b in zip(found["perturbed"], params, strict=True):
-        torch.testing.assert_close(a, b.detach(), rtol=torch.finfo(dtype).eps, atol=0.0)  # should the last bit of the norm differ
+        # should the last bit of the norm differ
+        torch.testing.assert_close(a, b.detach(), rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
-# ---- Tensor parallelism, and DTensor's own data parallelism -----------------------------------------------------------------------------
+# ---- Tensor parallelism, and DTensor's own data parallelism ----------------------------------------------------------
 
 
 def tensor_parallel(shape: tuple[int, ...]) -> list[Tensor]:
@@ -194,7 +225,7 @@ def test_partial_gradients_are_each_processs_own_where_it_is_to_climb_along_its_
     assert same_bits(found[0], found[1])
 
 
-# ---- What changes, and what is refused ---------------------------------------------------------------------------------------------------
+# ---- What changes, and what is refused -------------------------------------------------------------------------------
 
 
 def another_local_tensor() -> bool:

@@ -54,17 +54,26 @@ def optimizers_with_variants() -> list[Any]:
     """Every torch.optim class that SAM takes, in all its variants."""
     found = []
     for name, cls in sorted(vars(torch.optim).items()):
-        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name not in ("Optimizer", "SparseAdam", "LBFGS", "Adadelta"):
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, torch.optim.Optimizer)
+            and name not in ("Optimizer", "SparseAdam", "LBFGS", "Adadelta")
+        ):
             variants = [flag for flag in ("foreach", "fused") if flag in inspect.signature(cls).parameters]
-            found += [pytest.param(cls, {flag: True} if flag else {}, id=f"{name}-{flag}" if flag else name) for flag in ("", *variants)]
+            found += [
+                pytest.param(cls, {flag: True} if flag else {}, id=f"{name}-{flag}" if flag else name)
+                for flag in ("", *variants)
+            ]
     return found
 
 
-# ---- The base optimizer's format ---------------------------------------------------------------------------------------------------------
+# ---- The base optimizer's format -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("base", "variant"), optimizers_with_variants())
-def test_a_run_resumed_from_a_file_goes_on_with_the_same_bits(base: Any, variant: dict[str, bool], flatten: bool, tmp_path: Path) -> None:
+def test_a_run_resumed_from_a_file_goes_on_with_the_same_bits(
+    base: Any, variant: dict[str, bool], flatten: bool, tmp_path: Path
+) -> None:
     sizes = [(4, 3), (3, 5)] if base.__name__ == "Muon" else [(4, 3), (5,), ()]
 
     def start() -> tuple[list[nn.Parameter], SAM]:
@@ -95,8 +104,12 @@ def test_a_run_resumed_from_a_file_goes_on_with_the_same_bits(base: Any, variant
     [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.1, "amsgrad": True})],
     ids=["sgd", "adamw"],
 )
-def test_a_plain_run_that_passes_through_sam_ends_where_it_would_have(base: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    """Plain optimizer -> SAM (three steps in a group with rho=0, which are plain steps) -> plain optimizer, at each border by a file."""
+def test_a_plain_run_that_passes_through_sam_ends_where_it_would_have(
+    base: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Plain optimizer -> SAM (three steps in a group with rho=0, which are plain steps) -> plain optimizer, at each
+    border by a file.
+    """
     params, twins = make_params([30, 7]), make_params([30, 7])
     never_stopped = base(params, **options)
     plain_steps(params, never_stopped, range(9))
@@ -160,7 +173,9 @@ def test_a_run_with_cycled_momentum_resumes_with_the_same_bits(flatten: bool, tm
     saved: dict[str, Any] = {}
     for i in range(7):
         if i == 3:
-            saved = through_file({"w": values(params), "o": optimizer.state_dict(), "s": scheduler.state_dict()}, tmp_path)
+            saved = through_file(
+                {"w": values(params), "o": optimizer.state_dict(), "s": scheduler.state_dict()}, tmp_path
+            )
         sam_steps(params, optimizer, range(i, i + 1))
         scheduler.step()
 
@@ -176,7 +191,7 @@ def test_a_run_with_cycled_momentum_resumes_with_the_same_bits(flatten: bool, tm
     assert resumed.param_groups[0]["momentum"] == optimizer.param_groups[0]["momentum"] != 0.9
 
 
-# ---- What cannot be loaded ---------------------------------------------------------------------------------------------------------------
+# ---- What cannot be loaded -------------------------------------------------------------------------------------------
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing(flatten: bool) -> None:
@@ -213,7 +228,7 @@ def test_a_checkpoint_of_the_reference_implementation_loads_without_its_copy_of_
     assert "old_p" not in optimizer.state_dict()["state"].get(0, {})
 
 
-# ---- Copies ------------------------------------------------------------------------------------------------------------------------------
+# ---- Copies ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -237,7 +252,9 @@ def test_a_copy_made_in_mid_training_goes_on_with_the_same_bits(how: str, flatte
 
 
 def test_copies_keep_backend_flatten_and_perturb_eps(backend: str, flatten: bool) -> None:
-    """A large perturb_eps halves e for this gradient of norm 1; the copies must do the same, in flat buffers if the original does."""
+    """A large perturb_eps halves e for this gradient of norm 1; the copies must do the same, in flat buffers if the
+    original does.
+    """
     p = nn.Parameter(torch.zeros(4))
     optimizer = SAM([p], lr=0.1, rho=0.2, perturb_eps=1.0, backend=backend, flatten=flatten)
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
@@ -259,7 +276,9 @@ def test_a_shallow_copy_leaves_the_parameters_where_they_are(flatten: bool) -> N
     assert [p.data_ptr() for p in params] == before
 
 
-@pytest.mark.xfail(strict=True, reason="proposed: pickle writes the whole flat buffer once per parameter; torch.save does not")
+@pytest.mark.xfail(
+    strict=True, reason="proposed: pickle writes the whole flat buffer once per parameter; torch.save does not"
+)
 def test_a_pickle_of_flat_parameters_holds_every_weight_once() -> None:
     """Bounded by twice what plain SGD's pickle of the same parameters takes."""
     plain = len(pickle.dumps(torch.optim.SGD(make_params([100] * 100, grads=False), lr=0.1)))

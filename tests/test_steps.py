@@ -1,4 +1,6 @@
-"""Corners of a step: memory exchanged or shared, interruptions, gradients already used, closures that raise, random state that outlives its step."""
+"""Corners of a step: memory exchanged or shared, interruptions, gradients already used, closures that raise, random
+state that outlives its step.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Make = Callable[..., SAM]
 @pytest.fixture
 def make(backend: str, flatten: bool) -> Make:
     """Makes a SAM on the backend under test; with lr=0, so that a whole step must end where it began."""
-    return lambda params, *args, **options: SAM(params, *args, **{"lr": 0.0, "backend": backend, "flatten": flatten, **options})
+    return lambda params, *args, **options: SAM(
+        params, *args, **{"lr": 0.0, "backend": backend, "flatten": flatten, **options}
+    )
 
 
 def with_gradients(params: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -28,7 +32,7 @@ def with_gradients(params: list[nn.Parameter]) -> list[nn.Parameter]:
     return params
 
 
-# ---- Weights that get other memory between the passes ------------------------------------------------------------------------------------
+# ---- Weights that get other memory between the passes ----------------------------------------------------------------
 
 
 def test_weights_given_other_memory_between_the_passes_come_back(make: Make) -> None:
@@ -93,7 +97,10 @@ def test_a_shape_changed_between_the_passes_is_an_error_and_the_others_come_back
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_parameters_that_share_memory_come_back(groups: int, threads: int, backend: str | None) -> None:
-    """flatten=True refuses them and sends users to flatten=False: there the invariant holds for them too. Repeated, since threads may race."""
+    """flatten=True refuses them and sends users to flatten=False: there the invariant holds for them too.
+
+    Repeated, since threads may race.
+    """
     torch.set_num_threads(threads)
     for _ in range(20):
         memory = torch.randn(20_000)
@@ -115,15 +122,19 @@ def test_parameters_that_share_memory_are_refused_by_a_forced_fused_backend() ->
         SAM(params, lr=0.1, flatten=True)
 
 
-# ---- Norms at the edge -------------------------------------------------------------------------------------------------------------------
+# ---- Norms at the edge -----------------------------------------------------------------------------------------------
 
 
-SUBNORMAL = pytest.param(1e-42, marks=pytest.mark.xfail(strict=True, reason="proposed: rho / n overflows float32, e is infinite"), id="1e-42")
+SUBNORMAL = pytest.param(
+    1e-42, marks=pytest.mark.xfail(strict=True, reason="proposed: rho / n overflows float32, e is infinite"), id="1e-42"
+)
 
 
 @pytest.mark.parametrize("size", [SUBNORMAL, 1e-30, 1.0, 1e30], ids=str)
 def test_the_perturbation_is_rho_long_however_large_the_gradient(make: Make, size: float) -> None:
-    """From 0, so that w + e has no rounding of its own: what is left is float32's 6e-8 in the gradient, the scale and their product."""
+    """From 0, so that w + e has no rounding of its own: what is left is float32's 6e-8 in the gradient, the scale and
+    their product.
+    """
     p = nn.Parameter(torch.zeros(5000))
     p.grad = torch.full((5000,), size)
     optimizer = make([p], rho=0.05, perturb_eps=0.0)
@@ -164,7 +175,7 @@ def test_sparse_gradients_in_an_unperturbed_group_work_as_the_error_message_prom
     assert changed.nonzero().flatten().tolist() == [1, 2]
 
 
-# ---- Interruptions -----------------------------------------------------------------------------------------------------------------------
+# ---- Interruptions ---------------------------------------------------------------------------------------------------
 
 
 def test_a_restore_that_was_interrupted_is_finished_by_the_next(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +230,7 @@ def test_pre_hooks_see_the_perturbed_weights_and_post_hooks_the_new_ones(make: M
     assert same_bits([w for _, w in seen], [climbed, before])
 
 
-# ---- Closures ----------------------------------------------------------------------------------------------------------------------------
+# ---- Closures --------------------------------------------------------------------------------------------------------
 
 
 class Square:
@@ -265,7 +276,10 @@ def test_what_the_closure_returns_is_returned_as_it_is(make: Make) -> None:
     assert optimizer.step(closure=closure) is token
 
 
-@pytest.mark.xfail(strict=True, reason="known limit, see step's docstring: marking gradients in second_step would cost Python per parameter there")
+@pytest.mark.xfail(
+    strict=True,
+    reason="known limit, see step's docstring: marking gradients in second_step would cost Python per parameter there",
+)
 def test_gradients_that_second_step_has_used_are_no_first_pass(make: Make) -> None:
     """A two-call step without zero_grad, then a closure."""
     params = make_params([3, 4], grads=False)
@@ -302,7 +316,7 @@ def test_an_optimizer_whose_closure_raised_goes_on_after_zero_grad(make: Make, r
     assert same_bits(params, twins)
 
 
-# ---- Random state and gradient synchronisation -------------------------------------------------------------------------------------------
+# ---- Random state and gradient synchronisation -----------------------------------------------------------------------
 
 
 def mask(model: nn.Module) -> Tensor:
@@ -318,7 +332,9 @@ def dropping() -> tuple[nn.Module, SAM]:
 
 
 def test_the_random_state_of_a_first_pass_that_raised_is_not_replayed(dropping: tuple[nn.Module, SAM]) -> None:
-    """The next step did not ask for a replay: its second pass draws what comes, not the masks of a pass that was given up."""
+    """The next step did not ask for a replay: its second pass draws what comes, not the masks of a pass that was given
+    up.
+    """
     model, optimizer = dropping
     with contextlib.suppress(ZeroDivisionError), optimizer.first_pass(model, replay_rng=True):
         given_up = mask(model)

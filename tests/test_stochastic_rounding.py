@@ -1,4 +1,6 @@
-"""SAM(stochastic_rounding=True): weights in 16-bit formats move as far as they should, and everything else holds as before."""
+"""SAM(stochastic_rounding=True): weights in 16-bit formats move as far as they should, and everything else holds as
+before.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,14 @@ def test_e_is_right_on_average_and_restore_is_exact(dtype):
     norm = float(optimizer.grad_norm)
     e = torch.cat([p.grad.double() * (1e-3 / norm) for p in params])
     mean = torch.cat(total) / rounds
-    # An upper bound of the distance between neighbours, at most twice too large; and of the probability of the less likely one.
-    unit = torch.finfo(dtype).eps * (torch.cat(start).double().abs() + e.abs()).clamp(min=torch.finfo(dtype).smallest_normal)
+    # An upper bound of the distance between neighbours, at most twice too large; and of the probability of the less
+    # likely one.
+    unit = torch.finfo(dtype).eps * (torch.cat(start).double().abs() + e.abs()).clamp(
+        min=torch.finfo(dtype).smallest_normal
+    )
     rare = (2 * e.abs() / unit).clamp(min=0.01, max=0.5)
-    # Eight standard deviations (where few coins fall their number has a long tail), and 2^-12 units for the random numbers' resolution.
+    # Eight standard deviations (where few coins fall their number has a long tail), and 2^-12 units for the random
+    # numbers' resolution.
     assert bool(((mean - e).abs() <= 8 * unit * (rare * (1 - rare) / rounds).sqrt() + unit * 2.0**-12).all())
     # Along e the noise averages out over the elements as well: its standard deviation is below 1 % here.
     assert float(mean @ e / (e @ e)) == pytest.approx(1.0, abs=0.05)
@@ -75,7 +81,8 @@ def test_small_updates_are_not_lost(base):
             optimizer.second_step()
         moved[rounding] = 1.0 - float(p.detach().double().mean())
     assert moved[False] == 0.0
-    # SGD makes all its steps in the kernel; AdamW's first is the base optimizer's own. Standard deviation of the mean: under 1e-4.
+    # SGD makes all its steps in the kernel; AdamW's first is the base optimizer's own. Standard deviation of the mean:
+    # under 1e-4.
     assert moved[True] == pytest.approx(0.01, abs=5e-4)
 
 

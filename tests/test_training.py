@@ -59,9 +59,10 @@ def step(model: nn.Module, optimizer: SAM | ReferenceSAM, x: torch.Tensor, y: to
 def test_fifty_steps_follow_the_float64_reference(case, adaptive, backend, flatten):
     """Each step starts both from the same float32 weights and momentum; then float64 against float32, one step.
 
-    The bound is per step, so that it need not grow with the chaos of training: a float32 forward and backward of this net is right to about
-    1e-5 of the largest gradient, the weights are rounded to 6e-8, and AdamW divides by the gradient's own size, so that where a gradient is
-    nearly zero (up to the rounding of its sum) its step may differ by up to the learning rate: bounded by 2 lr there, by lr/100 for almost all.
+    The bound is per step, so that it need not grow with the chaos of training: a float32 forward and backward of this
+    net is right to about 1e-5 of the largest gradient, the weights are rounded to 6e-8, and AdamW divides by the
+    gradient's own size, so that where a gradient is nearly zero (up to the rounding of its sum) its step may differ by
+    up to the learning rate: bounded by 2 lr there, by lr/100 for almost all.
     """
     base, options, make_groups = CASES[case]
     sam_options = {"rho": 0.5 if adaptive else 0.05, "adaptive": adaptive}
@@ -84,18 +85,25 @@ def test_fifty_steps_follow_the_float64_reference(case, adaptive, backend, flatt
                 assert float(error.max()) <= 2e-5 * lr + 2e-7 * float(q.detach().abs().max())
 
 
-# ---- Every base optimizer ----------------------------------------------------------------------------------------------------------------
+# ---- Every base optimizer --------------------------------------------------------------------------------------------
 
 
 def dense_optimizers() -> list[Any]:
     """Every torch.optim class that takes dense gradients and no closure, plain and in its foreach and fused variants."""
     found = []
     for name, cls in sorted(vars(torch.optim).items()):
-        if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or name in ("Optimizer", "SparseAdam", "LBFGS", "Adadelta"):
+        if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or name in (
+            "Optimizer",
+            "SparseAdam",
+            "LBFGS",
+            "Adadelta",
+        ):
             continue
         found.append(pytest.param(cls, {}, id=name))
         names = inspect.signature(cls).parameters
-        found += [pytest.param(cls, {flag: True}, id=f"{name}-{flag}") for flag in ("foreach", "fused") if flag in names]
+        found += [
+            pytest.param(cls, {flag: True}, id=f"{name}-{flag}") for flag in ("foreach", "fused") if flag in names
+        ]
     return found
 
 
@@ -129,7 +137,7 @@ def test_every_base_optimizer_steps_as_it_does_alone(base, options, flatten):
         assert same_step(base, params, alone)
 
 
-# ---- Stopping and going on ---------------------------------------------------------------------------------------------------------------
+# ---- Stopping and going on -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,11 @@ def test_resumed_run_continues_with_the_same_bits(base, options, flatten, tmp_pa
     model, optimizer, scheduler = start()
     for i, (x, y) in enumerate(data):
         if i == 5:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            parts = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+            }
             torch.save(parts, tmp_path / "checkpoint.pt")
         step(model, optimizer, x, y)
         scheduler.step()
@@ -187,7 +199,7 @@ def test_checkpoints_move_between_sam_and_plain_sgd():
         assert torch.equal(back.state[a]["momentum_buffer"], optimizer.state[b]["momentum_buffer"])
 
 
-# ---- Accumulation and long runs ------------------------------------------------------------------------------------------------------------
+# ---- Accumulation and long runs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -1,4 +1,6 @@
-"""The triton backend: what it takes, what it uploads and when, interruptions, graphs, and the same bits as the cpu backend."""
+"""The triton backend: what it takes, what it uploads and when, interruptions, graphs, and the same bits as the cpu
+backend.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,8 @@ from cases import CHUNK, DTYPES, INTERPRETED, SIZES, is_dense_of_a_stand_in, mak
 from torch import nn
 
 from sam_fast import SAM, backends
-from sam_fast.backends import GroupOptions, native
+from sam_fast.backends import GroupOptions, native, upload
 from sam_fast.backends import triton as backend
-from sam_fast.backends import upload
 from sam_fast.backends.bucket import Bucket
 
 TRITON = backends.BACKENDS["triton"]
@@ -23,7 +24,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 
 def interpreter(test):
     """A test that runs kernels: `make test-triton` does that without a GPU."""
-    return pytest.mark.stand_in(pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test))
+    return pytest.mark.stand_in(
+        pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test)
+    )
 
 
 def options(**changes: object) -> GroupOptions:
@@ -41,12 +44,18 @@ def perturb(bucket: Bucket, options: GroupOptions, partials: torch.Tensor | None
     return float(norm)
 
 
-# ---- What it takes -----------------------------------------------------------------------------------------------------------------------
+# ---- What it takes ---------------------------------------------------------------------------------------------------
 
 
 def test_importing_sam_fast_does_not_import_triton():
-    script = "import sys, sam_fast; sam_fast.backends.available(); sam_fast.backends.why_not(); print('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    script = (
+        "import sys, sam_fast; sam_fast.backends.available(); sam_fast.backends.why_not(); print('triton' in "
+        "sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_missing_triton_is_reported_with_what_to_do(monkeypatch):
@@ -88,7 +97,13 @@ class Facts(SimpleNamespace):
 def somewhere(device: str, **changes: object) -> Facts:
     """What the backend looks at in a tensor on a device that is not here."""
     dense = torch.zeros(3, 4)
-    facts = {"device": torch.device(device), "dtype": torch.float32, "shape": dense.shape, "stride": dense.stride, "numel": dense.numel}
+    facts = {
+        "device": torch.device(device),
+        "dtype": torch.float32,
+        "shape": dense.shape,
+        "stride": dense.stride,
+        "numel": dense.numel,
+    }
     return Facts(**{**facts, **changes})
 
 
@@ -126,7 +141,7 @@ def test_an_xpu_with_float64_is_taken(monkeypatch):
     assert TRITON.rejects(somewhere("xpu:0")) is None
 
 
-# ---- Bits and sizes ----------------------------------------------------------------------------------------------------------------------
+# ---- Bits and sizes --------------------------------------------------------------------------------------------------
 
 
 @interpreter
@@ -193,11 +208,18 @@ def test_elements_beyond_two_to_the_31():
     from sam_fast.kernels import copy, grad_norm, perturb
 
     w, g = torch.randn(count).bfloat16(), torch.randn(count).bfloat16()
-    flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)  # 4 GiB of addresses; the memory is never touched but for the chunk
+    # 4 GiB of addresses; the memory is never touched but for the chunk
+    flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)
     before, backup = w.clone(), flat.view(torch.bfloat16)[slot : slot + count]
     group = options(rho=50.0).values.tobytes()
-    table = torch.tensor([t.data_ptr() - 2 * begin for t in (w, g)] + torch.frombuffer(bytearray(group), dtype=torch.int64).tolist())
-    partials, norm, written = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    table = torch.tensor(
+        [t.data_ptr() - 2 * begin for t in (w, g)] + torch.frombuffer(bytearray(group), dtype=torch.int64).tolist()
+    )
+    partials, norm, written = (
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+        torch.zeros(1, dtype=torch.int64),
+    )
     grad_norm.grad_norm(chunks, table, 1, partials, torch.bfloat16)
     assert float(partials.sum()) == pytest.approx(float(g.double().square().sum()), rel=1e-12)
     perturb.perturb(2, chunks, table, 1, partials, 0.0, norm, flat, written, 9, None, torch.bfloat16)
@@ -220,7 +242,7 @@ def test_programs_without_chunks_write_zero():
     assert perturb(bucket, options()) == 0.0
 
 
-# ---- Uploads -----------------------------------------------------------------------------------------------------------------------------
+# ---- Uploads ---------------------------------------------------------------------------------------------------------
 
 
 @interpreter
@@ -312,7 +334,7 @@ def test_an_upload_that_was_interrupted_is_made_again(monkeypatch):
     assert memory.send(first).numpy().tobytes() == first
 
 
-# ---- Interruptions -----------------------------------------------------------------------------------------------------------------------
+# ---- Interruptions ---------------------------------------------------------------------------------------------------
 
 
 def interrupt(monkeypatch, module: str, when: str) -> None:

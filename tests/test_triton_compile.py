@@ -1,4 +1,6 @@
-"""The Triton kernels, compiled without a GPU for four architectures: 16-byte accesses, float64 sums, no fused multiply-add where bits count."""
+"""The Triton kernels, compiled without a GPU for four architectures: 16-byte accesses, float64 sums, no fused
+multiply-add where bits count.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,21 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="with TRITON_INTERPRET=1 nothing is compiled")
 
 if not INTERPRETED:
-    from sam_fast.kernels import adam, copy, grad_norm, perturb, sgd, step, table
     from triton.backends.compiler import GPUTarget
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+    from sam_fast.kernels import adam, copy, grad_norm, perturb, sgd, step, table
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 
 STACK = 32 if triton.__version__.startswith("3.6.") else 8
-"""Bytes of stack per thread that a kernel may take on NVIDIA's GPUs. No number of registers is asked for: from Triton 3.6's
-code for three of the fused second steps ptxas takes 96, 72 and 48 and spills 8 to 28 bytes; from that of 3.9 it keeps
-a choice of SGD's in bfloat16, rounded stochastically, on the stack on sm_90: 8 bytes."""
+"""Bytes of stack per thread that a kernel may take on NVIDIA's GPUs. No number of registers is asked for: from Triton
+3.6's code for three of the fused second steps ptxas takes 96, 72 and 48 and spills 8 to 28 bytes; from that of 3.9 it
+keeps a choice of SGD's in bfloat16, rounded stochastically, on the stack on sm_90: 8 bytes."""
 
 each_target = pytest.mark.parametrize("target", TARGETS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -48,7 +56,9 @@ class Driver:
 
 
 class Launch:
-    """Stands in for a kernel: what would be launched is only compiled, by Triton's JIT, which looks at the arguments as ever."""
+    """Stands in for a kernel: what would be launched is only compiled, by Triton's JIT, which looks at the arguments as
+    ever.
+    """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -81,8 +91,14 @@ def launch(
     scaled: bool = False,
     device_counters: bool = False,
 ) -> None:
-    """Launch with numbers of all kinds; partial sums, norm and what a scaler has on the device may lie at any address."""
-    numbers, floats, flat = torch.zeros(500, dtype=torch.int64), torch.zeros(100, dtype=torch.float64), torch.zeros(64, dtype=torch.uint8)
+    """Launch with numbers of all kinds; partial sums, norm and what a scaler has on the device may lie at any
+    address.
+    """
+    numbers, floats, flat = (
+        torch.zeros(500, dtype=torch.int64),
+        torch.zeros(100, dtype=torch.float64),
+        torch.zeros(64, dtype=torch.uint8),
+    )
     table, partials = numbers[: 5 * chunks].view(-1, 5), floats[offset : offset + rows]
     if operation == "grad_norm":
         grad_norm.grad_norm(table, numbers, rows, partials, dtype)
@@ -111,7 +127,9 @@ UPDATED = [
 
 @pytest.fixture
 def compiled(monkeypatch) -> Callable[..., Any]:
-    """``compiled(target, operation, dtype, *numbers)``: the kernels that launches with these :func:`launch` arguments compile to."""
+    """``compiled(target, operation, dtype, *numbers)``: the kernels that launches with these :func:`launch` arguments
+    compile to.
+    """
 
     def compile_for(target: str, operation: str, dtype: torch.dtype, *numbers: dict[str, Any]) -> list[Any]:
         module = importlib.import_module(f"sam_fast.kernels.{OPERATIONS[operation]}")
@@ -129,8 +147,12 @@ def compiled(monkeypatch) -> Callable[..., Any]:
 def wide(assembly: str, target: str) -> tuple[int, int]:
     """How many 16-byte loads and stores there are."""
     if target.startswith("gfx"):
-        return len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)), len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", assembly))
-    loads, stores = (re.findall(rf"\b{op}\.global\.[\w:.]*(?:v4\.[bfu]32|v2\.[bfu]64)\b", assembly) for op in ("ld", "st"))
+        return len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)), len(
+            re.findall(r"\b(?:global|buffer)_store_dwordx4\b", assembly)
+        )
+    loads, stores = (
+        re.findall(rf"\b{op}\.global\.[\w:.]*(?:v4\.[bfu]32|v2\.[bfu]64)\b", assembly) for op in ("ld", "st")
+    )
     return len(loads), len(stores)
 
 
@@ -141,10 +163,11 @@ def narrow(assembly: str, size: int) -> tuple[int, int]:
 
 
 def assert_narrow_accesses(kernel: Any, target: str, dtype: torch.dtype, arrays: tuple[int, int]) -> None:
-    """Rows that are not aligned to 16 bytes take 8, or 4 for the 16-bit formats: one at least for each of ``arrays`` that are read and written.
+    """Rows that are not aligned to 16 bytes take 8, or 4 for the 16-bit formats: one at least for each of ``arrays``
+    that are read and written.
 
-    Nothing is moved through shared memory on the way, which a wrong order of the elements would make necessary. On AMD GPUs, whose warps are twice
-    as large, a thread's part of the smaller blocks may be a single element.
+    Nothing is moved through shared memory on the way, which a wrong order of the elements would make necessary. On AMD
+    GPUs, whose warps are twice as large, a thread's part of the smaller blocks may be a single element.
     """
     if target.startswith("gfx"):
         return
@@ -152,7 +175,8 @@ def assert_narrow_accesses(kernel: Any, target: str, dtype: torch.dtype, arrays:
     for size in (8, 4):
         if size > dtype.itemsize:
             assert all(found >= expected for found, expected in zip(narrow(text, size), arrays, strict=True)), size
-    # complex128 is two words, which the compiler keeps together even where they are masked; with float64 masked blocks have the wide ones' size.
+    # complex128 is two words, which the compiler keeps together even where they are masked; with float64 masked blocks
+    # have the wide ones' size.
     if dtype.itemsize < 8:
         assert not re.search(r"\bst\.shared\.v[24]", text)
 
@@ -177,7 +201,9 @@ def assert_nothing_is_spilled(kernel: Any, target: str, tmp_path: Path) -> None:
         return
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert found, usage
     assert all(int(stack) <= STACK and local == "0" for _, stack, local in found), usage
@@ -190,7 +216,9 @@ def test_grad_norm(compiled, target, dtype, tmp_path):
     text = assembly(kernel)
     # The gradients of SAM, the gradients and weights of ASAM.
     assert wide(text, target)[0] >= 3 * per_block(table.BLOCK * dtype.itemsize, target)
-    arithmetic = r"\bv_(?:pk_)?(?:add|mul|fma|fmac)_f{}" if target.startswith("gfx") else r"\b(?:add|mul|fma)[\w.]*\.f{}"
+    arithmetic = (
+        r"\bv_(?:pk_)?(?:add|mul|fma|fmac)_f{}" if target.startswith("gfx") else r"\b(?:add|mul|fma)[\w.]*\.f{}"
+    )
     assert re.search(arithmetic.format(64), text)
     assert not re.search(arithmetic.format(32), text)
     assert_nothing_is_spilled(kernel, target, tmp_path)
@@ -225,7 +253,11 @@ def test_perturb(compiled, target, dtype, tmp_path):
 
 @each_target
 @pytest.mark.parametrize("operation", ["backup", "restore"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.float64, torch.complex128], ids=lambda d: f"{d.itemsize}-byte")
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.float16, torch.float32, torch.float64, torch.complex128],
+    ids=lambda d: f"{d.itemsize}-byte",
+)
 def test_copy(compiled, target, operation, dtype, tmp_path):
     (kernel,) = compiled(target, operation, dtype)
     loads, stores = wide(assembly(kernel), target)
@@ -238,9 +270,13 @@ def test_copy(compiled, target, operation, dtype, tmp_path):
 @pytest.mark.parametrize("operation", ["sgd", "adam"])
 @pytest.mark.parametrize(("target", "dtype"), UPDATED, ids=lambda x: str(x).removeprefix("torch."))
 def test_updates(compiled, target, operation, dtype, tmp_path):
-    """With all that they can do: scaled gradients, counters on the device and, for the 16-bit formats, stochastic rounding."""
+    """With all that they can do: scaled gradients, counters on the device and, for the 16-bit formats, stochastic
+    rounding.
+    """
     rounded = dtype.itemsize == 2
-    (kernel,) = compiled(target, operation, dtype, {"scaled": True, "device_counters": True, "key": 7 if rounded else None})
+    (kernel,) = compiled(
+        target, operation, dtype, {"scaled": True, "device_counters": True, "key": 7 if rounded else None}
+    )
     text = assembly(kernel)
     # Arrays that are read and written, with and without what is optional, and by the copy of a step that is skipped.
     reads, writes = (3 + 2 + 1, 2 + 1 + 1) if operation == "sgd" else (5 + 4 + 1, 4 + 3 + 1)

@@ -1,4 +1,6 @@
-"""The traps about weights (design invariants 1, 2, 4 and 5): restored bit for bit whatever happens, addresses kept, norm and e right."""
+"""The traps about weights (design invariants 1, 2, 4 and 5): restored bit for bit whatever happens, addresses kept,
+norm and e right.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 @pytest.fixture
 def make(backend, flatten):
     """Makes a SAM on the backend under test."""
-    return lambda params, *args, **options: SAM(params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options})
+    return lambda params, *args, **options: SAM(
+        params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options}
+    )
 
 
 def test_addresses_never_change(make):
@@ -40,7 +44,9 @@ class Interrupted(BaseException):
     """Like KeyboardInterrupt: not an Exception."""
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), Interrupted(), KeyboardInterrupt()], ids=["error", "base", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), Interrupted(), KeyboardInterrupt()], ids=["error", "base", "ctrl-c"]
+)
 def test_weights_come_back_when_the_second_pass_raises(make, error):
     model = SmallNet()
     optimizer = make(model.parameters())
@@ -193,7 +199,9 @@ def test_complex_parameters(flatten, adaptive):
 
 
 def test_the_norm_is_one_number_over_all_groups(make):
-    """A group with rho=0 still lowers the others' e, as in the reference; one with perturb=False does not exist for SAM."""
+    """A group with rho=0 still lowers the others' e, as in the reference; one with perturb=False does not exist for
+    SAM.
+    """
     for options, counted in (({"rho": 0.0}, 3), ({"perturb": False}, 2)):
         params = make_params([10, 20, 30])
         exact = [nn.Parameter(p.detach().double()) for p in params]
@@ -204,7 +212,9 @@ def test_the_norm_is_one_number_over_all_groups(make):
         optimizer.first_step()
         reference.first_step()
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params[:counted]))
-        assert float(optimizer.grad_norm) == pytest.approx(norm, rel=1e-12 if optimizer._perturbation.backend == "cpu" else 1e-6)
+        assert float(optimizer.grad_norm) == pytest.approx(
+            norm, rel=1e-12 if optimizer._perturbation.backend == "cpu" else 1e-6
+        )
         for p, q in zip(params, exact, strict=True):
             torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-6, atol=1e-7)
 
@@ -379,7 +389,9 @@ def test_weights_given_other_memory_between_the_passes(backend):
     assert same_bits(values(params), before)
 
 
-@pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.to(memory_format=torch.channels_last)])
+@pytest.mark.parametrize(
+    "change", [lambda m: m.double(), lambda m: m.bfloat16(), lambda m: m.to(memory_format=torch.channels_last)]
+)
 def test_model_converted_after_construction(make, change):
     model = SmallNet()
     optimizer = make(model.parameters(), lr=0.01)

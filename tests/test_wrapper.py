@@ -1,4 +1,6 @@
-"""An optimizer around an optimizer: frameworks' wrappers, base optimizers of every origin, hooks, entries of others in the state."""
+"""An optimizer around an optimizer: frameworks' wrappers, base optimizers of every origin, hooks, entries of others in
+the state.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,13 @@ def sam_step(optimizer: Any, params: list[nn.Parameter], seed: int) -> None:
     optimizer.second_step()
 
 
-# ---- Wrappers of frameworks ----------------------------------------------------------------------------------------------------------------
+# ---- Wrappers of frameworks ------------------------------------------------------------------------------------------
 
 
 def wrap(optimizer: Optimizer) -> Any:
-    """As Lightning and Fabric do: an object of a subclass with attributes of its own that falls back on the optimizer's."""
+    """As Lightning and Fabric do: an object of a subclass with attributes of its own that falls back on the
+    optimizer's.
+    """
 
     class Wrapper:
         def __init__(self, inner: Optimizer) -> None:
@@ -103,7 +107,7 @@ def test_a_group_added_through_a_wrapper_is_there():
     assert not same_bits(values(more), before)
 
 
-# ---- What the base optimizer has of its own ------------------------------------------------------------------------------------------------
+# ---- What the base optimizer has of its own --------------------------------------------------------------------------
 
 
 class Averaging(torch.optim.SGD):
@@ -153,10 +157,12 @@ def test_a_base_optimizer_without_train_has_none():
         _ = optimizer.nonsense
 
 
-# ---- Where the base optimizer comes from ---------------------------------------------------------------------------------------------------
+# ---- Where the base optimizer comes from -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["torch.optim.SGD", "torch.optim.sgd.SGD", functools.partial(torch.optim.SGD, momentum=0.9)])
+@pytest.mark.parametrize(
+    "base", ["torch.optim.SGD", "torch.optim.sgd.SGD", functools.partial(torch.optim.SGD, momentum=0.9)]
+)
 def test_a_base_optimizer_by_name_or_partial(base):
     params, twin = make_params([5], torch.float64), make_params([5], torch.float64)
     optimizer = SAM(params, base, lr=0.1)
@@ -170,7 +176,10 @@ def test_a_base_optimizer_by_name_or_partial(base):
 def test_an_optimizer_that_is_there_already():
     """In mid-training, with a scheduler on it: one state, one list of groups."""
     params, twin = make_params([5, 8], torch.float64), make_params([5, 8], torch.float64)
-    mine, its = (torch.optim.SGD([{"params": own[:1], "lr": 0.1}, {"params": own[1:]}], lr=0.2, momentum=0.9) for own in (params, twin))
+    mine, its = (
+        torch.optim.SGD([{"params": own[:1], "lr": 0.1}, {"params": own[1:]}], lr=0.2, momentum=0.9)
+        for own in (params, twin)
+    )
     schedulers = [lr_scheduler.ExponentialLR(o, 0.5) for o in (mine, its)]
     for own, o in ((params, mine), (twin, its)):
         give(own, 50)
@@ -201,14 +210,19 @@ def test_an_optimizer_whose_options_collide_is_refused_and_left_as_it_was(base):
 def decay_groups(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
     """Makes groups of its own, as timm does, with and without weight decay."""
     params = [p for group in groups for p in group["params"]]
-    own = [{"params": [p for p in params if (p.ndim > 1) == many], "weight_decay": 0.1 * many} for many in (True, False)]
+    own = [
+        {"params": [p for p in params if (p.ndim > 1) == many], "weight_decay": 0.1 * many} for many in (True, False)
+    ]
     return torch.optim.AdamW(own, **options)
 
 
 def test_groups_of_the_base_optimizers_own_take_sams_options():
     params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
     optimizer = SAM(params, decay_groups, lr=0.1, rho=0.3, adaptive=True)
-    assert [(group["rho"], group["adaptive"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.3, True, 0.1), (0.3, True, 0.0)]
+    assert [(group["rho"], group["adaptive"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.3, True, 0.1),
+        (0.3, True, 0.0),
+    ]
     sam_step(optimizer, params, 1)
     assert optimizer.second_step_path == "fused"
     kept = SAM([{"params": params, "rho": 0.7}], decay_groups, lr=0.1)
@@ -297,13 +311,17 @@ def test_hessian_based_optimizers_of_pytorch_optimizer_are_refused(name):
         SAM(make_params([3]), getattr(peers, name), lr=0.1)
 
 
-# ---- Entries of others in the state --------------------------------------------------------------------------------------------------------
+# ---- Entries of others in the state ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad])
+@pytest.mark.parametrize(
+    "base", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad]
+)
 @pytest.mark.parametrize("when", ["before the first step", "for one of them", "later"])
 def test_entries_of_a_variant_of_sam_in_the_state(base, when):
-    """GSAM, LookSAM, ESAM keep ``state[p]["old_g"]``; PyTorch's optimizers take a state that is not empty for their own."""
+    """GSAM, LookSAM, ESAM keep ``state[p]["old_g"]``; PyTorch's optimizers take a state that is not empty for their
+    own.
+    """
     options = {"momentum": 0.9} if base is torch.optim.SGD else {}
     params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
     optimizer, plain = SAM(params, base, lr=0.01, **options), PlainSAM(twin, base, lr=0.01, **options)
@@ -321,7 +339,7 @@ def test_entries_of_a_variant_of_sam_in_the_state(base, when):
         assert set(optimizer.state[p]) - {"old_g"} == set(plain.base.state[q])
 
 
-# ---- Hooks, schedulers, counters -----------------------------------------------------------------------------------------------------------
+# ---- Hooks, schedulers, counters -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
@@ -346,7 +364,11 @@ def test_global_hooks_run_once_per_step(base):
 def test_a_scheduler_on_the_base_optimizer_keeps_the_fused_step(base, on, recwarn):
     params, twin = make_params([50], torch.float64), make_params([50], torch.float64)
     optimizer, plain = SAM(params, base, lr=0.1), PlainSAM(twin, base, lr=0.1)
-    owners = {"base_optimizer": [optimizer.base_optimizer], "SAM": [optimizer], "both": [optimizer, optimizer.base_optimizer]}[on]
+    owners = {
+        "base_optimizer": [optimizer.base_optimizer],
+        "SAM": [optimizer],
+        "both": [optimizer, optimizer.base_optimizer],
+    }[on]
     schedulers = [lr_scheduler.ExponentialLR(owner, 0.5) for owner in owners]
     theirs = [lr_scheduler.ExponentialLR(plain.base, 0.5) for _ in owners]
     for step in range(4):
@@ -417,7 +439,7 @@ def test_an_option_that_became_bad_later_is_noticed(option, value):
     assert same_bits(values(params), before)
 
 
-# ---- PyTorch's fused steps on the CPU ------------------------------------------------------------------------------------------------------
+# ---- PyTorch's fused steps on the CPU --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
@@ -434,7 +456,9 @@ def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype)
         optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
     plain = base([q], lr=0.1, **options)
     for step in range(3):
-        gradients = [torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(10 * step + k)).to(dtype) for k in range(2)]
+        gradients = [
+            torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(10 * step + k)).to(dtype) for k in range(2)
+        ]
         p.grad = gradients[0].clone()
         optimizer.first_step()
         p.grad = gradients[1].clone()
@@ -448,7 +472,7 @@ def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype)
     assert furthest([p.float()], [q]) < (1e-6 if dtype == torch.float32 else 0.05)
 
 
-# ---- What a review found -------------------------------------------------------------------------------------------------------------------
+# ---- What a review found ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overflow", [None, "first", "second"])

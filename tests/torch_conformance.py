@@ -1,4 +1,6 @@
-"""What torch holds its own optimizers to: ``OptimizerInfo`` from ``torch.testing._internal``, for each optimizer that SAM takes as its base."""
+"""What torch holds its own optimizers to: ``OptimizerInfo`` from ``torch.testing._internal``, for each optimizer that
+SAM takes as its base.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ REFUSED = {
 def optimizer_infos() -> list[Any]:
     """torch's ``OptimizerInfo`` of every optimizer but those of ``REFUSED``.
 
-    torch.testing imports expecttest, a package for tests of printed output, only to derive its TestCase from that one's. Where it is not
-    installed unittest's stands in for it: nothing here runs such a test.
+    torch.testing imports expecttest, a package for tests of printed output, only to derive its TestCase from that
+    one's. Where it is not installed unittest's stands in for it: nothing here runs such a test.
     """
     stands_in = False
     try:

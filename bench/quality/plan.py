@@ -39,7 +39,7 @@ def seeds_of(task: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
     return tuple(range(100, 100 + 2 * n)), tuple(range(100 + 2 * n, 100 + 5 * n)), tuple(range(20 * n))
 
 
-# ---- Tuning ----------------------------------------------------------------------------------------------------------------------------------
+# ---- Tuning ----------------------------------------------------------------------------------------------------------
 
 
 def grids(task: str, contender: str, results: Results) -> list[list[Setting]]:
@@ -99,7 +99,7 @@ def tuning(task: str, contender: str, results: Results) -> Iterator[Run]:
                 yield from (run_of(task, contender, setting, seed) for seed in seeds)
 
 
-# ---- The order -------------------------------------------------------------------------------------------------------------------------------
+# ---- The order -------------------------------------------------------------------------------------------------------
 
 URGENT = ("sgd", "sam", "quarter", "every4", "previous", "late-quarter")
 
@@ -129,7 +129,7 @@ def size(task: str, contender: str) -> tuple[int, int]:
     return sum(n * len(first) + KEPT * len(more) for n in searches), len(final)
 
 
-# ---- The file --------------------------------------------------------------------------------------------------------------------------------
+# ---- The file --------------------------------------------------------------------------------------------------------
 
 
 def load(path: Path = RESULTS) -> Results:

@@ -151,7 +151,7 @@ def rows(task: str, results: plan.Results, times: dict[str, Any]) -> list[Row]:
     return found
 
 
-# ---- Text ------------------------------------------------------------------------------------------------------------------------------------
+# ---- Text ------------------------------------------------------------------------------------------------------------
 
 
 def interval(e: Estimate, digits: int = 2) -> str:
@@ -318,7 +318,7 @@ The contender whose first pass sees a quarter of the batch runs twice: its first
 where the second counts, less accuracy where the first does:"""
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------------------------------
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def cost_picture(by_task: dict[str, list[Row]]) -> Any:

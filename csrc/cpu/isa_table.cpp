@@ -18,7 +18,7 @@ int64_t step(const Bucket&, const void*, double, Rounding, int);
 
 #define SAM_STEP_OF(name, Step) step<Step>,
 extern const Kernels SAM_CONCAT(kernels_, SAM_ISA);
-const Kernels SAM_CONCAT(kernels_, SAM_ISA) = {
-    SAM_STRING(SAM_ISA), grad_norm, perturb, backup, restore, {SAM_STEPS(SAM_STEP_OF)}};
+const Kernels SAM_CONCAT(kernels_, SAM_ISA) = {SAM_STRING(SAM_ISA),     grad_norm, perturb, backup, restore,
+                                               {SAM_STEPS(SAM_STEP_OF)}};
 
 }  // namespace sam

@@ -17,7 +17,8 @@ struct Perturb {
   using C = Vec<Compute, kWidth>;
 
   template <bool Adaptive, bool Stream, bool Stochastic>
-  static inline void vector(Bits* w, const Bits* g, Bits* backup, C eta, C scale, [[maybe_unused]] const RoundingBits& random) {
+  static inline void vector(Bits* w, const Bits* g, Bits* backup, C eta, C scale,
+                            [[maybe_unused]] const RoundingBits& random) {
     const B bits = load<B>(w);
     if constexpr (Stream) stream(backup, bits);
     else store(backup, bits);
@@ -91,7 +92,8 @@ void perturb_of(const Args& a) {
       const RoundingBits random{a.rounding.key, static_cast<uint32_t>(c.slot)};
       using P = Perturb<T>;
       if (!moves) std::memcpy(backup, w, static_cast<size_t>(c.count) * sizeof(Bits));
-      else if (group.adaptive != 0.0) P::template run<true, Stream, Stochastic>(w, g, backup, c.count, group.eta, scale, random);
+      else if (group.adaptive != 0.0)
+        P::template run<true, Stream, Stochastic>(w, g, backup, c.count, group.eta, scale, random);
       else P::template run<false, Stream, Stochastic>(w, g, backup, c.count, 0.0, scale, random);
     }
     if constexpr (Stream) stream_fence();
@@ -108,8 +110,8 @@ void perturb_of(const Args& a) {
 
 }  // namespace
 
-int64_t perturb(const Bucket& b, const Group* options, const double* partials, int64_t num_partials, double eps, double* norm,
-                Rounding rounding, int threads) {
+int64_t perturb(const Bucket& b, const Group* options, const double* partials, int64_t num_partials, double eps,
+                double* norm, Rounding rounding, int threads) {
   const Args args{b, options, norm_of(partials, num_partials), eps, rounding, threads};
   *norm = args.norm;
   const bool streams = num_elements(b) * b.itemsize >= kStreamBytes;

@@ -88,12 +88,16 @@ struct MultiplyAdd {
     using Element = std::remove_reference_t<decltype(a[0])>;
     [[maybe_unused]] constexpr bool single = std::is_same_v<Element, float>;
 #if defined(__AVX512F__)
-    if constexpr (sizeof(V) == 64 && single) return bit_cast<V>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
-    if constexpr (sizeof(V) == 64 && !single) return bit_cast<V>(_mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
+    if constexpr (sizeof(V) == 64 && single)
+      return bit_cast<V>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+    if constexpr (sizeof(V) == 64 && !single)
+      return bit_cast<V>(_mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
 #endif
 #if defined(__FMA__)
-    if constexpr (sizeof(V) == 32 && single) return bit_cast<V>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
-    if constexpr (sizeof(V) == 32 && !single) return bit_cast<V>(_mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b), bit_cast<__m256d>(c)));
+    if constexpr (sizeof(V) == 32 && single)
+      return bit_cast<V>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+    if constexpr (sizeof(V) == 32 && !single)
+      return bit_cast<V>(_mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b), bit_cast<__m256d>(c)));
 #endif
 #if defined(__aarch64__)
     V sum;
@@ -148,7 +152,8 @@ inline Vec<uint32_t, N> to_uint32(Vec<uint16_t, N> v) {
 #endif
 #if defined(__AVX2__)
   if constexpr (N == 8) return bit_cast<Vec<uint32_t, N>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
-  if constexpr (N == 4) return bit_cast<Vec<uint32_t, N>>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bit_cast<long long>(v))));
+  if constexpr (N == 4)
+    return bit_cast<Vec<uint32_t, N>>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bit_cast<long long>(v))));
 #endif
   return __builtin_convertvector(v, Vec<uint32_t, N>);
 }
@@ -159,7 +164,8 @@ inline Vec<uint16_t, N> to_uint16(Vec<uint32_t, N> v) {
 #if defined(__AVX2__)
   if constexpr (N == 8) {
     const __m256i wide = bit_cast<__m256i>(v);
-    return bit_cast<Vec<uint16_t, N>>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+    return bit_cast<Vec<uint16_t, N>>(
+        _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
   }
 #endif
 #if defined(__AVX512F__)
@@ -195,8 +201,8 @@ inline Vec<float, N> widen_f16(Vec<uint16_t, N> h) {
   const U wide = to_uint32<N>(h);
   const U magnitude = (wide & 0x7fffu) << 13;
   const U exponent = magnitude & 0x0f800000u;
-  const U normal = magnitude + 0x38000000u;         // re-bias the exponent by 127 - 15
-  const U inf_or_nan = magnitude + 0x70000000u;     // all exponent bits set
+  const U normal = magnitude + 0x38000000u;      // re-bias the exponent by 127 - 15
+  const U inf_or_nan = magnitude + 0x70000000u;  // all exponent bits set
   // A subnormal half is an integer multiple of 2^-24: let the float unit normalize it.
   const U subnormal = bit_cast<U>(bit_cast<Vec<float, N>>(magnitude + 0x38800000u) - 6.103515625e-05f);
   const U quiet = exponent == 0x0f800000u ? inf_or_nan : normal;
@@ -208,11 +214,14 @@ inline Vec<float, N> widen_f16(Vec<uint16_t, N> h) {
 template <int N>
 inline Vec<uint16_t, N> narrow_f16(Vec<float, N> f) {
 #if defined(__F16C__)
-  if constexpr (N == 8) return bit_cast<Vec<uint16_t, N>>(_mm256_cvtps_ph(bit_cast<__m256>(f), _MM_FROUND_TO_NEAREST_INT));
-  if constexpr (N == 4) return bit_cast<Vec<uint16_t, N>>(_mm_cvtsi128_si64(_mm_cvtps_ph(bit_cast<__m128>(f), _MM_FROUND_TO_NEAREST_INT)));
+  if constexpr (N == 8)
+    return bit_cast<Vec<uint16_t, N>>(_mm256_cvtps_ph(bit_cast<__m256>(f), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (N == 4)
+    return bit_cast<Vec<uint16_t, N>>(_mm_cvtsi128_si64(_mm_cvtps_ph(bit_cast<__m128>(f), _MM_FROUND_TO_NEAREST_INT)));
 #endif
 #if defined(__AVX512F__)
-  if constexpr (N == 16) return bit_cast<Vec<uint16_t, N>>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(f), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (N == 16)
+    return bit_cast<Vec<uint16_t, N>>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(f), _MM_FROUND_TO_NEAREST_INT));
 #endif
   using U = Vec<uint32_t, N>;
   const U bits = bit_cast<U>(f);
@@ -253,9 +262,13 @@ struct Storage<float> {
   using Bits = float;
   using Compute = float;
   template <int N>
-  static Vec<float, N> widen(Vec<float, N> v) { return v; }
+  static Vec<float, N> widen(Vec<float, N> v) {
+    return v;
+  }
   template <int N>
-  static Vec<float, N> narrow(Vec<float, N> v) { return v; }
+  static Vec<float, N> narrow(Vec<float, N> v) {
+    return v;
+  }
 };
 
 template <>
@@ -263,9 +276,13 @@ struct Storage<double> {
   using Bits = double;
   using Compute = double;
   template <int N>
-  static Vec<double, N> widen(Vec<double, N> v) { return v; }
+  static Vec<double, N> widen(Vec<double, N> v) {
+    return v;
+  }
   template <int N>
-  static Vec<double, N> narrow(Vec<double, N> v) { return v; }
+  static Vec<double, N> narrow(Vec<double, N> v) {
+    return v;
+  }
 };
 
 template <>
@@ -273,9 +290,13 @@ struct Storage<bf16> {
   using Bits = uint16_t;
   using Compute = float;
   template <int N>
-  static Vec<float, N> widen(Vec<uint16_t, N> v) { return widen_bf16<N>(v); }
+  static Vec<float, N> widen(Vec<uint16_t, N> v) {
+    return widen_bf16<N>(v);
+  }
   template <int N>
-  static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_bf16<N>(v); }
+  static Vec<uint16_t, N> narrow(Vec<float, N> v) {
+    return narrow_bf16<N>(v);
+  }
   template <int N>
   static Vec<uint16_t, N> narrow(Vec<float, N> v, const RoundingBits& random) {
     const auto value = bit_cast<Vec<uint32_t, N>>(v);
@@ -288,9 +309,13 @@ struct Storage<f16> {
   using Bits = uint16_t;
   using Compute = float;
   template <int N>
-  static Vec<float, N> widen(Vec<uint16_t, N> v) { return widen_f16<N>(v); }
+  static Vec<float, N> widen(Vec<uint16_t, N> v) {
+    return widen_f16<N>(v);
+  }
   template <int N>
-  static Vec<uint16_t, N> narrow(Vec<float, N> v) { return narrow_f16<N>(v); }
+  static Vec<uint16_t, N> narrow(Vec<float, N> v) {
+    return narrow_f16<N>(v);
+  }
   template <int N>
   static Vec<uint16_t, N> narrow(Vec<float, N> v, const RoundingBits& random) {
     const auto value = bit_cast<Vec<uint32_t, N>>(v);
@@ -305,10 +330,14 @@ constexpr bool kRounded = std::is_same_v<T, bf16> || std::is_same_v<T, f16>;
 template <class Call>
 inline void with_dtype(int64_t dtype, const Call& call) {
   switch (static_cast<DType>(dtype)) {
-    case DType::f32: return call(float{});
-    case DType::f64: return call(double{});
-    case DType::bf16: return call(bf16{});
-    case DType::f16: return call(f16{});
+    case DType::f32:
+      return call(float{});
+    case DType::f64:
+      return call(double{});
+    case DType::bf16:
+      return call(bf16{});
+    case DType::f16:
+      return call(f16{});
   }
 }
 

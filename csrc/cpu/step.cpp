@@ -15,7 +15,8 @@ template <class Step, class Compute>
 class Plan {
  public:
   // Counts the step.
-  Plan(const Bucket& b, const typename Step::Options* options, double grad_scale) : index_(static_cast<size_t>(b.num_tensors)) {
+  Plan(const Bucket& b, const typename Step::Options* options, double grad_scale)
+      : index_(static_cast<size_t>(b.num_tensors)) {
     int64_t last_group = -1;
     float last_count = 0.0f;
     for (int64_t i = 0; i < b.num_tensors; ++i) {
@@ -43,7 +44,8 @@ class Plan {
 };
 
 template <class Step, class T>
-void step_of(const Bucket& b, const typename Step::Options* options, double grad_scale, Rounding rounding, int threads) {
+void step_of(const Bucket& b, const typename Step::Options* options, double grad_scale, Rounding rounding,
+             int threads) {
   using Bits = typename Lanes<T>::Bits;
   const Plan<Step, typename Lanes<T>::Compute> plan(b, options, grad_scale);
   const bool large = num_elements(b) * static_cast<int64_t>(sizeof(Bits)) >= kStreamBytes;
@@ -69,7 +71,8 @@ void step_of(const Bucket& b, const typename Step::Options* options, double grad
 template <class Step>
 int64_t step(const Bucket& b, const void* options, double grad_scale, Rounding rounding, int threads) {
   with_dtype(b.dtype, [&](auto format) {
-    step_of<Step, decltype(format)>(b, static_cast<const typename Step::Options*>(options), grad_scale, rounding, threads);
+    step_of<Step, decltype(format)>(b, static_cast<const typename Step::Options*>(options), grad_scale, rounding,
+                                    threads);
   });
   int64_t left = 0;
   for (int64_t i = 0; i < b.num_tensors; ++i) {

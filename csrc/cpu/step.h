@@ -41,7 +41,8 @@ struct Lanes {
   // Past: past the caches. With `random` rounded stochastically. A template parameter would double the code for less
   // than can be measured.
   template <bool Past>
-  static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random, [[maybe_unused]] int64_t i) {
+  static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random,
+                                  [[maybe_unused]] int64_t i) {
     Vec<Bits, kWidth> bits = Storage<T>::template narrow<kWidth>(v);
     if constexpr (kRounded<T>) {
       if (random != nullptr) bits = Storage<T>::template narrow<kWidth>(v, random->at(i));
@@ -80,7 +81,8 @@ struct ChunkStep {
 
   // The elements from i on, as many as a vector has.
   template <bool Past, class Flags>
-  static inline void vector(const E& e, int64_t i, const P& prepared, Flags flags, const RoundingBits* random, int64_t place) {
+  static inline void vector(const E& e, int64_t i, const P& prepared, Flags flags, const RoundingBits* random,
+                            int64_t place) {
     const V weight = L::read(e.from + i);
     const V grad = L::read(e.grads + i) * prepared.grad_scale;
     V states[K + 1];  // one more: there may be none
@@ -120,13 +122,15 @@ struct ChunkStep {
 // Calls call(std::integral_constant<int, flags>{}).
 template <class Step, size_t... I, class Call>
 inline void with_flags(int flags, std::index_sequence<I...>, const Call& call) {
-  (void)((Step::kCombinations[I] == flags && (call(std::integral_constant<int, Step::kCombinations[I]>{}), true)) || ...);
+  (void)((Step::kCombinations[I] == flags && (call(std::integral_constant<int, Step::kCombinations[I]>{}), true)) ||
+         ...);
 }
 
 // past_caches: only the backup is read from, what is written need not be read before.
 template <class Step, class T>
-inline void step_chunk(const Elements<T, Step::kNumStates>& e, int64_t n, const Prepared<Step, typename Lanes<T>::Compute>& prepared,
-                       bool past_caches, const RoundingBits* random) {
+inline void step_chunk(const Elements<T, Step::kNumStates>& e, int64_t n,
+                       const Prepared<Step, typename Lanes<T>::Compute>& prepared, bool past_caches,
+                       const RoundingBits* random) {
   using Combinations = std::make_index_sequence<sizeof(Step::kCombinations) / sizeof(int)>;
   with_flags<Step>(prepared.flags, Combinations{}, [&](auto flags) {
     if (past_caches) ChunkStep<Step, T>::template run<true>(e, n, prepared, flags, random);

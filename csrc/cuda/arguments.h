@@ -64,13 +64,15 @@ struct Arguments {
   uint64_t address[Addresses][MaxTensors];
   int64_t numel[MaxTensors];
   Group groups[MaxGroups];
-  uint32_t slot[MaxTensors];        // in lines of kSlotBytes
-  uint32_t last_tile[MaxTensors];   // number of tiles of this tensor and all before it
+  uint32_t slot[MaxTensors];       // in lines of kSlotBytes
+  uint32_t last_tile[MaxTensors];  // number of tiles of this tensor and all before it
   uint16_t group[MaxTensors];
   int32_t num_tensors;
   int32_t num_groups;
 
-  __host__ __device__ __forceinline__ uint32_t num_tiles() const { return num_tensors == 0 ? 0 : last_tile[num_tensors - 1]; }
+  __host__ __device__ __forceinline__ uint32_t num_tiles() const {
+    return num_tensors == 0 ? 0 : last_tile[num_tensors - 1];
+  }
 
   // Tile `index` of num_tiles(), for elements of `itemsize` bytes.
   __device__ __forceinline__ Tile<Addresses> tile(uint32_t index, int itemsize) const {
@@ -85,7 +87,8 @@ struct Arguments {
     const int64_t rest = numel[low] - begin;
     Tile<Addresses> tile;
 #pragma unroll
-    for (int i = 0; i < Addresses; ++i) tile.address[i] = address[i][low] == 0 ? 0 : address[i][low] + static_cast<uint64_t>(begin * itemsize);
+    for (int i = 0; i < Addresses; ++i)
+      tile.address[i] = address[i][low] == 0 ? 0 : address[i][low] + static_cast<uint64_t>(begin * itemsize);
     tile.slot = static_cast<int64_t>(slot[low]) * kSlotBytes + begin * itemsize;
     tile.count = rest < elements ? rest : elements;
     tile.group = group[low];
@@ -101,7 +104,8 @@ template <class Group, int Addresses, int Bytes, int GroupBytes>
 struct Fitting {
   static constexpr int kGroups = GroupBytes / static_cast<int>(sizeof(Group));
   static constexpr int kBytesPerTensor = 8 * Addresses + 8 + 4 + 4 + 2;  // address, numel, slot, last_tile, group
-  static constexpr int kTensors = (Bytes - kOtherArguments - kGroups * static_cast<int>(sizeof(Group))) / kBytesPerTensor;
+  static constexpr int kTensors =
+      (Bytes - kOtherArguments - kGroups * static_cast<int>(sizeof(Group))) / kBytesPerTensor;
   using type = Arguments<Group, Addresses, kTensors, kGroups>;
   static_assert(sizeof(type) + kOtherArguments <= Bytes + 16);
 };

@@ -42,17 +42,16 @@ PYBIND11_MODULE(_cuda, m) {
     return sam::cuda::grad_norm_blocks(sam::bucket(bucket));
   });
 
-  m.def("grad_norm", [](int device, uint64_t stream, uint64_t bucket, uint64_t options, uint64_t partials,
-                        int num_partials) {
-    py::gil_scoped_release release;
-    const sam::cuda::DeviceGuard guard(device);
-    sam::cuda::grad_norm(sam::bucket(bucket), pointer<const sam::Group>(options), pointer<double>(partials),
-                         num_partials, on(stream));
-  });
+  m.def("grad_norm",
+        [](int device, uint64_t stream, uint64_t bucket, uint64_t options, uint64_t partials, int num_partials) {
+          py::gil_scoped_release release;
+          const sam::cuda::DeviceGuard guard(device);
+          sam::cuda::grad_norm(sam::bucket(bucket), pointer<const sam::Group>(options), pointer<double>(partials),
+                               num_partials, on(stream));
+        });
 
   m.def("perturb", [](int device, uint64_t stream, uint64_t bucket, uint64_t options, uint64_t partials,
-                      int num_partials, double eps, uint64_t norm, bool reverse,
-                      std::optional<uint32_t> rounding_key) {
+                      int num_partials, double eps, uint64_t norm, bool reverse, std::optional<uint32_t> rounding_key) {
     py::gil_scoped_release release;
     const sam::cuda::DeviceGuard guard(device);
     return sam::cuda::perturb(sam::bucket(bucket), pointer<const sam::Group>(options), pointer<const double>(partials),
@@ -72,20 +71,21 @@ PYBIND11_MODULE(_cuda, m) {
     sam::cuda::restore(sam::bucket(bucket), release_saved, on(stream));
   });
 
-  m.def("step", [](int index, int device, uint64_t stream, uint64_t bucket, uint64_t options, uint64_t grad_scale,
-                   uint64_t found_inf, uint64_t learning_rates, bool device_counters,
-                   std::optional<uint32_t> rounding_key) {
-    sam::check_step(index);
-    py::gil_scoped_release release;
-    const sam::cuda::DeviceGuard guard(device);
-    const sam::cuda::StepArgs args{pointer<const float>(grad_scale), pointer<const float>(found_inf),
-                                   pointer<const sam::LearningRate>(learning_rates), device_counters,
-                                   sam::rounding(rounding_key)};
-    return kStepFunctions[index](sam::bucket(bucket), pointer<const void>(options), args, on(stream));
-  });
+  m.def("step",
+        [](int index, int device, uint64_t stream, uint64_t bucket, uint64_t options, uint64_t grad_scale,
+           uint64_t found_inf, uint64_t learning_rates, bool device_counters, std::optional<uint32_t> rounding_key) {
+          sam::check_step(index);
+          py::gil_scoped_release release;
+          const sam::cuda::DeviceGuard guard(device);
+          const sam::cuda::StepArgs args{pointer<const float>(grad_scale), pointer<const float>(found_inf),
+                                         pointer<const sam::LearningRate>(learning_rates), device_counters,
+                                         sam::rounding(rounding_key)};
+          return kStepFunctions[index](sam::bucket(bucket), pointer<const void>(options), args, on(stream));
+        });
 
-  m.def("use_large_arguments", [](bool use) { large_arguments = use; }, py::arg("use"),
-        "False: kernel arguments of 4 KB even where 32 KB are possible (for tests and benchmarks).");
+  m.def(
+      "use_large_arguments", [](bool use) { large_arguments = use; }, py::arg("use"),
+      "False: kernel arguments of 4 KB even where 32 KB are possible (for tests and benchmarks).");
 
   m.attr("steps") = sam::steps();
   m.attr("compiler") = SAM_CUDA_COMPILER;

@@ -12,7 +12,8 @@ template <class U>
 __device__ __forceinline__ void copy_units(Byte* to, const Byte* from, int begin, int end) {
   constexpr int kStride = kThreads * U::kSize;
 #pragma unroll 1
-  for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end; first += kVectorsPerThread * kStride) {
+  for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end;
+       first += kVectorsPerThread * kStride) {
     U moved[kVectorsPerThread];
 #pragma unroll
     for (int k = 0; k < kVectorsPerThread; ++k)
@@ -24,7 +25,8 @@ __device__ __forceinline__ void copy_units(Byte* to, const Byte* from, int begin
 }
 
 template <bool ToBackup, class Arguments>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) copy_kernel(const __grid_constant__ Arguments arguments, Byte* backup) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    copy_kernel(const __grid_constant__ Arguments arguments, Byte* backup) {
   const uint32_t tiles = arguments.num_tiles();
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     const auto tile = arguments.tile(index, 1);
@@ -41,13 +43,12 @@ template <bool ToBackup, class TakesPart>
 void copy_tensors(const Bucket& b, Launch on, const TakesPart& takes_part) {
   std::vector<TensorInfo> bytes(b.tensors, b.tensors + b.num_tensors);
   for (TensorInfo& tensor : bytes) tensor = {0, tensor.numel * b.itemsize, tensor.slot * b.itemsize};
-  for_launches<PlainSizes>(
-      Members<Group>{bytes.data(), b.num_tensors, nullptr}, on, 1, {b.weights, nullptr}, false, false, takes_part,
-      [&](const auto& arguments, const std::vector<int64_t>&) {
-        const auto kernel = copy_kernel<ToBackup, std::decay_t<decltype(arguments)>>;
-        launch(ToBackup ? "backup" : "restore", kernel, blocks_for(kernel, arguments.num_tiles()), kThreads, on.stream,
-               arguments, static_cast<Byte*>(b.backup));
-      });
+  for_launches<PlainSizes>(Members<Group>{bytes.data(), b.num_tensors, nullptr}, on, 1, {b.weights, nullptr}, false,
+                           false, takes_part, [&](const auto& arguments, const std::vector<int64_t>&) {
+                             const auto kernel = copy_kernel<ToBackup, std::decay_t<decltype(arguments)>>;
+                             launch(ToBackup ? "backup" : "restore", kernel, blocks_for(kernel, arguments.num_tiles()),
+                                    kThreads, on.stream, arguments, static_cast<Byte*>(b.backup));
+                           });
 }
 
 }  // namespace

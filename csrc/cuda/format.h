@@ -29,7 +29,9 @@ struct bf16 {
   using Compute = float;
   static __device__ __forceinline__ Compute widen(Bits b) { return __bfloat162float(__ushort_as_bfloat16(b)); }
   static __device__ __forceinline__ Bits narrow(Compute x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-  static __device__ __forceinline__ Bits round(uint32_t value, uint32_t random) { return static_cast<Bits>(round_bf16(value, random)); }
+  static __device__ __forceinline__ Bits round(uint32_t value, uint32_t random) {
+    return static_cast<Bits>(round_bf16(value, random));
+  }
 };
 
 struct f16 {
@@ -37,7 +39,9 @@ struct f16 {
   using Compute = float;
   static __device__ __forceinline__ Compute widen(Bits b) { return __half2float(__ushort_as_half(b)); }
   static __device__ __forceinline__ Bits narrow(Compute x) { return __half_as_ushort(__float2half_rn(x)); }
-  static __device__ __forceinline__ Bits round(uint32_t value, uint32_t random) { return static_cast<Bits>(round_f16(value, random)); }
+  static __device__ __forceinline__ Bits round(uint32_t value, uint32_t random) {
+    return static_cast<Bits>(round_f16(value, random));
+  }
 };
 
 // A 16-bit format into which new weights are rounded stochastically; all else is as in the format itself.
@@ -57,7 +61,9 @@ struct RoundingBits {
 
 // The bits of a new weight, element i of the run.
 template <class T>
-__device__ __forceinline__ typename T::Bits narrow_weight(typename T::Compute x, [[maybe_unused]] const RoundingBits& random, [[maybe_unused]] int i) {
+__device__ __forceinline__ typename T::Bits narrow_weight(typename T::Compute x,
+                                                          [[maybe_unused]] const RoundingBits& random,
+                                                          [[maybe_unused]] int i) {
   if constexpr (kStochastic<T>) {
     const uint32_t value = __float_as_uint(x);
     return T::round(value, random_bits(random.index + static_cast<uint32_t>(i), value, random.key));
@@ -70,10 +76,14 @@ __device__ __forceinline__ typename T::Bits narrow_weight(typename T::Compute x,
 template <class Call>
 auto with_dtype(DType dtype, const Call& call) {
   switch (dtype) {
-    case DType::f64: return call(f64{});
-    case DType::bf16: return call(bf16{});
-    case DType::f16: return call(f16{});
-    default: return call(f32{});
+    case DType::f64:
+      return call(f64{});
+    case DType::bf16:
+      return call(bf16{});
+    case DType::f16:
+      return call(f16{});
+    default:
+      return call(f32{});
   }
 }
 
@@ -103,15 +113,25 @@ using Single = Unit<Bits, static_cast<int>(sizeof(Bits))>;
 template <int Bytes>
 struct WordOf;
 template <>
-struct WordOf<16> { using type = uint4; };
+struct WordOf<16> {
+  using type = uint4;
+};
 template <>
-struct WordOf<8> { using type = uint2; };
+struct WordOf<8> {
+  using type = uint2;
+};
 template <>
-struct WordOf<4> { using type = unsigned int; };
+struct WordOf<4> {
+  using type = unsigned int;
+};
 template <>
-struct WordOf<2> { using type = unsigned short; };
+struct WordOf<2> {
+  using type = unsigned short;
+};
 template <>
-struct WordOf<1> { using type = unsigned char; };
+struct WordOf<1> {
+  using type = unsigned char;
+};
 
 // Loads and stores go through intrinsics: the addresses come out of a table as integers, and plain accesses through
 // them would be generic, or split into narrower ones. Everything here is touched once: L1 is bypassed. Last: L2 need

@@ -33,8 +33,10 @@ __device__ __forceinline__ double sum_of_units(const Tile<kStates>& tile, int be
   const Bits* g = reinterpret_cast<const Bits*>(tile.address[kAlong]);
   double sum = 0.0;
 #pragma unroll 1
-  for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end; first += kUnitsPerBatch<U> * kStride) {
-    U weights[kUnitsPerBatch<U>] = {}, grads[kUnitsPerBatch<U>] = {};  // zero bits are zero in every format, and add nothing
+  for (int first = begin + static_cast<int>(threadIdx.x) * U::kSize; first < end;
+       first += kUnitsPerBatch<U> * kStride) {
+    U weights[kUnitsPerBatch<U>] = {},
+      grads[kUnitsPerBatch<U>] = {};  // zero bits are zero in every format, and add nothing
 #pragma unroll
     for (int k = 0; k < kUnitsPerBatch<U>; ++k) {
       const int i = first + k * kStride;
@@ -45,7 +47,8 @@ __device__ __forceinline__ double sum_of_units(const Tile<kStates>& tile, int be
     for (int k = 0; k < kUnitsPerBatch<U>; ++k)
 #pragma unroll
       for (int j = 0; j < U::kSize; ++j)
-        sum += squared_term<double, Adaptive>(as_double<T>(weights[k].element[j]), as_double<T>(grads[k].element[j]), eta);
+        sum +=
+            squared_term<double, Adaptive>(as_double<T>(weights[k].element[j]), as_double<T>(grads[k].element[j]), eta);
   }
   return sum;
 }
@@ -92,8 +95,10 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
   // A sum of zero is right where every gradient is: tensors that took no part in the loss are common, and not worth a
   // second look.
   const bool nothing = zero && sums[0] == Compute{};
-  const bool trusted = sizeof(Compute) == sizeof(double) || nothing || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
-  return trusted ? static_cast<double>(sums[0]) : sum_of_units<T, Adaptive, Vector<Bits>>(tile, 0, static_cast<int>(tile.count), eta);
+  const bool trusted =
+      sizeof(Compute) == sizeof(double) || nothing || (sums[0] >= kLeastTrusted && sums[0] <= kMostTrusted);
+  return trusted ? static_cast<double>(sums[0])
+                 : sum_of_units<T, Adaptive, Vector<Bits>>(tile, 0, static_cast<int>(tile.count), eta);
 }
 
 template <class T, bool Adaptive>
@@ -102,13 +107,15 @@ __device__ __forceinline__ double sum_of_squares(const Tile<kStates>& tile, doub
   const uint64_t addresses = tile.address[kAlong] | (Adaptive ? tile.address[kWeights] : 0);
   if (tile.full<Bits>() && addresses % kVectorBytes == 0) return sum_of_full_tile<T, Adaptive>(tile, eta);
   double sum = 0.0;
-  in_widest_units<Bits>(addresses, static_cast<int>(tile.count),
-                        [&](auto unit, int begin, int end) { sum += sum_of_units<T, Adaptive, decltype(unit)>(tile, begin, end, eta); });
+  in_widest_units<Bits>(addresses, static_cast<int>(tile.count), [&](auto unit, int begin, int end) {
+    sum += sum_of_units<T, Adaptive, decltype(unit)>(tile, begin, end, eta);
+  });
   return sum;
 }
 
 template <class T, class Arguments>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) grad_norm_kernel(const __grid_constant__ Arguments arguments, double* __restrict__ partials, bool add) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    grad_norm_kernel(const __grid_constant__ Arguments arguments, double* __restrict__ partials, bool add) {
   double sum = 0.0;
   const uint32_t tiles = arguments.num_tiles();
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
@@ -148,9 +155,8 @@ int grad_norm_blocks(const Bucket& b) {
 }
 
 void grad_norm(const Bucket& b, const Group* options, double* partials, int blocks, Launch on) {
-  with_dtype(static_cast<DType>(b.dtype), [&](auto format) {
-    grad_norm_of<decltype(format)>(b, options, partials, blocks, on);
-  });
+  with_dtype(static_cast<DType>(b.dtype),
+             [&](auto format) { grad_norm_of<decltype(format)>(b, options, partials, blocks, on); });
 }
 
 }  // namespace sam::cuda

@@ -12,7 +12,8 @@ namespace sam::cuda {
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // an error that is reported here must not be reported to somebody else as well
-  throw std::runtime_error(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+  throw std::runtime_error(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(status) + " (" +
+                           cudaGetErrorName(status) + ")");
 }
 
 // The launch is asynchronous; an error of an earlier kernel may be reported here.
@@ -23,7 +24,8 @@ void launch(const char* what, void (*kernel)(Params...), unsigned blocks, unsign
   check(emulation::launch(kernel, blocks, threads, stream, args...), what);
 #else
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), pointers, 0, stream), what);
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), pointers, 0, stream),
+        what);
 #endif
 }
 
@@ -35,10 +37,12 @@ inline bool has_context(int device) {
     void* found = nullptr;
 #if CUDART_VERSION >= 12050
     cudaDriverEntryPointQueryResult result;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
 #elif CUDART_VERSION >= 12000
     cudaDriverEntryPointQueryResult result;
-    const cudaError_t status = cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
 #else
     const cudaError_t status = cudaErrorNotSupported;  // CUDA 11's cudaSetDevice makes no context
 #endif

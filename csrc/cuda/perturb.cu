@@ -12,17 +12,19 @@ enum class Mode { hold, move, move_adaptive };
 
 // The new bits of element i of a tile.
 template <class T, Mode M>
-__device__ __forceinline__ typename T::Bits moved(typename T::Bits w, typename T::Bits g, typename T::Compute eta, typename T::Compute scale,
-                                                  const RoundingBits& random, int i) {
+__device__ __forceinline__ typename T::Bits moved(typename T::Bits w, typename T::Bits g, typename T::Compute eta,
+                                                  typename T::Compute scale, const RoundingBits& random, int i) {
   if constexpr (M == Mode::move) return narrow_weight<T>(perturbed(T::widen(w), T::widen(g), scale), random, i);
-  else if constexpr (M == Mode::move_adaptive) return narrow_weight<T>(perturbed_adaptive(T::widen(w), T::widen(g), eta, scale), random, i);
+  else if constexpr (M == Mode::move_adaptive)
+    return narrow_weight<T>(perturbed_adaptive(T::widen(w), T::widen(g), eta, scale), random, i);
   else return w;
 }
 
 // The elements from `begin` to `end` of a tile, whole units.
 template <class T, Mode M, class U, int Batch>
-__device__ __forceinline__ void perturb_units(const Tile<kStates>& tile, int begin, int end, typename T::Bits* saved, typename T::Compute eta,
-                                            typename T::Compute scale, const RoundingBits& random) {
+__device__ __forceinline__ void perturb_units(const Tile<kStates>& tile, int begin, int end, typename T::Bits* saved,
+                                              typename T::Compute eta, typename T::Compute scale,
+                                              const RoundingBits& random) {
   using Bits = typename T::Bits;
   constexpr int kStride = kThreads * U::kSize;
   Bits* w = reinterpret_cast<Bits*>(tile.address[kWeights]);
@@ -50,8 +52,9 @@ __device__ __forceinline__ void perturb_units(const Tile<kStates>& tile, int beg
 }
 
 template <class T, Mode M>
-__device__ __forceinline__ void perturb_full_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
-                                                const RoundingBits& random) {
+__device__ __forceinline__ void perturb_full_tile(const Tile<kStates>& tile, typename T::Bits* saved,
+                                                  typename T::Compute eta, typename T::Compute scale,
+                                                  const RoundingBits& random) {
   using Bits = typename T::Bits;
   constexpr int kSize = Vector<Bits>::kSize;
   constexpr int kStride = kThreads * kSize;
@@ -76,8 +79,9 @@ __device__ __forceinline__ void perturb_full_tile(const Tile<kStates>& tile, typ
 }
 
 template <class T, Mode M>
-__device__ __forceinline__ void perturb_tile(const Tile<kStates>& tile, typename T::Bits* saved, typename T::Compute eta, typename T::Compute scale,
-                                           const RoundingBits& random) {
+__device__ __forceinline__ void perturb_tile(const Tile<kStates>& tile, typename T::Bits* saved,
+                                             typename T::Compute eta, typename T::Compute scale,
+                                             const RoundingBits& random) {
   using Bits = typename T::Bits;
   const uint64_t addresses = tile.address[kWeights] | tile.address[kAlong];
   const int count = static_cast<int>(tile.count);
@@ -93,14 +97,16 @@ __device__ __forceinline__ void perturb_tile(const Tile<kStates>& tile, typename
 
 // Backs a tile up where the norm is not finite, which is rare: element by element.
 template <class T>
-__device__ __forceinline__ void hold_tile(const Tile<kStates>& tile, typename T::Bits* saved, const RoundingBits& random) {
+__device__ __forceinline__ void hold_tile(const Tile<kStates>& tile, typename T::Bits* saved,
+                                          const RoundingBits& random) {
   perturb_units<T, Mode::hold, Single<typename T::Bits>, 2>(tile, 0, static_cast<int>(tile.count), saved, 0, 0, random);
 }
 
 template <class T, class Arguments>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    perturb_kernel(const __grid_constant__ Arguments arguments, const double* __restrict__ partials, int num_partials, double eps, double* __restrict__ norm_out,
-                   char* __restrict__ backup, bool reverse, uint32_t rounding_key) {
+    perturb_kernel(const __grid_constant__ Arguments arguments, const double* __restrict__ partials, int num_partials,
+                   double eps, double* __restrict__ norm_out, char* __restrict__ backup, bool reverse,
+                   uint32_t rounding_key) {
   using Compute = typename T::Compute;
   __shared__ Compute scales[Arguments::kMaxGroups];
   double sum = 0.0;
@@ -129,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
 }  // namespace
 
-int64_t perturb(const Bucket& b, const Group* options, const double* partials, int num_partials, double eps, double* norm,
-                bool reverse, Rounding rounding, Launch on) {
+int64_t perturb(const Bucket& b, const Group* options, const double* partials, int num_partials, double eps,
+                double* norm, bool reverse, Rounding rounding, Launch on) {
   int64_t moved = 0;
   with_format(static_cast<DType>(b.dtype), rounding, [&](auto format) {
     using T = decltype(format);

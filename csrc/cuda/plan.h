@@ -27,7 +27,8 @@ unsigned blocks_for(Kernel kernel, int64_t tiles) {
   if (resident == 0) {
     int processors = 0, per_processor = 0;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0), "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     resident = std::max(1, processors * per_processor);
   }
   return static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(tiles, resident)));
@@ -53,8 +54,9 @@ inline int64_t tiles_of(int64_t numel, int itemsize) {
 // Fills `table` with the tensors from `next` on that take part, as many as fit, and moves `next` behind them. Adds
 // their numbers to `launched`.
 template <class Table, class TakesPart>
-void fill(Table& table, const Members<typename Table::Group>& members, int itemsize, const TensorAddresses<Table::kAddresses>& addresses,
-          const TakesPart& takes_part, int64_t& next, std::vector<int64_t>& launched) {
+void fill(Table& table, const Members<typename Table::Group>& members, int itemsize,
+          const TensorAddresses<Table::kAddresses>& addresses, const TakesPart& takes_part, int64_t& next,
+          std::vector<int64_t>& launched) {
   table.num_tensors = 0;
   table.num_groups = 0;
   std::vector<int64_t> groups;  // their numbers in the bucket
@@ -63,11 +65,13 @@ void fill(Table& table, const Members<typename Table::Group>& members, int items
     const TensorInfo& tensor = members.tensors[next];
     if (tensor.numel == 0 || !takes_part(next)) continue;
     size_t group = groups.size() - 1;  // mostly that of the tensor before
-    if (groups.empty() || groups[group] != tensor.group) group = static_cast<size_t>(std::find(groups.begin(), groups.end(), tensor.group) - groups.begin());
+    if (groups.empty() || groups[group] != tensor.group)
+      group = static_cast<size_t>(std::find(groups.begin(), groups.end(), tensor.group) - groups.begin());
     if (group == groups.size()) {
       if (table.num_groups == Table::kMaxGroups) return;
       groups.push_back(tensor.group);
-      table.groups[table.num_groups++] = members.groups == nullptr ? typename Table::Group{} : members.groups[tensor.group];
+      table.groups[table.num_groups++] =
+          members.groups == nullptr ? typename Table::Group{} : members.groups[tensor.group];
     }
     const int i = table.num_tensors++;
     tiles += static_cast<uint32_t>(tiles_of(tensor.numel, itemsize));
@@ -84,8 +88,9 @@ void fill(Table& table, const Members<typename Table::Group>& members, int items
 // least once, then without tensors, if `always`. `launched` are the table's tensors by number. backwards: the last
 // tensors first.
 template <class Table, class TakesPart, class LaunchTensors>
-void for_tables(const Members<typename Table::Group>& members, int itemsize, const TensorAddresses<Table::kAddresses>& addresses, bool always,
-                bool backwards, const TakesPart& takes_part, const LaunchTensors& launch_tensors) {
+void for_tables(const Members<typename Table::Group>& members, int itemsize,
+                const TensorAddresses<Table::kAddresses>& addresses, bool always, bool backwards,
+                const TakesPart& takes_part, const LaunchTensors& launch_tensors) {
   struct Filled {
     Table table;
     std::vector<int64_t> launched;
@@ -113,8 +118,11 @@ void for_launches(const Members<typename Sizes::GroupType>& members, Launch on, 
   using Medium = typename Sizes::Medium;
   int64_t groups = 0;
   for (int64_t i = 0; i < members.num_tensors; ++i) groups = std::max(groups, members.tensors[i].group + 1);
-  const auto fits = [&](int max_tensors, int max_groups) { return members.num_tensors <= max_tensors && groups <= max_groups; };
-  if (fits(Small::kMaxTensors, Small::kMaxGroups) || !on.large_arguments) for_tables<Small>(members, itemsize, addresses, rest...);
+  const auto fits = [&](int max_tensors, int max_groups) {
+    return members.num_tensors <= max_tensors && groups <= max_groups;
+  };
+  if (fits(Small::kMaxTensors, Small::kMaxGroups) || !on.large_arguments)
+    for_tables<Small>(members, itemsize, addresses, rest...);
   else if (fits(Medium::kMaxTensors, Medium::kMaxGroups)) for_tables<Medium>(members, itemsize, addresses, rest...);
   else for_tables<typename Sizes::Large>(members, itemsize, addresses, rest...);
 }

@@ -73,8 +73,9 @@ class TorchBucket(Bucket):
         if not self._is_as_built():
             return False
         for index, (tensor, group) in enumerate(zip(self.tensors, self.groups, strict=True)):
-            direction = self.gradient_of(index) if along is None else local_tensor(along[index])
-            direction = direction if options.perturb[group] else None
+            direction: Tensor | None = None
+            if options.perturb[group]:
+                direction = self.gradient_of(index) if along is None else local_tensor(along[index])
             if direction is not None:
                 check_direction(direction, tensor, self.sources[index])
                 if is_wrapper(type(direction)):

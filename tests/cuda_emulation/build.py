@@ -1,4 +1,5 @@
-"""Compiles csrc/cuda with g++ and the headers beside this file into a Python module that executes the kernels on the CPU.
+"""Compiles csrc/cuda with g++ and the headers beside this file into a Python module that executes the kernels on the
+CPU.
 
 python tests/cuda_emulation/build.py OUT.so [--sanitize thread] [--csrc DIR]
 """
@@ -29,7 +30,10 @@ def steps(csrc: Path = CSRC) -> list[str]:
 
 
 def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -> Path:
-    """Build ``csrc``/cuda into ``out``; the objects are kept beside it. Raises RuntimeError with the compiler's output."""
+    """Build ``csrc``/cuda into ``out``; the objects are kept beside it.
+
+    Raises RuntimeError with the compiler's output.
+    """
     options = ["-std=c++20", f"-O{optimize}", "-g", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden"]
     options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     options += [f"-I{path}" for path in (HERE, sysconfig.get_path("include"), pybind11.get_include())]

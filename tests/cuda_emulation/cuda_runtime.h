@@ -1,15 +1,17 @@
-// For tests only: enough of CUDA, in plain C++20, to execute the kernels of csrc/cuda on the CPU, where sanitizers can watch them.
+// For tests only: enough of CUDA, in plain C++20, to execute the kernels of csrc/cuda on the CPU, where sanitizers can
+// watch them.
 //
-// Every CUDA thread of a block is a std::thread, __syncthreads is a std::barrier over the block and a shuffle is an exchange through slots
-// between two barriers over the warp. Blocks run one after another, so `static` is right for __shared__, and a block that depends on another
-// one running at the same time would hang. Only what the kernels use is here. A data race between threads of a block is a data race between
-// std::threads: ThreadSanitizer finds a missing __syncthreads.
+// Every CUDA thread of a block is a std::thread, __syncthreads is a std::barrier over the block and a shuffle is an
+// exchange through slots between two barriers over the warp. Blocks run one after another, so `static` is right for
+// __shared__, and a block that depends on another one running at the same time would hang. Only what the kernels use is
+// here. A data race between threads of a block is a data race between std::threads: ThreadSanitizer finds a missing
+// __syncthreads.
 //
-// Shared memory is poisoned before every block: bytes of 0xff, which are NaN as floating-point numbers. `static` alone would keep what the block
-// before has written, and zero at first.
+// Shared memory is poisoned before every block: bytes of 0xff, which are NaN as floating-point numbers. `static` alone
+// would keep what the block before has written, and zero at first.
 //
-// What is not shown by this: memory ordering weaker than the CPU's, races between blocks, alignment faults of 16-byte accesses (UBSan reports
-// those), and speed.
+// What is not shown by this: memory ordering weaker than the CPU's, races between blocks, alignment faults of 16-byte
+// accesses (UBSan reports those), and speed.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +53,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-// ---- Host functions ---------------------------------------------------------------------------------------------------------------------
+// ---- Host functions -------------------------------------------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
@@ -91,23 +93,35 @@ SAM_VISIBLE std::atomic<int64_t> sam_emulation_contexts{0};
 
 inline const char* cudaGetErrorName(cudaError_t status) {
   switch (status) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
-    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
-    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
-    default: return "cudaErrorUnknown";
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInsufficientDriver:
+      return "cudaErrorInsufficientDriver";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorLaunchFailure:
+      return "cudaErrorLaunchFailure";
+    default:
+      return "cudaErrorUnknown";
   }
 }
 inline const char* cudaGetErrorString(cudaError_t status) {
   switch (status) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
-    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
-    default: return "unknown error";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    default:
+      return "unknown error";
   }
 }
-inline cudaError_t cudaGetLastError() { return static_cast<cudaError_t>(sam_emulation_last_error.exchange(cudaSuccess)); }
+inline cudaError_t cudaGetLastError() {
+  return static_cast<cudaError_t>(sam_emulation_last_error.exchange(cudaSuccess));
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = static_cast<int>(sam_emulation_device), cudaSuccess; }
 // As from CUDA 12 on: a device that becomes the current one gets a context.
 inline cudaError_t cudaSetDevice(int device) {
@@ -116,7 +130,8 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* result) {
   int (*get_state)(int, unsigned*, int*) = [](int device, unsigned* flags, int* active) {
     *flags = 0;
     *active = static_cast<int>(sam_emulation_contexts >> device & 1);
@@ -140,7 +155,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return *blocks = 1, cudaSuccess;
 }
 
-// ---- Shared memory ----------------------------------------------------------------------------------------------------------------------
+// ---- Shared memory --------------------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -159,7 +174,7 @@ extern "C" SAM_VISIBLE void sam_emulation_share(void* address, int64_t size) {
   emulation::shared.emplace_back(static_cast<unsigned char*>(address), size);
 }
 
-// ---- Threads ----------------------------------------------------------------------------------------------------------------------------
+// ---- Threads --------------------------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -170,10 +185,12 @@ struct Warp {
   alignas(8) unsigned char slots[kWarp][8];
 };
 
-// The threads of a block. They wait for the next launch in between: to start hundreds of threads for every launch is what takes the time.
+// The threads of a block. They wait for the next launch in between: to start hundreds of threads for every launch is
+// what takes the time.
 class Pool {
  public:
-  explicit Pool(unsigned threads) : barrier(threads), between_(threads, Poison{}), start_(threads + 1), finish_(threads + 1) {
+  explicit Pool(unsigned threads)
+      : barrier(threads), between_(threads, Poison{}), start_(threads + 1), finish_(threads + 1) {
     for (unsigned w = 0; w < threads / kWarp; ++w) warps.push_back(std::make_unique<Warp>());
     for (unsigned t = 0; t < threads; ++t) std::thread([this, t] { work(t); }).detach();
   }
@@ -242,7 +259,7 @@ cudaError_t launch(Kernel kernel, unsigned blocks, unsigned threads, cudaStream_
 #define blockIdx (::emulation::block_index)
 #define gridDim (::emulation::grid_size)
 
-// ---- Device functions -------------------------------------------------------------------------------------------------------------------
+// ---- Device functions -----------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { emulation::block->barrier.arrive_and_wait(); }
 
@@ -263,7 +280,8 @@ namespace emulation {
 template <class T>
 void count(std::atomic<int64_t> (&counters)[5]) {
   static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0);
-  if (sam_emulation_counts_accesses != 0) ++counters[sizeof(T) == 1 ? 0 : sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : sizeof(T) == 8 ? 3 : 4];
+  if (sam_emulation_counts_accesses != 0)
+    ++counters[sizeof(T) == 1 ? 0 : sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 2 : sizeof(T) == 8 ? 3 : 4];
 }
 
 }  // namespace emulation

@@ -1,6 +1,8 @@
-"""What only the emulation can show without a GPU: how many launches an operation takes, and what happens when one fails.
+"""What only the emulation can show without a GPU: how many launches an operation takes, and what happens when one
+fails.
 
-Runs where the plugin is loaded (``make test-cuda``); the kernels' results are checked by tests/kernels on the ``cuda`` backend.
+Runs where the plugin is loaded (``make test-cuda``); the kernels' results are checked by tests/kernels on the ``cuda``
+backend.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def count(call) -> int:
 def make(sizes, groups: int = 1, **options) -> tuple[SAM, list[torch.nn.Parameter]]:
     params = make_params(sizes)
     part = -(-len(params) // groups)
-    optimizer = SAM([{"params": params[i : i + part]} for i in range(0, len(params), part)], lr=0.1, backend="cuda", **options)
+    optimizer = SAM(
+        [{"params": params[i : i + part]} for i in range(0, len(params), part)], lr=0.1, backend="cuda", **options
+    )
     if optimizer._perturbation.flatten:
         for p in params:
             p.grad.fill_(0.01)
@@ -90,7 +94,9 @@ def test_more_rows_take_more_launches_and_give_the_same_result(number, large):
     assert same_bits(values(params), before)
 
 
-@pytest.mark.parametrize(("groups", "large", "expected"), [(224, True, 1), (225, True, 2), (24, False, 1), (25, False, 2)])
+@pytest.mark.parametrize(
+    ("groups", "large", "expected"), [(224, True, 1), (225, True, 2), (24, False, 1), (25, False, 2)]
+)
 def test_more_groups_than_fit_take_more_launches(groups, large, expected):
     backends.cuda._cuda.use_large_arguments(large)
     optimizer, params = make([5] * groups, groups)
@@ -128,7 +134,9 @@ def test_a_launch_that_fails_is_an_exception_and_leaves_the_weights_as_they_were
     optimizer, params = make([7] * 2000)
     before = values(params)
     fail_after.value = failing
-    with pytest.raises(RuntimeError, match=r"CUDA error in (grad_norm|perturb): unspecified launch failure \(cudaErrorLaunchFailure\)"):
+    with pytest.raises(
+        RuntimeError, match=r"CUDA error in (grad_norm|perturb): unspecified launch failure \(cudaErrorLaunchFailure\)"
+    ):
         optimizer.first_step()
     assert same_bits(values(params), before)
     assert not optimizer.perturbed
@@ -153,7 +161,6 @@ def test_a_restore_that_fails_can_be_repeated(failing):
 
 def test_a_backup_that_fails_is_no_backup():
     rows = make_params([50] * 10)
-    from sam_fast.backends.bucket import Bucket
 
     bucket = backends.BACKENDS["cuda"].bucket(rows, [0] * 10)
     fail_after.value = 0
@@ -232,10 +239,21 @@ def test_both_orders_of_perturb_give_the_same_bits(monkeypatch):
     assert same_bits(*results)
 
 
-# ---- Sizes of the arguments ------------------------------------------------------------------------------------------------------------------
+# ---- Sizes of the arguments ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "most"), [(1, 4096), (SMALL_ROWS, 4096), (SMALL_ROWS + 1, 11_000), (161, 11_000), (256, 11_000), (257, 32_764), (ROWS, 32_764)])
+@pytest.mark.parametrize(
+    ("number", "most"),
+    [
+        (1, 4096),
+        (SMALL_ROWS, 4096),
+        (SMALL_ROWS + 1, 11_000),
+        (161, 11_000),
+        (256, 11_000),
+        (257, 32_764),
+        (ROWS, 32_764),
+    ],
+)
 def test_arguments_are_no_larger_than_they_need_be(number, most):
     """Three sizes: all of them is copied at every launch."""
     optimizer, _ = make([3] * number)
@@ -259,11 +277,13 @@ def test_a_medium_size_for_fused_second_steps(base, options, rows, small_rows, n
     assert 4096 < argument_bytes.value < 19_000
 
 
-# ---- Widths of accesses ----------------------------------------------------------------------------------------------------------------------
+# ---- Widths of accesses ----------------------------------------------------------------------------------------------
 
 
 def units(nbytes: int, alignment: int, itemsize: int) -> dict[int, int]:
-    """Accesses by width that move ``nbytes`` at an address that is a multiple of ``alignment``: the widest as often as they fit, then elements."""
+    """Accesses by width that move ``nbytes`` at an address that is a multiple of ``alignment``: the widest as often as
+    they fit, then elements.
+    """
     width = max(alignment, itemsize)
     if itemsize == 8 and nbytes % 16:
         width = 8
@@ -274,7 +294,10 @@ def units(nbytes: int, alignment: int, itemsize: int) -> dict[int, int]:
 
 
 def total(parts: list[dict[int, int]]) -> dict[int, int]:
-    return {width: sum(part.get(width, 0) for part in parts) for width in sorted({width for part in parts for width in part})}
+    return {
+        width: sum(part.get(width, 0) for part in parts)
+        for width in sorted({width for part in parts for width in part})
+    }
 
 
 def moved(call) -> tuple[dict[int, int], dict[int, int]]:
@@ -315,11 +338,19 @@ def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
         return min(16, *(shift & -shift or 16 for shift in shifts))
 
     tiles = (TILE_BYTES, 1005 * itemsize)
-    of_norm = total([units(tile, alignment(*behind) if adaptive else alignment(behind[1]), itemsize) for tile in tiles] * (1 + adaptive))
+    of_norm = total(
+        [units(tile, alignment(*behind) if adaptive else alignment(behind[1]), itemsize) for tile in tiles]
+        * (1 + adaptive)
+    )
     assert moved(lambda: bucket.grad_norm(options, partials)) == (of_norm, {})
     of_climb = total([units(tile, alignment(*behind), itemsize) for tile in tiles] * 2)
     assert moved(lambda: bucket.perturb(options, partials, 0.0, norm)) == (of_climb, of_climb)
-    of_copy = total([units(size * itemsize // TILE_BYTES * TILE_BYTES, alignment(behind[0]), 1), units(tiles[1], alignment(behind[0]), 1)])
+    of_copy = total(
+        [
+            units(size * itemsize // TILE_BYTES * TILE_BYTES, alignment(behind[0]), 1),
+            units(tiles[1], alignment(behind[0]), 1),
+        ]
+    )
     assert moved(lambda: bucket.restore()) == (of_copy, of_copy)
 
 
@@ -342,10 +373,13 @@ def test_every_alignment_takes_the_widest_access_in_the_second_step(base, option
     assert moved(optimizer.second_step) == tuple(total(parts * times) for times in arrays)
 
 
-# ---- Devices and drivers -----------------------------------------------------------------------------------------------------------------------
+# ---- Devices and drivers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("code", "name"), [(209, "cudaErrorNoKernelImageForDevice"), (35, "cudaErrorInsufficientDriver"), (999, "cudaErrorUnknown")])
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [(209, "cudaErrorNoKernelImageForDevice"), (35, "cudaErrorInsufficientDriver"), (999, "cudaErrorUnknown")],
+)
 def test_a_probe_that_fails_says_why_and_leaves_no_error_behind(code, name):
     backends.cuda._cuda.probe(0)
     probe_error.value = code

@@ -1,4 +1,7 @@
-"""Every kernel once or twice on small rows of every dtype and alignment, for compute-sanitizer to watch. `make gpu-check` runs it."""
+"""Every kernel once or twice on small rows of every dtype and alignment, for compute-sanitizer to watch.
+
+`make gpu-check` runs it.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ def main() -> None:
             (torch.optim.AdamW, {"amsgrad": True}),
             (torch.optim.AdamW, {"capturable": True}),
         ):
-            optimizer = SAM(rows(dtype), base, lr=0.01, weight_decay=0.1, stochastic_rounding=True, backend="cuda", **options)
+            optimizer = SAM(
+                rows(dtype), base, lr=0.01, weight_decay=0.1, stochastic_rounding=True, backend="cuda", **options
+            )
             for _ in range(3):  # the first step is the base optimizer's
                 optimizer.first_step()
                 optimizer.second_step()

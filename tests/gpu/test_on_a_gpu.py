@@ -1,4 +1,7 @@
-"""What only a GPU can show: no synchronization, few launches, graphs, streams, very large rows. Results are checked everywhere else."""
+"""What only a GPU can show: no synchronization, few launches, graphs, streams, very large rows.
+
+Results are checked everywhere else.
+"""
 
 from __future__ import annotations
 
@@ -90,10 +93,14 @@ def fused_steps(gpu_backend: str) -> None:
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
-@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})], ids=["sgd", "adamw"]
+)
 def test_one_launch_for_a_fused_second_step(gpu_backend, base, options, flatten):
     fused_steps(gpu_backend)
-    optimizer = SAM(on_gpu([1 + 37 * i for i in range(161)]), base, lr=0.1, flatten=flatten, backend=gpu_backend, **options)
+    optimizer = SAM(
+        on_gpu([1 + 37 * i for i in range(161)]), base, lr=0.1, flatten=flatten, backend=gpu_backend, **options
+    )
     for _ in range(2):  # the first one makes the state
         optimizer.first_step()
         optimizer.second_step()
@@ -103,7 +110,11 @@ def test_one_launch_for_a_fused_second_step(gpu_backend, base, options, flatten)
     assert "restore_" in found[0]
 
 
-@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"capturable": True})], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"capturable": True})],
+    ids=["sgd", "adamw"],
+)
 def test_a_gradient_scaler_does_not_make_the_step_wait(gpu_backend, base, options):
     """With an overflow in the third step, which is then none, and as a step without a scaler otherwise."""
     fused_steps(gpu_backend)
@@ -159,7 +170,9 @@ def test_adams_counters_and_learning_rate_on_the_device_give_torchs_step(gpu_bac
         assert torch.allclose(p.detach().cpu().double(), q, rtol=5 * 2.0**-23, atol=5e-7)
 
 
-def trained(gpu_backend: str, with_graph: bool, base: type[torch.optim.Optimizer] = torch.optim.SGD) -> tuple[list[Tensor], list[Tensor]]:
+def trained(
+    gpu_backend: str, with_graph: bool, base: type[torch.optim.Optimizer] = torch.optim.SGD
+) -> tuple[list[Tensor], list[Tensor]]:
     """SmallNet after 8 steps on one batch after the other, with a learning rate that falls: its state and the losses."""
     torch.manual_seed(0)
     model = SmallNet().cuda()
@@ -211,13 +224,22 @@ def test_a_captured_step_replays_the_bits_of_the_eager_one(gpu_backend, base):
     assert same_bits(eager[0], graph[0])
 
 
-# ---- Whole steps in one graph ---------------------------------------------------------------------------------------------------------------
+# ---- Whole steps in one graph ----------------------------------------------------------------------------------------
 
 
 class Captured:
-    """SmallNet and rounds of whole steps, eager or in one graph: always on the same batches, one for each step of a round."""
+    """SmallNet and rounds of whole steps, eager or in one graph: always on the same batches, one for each step of a
+    round.
+    """
 
-    def __init__(self, gpu_backend: str, *, steps: int = 1, scaled: bool = False, base: type[torch.optim.Optimizer] = torch.optim.SGD) -> None:
+    def __init__(
+        self,
+        gpu_backend: str,
+        *,
+        steps: int = 1,
+        scaled: bool = False,
+        base: type[torch.optim.Optimizer] = torch.optim.SGD,
+    ) -> None:
         torch.manual_seed(0)
         self.model = SmallNet().cuda()
         self.lr = torch.tensor(0.05, device="cuda")
@@ -237,7 +259,9 @@ class Captured:
             self.optimizer.zero_grad()
 
     def run(self, with_graph: bool, rounds: int, before: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """Three eager rounds on a side stream, then ``rounds`` of them, each after ``before``; returns the model's and the optimizer's state."""
+        """Three eager rounds on a side stream, then ``rounds`` of them, each after ``before``; returns the model's and
+        the optimizer's state.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -393,7 +417,9 @@ def test_two_optimizers_on_two_streams(gpu_backend):
             assert same_bits(values(params), start)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
+)
 def test_the_same_bits_as_on_the_cpu_given_the_same_norm(gpu_backend, dtype):
     """The perturbation's arithmetic is the CPU kernel's, to the bit; the norm is within its tolerance."""
     sizes = [1, 17, 4099, 100_003]
@@ -405,7 +431,9 @@ def test_the_same_bits_as_on_the_cpu_given_the_same_norm(gpu_backend, dtype):
     optimizer.restore()
     twin.restore()
     for (bucket, partials, sums), norm in zip(
-        (optimizer._perturbation.norm.parts[0], twin._perturbation.norm.parts[0]), (optimizer.grad_norm, twin.grad_norm), strict=True
+        (optimizer._perturbation.norm.parts[0], twin._perturbation.norm.parts[0]),
+        (optimizer.grad_norm, twin.grad_norm),
+        strict=True,
     ):
         from sam_fast.backends import GroupOptions
 

@@ -1,4 +1,6 @@
-"""The kernel tests run every operation on whole buckets, on each backend and, for the cpu backend, with each instruction set of this machine."""
+"""The kernel tests run every operation on whole buckets, on each backend and, for the cpu backend, with each
+instruction set of this machine.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ if wanted := os.environ.get("SAM_FAST_EXPECT_SANITIZER"):
     assert importlib.import_module("sam_fast._cpu").sanitizer == wanted
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] if device_of(name) == "cuda" else []) for name in VARIANTS])
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if device_of(name) == "cuda" else []) for name in VARIANTS]
+)
 def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """A backend; cpu once per instruction set. Tensors that the test makes are on the backend's device."""
     name, _, isa = request.param.partition("-")
@@ -114,7 +118,10 @@ class Step:
         ``device_counters``: a stand-in for a device has them on the CPU, where they are taken for the host's.
         """
         bucket = self.bucket
-        state = {source: {name: of[i] for name, of in states.items() if of[i] is not None} for i, source in enumerate(bucket.sources)}
+        state = {
+            source: {name: of[i] for name, of in states.items() if of[i] is not None}
+            for i, source in enumerate(bucket.sources)
+        }
         masks = array("Q", [0] * len(groups))
         for i, group in enumerate(bucket.groups):
             bits = (1 << k for k, name in enumerate(rule.all_names) if name in state[bucket.sources[i]])

@@ -1,4 +1,6 @@
-"""The fused steps, one row each: cases of options, the state that they use, and the step in float64 as its paper has it."""
+"""The fused steps, one row each: cases of options, the state that they use, and the step in float64 as its paper has
+it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ Options = tuple[float, ...]
 State = dict[str, Tensor]
 
 SIGNED, FAR, POSITIVE, COUNTER = "signed", "far", "positive", "counter"
-"""Kinds of state: of either sign; of either sign and at least 0.01, so that the sign of its average with a gradient does not
-hang on a rounding; at least 1e-4 (m / sqrt(v) would otherwise magnify the rounding of m); step counters."""
+"""Kinds of state: of either sign; of either sign and at least 0.01, so that the sign of its average with a gradient
+does not hang on a rounding; at least 1e-4 (m / sqrt(v) would otherwise magnify the rounding of m); step counters."""
 
 
 @dataclass(frozen=True)

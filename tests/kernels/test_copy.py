@@ -7,7 +7,17 @@ import torch
 from cases import INTERPRETED, SIZES, same_bits
 from conftest import Step
 
-ANY_DTYPE = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.bool, torch.complex64]
+ANY_DTYPE = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.bool,
+    torch.complex64,
+]
 
 
 def random_rows(dtype: torch.dtype, sizes=SIZES) -> list[torch.Tensor]:
@@ -112,7 +122,12 @@ def test_restore_refuses_a_row_of_another_shape_and_restores_the_others(kernels)
 
 @pytest.mark.parametrize(
     "change",
-    [lambda p: p.data.double(), lambda p: p.data[:-1].clone(), lambda p: p.data.view(10, 100), lambda p: p.data.view(10, 100).t()],
+    [
+        lambda p: p.data.double(),
+        lambda p: p.data[:-1].clone(),
+        lambda p: p.data.view(10, 100),
+        lambda p: p.data.view(10, 100).t(),
+    ],
     ids=["dtype", "size", "shape", "strides"],
 )
 def test_collect_notices_a_changed_row(kernels, change):

@@ -32,7 +32,9 @@ def test_every_value_is_rounded_to_nearest_even(step, dtype):
     generator = torch.Generator().manual_seed(1)
     for _ in range(8):
         w = every_value(dtype).clone()
-        ulp = (torch.nextafter(w.abs(), torch.full_like(w, float("inf"))).float() - w.abs().float()).nan_to_num(posinf=0.0)
+        ulp = (torch.nextafter(w.abs(), torch.full_like(w, float("inf"))).float() - w.abs().float()).nan_to_num(
+            posinf=0.0
+        )
         factor = torch.randint(-6, 7, w.shape, generator=generator, device="cpu").to(w.device) * 0.25  # ties included
         w.grad = (ulp * factor).to(dtype)
         w.grad[~w.grad.isfinite()] = 0.0

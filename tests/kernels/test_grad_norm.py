@@ -30,7 +30,9 @@ def test_one_tensor(step, kernels, dtype, size):
 def test_adaptive(step, kernels, dtype, eta):
     params = make_params(SIZES, dtype)
     options = [{"adaptive": True, "eta": eta}]
-    assert step(params, options=options).grad_norm() == pytest.approx(oracle(params, True, eta), rel=norm_tolerance(kernels.name, dtype))
+    assert step(params, options=options).grad_norm() == pytest.approx(
+        oracle(params, True, eta), rel=norm_tolerance(kernels.name, dtype)
+    )
 
 
 def test_groups_are_looked_up_per_row(step, kernels):
@@ -38,10 +40,16 @@ def test_groups_are_looked_up_per_row(step, kernels):
     groups = [i * 3 // len(params) for i in range(len(params))]
     options = [{"adaptive": True, "eta": 0.1}, {}, {"adaptive": True, "eta": 0.0}]
     parts = [
-        oracle([p for p, g in zip(params, groups, strict=True) if g == i], bool(option.get("adaptive")), float(option.get("eta", 0.0)))
+        oracle(
+            [p for p, g in zip(params, groups, strict=True) if g == i],
+            bool(option.get("adaptive")),
+            float(option.get("eta", 0.0)),
+        )
         for i, option in enumerate(options)
     ]
-    assert step(params, groups, options).grad_norm() == pytest.approx(math.hypot(*parts), rel=norm_tolerance(kernels.name))
+    assert step(params, groups, options).grad_norm() == pytest.approx(
+        math.hypot(*parts), rel=norm_tolerance(kernels.name)
+    )
 
 
 def test_group_with_perturb_false_is_not_counted(step, kernels):

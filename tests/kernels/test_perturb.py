@@ -21,7 +21,8 @@ def expected(w, g, norm, rho=0.05, adaptive=False, eta=0.0, eps=1e-12):
 def assert_climbed(moved, w, g, norm, **options) -> None:
     want = expected(w, g, norm, **options)
     e = (want - w.double()).abs()
-    # Half a unit in the last place for storing w + e, and a few roundings in the arithmetic's own dtype (float32, or float64) of e.
+    # Half a unit in the last place for storing w + e, and a few roundings in the arithmetic's own dtype (float32, or
+    # float64) of e.
     arithmetic = torch.finfo(torch.float64 if w.dtype == torch.float64 else torch.float32).eps
     stored = torch.finfo(w.dtype).tiny if w.dtype == torch.float16 else 0.0  # subnormal halves are spaced absolutely
     bound = 0.5 * EPSILON[w.dtype] * want.abs() + 4 * arithmetic * (e + want.abs()) + stored
@@ -198,7 +199,9 @@ def test_asams_products_neither_overflow_nor_underflow(step, w, g, eps, size, dt
     p, before, norm = climbed(step, w, g, size, dtype, eps, rho=0.5, adaptive=True)
     want = expected(before, p.grad, norm, rho=0.5, adaptive=True, eps=eps)
     # A scale below 1e-38 is subnormal, and has fewer bits.
-    bound = 0.5 * EPSILON[dtype] * want.abs() + 1e-5 * (want - before.double()).abs() + EPSILON[torch.float32] * want.abs()
+    bound = (
+        0.5 * EPSILON[dtype] * want.abs() + 1e-5 * (want - before.double()).abs() + EPSILON[torch.float32] * want.abs()
+    )
     assert bool(((p.detach().double() - want).abs() <= bound).all())
     assert eps > 0.0 or not torch.equal(p, before)
 

@@ -63,10 +63,14 @@ def test_right_on_average_and_always_a_neighbour(x, dtype):
     low, high = neighbours(x, dtype)
     assert bool(((got == low) | (got == high)).all())
     p = 0.0 if low == high else (x - low) / (high - low)
-    # Five standard deviations of the mean, and the resolution of the random numbers: 2^-13 and 2^-16 of a unit where so few bits go.
+    # Five standard deviations of the mean, and the resolution of the random numbers: 2^-13 and 2^-16 of a unit where so
+    # few bits go.
     bound = (5 * math.sqrt(p * (1 - p) / rolls) + 2.0**-13) * (high - low)
     assert abs(float(got.mean()) - x) <= bound
-    keys = [round_stochastically(torch.tensor([x]), dtype, index[:1], rounding_key(step, UPDATE)).double() for step in range(500)]
+    keys = [
+        round_stochastically(torch.tensor([x]), dtype, index[:1], rounding_key(step, UPDATE)).double()
+        for step in range(500)
+    ]
     assert abs(float(torch.cat(keys).mean()) - x) <= (5 * math.sqrt(p * (1 - p) / 500) + 2.0**-13) * (high - low)
 
 
@@ -96,7 +100,9 @@ def test_neighbouring_elements_and_steps_are_not_correlated():
     half = torch.full((n,), 1.0 + 2.0**-8)  # halfway: up or down like a coin
 
     def coins(step: int, places: Tensor = index) -> Tensor:
-        return (round_stochastically(half, torch.bfloat16, places, rounding_key(step, PERTURB)).double() > 1.0).double() * 2 - 1
+        return (
+            round_stochastically(half, torch.bfloat16, places, rounding_key(step, PERTURB)).double() > 1.0
+        ).double() * 2 - 1
 
     bound = 5 / math.sqrt(n)
     first = coins(1)
@@ -105,7 +111,7 @@ def test_neighbouring_elements_and_steps_are_not_correlated():
         assert abs(float((first * other).mean())) < bound
 
 
-# ---- The kernels ---------------------------------------------------------------------------------------------------------------------------
+# ---- The kernels -----------------------------------------------------------------------------------------------------
 
 
 def moved_to(make_step, dtype: torch.dtype, adaptive: bool, key: int | None) -> list[Tensor]:
@@ -167,12 +173,19 @@ def updated(step, operation: str, dtype: torch.dtype, key: int | None) -> tuple[
             p.grad = make_params([p.numel()], dtype, seed=50 + i)[0].grad.to(dtype_of_run)
         s = step(params)
         s.first_step()
-        state = {name: [torch.full_like(p, 0.0625) for p in params] for name in ("momentum_buffer", "exp_avg", "exp_avg_sq")}
+        state = {
+            name: [torch.full_like(p, 0.0625) for p in params] for name in ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        }
         if operation == "sgd":
             tensors = {"momentum_buffer": state["momentum_buffer"]}
         else:
             counters = [torch.tensor(5.0, device="cpu") for _ in params]
-            tensors = {"step": counters, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "max_exp_avg_sq": [None] * len(params)}
+            tensors = {
+                "step": counters,
+                "exp_avg": state["exp_avg"],
+                "exp_avg_sq": state["exp_avg_sq"],
+                "max_exp_avg_sq": [None] * len(params),
+            }
         s.take(rule_named(operation), [UPDATES[operation]], tensors, rounding_key=key)
         return values(params)
 
@@ -195,7 +208,10 @@ def test_the_update_has_the_bits_of_the_formula(step, kernels, operation, dtype)
 
 @pytest.mark.skipif(INTERPRETED or EMULATED, reason="too large to be interpreted or emulated")
 def test_most_of_e_survives(step):
-    """11 million weights of sd 0.02, rho 0.05. A normal distribution's weights have units of 2^-17 to 2^-12; e's elements are about 1.5e-5."""
+    """11 million weights of sd 0.02, rho 0.05.
+
+    A normal distribution's weights have units of 2^-17 to 2^-12; e's elements are about 1.5e-5.
+    """
     n, rho = 11_000_000, 0.05
     generator = torch.Generator().manual_seed(0)
     w = (normal(n, generator) * 0.02).bfloat16()
@@ -215,7 +231,8 @@ def test_most_of_e_survives(step):
         assert torch.equal(p.detach(), w)
     assert abs(component[KEY] - rho) < 0.01 * rho
     assert component[None] < 0.75 * rho
-    # What it costs: each element has a variance of p (1 - p) units^2, where p is how far w + e is on the way between its neighbours.
+    # What it costs: each element has a variance of p (1 - p) units^2, where p is how far w + e is on the way between
+    # its neighbours.
     exact = w.double() + rho * direction
     unit = torch.nextafter(w.abs(), torch.tensor(math.inf, dtype=torch.bfloat16)).double() - w.abs().double()
     way = ((exact - w.double()) / unit).abs().clamp(max=1.0)

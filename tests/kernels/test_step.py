@@ -110,7 +110,9 @@ def test_against_float64(step, operation, name, dtype):
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("size", [1, 15, 17, 16_385, *([] if SLOW else [300_001])])
 def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
-    """Weight, gradient and state in the middle of guarded tensors, at addresses of every alignment, small and large enough for streaming stores."""
+    """Weight, gradient and state in the middle of guarded tensors, at addresses of every alignment, small and large
+    enough for streaming stores.
+    """
 
     def guarded(value: Tensor) -> tuple[Tensor, Tensor]:
         around = torch.full((shift + size + 64,), 9.0)

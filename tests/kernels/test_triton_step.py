@@ -1,4 +1,6 @@
-"""The triton backend's fused second step: the bits of the cpu backend, what is decided on the device, and what an interruption leaves behind."""
+"""The triton backend's fused second step: the bits of the cpu backend, what is decided on the device, and what an
+interruption leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,28 @@ from sam_fast import SAM, backends
 from sam_fast.amp import Scaling
 from sam_fast.backends import triton as backend
 from sam_fast.backends import upload
-from sam_fast.backends.bucket import Bucket
 from sam_fast.rounding import round_stochastically
 
-pytestmark = [pytest.mark.stand_in, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")]
+pytestmark = [
+    pytest.mark.stand_in,
+    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton"),
+]
 
 TRITON = backends.BACKENDS["triton"]
 KEY = 0xDEADBEEF
 cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
-one_of_each = pytest.mark.parametrize(("operation", "name"), [("sgd", "momentum"), ("adam", "amsgrad")], ids=["sgd", "adam"])
+one_of_each = pytest.mark.parametrize(
+    ("operation", "name"), [("sgd", "momentum"), ("adam", "amsgrad")], ids=["sgd", "adam"]
+)
 
 
 def all_of(params: list[Any], state: dict[str, list[Tensor | None]]) -> list[Tensor]:
     return [*values(params), *(t.clone() for tensors in state.values() for t in tensors if t is not None)]
 
 
-def stepped(name: str, operation: str, case: str, sizes: list[int], dtype: torch.dtype = torch.float32, key: int | None = None) -> list[Tensor]:
+def stepped(
+    name: str, operation: str, case: str, sizes: list[int], dtype: torch.dtype = torch.float32, key: int | None = None
+) -> list[Tensor]:
     """Weights and state after a step in which gradients are scaled, one row has no gradient and one is not saved."""
     params = make_params([*sizes, 40, CHUNK + 50 if dtype == torch.float32 else 50], dtype)
     late = params[-1].grad
@@ -51,7 +59,7 @@ def stepped(name: str, operation: str, case: str, sizes: list[int], dtype: torch
     return moved + all_of(params, state)
 
 
-# ---- Bits --------------------------------------------------------------------------------------------------------------------------------
+# ---- Bits ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -76,7 +84,8 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
 
     begin, count, slot = (1 << 31) + CHUNK, 2500, (1 << 31) + 2 * CHUNK
     chunks = torch.tensor([[0, 0, begin, count, slot]])
-    flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)  # 4 GiB of addresses; the memory is never touched but for the chunk
+    # 4 GiB of addresses; the memory is never touched but for the chunk
+    flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)
     (w,) = make_params([count], torch.bfloat16)
     state = make_state(operation, name, [w])
     addresses = [t.data_ptr() - 2 * begin for t in (w, w.grad)] + [1]
@@ -84,7 +93,9 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
     written = torch.tensor([9])
     if operation == "sgd":
         options = array("d", [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-        wanted = round_stochastically(w.detach().float() - w.grad.float(), w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY)
+        wanted = round_stochastically(
+            w.detach().float() - w.grad.float(), w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY
+        )
         addresses += [0, 0, 0]
     else:
         # No gradient, m = 2^-9 and v = 0: the step is lr 2^-10, to the bit.
@@ -93,7 +104,9 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
         state["exp_avg_sq"][0].fill_(0.0)
         w.grad.fill_(0.0)
         state["exp_avg"][0].fill_(2.0**-9)
-        wanted = round_stochastically(w.detach().float() - 0.25 * 2.0**-10, w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY)
+        wanted = round_stochastically(
+            w.detach().float() - 0.25 * 2.0**-10, w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY
+        )
         addresses += [0] + [state[key][0].data_ptr() - 2 * begin for key in ("exp_avg", "exp_avg_sq")] + [0, 0, 0]
         options = array("d", [1.0, 1.0]) + options
     numbers = torch.frombuffer(bytearray(options.tobytes()), dtype=torch.int64)
@@ -116,7 +129,9 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, operation, name, d
     (p,) = make_params([size], dtype)
 
     def moved(tensor: Tensor, what: str) -> Tensor:
-        return torch.cat([torch.zeros(shift if what == shifted else 0, dtype=dtype), tensor.detach()])[shift if what == shifted else 0 :]
+        return torch.cat([torch.zeros(shift if what == shifted else 0, dtype=dtype), tensor.detach()])[
+            shift if what == shifted else 0 :
+        ]
 
     w = moved(p, "weight")
     w.grad = moved(p.grad, "gradient")
@@ -133,7 +148,7 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, operation, name, d
     assert unmasked.found == {wide: arrays * count for wide, count in blocks.items() if count}
 
 
-# ---- Decided on the device ---------------------------------------------------------------------------------------------------------------
+# ---- Decided on the device -------------------------------------------------------------------------------------------
 
 
 @one_of_each
@@ -168,7 +183,9 @@ def test_found_inf_is_decided_on_the_device(monkeypatch, operation, name, found,
 @one_of_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_learning_rates_on_the_device(operation, name, dtype):
-    """Two groups, one of them with its learning rate in a tensor; another one in the next step, whose address is as it was."""
+    """Two groups, one of them with its learning rate in a tensor; another one in the next step, whose address is as it
+    was.
+    """
     results = []
     lr = torch.tensor(0.0, dtype=dtype)
     for on_device in (False, True):
@@ -190,7 +207,10 @@ def test_learning_rates_on_the_device(operation, name, dtype):
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)], ids=str)
 def test_bias_corrections_from_counters_on_the_device(betas):
-    """In float64 and for every number of steps: what the host computes, but for 2^-51 in 1 - beta^t. Counters of empty rows count too."""
+    """In float64 and for every number of steps: what the host computes, but for 2^-51 in 1 - beta^t.
+
+    Counters of empty rows count too.
+    """
     counts = [0.0, 1.0, 9.0, 1000.0, 1e6, 2.0**24]
     results = []
     for on_device in (False, True):
@@ -210,7 +230,7 @@ def test_bias_corrections_from_counters_on_the_device(betas):
         assert torch.allclose(host, device, rtol=1e-15, atol=2.0**-51 / smallest)
 
 
-# ---- Which backup --------------------------------------------------------------------------------------------------------------------------
+# ---- Which backup ----------------------------------------------------------------------------------------------------
 
 
 @one_of_each
@@ -332,7 +352,10 @@ def test_a_graph_has_its_own_tables(monkeypatch):
 
 
 def test_adams_counters_on_the_host_cost_no_upload_per_step():
-    """The bias corrections change with every step, and go in as arguments. Rows with a counter of their own are the exception."""
+    """The bias corrections change with every step, and go in as arguments.
+
+    Rows with a counter of their own are the exception.
+    """
     params = make_params([30, 1500, 7, 9])
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3}]
     optimizer = SAM(groups, torch.optim.AdamW, lr=0.01, backend="triton")

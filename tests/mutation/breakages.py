@@ -1,4 +1,6 @@
-"""What ``run.py`` breaks: a text of a source, what it is replaced with, and the smallest set of tests that must notice."""
+"""What ``run.py`` breaks: a text of a source, what it is replaced with, and the smallest set of tests that must
+notice.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ class Breakage:
 
 BREAKAGES = [
     # ---- C++ kernels
-    Breakage("wrong sign of e", "csrc/sam_math.h", "return w + g * scale;", "return w - g * scale;", ("kernels/test_perturb.py::test_one_tensor",)),
+    Breakage(
+        "wrong sign of e",
+        "csrc/sam_math.h",
+        "return w + g * scale;",
+        "return w - g * scale;",
+        ("kernels/test_perturb.py::test_one_tensor",),
+    ),
     Breakage(
         "ASAM with T instead of T squared",
         "csrc/sam_math.h",
@@ -98,7 +106,11 @@ BREAKAGES = [
         ("kernels/test_step.py::test_against_float64",),
     ),
     Breakage(
-        "Adam's step is not counted", "csrc/cpu/restore_adam.cpp", "    *step += 1.0f;\n", "", ("kernels/test_step.py::test_against_float64",)
+        "Adam's step is not counted",
+        "csrc/cpu/restore_adam.cpp",
+        "    *step += 1.0f;\n",
+        "",
+        ("kernels/test_step.py::test_against_float64",),
     ),
     Breakage(
         "the fused step starts from w + e",
@@ -114,11 +126,18 @@ BREAKAGES = [
         "  if (t.data == nullptr) return true;",
         ("test_faults.py::TestStorageResizedToNothing",),
     ),
-    Breakage("a changed dtype is not noticed", "csrc/gather.cpp", "t.dtype.bits == record.dtype_bits && ", "", ("test_addresses.py",)),
+    Breakage(
+        "a changed dtype is not noticed",
+        "csrc/gather.cpp",
+        "t.dtype.bits == record.dtype_bits && ",
+        "",
+        ("test_addresses.py",),
+    ),
     Breakage(
         "changed strides are not noticed",
         "csrc/gather.cpp",
-        "same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || record.empty);",
+        "same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || "
+        "record.empty);",
         "same = t.shape[d] == record.shape[d];",
         ("test_addresses.py",),
     ),
@@ -157,15 +176,19 @@ BREAKAGES = [
     Breakage(
         "weights stay perturbed when the second pass raises",
         "sam_fast/sam.py",
-        "                    with random_state.replayed():\n                        yield\n        except BaseException:\n            self.restore()",
-        "                    with random_state.replayed():\n                        yield\n        except BaseException:",
+        "                    with random_state.replayed():\n                        yield\n        except "
+        "BaseException:\n            self.restore()",
+        "                    with random_state.replayed():\n                        yield\n        except "
+        "BaseException:",
         ("test_weights.py::test_weights_come_back_when_the_second_pass_raises",),
     ),
     Breakage(
         "weights stay perturbed when Ctrl-C is pressed",
         "sam_fast/perturbation.py",
-        "            self._touched = self._saved_params()\n            _announce(self._touched)\n        except BaseException:\n",
-        "            self._touched = self._saved_params()\n            _announce(self._touched)\n        except Exception:\n",
+        "            self._touched = self._saved_params()\n            _announce(self._touched)\n        except "
+        "BaseException:\n",
+        "            self._touched = self._saved_params()\n            _announce(self._touched)\n        except "
+        "Exception:\n",
         ("test_weights.py::test_a_first_step_that_fails_half_way_leaves_no_trace",),
     ),
     Breakage(
@@ -290,7 +313,8 @@ BREAKAGES = [
     Breakage(
         "entries of others count as the base optimizer's",
         "sam_fast/base_step.py",
-        "                self._foreign |= entry.keys()\n                aside[p] = dict(entry)\n                entry.clear()\n",
+        "                self._foreign |= entry.keys()\n                aside[p] = dict(entry)\n                "
+        "entry.clear()\n",
         "                self._foreign |= entry.keys()\n",
         ("test_wrapper.py::test_entries_of_a_variant_of_sam_in_the_state",),
     ),
@@ -308,7 +332,13 @@ BREAKAGES = [
         "        try:\n",
         ("test_passes.py",),
     ),
-    Breakage("flatten counts a gradient that is gone", "sam_fast/flat.py", "                    view.zero_()\n", "", ("test_flatten.py",)),
+    Breakage(
+        "flatten counts a gradient that is gone",
+        "sam_fast/flat.py",
+        "                    view.zero_()\n",
+        "",
+        ("test_flatten.py",),
+    ),
     Breakage(
         "a stale table of the state after an interruption",
         "sam_fast/backends/addresses.py",

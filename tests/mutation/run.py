@@ -1,12 +1,13 @@
-"""Breaks the package on purpose, one way at a time, and shows that the tests notice. Not part of the test suite: it takes minutes.
+"""Breaks the package on purpose, one way at a time, and shows that the tests notice. Not part of the test suite: it
+takes minutes.
 
     python tests/mutation/run.py              # from an environment made by `make`; every breakage of breakages.py
-    python tests/mutation/run.py momentum     # those whose name contains a word, or whose file begins with it
-    python tests/mutation/run.py --skip-whole # without running the tests on whole sources first, where that was done already
+    python tests/mutation/run.py momentum     # those whose name contains a word, or whose file begins with it python
+    tests/mutation/run.py --skip-whole # without running the tests on whole sources first, where that was done already
 
-Each breakage is a text replaced in a copy of the sources; a text that is not there exactly once is an error, so that a breakage never outlives the
-code it breaks. The native module of the copy is built again where a C++ source was broken. Prints what was caught, and ends with an error if
-something was not.
+Each breakage is a text replaced in a copy of the sources; a text that is not there exactly once is an error, so that a
+breakage never outlives the code it breaks. The native module of the copy is built again where a C++ source was broken.
+Prints what was caught, and ends with an error if something was not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ from pathlib import Path
 from breakages import BREAKAGES, Breakage
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("sam_fast", "kernels", "csrc", "tests", "bench", "CMakeLists.txt", "pyproject.toml", "constraints.txt", "README.md", "docs", "examples")
+SOURCES = (
+    "sam_fast",
+    "kernels",
+    "csrc",
+    "tests",
+    "bench",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "docs",
+    "examples",
+)
 
 
 def copy_sources(target: Path) -> None:
@@ -36,15 +49,26 @@ def copy_sources(target: Path) -> None:
 
 
 def build_native(copy: Path, build: Path) -> None:
-    """Incremental: only what was broken is compiled again. For one instruction set and with few optimisations: the source is the same for all."""
+    """Incremental: only what was broken is compiled again.
+
+    For one instruction set and with few optimisations: the source is the same for all.
+    """
     import pybind11
 
     if not (build / "build.ninja").exists():
         cmake = copy / "CMakeLists.txt"
-        text = cmake.read_text().replace('MATCHES "^(x86_64|', 'MATCHES "^(none|').replace("INTERFACE -O3)", "INTERFACE -O1)")
+        text = (
+            cmake.read_text()
+            .replace('MATCHES "^(x86_64|', 'MATCHES "^(none|')
+            .replace("INTERFACE -O3)", "INTERFACE -O1)")
+        )
         # Named baseline, but with the fused multiply-add that PyTorch's own steps have here: the tests compare bits.
         cmake.write_text(text.replace("add_kernels(baseline)", "add_kernels(baseline -mavx2 -mf16c -mfma)"))
-        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DSAM_FAST_WERROR=OFF"]
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DSAM_FAST_WERROR=OFF",
+        ]
         target = f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={copy / 'sam_fast'}"
         command = ["cmake", "-S", str(copy), "-B", str(build), "-G", "Ninja", target, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -58,7 +82,9 @@ def passes(copy: Path, tests: tuple[str, ...], *, show: bool = False) -> bool:
     """
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=copy / "tests", env=environment, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        command, cwd=copy / "tests", env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
     if show and done.returncode:
         print(done.stdout[-3000:], done.stderr[-1000:])
     if done.returncode in (0, 1) or done.returncode < 0:
@@ -71,7 +97,10 @@ def check(copy: Path, build: Path, breakage: Breakage) -> bool:
     path = copy / breakage.file
     whole = path.read_text()
     if whole.count(breakage.right) != 1:
-        raise SystemExit(f"{breakage.name}: {breakage.file} has the text {whole.count(breakage.right)} times, not once:\n{breakage.right}")
+        raise SystemExit(
+            f"{breakage.name}: {breakage.file} has the text {whole.count(breakage.right)} times, not "
+            f"once:\n{breakage.right}"
+        )
     path.write_text(whole.replace(breakage.right, breakage.wrong))
     native = breakage.file.startswith("csrc")
     try:
@@ -103,7 +132,9 @@ def main() -> None:
             for path, content in built.items():  # whole sources have the whole module, though its build is out of date
                 path.write_bytes(content)
             caught += noticed
-            print(f"{'caught' if noticed else 'SURVIVED'}  {time.monotonic() - begin:4.0f} s  {breakage.name}", flush=True)
+            print(
+                f"{'caught' if noticed else 'SURVIVED'}  {time.monotonic() - begin:4.0f} s  {breakage.name}", flush=True
+            )
     print(f"{caught} / {len(chosen)} caught")
     sys.exit(caught != len(chosen))
 

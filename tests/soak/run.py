@@ -1,11 +1,13 @@
-"""Trains small networks with random faults and resumes, next to undisturbed runs, for a number of minutes. Not part of the test suite.
+"""Trains small networks with random faults and resumes, next to undisturbed runs, for a number of minutes. Not part of
+the test suite.
 
     OMP_NUM_THREADS=1 python tests/soak/run.py [--minutes 20] [--seed 0] [--out bench/results/soak.json]
 
-In every round a network is trained twice on the same data: once undisturbed, once with faults. A fault is an exception in the second pass, an
-interruption at a random call inside first_step or second_step, a batch of NaN, weights that are given other memory, or a crash, after which a new
-process's worth of objects is made from the last checkpoint (``weights_only=True``). Both must end with the same bits: weights, statistics and the
-optimizer's state. The memory of the process and the number of live tensors must not grow. Ends with an error if either fails.
+In every round a network is trained twice on the same data: once undisturbed, once with faults. A fault is an exception
+in the second pass, an interruption at a random call inside first_step or second_step, a batch of NaN, weights that are
+given other memory, or a crash, after which a new process's worth of objects is made from the last checkpoint
+(``weights_only=True``). Both must end with the same bits: weights, statistics and the optimizer's state. The memory of
+the process and the number of live tensors must not grow. Ends with an error if either fails.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ CHECKPOINT_EVERY = 20
 FAULT_RATE = 0.25
 WARM_UP_ROUNDS = 8
 MAX_GROWTH_MB = 8.0
-"""Of the resident memory between the first and the last quarter of the rounds: the allocator's own ups and downs are a few MB."""
+"""Of the resident memory between the first and the last quarter of the rounds: the allocator's own ups and downs are a
+few MB.
+"""
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
@@ -137,7 +141,9 @@ class Training:
         return True
 
     def save(self, file: Path) -> None:
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done}, file)
+        torch.save(
+            {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done}, file
+        )
 
     @staticmethod
     def load(file: Path, seed: int, configuration: dict[str, Any]) -> Training:
@@ -150,12 +156,20 @@ class Training:
         return training
 
     def everything(self) -> list[Tensor]:
-        states = [value for p in self.model.parameters() for value in self.optimizer.state.get(p, {}).values() if isinstance(value, Tensor)]
+        states = [
+            value
+            for p in self.model.parameters()
+            for value in self.optimizer.state.get(p, {}).values()
+            if isinstance(value, Tensor)
+        ]
         return [*self.model.parameters(), *self.model.buffers(), *states]
 
 
-def disturbed(seed: int, configuration: dict[str, Any], dice: random.Random, file: Path, counts: Counter[str]) -> Training:
-    # A parameter that left its flat buffer takes the base optimizer's own step, whose square root is another (docs/differences.md).
+def disturbed(
+    seed: int, configuration: dict[str, Any], dice: random.Random, file: Path, counts: Counter[str]
+) -> Training:
+    # A parameter that left its flat buffer takes the base optimizer's own step, whose square root is another
+    # (docs/differences.md).
     other_root = configuration.get("flatten") and configuration["base_optimizer"] is torch.optim.AdamW
     faults = [fault for fault in FAULTS if fault != "moved" or not other_root]
     training = Training(seed, configuration)
@@ -201,7 +215,10 @@ def soak(minutes: float, seed: int, report: Callable[[str], None]) -> dict[str, 
             tensors.append(live_tensors())
             memory.append(resident_mb())
             if number % 20 == 0:
-                report(f"round {number}: {memory[-1]:.1f} MB, {tensors[-1]} tensors, {len(differing)} rounds with other bits, {dict(counts)}")
+                report(
+                    f"round {number}: {memory[-1]:.1f} MB, {tensors[-1]} tensors, {len(differing)} rounds with other "
+                    f"bits, {dict(counts)}"
+                )
     after = memory[WARM_UP_ROUNDS:]
     quarter = max(1, len(after) // 4)
     growth = statistics.median(after[-quarter:]) - statistics.median(after[:quarter])
@@ -229,7 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "soak.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "soak.json"
+    )
     arguments = parser.parse_args()
     result = soak(arguments.minutes, arguments.seed, lambda line: print(line, flush=True))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
