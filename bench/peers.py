@@ -196,7 +196,9 @@ def unavailable(name: str) -> str | None:
 
 
 def make(names: Sequence[str], problem: Problem) -> tuple[dict[str, Method], list[str]]:
-    """The baselines that can run here and have the right result, by name, and for each other one why it does not run."""
+    """The baselines that can run here and have the right result, by name, and for each other one why it
+    does not run.
+    """
     methods: dict[str, Method] = {}
     left_out = []
     for name in names:

@@ -242,7 +242,9 @@ def test_enabling_a_part_of_what_was_disabled_leaves_the_rest_disabled(model: nn
 
 
 def test_two_models_in_a_container_that_is_made_for_the_call() -> None:
-    """Generator and discriminator, encoder and head: the container is gone when the call returns, the layers are not."""
+    """Generator and discriminator, encoder and head: the container is gone when the call returns, the
+    layers are not.
+    """
     first, second = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     before = statistics(first)
     disable_running_stats(nn.ModuleList([first, second]))

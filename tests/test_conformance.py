@@ -410,7 +410,9 @@ def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
 
 
 def with_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Registers hooks of every kind, two of each, the second in front; the list says in which order they were called."""
+    """Registers hooks of every kind, two of each, the second in front; the list says in which order they
+    were called.
+    """
     seen: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("step-pre"))
     optimizer.register_step_pre_hook(lambda *_: seen.append("step-pre-2"))

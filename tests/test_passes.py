@@ -1,4 +1,6 @@
-"""Closures and the two passes: which gradient is the first, random state replayed, gradient synchronisation left out."""
+"""Closures and the two passes: which gradient is the first, random state replayed, gradient
+synchronisation left out.
+"""
 
 from __future__ import annotations
 

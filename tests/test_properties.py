@@ -168,7 +168,9 @@ class Run:
 
     @contextmanager
     def keeps(self, *, gradients: bool = True) -> Any:
-        """Addresses, and what the call has no business with, stay as they are; weights that change get a new version."""
+        """Addresses, and what the call has no business with, stay as they are; weights that change get a
+        new version.
+        """
         addresses, versions, before = (
             [p.data_ptr() for p in self.params],
             [p._version for p in self.params],

@@ -89,7 +89,9 @@ def test_fifty_steps_follow_the_float64_reference(case, adaptive, backend, flatt
 
 
 def dense_optimizers() -> list[Any]:
-    """Every torch.optim class that takes dense gradients and no closure, plain and in its foreach and fused variants."""
+    """Every torch.optim class that takes dense gradients and no closure, plain and in its foreach and
+    fused variants.
+    """
     found = []
     for name, cls in sorted(vars(torch.optim).items()):
         if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)) or name in (

@@ -446,7 +446,9 @@ def test_an_option_that_became_bad_later_is_noticed(option, value):
 @pytest.mark.parametrize("hooked", [False, True], ids=["ours", "the base's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype):
-    """A gradient that lies otherwise than its parameter, and SGD in 16 bits: wrong with fused=True in PyTorch itself."""
+    """A gradient that lies otherwise than its parameter, and SGD in 16 bits: wrong with fused=True in
+    PyTorch itself.
+    """
     options = {"momentum": 0.9} if base is torch.optim.SGD else {}
     weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     p = nn.Parameter(weight.to(dtype).to(memory_format=torch.channels_last))

@@ -173,7 +173,9 @@ def test_adams_counters_and_learning_rate_on_the_device_give_torchs_step(gpu_bac
 def trained(
     gpu_backend: str, with_graph: bool, base: type[torch.optim.Optimizer] = torch.optim.SGD
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """SmallNet after 8 steps on one batch after the other, with a learning rate that falls: its state and the losses."""
+    """SmallNet after 8 steps on one batch after the other, with a learning rate that falls: its state
+    and the losses.
+    """
     torch.manual_seed(0)
     model = SmallNet().cuda()
     lr = torch.tensor(0.05, device="cuda")

@@ -129,7 +129,9 @@ def test_rows_without_gradient_are_neither_moved_nor_saved(step, kernels):
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 16_384, 16_385, 33_001])
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_writes_nothing_outside_the_row(step, dtype, size, shift):
-    """Rows at addresses of every alignment inside a guarded tensor: the elements before and behind keep their values."""
+    """Rows at addresses of every alignment inside a guarded tensor: the elements before and behind keep
+    their values.
+    """
     around = torch.full((shift + size + 64,), 9.0, dtype=dtype)
     row = around[shift : shift + size]
     row.copy_(make_params([size], dtype)[0].detach())
