@@ -1,9 +1,9 @@
 """Breaks the package on purpose, one way at a time, and shows that the tests notice. Not part of the test suite: it
 takes minutes.
 
-    python tests/mutation/run.py              # from an environment made by `make`; every breakage of breakages.py
-    python tests/mutation/run.py momentum     # those whose name contains a word, or whose file begins with it python
-    tests/mutation/run.py --skip-whole # without running the tests on whole sources first, where that was done already
+    python tests/mutation/run.py               # from an environment made by `make`; all of breakages.py
+    python tests/mutation/run.py momentum      # those whose name contains a word, or whose file begins with it
+    python tests/mutation/run.py --skip-whole  # without the tests on whole sources first, if they have passed before
 
 Each breakage is a text replaced in a copy of the sources; a text that is not there exactly once is an error, so that a
 breakage never outlives the code it breaks. The native module of the copy is built again where a C++ source was broken.
