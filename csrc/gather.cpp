@@ -47,6 +47,8 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
       throw PythonError{};
     }
     groups_.push_back(PyLong_AsLongLong(PyList_GET_ITEM(groups, i)));
+    if (PyErr_Occurred() == nullptr && groups_.back() < 0)
+      PyErr_SetString(PyExc_ValueError, "groups must not be negative");
     if (PyErr_Occurred() != nullptr) throw PythonError{};
   }
   has_grad_.resize(records_.size());

@@ -1,1 +1,1 @@
-"""The Triton kernels, installed as ``sam_fast.kernels``. Importing this package does not import triton; its modules do."""
+"""The Triton kernels, installed as ``sam_fast.kernels``. The modules import triton, this package does not."""

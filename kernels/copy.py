@@ -1,4 +1,4 @@
-"""backup and restore: copy a bucket's rows to and from its flat buffer, bit for bit, whatever their dtype."""
+"""backup and restore: copy a bucket's tensors to and from its backup, bit for bit, whatever their dtype."""
 
 from __future__ import annotations
 
@@ -18,46 +18,56 @@ BLOCK_BYTES = 8192
 
 
 @triton.jit
-def copy_chunk(address, flat, begin, slot, count, TO_FLAT: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr, TRIED: tl.constexpr = WIDTHS):
-    backup = flat.to(tl.pointer_type(WORD))
+def copy_chunk(
+    address,
+    backup,
+    begin,
+    slot,
+    count,
+    TO_BACKUP: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TRIED: tl.constexpr = WIDTHS,
+):
+    saved = backup.to(tl.pointer_type(WORD))
     done = 0
     for shift in tl.static_range(TRIED):
         if is_wide(shift, WORD):
             part = aligned_part(address, done, count, shift, BLOCK)
             lanes = tl.arange(0, block_for(shift, BLOCK))
-            row = tl.multiple_of(address.to(tl.pointer_type(WORD)) + begin, 16 >> shift)
+            tensor = tl.multiple_of(address.to(tl.pointer_type(WORD)) + begin, 16 >> shift)
             for start in range(done, part, block_for(shift, BLOCK)):
-                place = tl.multiple_of(slot + start, (128 >> shift) // WORD.primitive_bitwidth)
-                if TO_FLAT:
-                    tl.store(backup + place + lanes, tl.load(row + start + lanes))
+                at = tl.multiple_of(slot + start, (128 >> shift) // WORD.primitive_bitwidth)
+                if TO_BACKUP:
+                    tl.store(saved + at + lanes, tl.load(tensor + start + lanes))
                 else:
-                    tl.store(row + start + lanes, tl.load(backup + place + lanes))
+                    tl.store(tensor + start + lanes, tl.load(saved + at + lanes))
             done = part
-    row = address.to(tl.pointer_type(WORD)) + begin
-    backup += slot
+    tensor = address.to(tl.pointer_type(WORD)) + begin
+    saved += slot
     lanes = tl.arange(0, MASKED_BLOCK)
     for start in range(done, count, MASKED_BLOCK):
         mask = start + lanes < count
-        if TO_FLAT:
-            tl.store(backup + start + lanes, tl.load(row + start + lanes, mask=mask), mask=mask)
+        if TO_BACKUP:
+            tl.store(saved + start + lanes, tl.load(tensor + start + lanes, mask=mask), mask=mask)
         else:
-            tl.store(row + start + lanes, tl.load(backup + start + lanes, mask=mask), mask=mask)
+            tl.store(tensor + start + lanes, tl.load(saved + start + lanes, mask=mask), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "ticket"])
 def copy_kernel(
     chunks,
     num_chunks,
-    rows,
-    flat,
+    tensors,
+    backup,
     written,
     ticket,
-    TO_FLAT: tl.constexpr,
+    TO_BACKUP: tl.constexpr,
     WORD: tl.constexpr,
     WORDS_PER_ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if TO_FLAT:
+    if TO_BACKUP:
         if tl.program_id(0) == 0:
             tl.store(written, ticket)
         end = num_chunks
@@ -65,24 +75,33 @@ def copy_kernel(
         # Without this ticket the backup was never written: the launch before this one did not happen.
         end = tl.where(tl.load(written) == ticket, num_chunks, 0)
     for index in range(tl.program_id(0), end, tl.num_programs(0)):
-        row, _group, begin, count, slot = load_chunk(chunks, index)
-        address = tl.load(rows + row)
+        tensor, _group, begin, count, slot = load_chunk(chunks, index)
+        address = tl.load(tensors + tensor)
         if address != 0:
-            copy_chunk(address, flat, begin * WORDS_PER_ELEMENT, slot * WORDS_PER_ELEMENT, count * WORDS_PER_ELEMENT, TO_FLAT, WORD, BLOCK)
+            begin *= WORDS_PER_ELEMENT
+            slot *= WORDS_PER_ELEMENT
+            copy_chunk(address, backup, begin, slot, count * WORDS_PER_ELEMENT, TO_BACKUP, WORD, BLOCK)
 
 
 def _launch(
-    programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int, to_flat: bool
+    programs: int,
+    chunks: torch.Tensor,
+    tensors: torch.Tensor,
+    backup: torch.Tensor,
+    written: torch.Tensor,
+    ticket: int,
+    itemsize: int,
+    to_backup: bool,
 ) -> Any:
     word, words_per_element = WORDS[itemsize]
     return copy_kernel[(programs,)](
         chunks,
         chunks.shape[0],
-        rows,
-        flat,
+        tensors,
+        backup,
         written,
         ticket,
-        TO_FLAT=to_flat,
+        TO_BACKUP=to_backup,
         WORD=word,
         WORDS_PER_ELEMENT=words_per_element,
         BLOCK=BLOCK_BYTES * words_per_element // itemsize,
@@ -91,21 +110,37 @@ def _launch(
     )
 
 
-def backup(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> Any:
-    """Copy the rows to the flat buffer. Returns the compiled kernel, None in the interpreter.
+def backup(
+    programs: int,
+    chunks: torch.Tensor,
+    tensors: torch.Tensor,
+    backup: torch.Tensor,
+    written: torch.Tensor,
+    ticket: int,
+    itemsize: int,
+) -> Any:
+    """Copy the tensors to the backup. Returns the compiled kernel, None in the interpreter.
 
     Args:
         programs: how many programs share the chunks out.
         chunks: int64 ``[num_chunks, 5]``, the chunk table.
-        rows: int64 ``[num_rows]``: the addresses; rows with address 0 are left out.
-        flat: uint8, the backup's memory; a multiple of 16 bytes.
+        tensors: int64 ``[num_tensors]``: their addresses; tensors with address 0 are left out.
+        backup: uint8, the backup's memory; a multiple of 16 bytes.
         written: int64, one element: receives ``ticket``.
         ticket: positive.
         itemsize: bytes per element: 1, 2, 4, 8 or 16.
     """
-    return _launch(programs, chunks, rows, flat, written, ticket, itemsize, True)
+    return _launch(programs, chunks, tensors, backup, written, ticket, itemsize, True)
 
 
-def restore(programs: int, chunks: torch.Tensor, rows: torch.Tensor, flat: torch.Tensor, written: torch.Tensor, ticket: int, itemsize: int) -> Any:
-    """As :func:`backup`, from the flat buffer to the rows; nothing happens unless ``written`` holds ``ticket``."""
-    return _launch(programs, chunks, rows, flat, written, ticket, itemsize, False)
+def restore(
+    programs: int,
+    chunks: torch.Tensor,
+    tensors: torch.Tensor,
+    backup: torch.Tensor,
+    written: torch.Tensor,
+    ticket: int,
+    itemsize: int,
+) -> Any:
+    """As :func:`backup`, from the backup to the tensors; nothing happens unless ``written`` holds ``ticket``."""
+    return _launch(programs, chunks, tensors, backup, written, ticket, itemsize, False)

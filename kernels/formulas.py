@@ -1,4 +1,7 @@
-"""The per-element formulas of SAM and ASAM, as in csrc/sam_math.h. Compile with ``enable_fp_fusion=False`` where the CPU kernels' bits are wanted."""
+"""The per-element formulas of SAM and ASAM, as in csrc/sam_math.h, and what every formula needs.
+
+Compile with ``enable_fp_fusion=False`` where the CPU kernels' bits are wanted.
+"""
 
 from __future__ import annotations
 
@@ -26,26 +29,29 @@ def norm_term_adaptive(w, g, eta):
 
 
 @triton.jit
-def climb(w, g, scale):
+def perturbed(w, g, scale):
     """w + e, given scale = rho / (||T g|| + eps)."""
     return w + g * scale
 
 
 @triton.jit
-def climb_adaptive(w, g, eta, scale):
+def perturbed_adaptive(w, g, eta, scale):
     t = asam_t(w, eta)
     return w + ((t * g) * scale) * t
 
 
 @triton.jit
-def can_climb(norm):
+def can_perturb(norm):
     """True if a first pass with this norm may perturb: an infinite or NaN norm has no direction."""
     return norm < float("inf")
 
 
 @triton.jit
-def climb_scale(norm, rho, eps, COMPUTE: tl.constexpr):
-    """rho / (norm + eps) in the arithmetic's dtype. 0 where norm and eps are both 0; at most that dtype's largest finite number."""
+def perturb_scale(norm, rho, eps, COMPUTE: tl.constexpr):
+    """rho / (norm + eps) in the arithmetic's dtype.
+
+    0 where norm and eps are both 0; at most that dtype's largest finite number.
+    """
     most: tl.constexpr = 3.4028234663852886e38 if COMPUTE == tl.float32 else 1.7976931348623157e308
     divisor = norm + eps
     scale = tl.where(divisor > 0.0, rho, 0.0) / tl.where(divisor > 0.0, divisor, 1.0)
@@ -56,14 +62,15 @@ def climb_scale(norm, rho, eps, COMPUTE: tl.constexpr):
 def widen(x, COMPUTE: tl.constexpr):
     """``x`` in the dtype of the arithmetic; exact."""
     if INTERPRETED and x.dtype == tl.bfloat16:
-        # The interpreter's own conversions of bfloat16 are wrong for subnormal numbers, and truncate in the other direction.
+        # The interpreter's own conversions of bfloat16 are wrong for subnormal numbers, and truncate in the other
+        # direction.
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(COMPUTE)
 
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """``x`` in the rows' dtype, rounded to nearest, ties to even."""
+    """``x`` in the tensors' dtype, rounded to nearest, ties to even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -72,7 +79,16 @@ def narrow(x, DTYPE: tl.constexpr):
         return x.to(DTYPE)
 
 
-# ---- For the base optimizers' steps --------------------------------------------------------------------------------
+@triton.jit
+def load(pointers, mask, COMPUTE: tl.constexpr):
+    """A block in the dtype of the arithmetic."""
+    return widen(tl.load(pointers, mask=mask), COMPUTE)
+
+
+@triton.jit
+def store(pointers, mask, x):
+    """A block in the dtype of its tensor, rounded to nearest."""
+    tl.store(pointers, narrow(x, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -91,5 +107,4 @@ def root(x):
 def lerp(a, b, weight):
     """torch.lerp, which starts from the nearer end."""
     from_a = weight < 0.5
-    coefficient = tl.where(from_a, weight, weight - 1.0)
-    return tl.fma(coefficient, b - a, tl.where(from_a, a, b))
+    return tl.fma(tl.where(from_a, weight, weight - 1.0), b - a, tl.where(from_a, a, b))

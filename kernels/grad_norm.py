@@ -9,12 +9,26 @@ import triton
 import triton.language as tl
 
 from .formulas import norm_term, norm_term_adaptive, widen
-from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk, load_group
+from .table import (
+    BLOCK,
+    DTYPES,
+    MASKED_BLOCK,
+    NUM_WARPS,
+    WIDTHS,
+    aligned_part,
+    block_for,
+    is_wide,
+    load_chunk,
+    load_group,
+)
 
 
 @triton.jit
 def _squares(w, g, eta, mask, ADAPTIVE: tl.constexpr):
-    """The squares of one block's terms. Elements are float64 before anything is computed: the square of a float32 is exact there."""
+    """The squares of one block's terms.
+
+    Elements are float64 before anything is computed: the square of a float32 is exact there.
+    """
     other: tl.constexpr = None if mask is None else 0.0
     grad = widen(tl.load(g, mask=mask, other=other), tl.float64)
     if ADAPTIVE:
@@ -25,7 +39,19 @@ def _squares(w, g, eta, mask, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
-def _add_chunk(sums, narrow, rest, weights, grads, begin, count, eta, DTYPE: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr):
+def _add_chunk(
+    sums,
+    narrow,
+    rest,
+    weights,
+    grads,
+    begin,
+    count,
+    eta,
+    DTYPE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     lanes = tl.arange(0, BLOCK)
     addresses = weights | grads if ADAPTIVE else grads
     done = aligned_part(addresses, 0, count, 0, BLOCK)
@@ -37,7 +63,8 @@ def _add_chunk(sums, narrow, rest, weights, grads, begin, count, eta, DTYPE: tl.
         if is_wide(shift, DTYPE):
             part = aligned_part(addresses, done, count, shift, BLOCK)
             if done < part:
-                # Sums of their own, since their elements are ordered otherwise; for as short as possible, since they take registers.
+                # Sums of their own, since their elements are ordered otherwise; for as short as possible, since they
+                # take registers.
                 own_lanes = tl.arange(0, block_for(shift, BLOCK))
                 own = tl.zeros((block_for(shift, BLOCK),), tl.float64)
                 w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16 >> shift)
@@ -54,39 +81,46 @@ def _add_chunk(sums, narrow, rest, weights, grads, begin, count, eta, DTYPE: tl.
     return sums, narrow, rest
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_rows"], do_not_specialize_on_alignment=["partials"])
-def grad_norm_kernel(chunks, num_chunks, table, num_rows, partials, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_chunks", "num_tensors"], do_not_specialize_on_alignment=["partials"])
+def grad_norm_kernel(chunks, num_chunks, table, num_tensors, partials, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     sums = tl.zeros((BLOCK,), tl.float64)
     narrow = tl.full((), 0.0, tl.float64)
     rest = tl.zeros((MASKED_BLOCK,), tl.float64)
     for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        row, group, begin, count, _slot = load_chunk(chunks, index)
-        weights = tl.load(table + row)
-        grads = tl.load(table + num_rows + row)
+        tensor, group, begin, count, _slot = load_chunk(chunks, index)
+        weights = tl.load(table + tensor)
+        grads = tl.load(table + num_tensors + tensor)
         if grads != 0:
-            _rho, eta, adaptive = load_group(table + 2 * num_rows, group)
+            _rho, eta, adaptive = load_group(table + 2 * num_tensors, group)
             if adaptive != 0.0:
-                sums, narrow, rest = _add_chunk(sums, narrow, rest, weights, grads, begin, count, eta, DTYPE, True, BLOCK)
+                sums, narrow, rest = _add_chunk(
+                    sums, narrow, rest, weights, grads, begin, count, eta, DTYPE, True, BLOCK
+                )
             else:
-                sums, narrow, rest = _add_chunk(sums, narrow, rest, weights, grads, begin, count, eta, DTYPE, False, BLOCK)
+                sums, narrow, rest = _add_chunk(
+                    sums, narrow, rest, weights, grads, begin, count, eta, DTYPE, False, BLOCK
+                )
     tl.store(partials + tl.program_id(0), tl.sum(sums) + narrow + tl.sum(rest))
 
 
-def grad_norm(chunks: torch.Tensor, table: torch.Tensor, num_rows: int, partials: torch.Tensor, dtype: torch.dtype) -> None:
+def grad_norm(
+    chunks: torch.Tensor, table: torch.Tensor, num_tensors: int, partials: torch.Tensor, dtype: torch.dtype
+) -> None:
     """Launch one program for each element of ``partials``.
 
     Args:
         chunks: int64 ``[num_chunks, 5]``, the chunk table.
-        table: int64 ``[2 * num_rows + 3 * num_groups]``: addresses of the weights, of the gradients, and the group table's float64 bits.
-        num_rows: number of rows of the bucket.
+        table: int64 ``[2 * num_tensors + 3 * num_groups]``: addresses of the weights, of the gradients, and the group
+            table's float64 bits.
+        num_tensors: number of tensors of the bucket.
         partials: float64, written: partial sums of the squared norm.
-        dtype: that of the rows.
+        dtype: that of the tensors.
     """
-    grad_norm_kernel[(partials.numel(),)](chunks, chunks.shape[0], table, num_rows, partials, **_options(dtype))
+    grad_norm_kernel[(partials.numel(),)](chunks, chunks.shape[0], table, num_tensors, partials, **_options(dtype))
 
 
 def compiled(chunks: torch.Tensor, dtype: torch.dtype) -> Any:
-    """The kernel that :func:`grad_norm` launches. It is compiled but not launched: the number of partial sums is known only then."""
+    """The kernel that :func:`grad_norm` launches, only compiled: the number of partial sums is known only then."""
     return grad_norm_kernel.warmup(chunks, 7, torch.int64, 7, torch.float64, grid=(1,), **_options(dtype))
 
 

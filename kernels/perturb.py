@@ -1,4 +1,4 @@
-"""perturb: back the weights up and climb, ``w <- w + e``, in one pass over memory."""
+"""perturb: back the weights up and move them, ``w <- w + e``, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import can_climb, climb, climb_adaptive, climb_scale, widen
-from .rounding import narrow_weight, place_of, signed_key
-from .table import BLOCK, DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk, load_group
+from .formulas import can_perturb, perturb_scale, perturbed, perturbed_adaptive, widen
+from .rounding import narrow_weight, random_index, signed_key
+from .table import (
+    BLOCK,
+    DTYPES,
+    MASKED_BLOCK,
+    NUM_WARPS,
+    WIDTHS,
+    aligned_part,
+    block_for,
+    is_wide,
+    load_chunk,
+    load_group,
+)
 
 NORM_BLOCK = 1024
 
@@ -26,31 +37,44 @@ def _norm_of(partials, num_partials, NORM_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _move(w, g, flat, eta, scale, climbs, mask, place, key, COMPUTE: tl.constexpr, ADAPTIVE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """One block: back it up and, if ``climbs``, move it."""
+def _move(
+    w,
+    g,
+    saved,
+    eta,
+    scale,
+    moves,
+    mask,
+    index,
+    key,
+    COMPUTE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """One block: back it up and, if ``moves``, move it."""
     stored = tl.load(w, mask=mask)
     grad = widen(tl.load(g, mask=mask), COMPUTE)
-    tl.store(flat, stored, mask=mask)
+    tl.store(saved, stored, mask=mask)
     weight = widen(stored, COMPUTE)
     if ADAPTIVE:
-        moved = climb_adaptive(weight, grad, eta, scale)
+        moved = perturbed_adaptive(weight, grad, eta, scale)
     else:
-        moved = climb(weight, grad, scale)
-    if climbs:
-        tl.store(w, narrow_weight(moved, stored.dtype, place, key, STOCHASTIC), mask=mask)
+        moved = perturbed(weight, grad, scale)
+    if moves:
+        tl.store(w, narrow_weight(moved, stored.dtype, index, key, STOCHASTIC), mask=mask)
 
 
 @triton.jit
 def _move_chunk(
     weights,
     grads,
-    flat,
+    backup,
     begin,
     slot,
     count,
     eta,
     scale,
-    climbs,
+    moves,
     key,
     DTYPE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
@@ -59,7 +83,7 @@ def _move_chunk(
 ):
     compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     eta = eta.to(compute)
-    backup = flat.to(tl.pointer_type(DTYPE))
+    saved = backup.to(tl.pointer_type(DTYPE))
     done = 0
     for shift in tl.static_range(WIDTHS):
         if is_wide(shift, DTYPE):
@@ -69,31 +93,34 @@ def _move_chunk(
             g = tl.multiple_of(grads.to(tl.pointer_type(DTYPE)) + begin, 16 >> shift)
             for start in range(done, part, block_for(shift, BLOCK)):
                 at = start + lanes
-                place = place_of(slot, start, lanes)
-                to = backup + tl.multiple_of(slot + start, (128 >> shift) // DTYPE.primitive_bitwidth) + lanes
-                _move(w + at, g + at, to, eta, scale, climbs, None, place, key, compute, ADAPTIVE, STOCHASTIC)
+                index = random_index(slot, start, lanes)
+                to = saved + tl.multiple_of(slot + start, (128 >> shift) // DTYPE.primitive_bitwidth) + lanes
+                _move(w + at, g + at, to, eta, scale, moves, None, index, key, compute, ADAPTIVE, STOCHASTIC)
             done = part
     w = weights.to(tl.pointer_type(DTYPE)) + begin
     g = grads.to(tl.pointer_type(DTYPE)) + begin
-    backup += slot
+    saved += slot
     lanes = tl.arange(0, MASKED_BLOCK)
     for start in range(done, count, MASKED_BLOCK):
         at = start + lanes
-        place = place_of(slot, start, lanes)
-        _move(w + at, g + at, backup + at, eta, scale, climbs, at < count, place, key, compute, ADAPTIVE, STOCHASTIC)
+        index = random_index(slot, start, lanes)
+        _move(w + at, g + at, saved + at, eta, scale, moves, at < count, index, key, compute, ADAPTIVE, STOCHASTIC)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_rows", "num_partials", "ticket", "key"], do_not_specialize_on_alignment=["partials", "norm_out"])
+@triton.jit(
+    do_not_specialize=["num_chunks", "num_tensors", "num_partials", "ticket", "key"],
+    do_not_specialize_on_alignment=["partials", "norm_out"],
+)
 def perturb_kernel(
     chunks,
     num_chunks,
     table,
-    num_rows,
+    num_tensors,
     partials,
     num_partials,
     eps: tl.float64,
     norm_out,
-    flat,
+    backup,
     written,
     ticket,
     key,
@@ -106,31 +133,35 @@ def perturb_kernel(
     if tl.program_id(0) == 0:
         tl.store(norm_out, norm)
         tl.store(written, ticket)
-    climbs = can_climb(norm)
+    moves = can_perturb(norm)
     key = key.to(tl.uint32, bitcast=True)
     for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         # Backwards: the gradients that grad_norm read last are the ones still in cache.
-        row, group, begin, count, slot = load_chunk(chunks, num_chunks - 1 - index)
-        weights = tl.load(table + row)
-        grads = tl.load(table + num_rows + row)
+        tensor, group, begin, count, slot = load_chunk(chunks, num_chunks - 1 - index)
+        weights = tl.load(table + tensor)
+        grads = tl.load(table + num_tensors + tensor)
         if grads != 0:
-            rho, eta, adaptive = load_group(table + 2 * num_rows, group)
-            scale = climb_scale(norm, rho, eps, tl.float64 if DTYPE == tl.float64 else tl.float32)
+            rho, eta, adaptive = load_group(table + 2 * num_tensors, group)
+            scale = perturb_scale(norm, rho, eps, tl.float64 if DTYPE == tl.float64 else tl.float32)
             if adaptive != 0.0:
-                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, key, DTYPE, True, STOCHASTIC, BLOCK)
+                _move_chunk(
+                    weights, grads, backup, begin, slot, count, eta, scale, moves, key, DTYPE, True, STOCHASTIC, BLOCK
+                )
             else:
-                _move_chunk(weights, grads, flat, begin, slot, count, eta, scale, climbs, key, DTYPE, False, STOCHASTIC, BLOCK)
+                _move_chunk(
+                    weights, grads, backup, begin, slot, count, eta, scale, moves, key, DTYPE, False, STOCHASTIC, BLOCK
+                )
 
 
 def perturb(
     programs: int,
     chunks: torch.Tensor,
     table: torch.Tensor,
-    num_rows: int,
+    num_tensors: int,
     partials: torch.Tensor,
     eps: float,
     norm: torch.Tensor,
-    flat: torch.Tensor,
+    backup: torch.Tensor,
     written: torch.Tensor,
     ticket: int,
     rounding_key: int | None,
@@ -140,12 +171,13 @@ def perturb(
 
     Args:
         programs: how many programs share the chunks out.
-        chunks, table, num_rows, dtype: as for :func:`sam_fast.kernels.grad_norm.grad_norm`.
+        chunks, table, num_tensors, dtype: as for :func:`sam_fast.kernels.grad_norm.grad_norm`.
         partials: float64, any number: they sum to the squared norm.
         eps: added to the norm before it divides rho.
         norm: float64, one element, written.
-        flat: uint8, the backup's memory; a multiple of 16 bytes.
-        written: int64, one element: receives ``ticket``, the proof for :func:`sam_fast.kernels.copy.restore` that this kernel has run.
+        backup: uint8, the backup's memory; a multiple of 16 bytes.
+        written: int64, one element: receives ``ticket``, the proof for :func:`sam_fast.kernels.copy.restore` that this
+            kernel has run.
         ticket: positive.
         rounding_key: 32 bits, for the stochastic rounding of 16-bit weights, or None.
     """
@@ -154,12 +186,12 @@ def perturb(
         chunks,
         chunks.shape[0],
         table,
-        num_rows,
+        num_tensors,
         partials,
         partials.numel(),
         eps,
         norm,
-        flat,
+        backup,
         written,
         ticket,
         key,

@@ -1,4 +1,4 @@
-"""Stochastic rounding of weights in the 16-bit formats, with the bits of csrc/rounding.h, which says what it does and why."""
+"""Stochastic rounding of 16-bit weights, with the bits of csrc/rounding.h, which says what it does and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .formulas import narrow
 
 
 def signed_key(rounding_key: int | None, dtype: torch.dtype) -> tuple[int, bool]:
-    """The key as an int32 with the same bits, so that Triton sees one type whatever its value; and whether it is used."""
+    """The key as an int32 with the same bits, for Triton to see one type whatever its value; and whether it is used."""
     if rounding_key is None or dtype not in (torch.bfloat16, torch.float16):
         return 0, False
     return rounding_key - (1 << 32) if rounding_key >= 1 << 31 else rounding_key, True
@@ -49,14 +49,14 @@ def _round_f16(value, random):
 
 
 @triton.jit
-def place_of(slot, start, lanes):
-    """The elements' places in the bucket, modulo 2^32."""
+def random_index(slot, start, lanes):
+    """The elements' indices in the bucket, modulo 2^32: random bits are drawn from them."""
     return (slot + start).to(tl.uint32) + lanes.to(tl.uint32)
 
 
 @triton.jit
 def narrow_weight(x, DTYPE: tl.constexpr, index, key, STOCHASTIC: tl.constexpr):
-    """A new weight in the rows' dtype; ``STOCHASTIC``: by the random bits for ``key`` and ``index`` (uint32, the element's place in the bucket)."""
+    """A new weight in the tensors' dtype; ``STOCHASTIC``: by the random bits for ``key`` and ``index``."""
     if STOCHASTIC:
         value = x.to(tl.uint32, bitcast=True)
         random = _mixed(index ^ (value * 0x9E3779B9) ^ key)

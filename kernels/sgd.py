@@ -1,35 +1,35 @@
-"""torch.optim.SGD, as ``Sgd`` in csrc/steps.h. Options: lr, momentum, dampening, weight_decay, nesterov, maximize."""
+"""The step of torch.optim.SGD, ``struct Sgd`` in csrc/steps.h."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .step import Step
+from .formulas import load, store
+
+OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+STATES = {"momentum_buffer": "momentum"}
+COUNTS = False
 
 
 @triton.jit
-def _used(options):
-    return 1 if tl.load(options + 1) != 0.0 else 0
+def numbers(options, lr, counted, COMPUTE: tl.constexpr):
+    _lr, momentum, dampening, decay, nesterov, _maximize = options
+    return (
+        (-lr).to(COMPUTE),
+        momentum.to(COMPUTE),
+        (1.0 - dampening).to(COMPUTE),
+        decay.to(COMPUTE),
+        nesterov != 0.0,
+    )
 
 
 @triton.jit
-def _numbers(options, lr, first, second, COMPUTE: tl.constexpr):
-    momentum = tl.load(options + 1).to(COMPUTE)
-    keep = (1.0 - tl.load(options + 2)).to(COMPUTE)
-    decay = tl.load(options + 3).to(COMPUTE)
-    nesterov = tl.load(options + 4).to(COMPUTE)
-    return (-lr).to(COMPUTE), momentum, keep, decay, nesterov
-
-
-@triton.jit
-def _apply(w, g, m, s1, s2, numbers, STATES: tl.constexpr):
+def apply(w, g, states, mask, numbers):
     minus_lr, momentum, keep, decay, nesterov = numbers
     g = tl.where(decay != 0.0, tl.fma(w, decay, g), g)
-    if STATES == 1:
-        m = tl.fma(g, keep, m * momentum)
-        g = tl.where(nesterov != 0.0, tl.fma(m, momentum, g), m)
-    return tl.fma(g, minus_lr, w), m, s1, s2
-
-
-STEP = Step(options=6, states=1, fewest=0, counts=False, used=_used, numbers=_numbers, apply=_apply)
+    if len(states) == 1:
+        m = tl.fma(g, keep, load(states[0], mask, w.dtype) * momentum)
+        store(states[0], mask, m)
+        g = tl.where(nesterov, tl.fma(m, momentum, g), m)
+    return tl.fma(g, minus_lr, w)

@@ -1,16 +1,26 @@
-"""The fused second steps: put w back and step as the base optimizer does, in one pass over memory.
+"""step: put w back and step as the base optimizer does, in one pass over memory.
 
-The walk is here, for every base optimizer. What is its own, how many states it has and its formula, is a
-:class:`Step` in a module that has the name of its rule (sam_fast/steps): sgd.py, adam.py.
+Here is the walk. A base optimizer is a module beside this one, with the names of its struct in csrc/steps.h:
+
+    OPTIONS    names of its options, all float64; ``lr`` is the first, ``maximize`` among them
+    STATES     names of its states. The last one may depend on an option, which then is not 0 where there is the state:
+               that option's name, else None
+    COUNTS     whether it has step counters; then it has ``counted``, ``bases`` and ``counted_from``, see :mod:`.adam`
+    numbers    what ``apply`` takes, from the options, the learning rate and what was counted: computed in float64, once
+               for each chunk, and rounded to the dtype of the arithmetic
+    apply      the new weights of a block from its weights and gradients. States, as many as there are, are pointers for
+               it to load and store: the fewer values at a time, the fewer registers
+
+``numbers`` and ``apply`` are jit functions. Where the C++ has madd, they have a fused multiply-add.
 
 The address table (int64) has for each tensor the address of its weight, of its gradient, of its weight again if it is
-saved, else 0, of its step counter if there are any, and of each state; then for each group the address of a learning
-rate on the device, 0 without one, and its size in bytes. What may change with every step is in a table of its own.
+saved, else 0, of its step counter, if the base optimizer counts, and of each state; then for each group the address of
+a learning rate on the device, 0 without one, and its size in bytes. What may change with every step is in a table of
+its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,36 +28,13 @@ import triton
 import triton.language as tl
 
 from .copy import WORDS, copy_chunk
-from .formulas import narrow, widen
-from .rounding import narrow_weight, place_of, signed_key
+from .formulas import load
+from .rounding import narrow_weight, random_index, signed_key
 from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 
 BLOCK_BYTES = 4096
-"""Of each array, moved by a program at once. Adam moves up to nine: two 16-byte accesses per thread are enough."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a base optimizer's step has of its own, as in csrc/steps.h. The functions are Triton's.
-
-    Args:
-        options: how many options a group has, float64 each. The first is the learning rate, the last ``maximize``.
-        states: how many states, at most three.
-        fewest: how many of them are used at least.
-        counts: whether there are step counters.
-        used: ``used(options)``: how many states a group uses, ``fewest`` or ``states``; ``options`` points to its options.
-        numbers: ``numbers(options, lr, first, second, COMPUTE)``: a tuple of what ``apply`` takes, in the arithmetic's
-            dtype; ``first`` and ``second`` are the bias corrections where there are step counters.
-        apply: ``apply(w, g, s0, s1, s2, numbers, STATES)``: the new weight, and the new states.
-    """
-
-    options: int
-    states: int
-    fewest: int
-    counts: bool
-    used: Any
-    numbers: Any
-    apply: Any
+"""Of each array, moved by a program at once. Adam moves up to nine: two 16-byte accesses for each of its 128 threads
+are enough under way."""
 
 
 @triton.jit
@@ -82,165 +69,91 @@ def _learning_rate(rates, group, lr):
 
 
 @triton.jit
-def _source(weights, begin, saved, backup, slot, DTYPE: tl.constexpr):
-    """The address that a chunk's weights are read from: the backup if the tensor is saved, else the tensor itself."""
-    itemsize: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    return tl.where(saved, backup.to(tl.int64) + slot * itemsize, weights + begin * itemsize)
-
-
-@triton.jit
-def _bias_correction(log2_beta, t):
-    """1 - beta^t in float64, within about 2^-52."""
-    return 1.0 - tl.exp2(t * log2_beta)
-
-
-@triton.jit
-def _corrections(numbers, tensor, common1, common2, steps, DEVICE_COUNTERS: tl.constexpr):
-    """``1 - beta1^t`` and ``sqrt(1 - beta2^t)`` of one tensor."""
+def _counted(numbers, tensor, common1, common2, counter, COUNTED_FROM: tl.constexpr):
+    """The two numbers that follow from a tensor's step counter."""
     first = tl.load(numbers + 2 * tensor)
     second = tl.load(numbers + 2 * tensor + 1)
     second = tl.where(first == 0.0, common2, second)
     first = tl.where(first == 0.0, common1, first)
-    if DEVICE_COUNTERS:
-        t = (tl.load(steps.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
-        first = _bias_correction(first, t)
-        second = tl.sqrt(_bias_correction(second, t))
+    if COUNTED_FROM is not None:
+        t = (tl.load(counter.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
+        first, second = COUNTED_FROM(first, second, t)
     return first, second
+
+
+@triton.jit
+def _pointers(addresses, begin, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
+    """To the element ``begin`` at each address, which is aligned to ``ALIGNED`` bytes, or to nothing known (None)."""
+    pointers = ()
+    for i in tl.static_range(len(addresses)):
+        pointer = addresses[i].to(tl.pointer_type(DTYPE)) + begin
+        if ALIGNED is not None:
+            pointer = tl.multiple_of(pointer, ALIGNED)
+        pointers += (pointer,)
+    return pointers
 
 
 @triton.jit
 def _step_block(
     source,
-    w,
-    g,
-    s0,
-    s1,
-    s2,
+    arrays,
+    at,
     mask,
-    place,
-    scale,
     numbers,
+    scale,
+    index,
     key,
     APPLY: tl.constexpr,
     COMPUTE: tl.constexpr,
-    STATES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """One block."""
-    stored = tl.load(source, mask=mask)
-    weight = widen(stored, COMPUTE)
-    grad = widen(tl.load(g, mask=mask), COMPUTE) * scale
-    a = weight
-    b = weight
-    c = weight
-    if STATES > 0:
-        a = widen(tl.load(s0, mask=mask), COMPUTE)
-    if STATES > 1:
-        b = widen(tl.load(s1, mask=mask), COMPUTE)
-    if STATES > 2:
-        c = widen(tl.load(s2, mask=mask), COMPUTE)
-    moved, a, b, c = APPLY(weight, grad, a, b, c, numbers, STATES)
-    if STATES > 0:
-        tl.store(s0, narrow(a, stored.dtype), mask=mask)
-    if STATES > 1:
-        tl.store(s1, narrow(b, stored.dtype), mask=mask)
-    if STATES > 2:
-        tl.store(s2, narrow(c, stored.dtype), mask=mask)
-    tl.store(w, narrow_weight(moved, stored.dtype, place, key, STOCHASTIC), mask=mask)
+    w = load(source + at, mask, COMPUTE)
+    g = load(arrays[1] + at, mask, COMPUTE) * scale
+    states = ()
+    for i in tl.static_range(2, len(arrays)):
+        states += (arrays[i] + at,)
+    w = APPLY(w, g, states, mask, numbers)
+    tl.store(arrays[0] + at, narrow_weight(w, arrays[0].dtype.element_ty, index, key, STOCHASTIC), mask=mask)
 
 
 @triton.jit
 def _step_chunk(
     source,
-    weights,
-    grads,
-    first,
-    second,
-    third,
+    addresses,
     begin,
     slot,
     count,
-    options,
-    lr,
-    correction1,
-    correction2,
-    factor,
+    numbers,
+    scale,
     key,
-    NUMBERS: tl.constexpr,
     APPLY: tl.constexpr,
-    OPTIONS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    STATES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
+    """``addresses``: of the tensor's weight, gradient and states; ``source``: where the chunk's weights are read."""
     compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    pointer: tl.constexpr = tl.pointer_type(DTYPE)
-    scale = tl.where(tl.load(options + OPTIONS - 1) != 0.0, -factor, factor).to(compute)
-    numbers = NUMBERS(options, lr, correction1, correction2, compute)
-    # What there is not lies where something else does.
-    second = second if STATES > 1 else first
-    third = third if STATES > 2 else second
-    addresses = source | weights | grads | first | second | third if STATES > 0 else source | weights | grads
+    together = source
+    for i in tl.static_range(len(addresses)):
+        together |= addresses[i]
     done = 0
     for shift in tl.static_range(WIDTHS):
         if is_wide(shift, DTYPE):
-            part = aligned_part(addresses, done, count, shift, BLOCK)
+            part = aligned_part(together, done, count, shift, BLOCK)
             lanes = tl.arange(0, block_for(shift, BLOCK))
-            s = tl.multiple_of(source.to(pointer), 16 >> shift)
-            w = tl.multiple_of(weights.to(pointer) + begin, 16 >> shift)
-            g = tl.multiple_of(grads.to(pointer) + begin, 16 >> shift)
-            a = tl.multiple_of(first.to(pointer) + begin, 16 >> shift)
-            b = tl.multiple_of(second.to(pointer) + begin, 16 >> shift)
-            c = tl.multiple_of(third.to(pointer) + begin, 16 >> shift)
+            old = tl.multiple_of(source.to(tl.pointer_type(DTYPE)), 16 >> shift)
+            arrays = _pointers(addresses, begin, 16 >> shift, DTYPE)
             for start in range(done, part, block_for(shift, BLOCK)):
-                at = start + lanes
-                place = place_of(slot, start, lanes)
-                _step_block(
-                    s + at,
-                    w + at,
-                    g + at,
-                    a + at,
-                    b + at,
-                    c + at,
-                    None,
-                    place,
-                    scale,
-                    numbers,
-                    key,
-                    APPLY,
-                    compute,
-                    STATES,
-                    STOCHASTIC,
-                )
+                index = random_index(slot, start, lanes)
+                _step_block(old, arrays, start + lanes, None, numbers, scale, index, key, APPLY, compute, STOCHASTIC)
             done = part
-    s = source.to(pointer)
-    w = weights.to(pointer) + begin
-    g = grads.to(pointer) + begin
-    a = first.to(pointer) + begin
-    b = second.to(pointer) + begin
-    c = third.to(pointer) + begin
+    old = source.to(tl.pointer_type(DTYPE))
+    arrays = _pointers(addresses, begin, None, DTYPE)
     lanes = tl.arange(0, MASKED_BLOCK)
     for start in range(done, count, MASKED_BLOCK):
         at = start + lanes
-        place = place_of(slot, start, lanes)
-        _step_block(
-            s + at,
-            w + at,
-            g + at,
-            a + at,
-            b + at,
-            c + at,
-            at < count,
-            place,
-            scale,
-            numbers,
-            key,
-            APPLY,
-            compute,
-            STATES,
-            STOCHASTIC,
-        )
+        index = random_index(slot, start, lanes)
+        _step_block(old, arrays, at, at < count, numbers, scale, index, key, APPLY, compute, STOCHASTIC)
 
 
 @triton.jit(
@@ -261,128 +174,69 @@ def step_kernel(
     grad_scale,
     found_inf,
     key,
-    USED: tl.constexpr,
+    NUM_OPTIONS: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    LAST_STATE_IF: tl.constexpr,
+    COUNTS: tl.constexpr,
+    COUNTED_FROM: tl.constexpr,
     NUMBERS: tl.constexpr,
     APPLY: tl.constexpr,
-    OPTIONS: tl.constexpr,
-    STATES: tl.constexpr,
-    FEWEST: tl.constexpr,
-    COUNTS: tl.constexpr,
-    DEVICE_COUNTERS: tl.constexpr,
     DTYPE: tl.constexpr,
     WORD: tl.constexpr,
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
+    compute: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    itemsize: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    factor = _gradient_factor(grad_scale)
     skipped = _is_set(found_inf)
     key = key.to(tl.uint32, bitcast=True)
     numbers = numbers.to(tl.pointer_type(tl.float64))
-    counters: tl.constexpr = 1 if COUNTS else 0
-    for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        tensor, group, begin, count, slot = load_chunk(chunks, index)
-        entry = table + tensor
-        weights = tl.load(entry)
-        grads = tl.load(entry + num_tensors)
+    of_groups = numbers
+    states = table + 3 * num_tensors
+    if COUNTS:
+        of_groups += 2 * num_tensors
+        states += num_tensors
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        tensor, group, begin, count, slot = load_chunk(chunks, chunk)
+        weights = tl.load(table + tensor)
+        grads = tl.load(table + num_tensors + tensor)
         if grads != 0:
             # Here, not once: the answer would be kept on the stack.
-            saved = (tl.load(written) == ticket) & (tl.load(entry + 2 * num_tensors) != 0)
+            saved = (tl.load(written) == ticket) & (tl.load(table + 2 * num_tensors + tensor) != 0)
             if skipped:
                 if saved:
                     # Skipped steps are rare: only 16 bytes or one element.
                     copy_chunk(weights, backup, begin, slot, count, False, WORD, BLOCK, 1)
             else:
-                source = _source(weights, begin, saved, backup, slot, DTYPE)
-                states = entry + (3 + counters) * num_tensors
-                first = tl.load(states) if STATES > 0 else weights
-                second = tl.load(states + num_tensors) if STATES > 1 else weights
-                third = tl.load(states + 2 * num_tensors) if STATES > 2 else weights
-                factor = _gradient_factor(grad_scale)
-                options = numbers + 2 * counters * num_tensors + OPTIONS * group
-                lr = _learning_rate(table + (3 + counters + STATES) * num_tensors, group, tl.load(options))
-                c1 = common1
-                c2 = common2
+                source = tl.where(saved, backup.to(tl.int64) + slot * itemsize, weights + begin * itemsize)
+                options = ()
+                for i in tl.static_range(NUM_OPTIONS):
+                    options += (tl.load(of_groups + NUM_OPTIONS * group + i),)
+                lr = _learning_rate(states + NUM_STATES * num_tensors, group, options[0])
+                scale = tl.where(options[MAXIMIZE] != 0.0, -factor, factor).to(compute)
+                counted = None
                 if COUNTS:
-                    steps = tl.load(entry + 3 * num_tensors)
-                    c1, c2 = _corrections(numbers, tensor, common1, common2, steps, DEVICE_COUNTERS)
-                if FEWEST == STATES:
-                    _step_chunk(
-                        source,
-                        weights,
-                        grads,
-                        first,
-                        second,
-                        third,
-                        begin,
-                        slot,
-                        count,
-                        options,
-                        lr,
-                        c1,
-                        c2,
-                        factor,
-                        key,
-                        NUMBERS,
-                        APPLY,
-                        OPTIONS,
-                        DTYPE,
-                        BLOCK,
-                        STATES,
-                        STOCHASTIC,
-                    )
-                elif USED(options) == STATES:
-                    _step_chunk(
-                        source,
-                        weights,
-                        grads,
-                        first,
-                        second,
-                        third,
-                        begin,
-                        slot,
-                        count,
-                        options,
-                        lr,
-                        c1,
-                        c2,
-                        factor,
-                        key,
-                        NUMBERS,
-                        APPLY,
-                        OPTIONS,
-                        DTYPE,
-                        BLOCK,
-                        STATES,
-                        STOCHASTIC,
-                    )
+                    counter = tl.load(table + 3 * num_tensors + tensor)
+                    counted = _counted(numbers, tensor, common1, common2, counter, COUNTED_FROM)
+                n = NUMBERS(options, lr, counted, compute)
+                fewer = (weights, grads)
+                for i in tl.static_range(NUM_STATES - 1):
+                    fewer += (tl.load(states + i * num_tensors + tensor),)
+                every = fewer
+                every += (tl.load(states + (NUM_STATES - 1) * num_tensors + tensor),)
+                if LAST_STATE_IF is not None:
+                    if options[LAST_STATE_IF] != 0.0:
+                        _step_chunk(source, every, begin, slot, count, n, scale, key, APPLY, DTYPE, BLOCK, STOCHASTIC)
+                    else:
+                        _step_chunk(source, fewer, begin, slot, count, n, scale, key, APPLY, DTYPE, BLOCK, STOCHASTIC)
                 else:
-                    _step_chunk(
-                        source,
-                        weights,
-                        grads,
-                        first,
-                        second,
-                        third,
-                        begin,
-                        slot,
-                        count,
-                        options,
-                        lr,
-                        c1,
-                        c2,
-                        factor,
-                        key,
-                        NUMBERS,
-                        APPLY,
-                        OPTIONS,
-                        DTYPE,
-                        BLOCK,
-                        FEWEST,
-                        STOCHASTIC,
-                    )
+                    _step_chunk(source, every, begin, slot, count, n, scale, key, APPLY, DTYPE, BLOCK, STOCHASTIC)
 
 
 def step(
-    rule: Step,
+    of: Any,
     programs: int,
     chunks: torch.Tensor,
     table: torch.Tensor,
@@ -401,26 +255,29 @@ def step(
     """Launch. Returns the compiled kernel, None in the interpreter.
 
     Args:
-        rule: of the base optimizer's module.
+        of: the module of the base optimizer.
         programs: how many programs share the chunks out.
         chunks: int64 ``[num_chunks, 5]``, the chunk table.
-        table: int64, see the module; tensors without a gradient are left out.
+        table: int64, the address table; tensors without a gradient are left out.
         num_tensors: number of tensors of the bucket.
-        numbers: int64, float64 bits: for each group its options; and where there are step counters before that for each
-            tensor ``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of this step, or 0 and 0 for ``common``.
+        numbers: int64, float64 bits: if the base optimizer counts, for each tensor the two numbers ``of.counted`` for
+            this step, or 0 and 0 for those in ``common``; then for each group its options.
         backup: uint8, the backup's memory; a multiple of 16 bytes.
-        written: int64, one element. Unless it holds ``ticket`` no backup was written, and all weights are where they were.
+        written: int64, one element. Unless it holds ``ticket`` no backup was written, and all weights are where they
+            were.
         ticket: positive.
         grad_scale: float32, one element: gradients are divided by it. Or None.
-        found_inf: float32, one element: unless it is 0, saved tensors are only put back and all others stay. Or None.
+        found_inf: float32, one element: unless it is 0, saved tensors are only put back and all others stay as they
+            are. Or None.
         rounding_key: 32 bits, for the stochastic rounding of 16-bit weights, or None.
         dtype: that of the tensors and their state.
-        device_counters: ``numbers`` has ``log2(beta1)`` and ``log2(beta2)`` for each tensor instead, and the table the
-            addresses of counters (float32) that have not counted this step yet. The kernel computes the corrections,
-            within about 2^-52.
-        common: the two numbers of most tensors. They change with every step; as arguments they need no copy.
+        device_counters: ``numbers`` has ``of.bases`` for each tensor instead, and the table the addresses of counters
+            (float32) that have not counted this step yet.
+        common: the two numbers of most tensors. They change with every step, and as arguments they need no copy to the
+            device.
     """
     key, stochastic = signed_key(rounding_key, dtype)
+    *_, last_state_if = of.STATES.values()
     return step_kernel[(programs,)](
         chunks,
         chunks.shape[0],
@@ -434,14 +291,14 @@ def step(
         grad_scale,
         found_inf,
         key,
-        USED=rule.used,
-        NUMBERS=rule.numbers,
-        APPLY=rule.apply,
-        OPTIONS=rule.options,
-        STATES=rule.states,
-        FEWEST=rule.fewest,
-        COUNTS=rule.counts,
-        DEVICE_COUNTERS=device_counters,
+        NUM_OPTIONS=len(of.OPTIONS),
+        MAXIMIZE=of.OPTIONS.index("maximize"),
+        NUM_STATES=len(of.STATES),
+        LAST_STATE_IF=None if last_state_if is None else of.OPTIONS.index(last_state_if),
+        COUNTS=of.COUNTS,
+        COUNTED_FROM=of.counted_from if of.COUNTS and device_counters else None,
+        NUMBERS=of.numbers,
+        APPLY=of.apply,
         DTYPE=DTYPES[dtype],
         WORD=WORDS[dtype.itemsize][0],
         BLOCK=BLOCK_BYTES // dtype.itemsize,

@@ -1,7 +1,8 @@
-"""How the kernels find a bucket's rows: the chunk table, the address tables, and which part of a chunk may be moved 16 bytes at a time.
+"""How the kernels find a bucket's tensors: the chunk table, the address tables, and how wide a chunk may be accessed.
 
-All tables are int64 in device memory. The chunk table is ``bucket.chunks`` (``struct Chunk`` in csrc/table.h), an address table has one address
-for each row, 0 where the row takes no part, and the group table has ``rho, eta, adaptive`` for each group (``struct Group``), float64.
+All tables are int64 in device memory. The chunk table is ``bucket.chunks`` (``struct Chunk`` in csrc/table.h), an
+address table has one address for each tensor, 0 where it takes no part, and the group table has ``rho, eta, adaptive``
+for each group (``struct Group``), float64.
 
 Launches walk the chunks with a fixed number of programs: program p of P takes the chunks p, p + P, and so on.
 """
@@ -18,19 +19,21 @@ DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: 
 NUM_WARPS = 4
 
 BLOCK = 2048
-"""Elements that a program moves at once: 16 for each of its 128 threads, so four 16-byte accesses are under way for each float32 array."""
+"""Elements that a program moves at once: 16 for each of its 128 threads, so four 16-byte accesses are under way for
+each float32 array."""
 
 MASKED_BLOCK = tl.constexpr(512)
-"""Elements moved at once where accesses are masked or not aligned. Each of them takes its own address: more would take all the registers.
+"""Elements moved at once where accesses are masked or not aligned. Each of them takes its own address: more would take
+all the registers.
 
-The pointers and lanes of these accesses are computed anew, without the promise of alignment: shared with the others, they would make the compiler
-order their elements as the wide accesses need it and move them through shared memory.
+The pointers and lanes of these accesses are computed anew, without the promise of alignment: shared with the others,
+they would make the compiler order their elements as the wide accesses need it and move them through shared memory.
 """
 
 
 @triton.jit
 def load_chunk(chunks, index):
-    """The five numbers of a chunk: row, group, first element in the row, count (int32), first element in the flat index space."""
+    """A chunk: tensor, group, first element in the tensor, count (int32), first element in the bucket's index space."""
     chunk = chunks + 5 * index
     return tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3).to(tl.int32), tl.load(chunk + 4)
 
@@ -57,18 +60,19 @@ def is_wide(SHIFT, DTYPE):
 def block_for(SHIFT, BLOCK):
     """Elements moved at once with accesses of ``16 >> SHIFT`` bytes, ``BLOCK`` being that for 16.
 
-    Each width has a number of its own, and masked accesses too: among blocks of one shape the compiler orders the elements of all as the widest
-    needs it, and moves the others' through shared memory before they are stored.
+    Each width has a number of its own, and masked accesses too: among blocks of one shape the compiler orders the
+    elements of all as the widest needs it, and moves the others' through shared memory before they are stored.
     """
     return BLOCK >> SHIFT if SHIFT == 0 or (BLOCK >> SHIFT) != MASKED_BLOCK.value else MASKED_BLOCK.value // 2
 
 
 @triton.jit
 def aligned_part(addresses, done, count, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Up to which element a chunk can be moved in whole blocks, unmasked and ``16 >> SHIFT`` bytes at a time; ``done`` elements have been moved.
+    """Up to which element a chunk can be moved in whole blocks, unmasked and ``16 >> SHIFT`` bytes at a time.
 
-    ``addresses``: those of the rows, or-ed together. They decide: a chunk begins a multiple of 16 bytes behind them, and in the flat buffer a
-    multiple of 64 bytes. The compiler learns it from ``tl.multiple_of``; without that, or with a mask, it makes every access a scalar one.
+    ``done`` elements have been moved. ``addresses``: those of the tensors, or-ed together. They decide: a chunk begins
+    a multiple of 16 bytes behind them, and in the backup a multiple of 64 bytes. The compiler learns it from
+    ``tl.multiple_of``; without that, or with a mask, it makes every access a scalar one.
     """
     block: tl.constexpr = block_for(SHIFT, BLOCK)
     return tl.where(addresses % (16 >> SHIFT) == 0, done + (count - done) // block * block, done)

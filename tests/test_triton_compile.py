@@ -1,5 +1,6 @@
-"""The Triton kernels, compiled without a GPU for four architectures: 16-byte accesses, float64 sums, no fused
-multiply-add where bits count.
+"""The Triton kernels, compiled without a GPU for four architectures.
+
+16-byte accesses, float64 sums, no fused multiply-add where bits count.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import pytest
 import torch
 from cases import DTYPES, INTERPRETED
 
+from sam_fast import backends
+from sam_fast.steps import RULES
+
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install sam_fast[triton]")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="with TRITON_INTERPRET=1 nothing is compiled")
 
 if not INTERPRETED:
     from triton.backends.compiler import GPUTarget
 
-    from sam_fast.kernels import adam, copy, grad_norm, perturb, sgd, step, table
+    from sam_fast.kernels import copy, grad_norm, perturb, step, table
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -30,10 +34,13 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 
-STACK = 32 if triton.__version__.startswith("3.6.") else 8
+STACK = 32 if triton.__version__.startswith("3.6.") else 0
 """Bytes of stack per thread that a kernel may take on NVIDIA's GPUs. No number of registers is asked for: from Triton
-3.6's code for three of the fused second steps ptxas takes 96, 72 and 48 and spills 8 to 28 bytes; from that of 3.9 it
-keeps a choice of SGD's in bfloat16, rounded stochastically, on the stack on sm_90: 8 bytes."""
+3.6's code for three of the fused second steps ptxas takes 96, 72 and 48 and spills 8 to 28 bytes, from that of 3.9
+nothing."""
+
+LION_STACK = 8
+"""The same for Lion: on sm_90 ptxas keeps the choice between its two kinds of averages on the stack."""
 
 each_target = pytest.mark.parametrize("target", TARGETS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -56,9 +63,7 @@ class Driver:
 
 
 class Launch:
-    """Stands in for a kernel: what would be launched is only compiled, by Triton's JIT, which looks at the arguments as
-    ever.
-    """
+    """Stands in for a kernel: what would be launched is only compiled, by Triton's JIT, from the arguments."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -68,13 +73,13 @@ class Launch:
         return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
 
+STEPS = sorted(backends.BACKENDS["triton"].bucket.steps)
 OPERATIONS = {
     "grad_norm": "grad_norm",
     "perturb": "perturb",
     "backup": "copy",
     "restore": "copy",
-    "sgd": "step",
-    "adam": "step",
+    **dict.fromkeys(STEPS, "step"),
 }
 """Operation -> the module of its kernel."""
 
@@ -83,7 +88,7 @@ def launch(
     operation: str,
     dtype: torch.dtype,
     chunks: int = 7,
-    rows: int = 3,
+    tensors: int = 3,
     offset: int = 0,
     ticket: int = 5,
     eps: float = 1e-12,
@@ -91,29 +96,23 @@ def launch(
     scaled: bool = False,
     device_counters: bool = False,
 ) -> None:
-    """Launch with numbers of all kinds; partial sums, norm and what a scaler has on the device may lie at any
-    address.
-    """
-    numbers, floats, flat = (
-        torch.zeros(500, dtype=torch.int64),
-        torch.zeros(100, dtype=torch.float64),
-        torch.zeros(64, dtype=torch.uint8),
-    )
-    table, partials = numbers[: 5 * chunks].view(-1, 5), floats[offset : offset + rows]
+    """Launch with numbers of all kinds; partial sums, norm and what a scaler has on the device may lie anywhere."""
+    numbers, floats = torch.zeros(500, dtype=torch.int64), torch.zeros(100, dtype=torch.float64)
+    backup = torch.zeros(64, dtype=torch.uint8)
+    table, partials = numbers[: 5 * chunks].view(-1, 5), floats[offset : offset + tensors]
     if operation == "grad_norm":
-        grad_norm.grad_norm(table, numbers, rows, partials, dtype)
+        grad_norm.grad_norm(table, numbers, tensors, partials, dtype)
     elif operation == "perturb":
-        perturb.perturb(7, table, numbers, rows, partials, eps, floats[offset], flat, numbers[:1], ticket, key, dtype)
-    elif operation in ("sgd", "adam"):
+        norm = floats[offset]
+        perturb.perturb(7, table, numbers, tensors, partials, eps, norm, backup, numbers[:1], ticket, key, dtype)
+    elif operation in STEPS:
         scalars = torch.ones(4)
         scaling = (scalars[offset], scalars[offset + 1]) if scaled else (None, None)
-        common = (7, table, numbers, rows, numbers, flat, numbers[:1], ticket, *scaling, key, dtype)
-        if operation == "sgd":
-            step.step(sgd.STEP, *common)
-        else:
-            step.step(adam.STEP, *common, device_counters, (0.1, 0.03))
+        module = importlib.import_module(f"sam_fast.kernels.{operation}")
+        common = (table, numbers, tensors, numbers, backup, numbers[:1], ticket, *scaling, key, dtype)
+        step.step(module, 7, *common, device_counters, (0.1, 0.03))
     else:
-        getattr(copy, operation)(7, table, numbers, flat, numbers[:1], ticket, dtype.itemsize)
+        getattr(copy, operation)(7, table, numbers, backup, numbers[:1], ticket, dtype.itemsize)
 
 
 UPDATED = [
@@ -127,9 +126,7 @@ UPDATED = [
 
 @pytest.fixture
 def compiled(monkeypatch) -> Callable[..., Any]:
-    """``compiled(target, operation, dtype, *numbers)``: the kernels that launches with these :func:`launch` arguments
-    compile to.
-    """
+    """``compiled(target, operation, dtype, *numbers)``: the kernels that such :func:`launch` arguments compile to."""
 
     def compile_for(target: str, operation: str, dtype: torch.dtype, *numbers: dict[str, Any]) -> list[Any]:
         module = importlib.import_module(f"sam_fast.kernels.{OPERATIONS[operation]}")
@@ -147,27 +144,26 @@ def compiled(monkeypatch) -> Callable[..., Any]:
 def wide(assembly: str, target: str) -> tuple[int, int]:
     """How many 16-byte loads and stores there are."""
     if target.startswith("gfx"):
-        return len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)), len(
-            re.findall(r"\b(?:global|buffer)_store_dwordx4\b", assembly)
-        )
-    loads, stores = (
-        re.findall(rf"\b{op}\.global\.[\w:.]*(?:v4\.[bfu]32|v2\.[bfu]64)\b", assembly) for op in ("ld", "st")
-    )
+        patterns = [rf"\b(?:global|buffer)_{op}_dwordx4\b" for op in ("load", "store")]
+    else:
+        patterns = [rf"\b{op}\.global\.[\w:.]*(?:v4\.[bfu]32|v2\.[bfu]64)\b" for op in ("ld", "st")]
+    loads, stores = (re.findall(pattern, assembly) for pattern in patterns)
     return len(loads), len(stores)
 
 
 def narrow(assembly: str, size: int) -> tuple[int, int]:
     """How many loads and stores of 8 or 4 bytes there are."""
     word = {8: r"v2\.[bfu]32", 4: r"(?<!v[24]\.)[bfu]32"}[size]
-    return tuple(len(re.findall(rf"\b{op}\.global\.[\w:.]*{word}\b", assembly)) for op in ("ld", "st"))  # type: ignore[return-value]
+    loads, stores = (re.findall(rf"\b{op}\.global\.[\w:.]*{word}\b", assembly) for op in ("ld", "st"))
+    return len(loads), len(stores)
 
 
 def assert_narrow_accesses(kernel: Any, target: str, dtype: torch.dtype, arrays: tuple[int, int]) -> None:
-    """Rows that are not aligned to 16 bytes take 8, or 4 for the 16-bit formats: one at least for each of ``arrays``
-    that are read and written.
+    """Tensors not aligned to 16 bytes take 8, or 4 for 16-bit formats: one at least for each array read and written.
 
-    Nothing is moved through shared memory on the way, which a wrong order of the elements would make necessary. On AMD
-    GPUs, whose warps are twice as large, a thread's part of the smaller blocks may be a single element.
+    ``arrays``: how many are read and written. Nothing is moved through shared memory on the way, which a wrong order of
+    the elements would make necessary. On AMD GPUs, whose warps are twice as large, a thread's part of the smaller
+    blocks may be a single element.
     """
     if target.startswith("gfx"):
         return
@@ -190,7 +186,7 @@ def assembly(kernel: Any) -> str:
     return str(kernel.asm.get("ptx") or kernel.asm["amdgcn"])
 
 
-def assert_nothing_is_spilled(kernel: Any, target: str, tmp_path: Path) -> None:
+def assert_nothing_is_spilled(kernel: Any, target: str, tmp_path: Path, operation: str = "") -> None:
     if target.startswith("gfx"):
         assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly(kernel)) == ["0"]
         assert re.findall(r"\.private_segment_fixed_size:\s*(\d+)", assembly(kernel)) == ["0"]
@@ -201,12 +197,12 @@ def assert_nothing_is_spilled(kernel: Any, target: str, tmp_path: Path) -> None:
         return
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-    ).stdout
+    command = [cuobjdump, "--dump-resource-usage", binary]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert found, usage
-    assert all(int(stack) <= STACK and local == "0" for _, stack, local in found), usage
+    allowed = max(STACK, LION_STACK if "lion" in operation else 0)
+    assert all(int(stack) <= allowed and local == "0" for _, stack, local in found), usage
 
 
 @each_target
@@ -216,9 +212,8 @@ def test_grad_norm(compiled, target, dtype, tmp_path):
     text = assembly(kernel)
     # The gradients of SAM, the gradients and weights of ASAM.
     assert wide(text, target)[0] >= 3 * per_block(table.BLOCK * dtype.itemsize, target)
-    arithmetic = (
-        r"\bv_(?:pk_)?(?:add|mul|fma|fmac)_f{}" if target.startswith("gfx") else r"\b(?:add|mul|fma)[\w.]*\.f{}"
-    )
+    amd, nvidia = r"\bv_(?:pk_)?(?:add|mul|fma|fmac)_f{}", r"\b(?:add|mul|fma)[\w.]*\.f{}"
+    arithmetic = amd if target.startswith("gfx") else nvidia
     assert re.search(arithmetic.format(64), text)
     assert not re.search(arithmetic.format(32), text)
     assert_nothing_is_spilled(kernel, target, tmp_path)
@@ -267,19 +262,19 @@ def test_copy(compiled, target, operation, dtype, tmp_path):
     assert_narrow_accesses(kernel, target, dtype, (1, 1))
 
 
-@pytest.mark.parametrize("operation", ["sgd", "adam"])
+@pytest.mark.parametrize("operation", STEPS)
 @pytest.mark.parametrize(("target", "dtype"), UPDATED, ids=lambda x: str(x).removeprefix("torch."))
-def test_updates(compiled, target, operation, dtype, tmp_path):
-    """With all that they can do: scaled gradients, counters on the device and, for the 16-bit formats, stochastic
-    rounding.
-    """
-    rounded = dtype.itemsize == 2
-    (kernel,) = compiled(
-        target, operation, dtype, {"scaled": True, "device_counters": True, "key": 7 if rounded else None}
-    )
+def test_steps(compiled, target, operation, dtype, tmp_path):
+    """With all that they can do: scaled gradients, counters on the device and, for 16 bits, stochastic rounding."""
+    key = 7 if dtype.itemsize == 2 else None
+    (kernel,) = compiled(target, operation, dtype, {"scaled": True, "device_counters": True, "key": key})
     text = assembly(kernel)
-    # Arrays that are read and written, with and without what is optional, and by the copy of a step that is skipped.
-    reads, writes = (3 + 2 + 1, 2 + 1 + 1) if operation == "sgd" else (5 + 4 + 1, 4 + 3 + 1)
+    module = importlib.import_module(f"sam_fast.kernels.{operation}")
+    fuses = "tl.fma" in Path(module.__file__).read_text()
+    # How many states there are, with and without what is optional.
+    cases = {len(module.STATES), len([option for option in module.STATES.values() if option is None])}
+    # Arrays that are read and written, in each case and by the copy of a step that is skipped.
+    reads, writes = 1 + sum(2 + states for states in cases), 1 + sum(1 + states for states in cases)
     loads, stores = wide(text, target)
     block = per_block(step.BLOCK_BYTES, target)
     assert block >= 1
@@ -287,21 +282,30 @@ def test_updates(compiled, target, operation, dtype, tmp_path):
     assert stores >= writes * block
     bits = 64 if dtype == torch.float64 else 32
     if target.startswith("gfx"):
-        assert re.search(rf"\bv_(?:pk_)?fmac?_f{bits}", text)
+        assert re.search(rf"\bv_(?:pk_)?fmac?_f{bits}", text) or not fuses
         assert f"v_div_fixup_f{bits if operation == 'adam' else 32}" in text
     else:
-        assert re.search(rf"\bfma\.rn\.f{bits}", text)
+        assert bool(re.search(rf"\bfma\.rn\.f{bits}", text)) is fuses
         assert not re.search(r"\b(?:div|sqrt)\.(?:full|approx)", text)
         if operation == "adam":
             assert f"div.rn.f{bits}" in text
             assert f"sqrt.rn.f{bits}" in text
-    assert_nothing_is_spilled(kernel, target, tmp_path)
+    assert_nothing_is_spilled(kernel, target, tmp_path, operation)
     assert_narrow_accesses(kernel, target, dtype, (reads - 1, writes - 1))  # but for the copy
 
 
-def test_updates_keep_subnormal_numbers(compiled):
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_steps_have_their_rules_options_and_states(rule):
+    module = importlib.import_module(f"sam_fast.kernels.{rule.name}")
+    assert rule.options == module.OPTIONS
+    assert rule.states == tuple(module.STATES)
+    assert (rule.counter is not None) is module.COUNTS
+    assert all(option is None for option in list(module.STATES.values())[:-1])
+
+
+def test_steps_keep_subnormal_numbers(compiled):
     """Without the power in float64, in whose code .ftz does no harm."""
-    for operation in ("sgd", "adam"):
+    for operation in STEPS:
         assert ".ftz" not in assembly(*compiled("sm_90", operation, torch.float32))
 
 
@@ -319,10 +323,10 @@ def test_one_kernel_whatever_the_numbers(compiled, operation):
         "sm_90",
         operation,
         torch.bfloat16,
-        {"chunks": 1, "rows": 1, "ticket": 1, "eps": 0.0, "key": 1, "scaled": True},
-        {"chunks": 16, "rows": 16, "ticket": 16, "eps": 1.0, "key": 16, "scaled": True},
-        {"chunks": 7, "rows": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1, "key": (1 << 32) - 1, "scaled": True},
-        {"chunks": 32, "rows": 64, "offset": 2, "ticket": 17, "key": 1 << 31, "scaled": True},
+        {"chunks": 1, "tensors": 1, "ticket": 1, "eps": 0.0, "key": 1, "scaled": True},
+        {"chunks": 16, "tensors": 16, "ticket": 16, "eps": 1.0, "key": 16, "scaled": True},
+        {"chunks": 7, "tensors": 3, "offset": 1, "ticket": 1 << 20, "eps": 0.1, "key": (1 << 32) - 1, "scaled": True},
+        {"chunks": 32, "tensors": 64, "offset": 2, "ticket": 17, "key": 1 << 31, "scaled": True},
     )
     assert len(kernels) == 4
     assert len({id(kernel) for kernel in kernels}) == 1

@@ -1,14 +1,12 @@
-"""The ``triton`` backend: the kernels of ``sam_fast.kernels`` on NVIDIA, AMD and Intel GPUs; with
-``TRITON_INTERPRET=1`` on CPU tensors.
+"""The ``triton`` backend: the kernels of ``sam_fast.kernels`` on NVIDIA, AMD and Intel GPUs.
 
-triton is imported when the first bucket is built, not with sam_fast.
+With ``TRITON_INTERPRET=1`` it takes CPU tensors. triton is imported when the first bucket is built, not with sam_fast.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import math
 import os
 from array import array
 from collections.abc import Sequence
@@ -56,8 +54,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _programs_at_once(kernel: Any, device: torch.device) -> int:
-    """How many programs of a compiled kernel a multiprocessor runs at once, but at most
-    ``PROGRAMS_PER_MULTIPROCESSOR``.
+    """How many programs of a kernel a multiprocessor runs at once, at most ``PROGRAMS_PER_MULTIPROCESSOR``.
 
     On NVIDIA GPUs its registers decide. Elsewhere neither Triton nor PyTorch says how many there are.
     """
@@ -80,7 +77,7 @@ class TritonBucket(NativeBucket):
     """
 
     backend = "triton"
-    steps = frozenset(rule.name for rule in RULES if find_spec(f"sam_fast.kernels.{rule.name}") is not None)
+    steps = frozenset(rule.name for rule in RULES if find_spec(f"sam_fast.kernels.{rule.name}"))
     decides_on_device = True
     counts = False
 
@@ -160,9 +157,7 @@ class TritonBucket(NativeBucket):
     # ---- Backup ------------------------------------------------------------------------------------------------------
 
     def _mark_saved(self, addresses: array[int]) -> int:
-        """Note that the tensors with an address are backed up, by the launch with the next ticket; returns their
-        number.
-        """
+        """Note that the tensors with an address are backed up by the next launch; returns their number."""
         self._ticket += 1
         count = len(addresses) - addresses.count(0)
         if count == self._occupied:
@@ -216,19 +211,19 @@ class TritonBucket(NativeBucket):
     def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
         rule = options.rule
         if any(self._along):
-            common, corrections = (1.0, 1.0), array("d")
-            if rule.counter is not None:
-                common, corrections = _bias_corrections(self, options)
+            module = _kernels(rule.name)
+            launch = _kernels("step").step
+            common, counted = _counted(self, options, module) if module.COUNTS else ((1.0, 1.0), array("d"))
             self.addresses.begin()
             self.numbers.begin()
             with made_current(self.device):
-                kernel = _kernels("step").step(
-                    _kernels(rule.name).STEP,
+                kernel = launch(
+                    module,
                     self._programs_for(rule.name),
                     self._chunks,
                     self._step_table(options),
                     len(self.tensors),
-                    self.numbers.send((corrections + options.values).tobytes()),
+                    self.numbers.send((counted + options.values).tobytes()),
                     self._backup_bytes,
                     self._written,
                     self._ticket,
@@ -280,52 +275,39 @@ class TritonBackend(NativeBackend):
     def build_info(self) -> dict[str, str]:
         if not _installed():
             return {}
-        return {
-            "version": importlib.metadata.version("triton"),
-            "interpreter": "yes (TRITON_INTERPRET=1)" if INTERPRETED else "no",
-        }
+        interpreter = "yes (TRITON_INTERPRET=1)" if INTERPRETED else "no"
+        return {"version": importlib.metadata.version("triton"), "interpreter": interpreter}
 
     def rejects_device(self, tensor: Tensor) -> str | None:
         device = tensor.device
         if INTERPRETED and device.type != "cpu":
             return f"a tensor on {device} (with TRITON_INTERPRET=1 the triton backend takes CPU tensors)"
         if not INTERPRETED and device.type not in ("cuda", "xpu"):
-            return (
-                f"a tensor on {device} (the triton backend takes tensors on cuda and xpu; on the CPU with "
-                "TRITON_INTERPRET=1)"
-            )
+            takes = "the triton backend takes tensors on cuda and xpu; on the CPU with TRITON_INTERPRET=1"
+            return f"a tensor on {device} ({takes})"
         if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
             return f"a tensor on {device}, which has no float64 (the norm is summed in it)"
         return None
 
 
-def _bias_corrections(bucket: TritonBucket, options: StepOptions) -> tuple[tuple[float, float], array[float]]:
-    """``1 - beta1^t`` and ``sqrt(1 - beta2^t)``, t being the number of the step to come; ``log2(beta)`` if the device
-    knows t.
+def _counted(bucket: TritonBucket, options: StepOptions, module: Any) -> tuple[tuple[float, float], array[float]]:
+    """The two numbers that follow from the number of the step to come; if the device knows it, what they are made of.
 
     Returns those of the first tensor, and a table with those of every tensor, but zeros where they are the first one's:
     it need not be copied to the device at every step as long as all tensors have stepped as often as each other.
     """
-    corrections = array("d", bytes(16 * len(bucket.tensors)))
+    table = array("d", bytes(16 * len(bucket.tensors)))
     common: tuple[float, float] | None = None
     known: dict[tuple[int, float], tuple[float, float]] = {}
     for index, step in zip(bucket._counted(), bucket._steps, strict=True):
         group, t = bucket.groups[index], 0.0 if bucket.device_counters else step.item() + 1.0
         if (group, t) not in known:
-            betas = options.of(group)
-            beta1, beta2 = betas["beta1"], betas["beta2"]
-            if bucket.device_counters:
-                known[group, t] = _log2(beta1), _log2(beta2)
-            else:
-                known[group, t] = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
+            of_group = options.of(group)
+            known[group, t] = module.bases(of_group) if bucket.device_counters else module.counted(of_group, t)
         common = common or known[group, t]
         if known[group, t] != common:
-            corrections[2 * index], corrections[2 * index + 1] = known[group, t]
-    return common or (1.0, 1.0), corrections
-
-
-def _log2(beta: float) -> float:
-    return math.log2(beta) if beta > 0.0 else -math.inf
+            table[2 * index], table[2 * index + 1] = known[group, t]
+    return common or (1.0, 1.0), table
 
 
 BACKEND = TritonBackend()

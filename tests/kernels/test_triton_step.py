@@ -1,6 +1,4 @@
-"""The triton backend's fused second step: the bits of the cpu backend, what is decided on the device, and what an
-interruption leaves behind.
-"""
+"""The triton backend's fused second step: the bits of the cpu backend, what is decided on the device, interruptions."""
 
 from __future__ import annotations
 
@@ -31,7 +29,9 @@ TRITON = backends.BACKENDS["triton"]
 KEY = 0xDEADBEEF
 cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
 one_of_each = pytest.mark.parametrize(
-    ("operation", "name"), [("sgd", "momentum"), ("adam", "amsgrad")], ids=["sgd", "adam"]
+    ("operation", "name"),
+    [("sgd", "momentum"), ("adam", "amsgrad")],
+    ids=["sgd", "adam"],
 )
 
 
@@ -80,22 +80,21 @@ def test_same_bits_as_the_cpu_backend(operation, name, dtype):
 def test_rounding_beyond_two_to_the_31_elements(operation, name):
     """The element's place counts modulo 2^32. Only one chunk of the row and of the backup exists."""
     from sam_fast.kernels import adam, sgd
-    from sam_fast.kernels.step import step
+    from sam_fast.kernels.step import step as launch
 
     begin, count, slot = (1 << 31) + CHUNK, 2500, (1 << 31) + 2 * CHUNK
     chunks = torch.tensor([[0, 0, begin, count, slot]])
-    # 4 GiB of addresses; the memory is never touched but for the chunk
-    flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)
+    # 4 GiB of addresses; the memory is never touched but for the chunk.
+    backup = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)
+    indices = torch.arange(slot, slot + count).to(torch.int32)
     (w,) = make_params([count], torch.bfloat16)
     state = make_state(operation, name, [w])
     addresses = [t.data_ptr() - 2 * begin for t in (w, w.grad)] + [1]
-    flat.view(torch.bfloat16)[slot : slot + count] = w.detach()
+    backup.view(torch.bfloat16)[slot : slot + count] = w.detach()
     written = torch.tensor([9])
     if operation == "sgd":
         options = array("d", [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-        wanted = round_stochastically(
-            w.detach().float() - w.grad.float(), w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY
-        )
+        wanted = round_stochastically(w.detach().float() - w.grad.float(), w.dtype, indices, KEY)
         addresses += [0, 0, 0]
     else:
         # No gradient, m = 2^-9 and v = 0: the step is lr 2^-10, to the bit.
@@ -104,17 +103,12 @@ def test_rounding_beyond_two_to_the_31_elements(operation, name):
         state["exp_avg_sq"][0].fill_(0.0)
         w.grad.fill_(0.0)
         state["exp_avg"][0].fill_(2.0**-9)
-        wanted = round_stochastically(
-            w.detach().float() - 0.25 * 2.0**-10, w.dtype, torch.arange(slot, slot + count).to(torch.int32), KEY
-        )
+        wanted = round_stochastically(w.detach().float() - 0.25 * 2.0**-10, w.dtype, indices, KEY)
         addresses += [0] + [state[key][0].data_ptr() - 2 * begin for key in ("exp_avg", "exp_avg_sq")] + [0, 0, 0]
         options = array("d", [1.0, 1.0]) + options
     numbers = torch.frombuffer(bytearray(options.tobytes()), dtype=torch.int64)
-    common = (2, chunks, torch.tensor(addresses), 1, numbers, flat, written, 9, None, None, KEY, torch.bfloat16)
-    if operation == "sgd":
-        step(sgd.STEP, *common)
-    else:
-        step(adam.STEP, *common, False, (0.0, 0.0))
+    module = sgd if operation == "sgd" else adam
+    launch(module, 2, chunks, torch.tensor(addresses), 1, numbers, backup, written, 9, None, None, KEY, torch.bfloat16)
     assert same_bits([w], [wanted])
 
 
@@ -129,9 +123,8 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, operation, name, d
     (p,) = make_params([size], dtype)
 
     def moved(tensor: Tensor, what: str) -> Tensor:
-        return torch.cat([torch.zeros(shift if what == shifted else 0, dtype=dtype), tensor.detach()])[
-            shift if what == shifted else 0 :
-        ]
+        by = shift if what == shifted else 0
+        return torch.cat([torch.zeros(by, dtype=dtype), tensor.detach()])[by:]
 
     w = moved(p, "weight")
     w.grad = moved(p.grad, "gradient")
@@ -183,9 +176,7 @@ def test_found_inf_is_decided_on_the_device(monkeypatch, operation, name, found,
 @one_of_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_learning_rates_on_the_device(operation, name, dtype):
-    """Two groups, one of them with its learning rate in a tensor; another one in the next step, whose address is as it
-    was.
-    """
+    """Two groups, one of them with its learning rate in a tensor; in the next step another one at the same address."""
     results = []
     lr = torch.tensor(0.0, dtype=dtype)
     for on_device in (False, True):
@@ -209,7 +200,7 @@ def test_learning_rates_on_the_device(operation, name, dtype):
 def test_bias_corrections_from_counters_on_the_device(betas):
     """In float64 and for every number of steps: what the host computes, but for 2^-51 in 1 - beta^t.
 
-    Counters of empty rows count too.
+    Counters of empty tensors count too.
     """
     counts = [0.0, 1.0, 9.0, 1000.0, 1e6, 2.0**24]
     results = []
@@ -354,7 +345,7 @@ def test_a_graph_has_its_own_tables(monkeypatch):
 def test_adams_counters_on_the_host_cost_no_upload_per_step():
     """The bias corrections change with every step, and go in as arguments.
 
-    Rows with a counter of their own are the exception.
+    Tensors with a counter of their own are the exception.
     """
     params = make_params([30, 1500, 7, 9])
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3}]
