@@ -53,6 +53,9 @@ def info() -> int:
             **{name: f"not usable: {why}" for name, why in unusable.items()},
         },
     )
+    broken = backends.unusable_devices()
+    if broken:
+        _section("Devices", {where: f"not usable: {why}" for where, why in broken.items()})
     _section("Native modules", backends.build_info() or {"none": "see the backends above for the reason"})
     return 0
 

@@ -15,6 +15,7 @@ import torch
 from cases import is_dense_of_a_stand_in, make_params
 
 from sam_fast import SAM, backends, devices, fused_step, norm
+from sam_fast.__main__ import main
 from sam_fast.amp import Scaling, inverse_scale
 from sam_fast.backends import native
 from sam_fast.backends import triton as triton_backend
@@ -202,6 +203,17 @@ def test_a_device_that_the_module_cannot_run_on_is_one_warning_and_the_next_back
     assert module.probed == [0, 1]
     with pytest.raises(ValueError, match=words):
         backends.choose(GpuTensor(), "cuda")
+
+
+def test_info_says_which_device_the_module_cannot_run_on(with_module, monkeypatch, capsys):
+    with_module(ERRORS["no kernel image"][0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backends, "build_info", dict)
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"cuda on cuda:1 +not usable: .*build it with TORCH_CUDA_ARCH_LIST=7\.0", shown)
 
 
 def test_a_device_that_the_module_runs_on_is_probed_once(with_module):

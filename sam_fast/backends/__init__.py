@@ -10,7 +10,8 @@ import os
 import warnings
 from pathlib import Path
 
-from torch import Tensor, version
+import torch as pytorch
+from torch import Tensor, device, version
 
 from . import cpu, cuda, torch, triton
 from .bucket import Backend, Bucket, GroupOptions, StepOptions
@@ -44,6 +45,18 @@ def why_not() -> dict[str, str]:
     """For every backend that cannot be used here the reason."""
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def unusable_devices() -> dict[str, str]:
+    """For every backend that can be used, but not on some GPU that is here: the reason, by backend and device."""
+    devices = [device(kind, index) for kind in ("cuda", "xpu") for index in range(_count(kind))]
+    pairs = [(backend, on) for backend in map(BACKENDS.get, available()) if backend is not None for on in devices]
+    reasons = {f"{b.name} on {on}": b.unusable_on(on) for b, on in pairs if b.name in _preferred(on.type)}
+    return {where: reason for where, reason in reasons.items() if reason is not None}
+
+
+def _count(kind: str) -> int:
+    return int(getattr(pytorch, kind).device_count())
 
 
 def build_info() -> dict[str, str]:
