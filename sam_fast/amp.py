@@ -106,7 +106,7 @@ def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], Non
             setattr(base, name, getattr(scaling, name))
         step(base)
     finally:
-        forget(base)
+        clear_scaling(base)
 
 
 def _is_on_host(found_inf: Tensor | None) -> bool:
@@ -144,7 +144,7 @@ def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
         torch._amp_foreach_non_finite_check_and_unscale_(grads, checked, inverse.to(device))
 
 
-def tell_scaler(optimizer: Optimizer, scaling: Scaling) -> None:
+def report_overflow(optimizer: Optimizer, scaling: Scaling) -> None:
     """Let the next ``GradScaler.update()`` hear of an overflow in the first pass, which no gradient shows any more.
     Nothing waits for the device.
 
@@ -187,7 +187,7 @@ def _warn_once(reason: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
-def forget(optimizer: Optimizer) -> None:
+def clear_scaling(optimizer: Optimizer) -> None:
     """Remove what a scaler has set."""
     for name in ATTRIBUTES:
         if hasattr(optimizer, name):

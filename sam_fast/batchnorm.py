@@ -221,7 +221,7 @@ def frozen_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> Ite
 _steps: WeakSet[StepState] = WeakSet()
 
 
-def announce_steps(state: StepState) -> None:
+def watch_steps(state: StepState) -> None:
     """Let it be known of an optimizer whose ``state`` says when a step of it is under way."""
     _steps.add(state)
 

@@ -19,7 +19,7 @@ from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_mode
 
 AUTO, BOTH, SECOND = "auto", "both", "second"
 
-SPENT = "_sam_fast_spent"
+USED = "_sam_fast_spent"
 """Attribute of a gradient tensor: its version when it was last used or zeroed.
 
 A gradient that still has that version is not a new one.
@@ -49,15 +49,15 @@ def check_closure_option(name: str, value: Any) -> None:
         raise ValueError(f'{name} must be "auto", "both" or "second", got {value!r}')
 
 
-def mark_spent(gradients: Iterable[Tensor]) -> None:
+def mark_used(gradients: Iterable[Tensor]) -> None:
     """Note that these gradients are no new ones until they change."""
     for grad in gradients:
-        setattr(grad, SPENT, grad._version)
+        setattr(grad, USED, grad._version)
 
 
 def are_new(gradients: Iterable[Tensor]) -> bool:
     """Whether there is a gradient that no step has used and nobody has zeroed through the optimizer."""
-    return any(getattr(grad, SPENT, None) != grad._version for grad in gradients)
+    return any(getattr(grad, USED, None) != grad._version for grad in gradients)
 
 
 def closure_step(
@@ -108,10 +108,10 @@ def closure_step(
                 second_loss = closure()
     except BaseException:
         optimizer.restore()
-        mark_spent(optimizer._gradients())  # they belong to a step that was given up
+        mark_used(optimizer._gradients())  # they belong to a step that was given up
         raise
     optimizer._update()
-    mark_spent(optimizer._gradients())
+    mark_used(optimizer._gradients())
     return second_loss if first_pass_done else loss
 
 

@@ -180,7 +180,7 @@ class Perturbation:
         try:
             for bucket, _, home in self.norm.parts:
                 bucket.perturb(options, home.partials, self.eps, home.norm)
-            self._announce(self._saved_params())
+            self._mark_written(self._saved_params())
         except BaseException:
             self.restore()
             raise
@@ -236,7 +236,7 @@ class Perturbation:
             except RuntimeError as raised:
                 error = error or raised
         error = error or self.storage.write_back(perturbed)
-        self._announce(perturbed)
+        self._mark_written(perturbed)
         # A kernel that could not be launched has restored nothing.
         self.active = error is not None and bool(self._saved_params())
         if isinstance(error, ParameterError):
@@ -252,7 +252,7 @@ class Perturbation:
             return self.buckets[0].saved_params()
         return [p for bucket in self.buckets for p in bucket.saved_params()]
 
-    def _announce(self, params: list[Tensor]) -> None:
+    def _mark_written(self, params: list[Tensor]) -> None:
         """Let autograd know of weights that kernels have written, and autocast, which keeps casts of the old ones."""
         increment_version(self.storage.written(params) if self.storage.process_wide else params)
         torch.clear_autocast_cache()
@@ -301,5 +301,5 @@ class Perturbation:
                 if bucket is not source:
                     source.release()
         finally:
-            self._announce(written)
+            self._mark_written(written)
         self.active = False

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .amp import UNSCALED, forget, scaling_of, step_base, tell_scaler
+from .amp import UNSCALED, clear_scaling, report_overflow, scaling_of, step_base
 from .backends import forced
 from .base_step import BaseStep
-from .batchnorm import announce_steps, settle_running_stats
-from .closures import AUTO, check_closure_option, closure_step, mark_spent, step_without_closure
+from .batchnorm import settle_running_stats, watch_steps
+from .closures import AUTO, check_closure_option, closure_step, mark_used, step_without_closure
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
 from .passes import Passes
@@ -31,7 +31,7 @@ class SAM(Passes, OptimizerWrapper):
     """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al.,
     https://arxiv.org/abs/2102.11600).
 
-    ``first_step`` climbs from the weights w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm
+    ``first_step`` moves the weights from w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm
     is one number over all parameters of all groups and T = 1, or ``|w| + eta`` in adaptive groups. ``second_step`` puts
     w back, bit for bit, and lets the base
     optimizer step with the gradient found at ``w + e``::
@@ -113,7 +113,7 @@ class SAM(Passes, OptimizerWrapper):
         self.defaults = {**base.defaults, **self._sam_defaults}
         self._step = StepState()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
-        announce_steps(self._perturbation)
+        watch_steps(self._perturbation)
         self._prepare()
 
     def __copy__(self) -> SAM:
@@ -142,7 +142,7 @@ class SAM(Passes, OptimizerWrapper):
         self._base_step = BaseStep(self.base_optimizer)
         self._step = StepState()
         self._perturbation = Perturbation(*settings)
-        announce_steps(self._perturbation)
+        watch_steps(self._perturbation)
         self._prepare()
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -158,7 +158,7 @@ class SAM(Passes, OptimizerWrapper):
         """
         without = [p for group in self.param_groups for p in group["params"] if p.grad is None]
         self._perturbation.prepare(self.param_groups)
-        mark_spent(p.grad for p in without if p.grad is not None)
+        mark_used(p.grad for p in without if p.grad is not None)
 
     # ---- The two steps -----------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class SAM(Passes, OptimizerWrapper):
         return self._step.path
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """Climb from w to ``w + e`` along the gradients of the first pass.
+        """Move from w to ``w + e`` along the gradients of the first pass.
 
         The gradients may be multiplied by any scale, as a GradScaler does: it cancels, but for ``perturb_eps``. Never
         unscale them here.
@@ -296,7 +296,7 @@ class SAM(Passes, OptimizerWrapper):
             return closure_step(self, closure, passes, replay_rng, model, extra_buffers)
         except BaseException:
             # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
-            forget(self)
+            clear_scaling(self)
             raise
 
     def _update(self) -> None:
@@ -319,7 +319,7 @@ class SAM(Passes, OptimizerWrapper):
             step_base(base, scaling, self._base_step)
         step.path = "fused" if reason is None else reason
         if scaling is not UNSCALED:
-            tell_scaler(self, scaling)
+            report_overflow(self, scaling)
 
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)
@@ -345,7 +345,7 @@ class SAM(Passes, OptimizerWrapper):
         else:
             self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # one of somebody's own may take nothing
         if self._perturbation.flatten or not set_to_none:
-            mark_spent(self._gradients())
+            mark_used(self._gradients())
 
     def _gradients(self) -> Iterator[Tensor]:
         """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""

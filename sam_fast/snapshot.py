@@ -174,8 +174,8 @@ class BatchNormSnapshot:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 members.setdefault((tensor.device, tensor.dtype, choose(tensor, arithmetic=False)), []).append(tensor)
-        self._versioned = [row for rows in members.values() for row in rows if not row.is_inference()]
-        self._buckets = [backend.bucket(rows, [0] * len(rows)) for (_, _, backend), rows in members.items()]
+        self._versioned = [tensor for tensors in members.values() for tensor in tensors if not tensor.is_inference()]
+        self._buckets = [backend.bucket(tensors, [0] * len(tensors)) for (_, _, backend), tensors in members.items()]
 
     def _put_back(self, chosen: Iterable[int], replaced_only: bool) -> None:
         """Put statistics back one by one: where a layer now has another tensor under the name, and for some layers
@@ -199,17 +199,17 @@ class BatchNormSnapshot:
                 owned[name] = backups[id(old)].to(new.device, new.dtype, copy=True)
 
 
-def _copy_back(row: Tensor, backup: Tensor) -> None:
-    if row.shape != backup.shape:
+def _copy_back(tensor: Tensor, backup: Tensor) -> None:
+    if tensor.shape != backup.shape:
         with torch.no_grad():
-            row.resize_(backup.shape)
-    row.data.copy_(backup)
+            tensor.resize_(backup.shape)
+    tensor.data.copy_(backup)
 
 
 def _reshape(bucket: Bucket) -> bool:
-    """Give rows that were resized in place, as observers do, their old shapes and values. False if there are none."""
+    """Give tensors that were resized in place, as observers do, their old shapes and values. False if none was."""
     saved = zip(bucket.tensors, bucket.backups, strict=True)
-    resized = [(row, backup) for row, backup in saved if row.shape != backup.shape]
-    for row, backup in resized:
-        _copy_back(row, backup)
+    resized = [(tensor, backup) for tensor, backup in saved if tensor.shape != backup.shape]
+    for tensor, backup in resized:
+        _copy_back(tensor, backup)
     return bool(resized)

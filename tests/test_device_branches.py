@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import is_dense_of_a_stand_in, make_params
+from cases import is_dense_of_a_stand_in, make_params, same_bits
 
 from sam_fast import SAM, backends, devices, fused_step, norm
 from sam_fast.__main__ import main
 from sam_fast.amp import Scaling, inverse_scale
-from sam_fast.backends import native
+from sam_fast.backends import native, tensor_lists
 from sam_fast.backends import triton as triton_backend
 from sam_fast.random_state import RandomState
 
@@ -320,6 +320,55 @@ def test_a_capture_of_what_was_sent_before_copies_nothing_however_often(gpu):
     other = upload.sent(3, 4)
     assert eager.tolist() == [1, 2], "the graph's memory is written by nobody else"
     assert other.tolist() == [3, 4]
+
+
+# ---- The torch backend, where it must not read what the device computes ----------------------------------------------
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.complex64]
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_lists, "is_on_host", lambda _: False)
+
+
+def params_of(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in make_params([0, 5, 1009, 40_000])]
+    for p, like in zip(params, make_params([0, 5, 1009, 40_000], seed=1), strict=True):
+        p.grad = like.detach().to(dtype)
+    return params
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_tensor_lists_perturbs_as_on_the_host(dtype, adaptive, monkeypatch):
+    moved = []
+    for on_host in (True, False):
+        monkeypatch.setattr(tensor_lists, "is_on_host", lambda _, answer=on_host: answer)
+        params = params_of(dtype)
+        optimizer = SAM(params, lr=0.1, rho=0.5, adaptive=adaptive, backend="torch")
+        optimizer.first_step()
+        moved.append([p.detach().clone() for p in params])
+        assert not same_bits(moved[-1], params_of(dtype))
+        optimizer.restore()
+        assert same_bits(params, params_of(dtype))
+    rtol = 1e-6 if dtype != torch.bfloat16 else 0.01
+    assert all(torch.allclose(a, b, rtol=rtol, atol=1e-8) for a, b in zip(*moved, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_the_tensor_lists_decides_on_the_device_that_nothing_moves(dtype, adaptive, value):
+    params = params_of(dtype)
+    for p in params[1:]:
+        p.data[1:4] = torch.tensor([-0.0, 0.0, float("inf")], dtype=dtype)
+    params[2].grad[7] = value
+    before = [p.detach().clone() for p in params]
+    SAM(params, lr=0.1, adaptive=adaptive, backend="torch").first_step()
+    assert same_bits(params, before)
 
 
 # ---- MPS and others --------------------------------------------------------------------------------------------------

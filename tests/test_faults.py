@@ -120,7 +120,9 @@ def test_first_step_interrupted_anywhere(backend: str, flatten: bool) -> None:
         (torch.optim.SGD, {"momentum": 0.9}, "cpu", False, True),
         (torch.optim.SGD, {"momentum": 0.9}, "cpu", False, False),
         (torch.optim.SGD, {"momentum": 0.9}, "cpu", True, True),
+        (torch.optim.SGD, {"momentum": 0.9}, "torch", False, True),
         (torch.optim.SGD, {"momentum": 0.9}, "torch", True, True),
+        (torch.optim.AdamW, {}, "torch", False, True),
         (torch.optim.AdamW, {}, "cpu", False, True),
         (torch.optim.AdamW, {}, "cpu", False, False),
         (torch.optim.RMSprop, {}, "cpu", True, True),  # restore, then the base optimizer's step

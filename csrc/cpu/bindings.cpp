@@ -13,9 +13,9 @@ namespace {
 
 const sam::Kernels* active = sam::select_kernels();
 
-py::list as_list(const std::vector<int64_t>& rows) {
+py::list as_list(const std::vector<int64_t>& indices) {
   py::list list;
-  for (int64_t row : rows) list.append(row);
+  for (int64_t index : indices) list.append(index);
   return list;
 }
 

@@ -61,7 +61,7 @@ def _learning_rates(options: StepOptions) -> array[int]:
 
 class CudaBucket(NativeBucket):
     """Every operation is asynchronous: one launch for as many tensors as fit into a kernel's arguments
-    (csrc/cuda/rows.h).
+    (csrc/cuda/arguments.h).
     """
 
     backend = "cuda"

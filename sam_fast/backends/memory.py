@@ -31,7 +31,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """True if ``tensor`` covers its memory without gaps or overlaps, in any order of dimensions (channels_last too)."""
-    return tensor.numel() == 0 or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+    return tensor.numel() == 0 or tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:

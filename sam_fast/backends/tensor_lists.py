@@ -11,7 +11,7 @@ from torch import Tensor
 from ..rounding import ROUNDED, round_stochastically
 from .memory import is_dense
 
-FUSED_HAS_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+HAS_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 """Whether PyTorch's fused steps have its default's bits on the CPU: in whole vectors on x86, PyTorch 2.10 to 2.13."""
 
 VECTOR = 64
@@ -24,12 +24,14 @@ LARGE = 1 << 14
 """Elements. Smaller gradients are put together."""
 
 
-# ---- The norm --------------------------------------------------------------------------------------------------------
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether reading a number out of it waits for nothing."""
+    return tensor.device.type == "cpu"
 
 
 def squared_norm(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The sum of all squares, in ``dtype``."""
-    if terms[0].device.type != "cpu":
+    if not is_on_host(terms[0]):
         wide = dtype.to_complex() if terms[0].is_complex() else dtype
         return torch.stack(torch._foreach_norm(terms, 2, dtype=wide)).square().sum()
     # PyTorch's float32 norm of 1e8 elements was seen to be 3.5 % off; its float64 norm of them takes 30 times as long.
@@ -49,18 +51,14 @@ def squared_norm(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
 def _dot(flat: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The sum of all squares, each taken in ``dtype``."""
     small = torch.cat([x for x in flat if x.numel() < LARGE] or [flat[0][:0]])
-    pieces = [piece for x in (small, *flat) if x is small or x.numel() >= LARGE for piece in x.split(8 * LARGE)]
-    wide = (piece.to(dtype) for piece in pieces)  # one at a time
-    return torch.stack([torch.dot(x, x) for x in wide]).sum()
+    pieces = (piece for x in (small, *flat) if x is small or x.numel() >= LARGE for piece in x.split(8 * LARGE))
+    return torch.stack([torch.dot(x, x) for x in (piece.to(dtype) for piece in pieces)]).sum()
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """The elements in one dimension: a view where the tensor is dense."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
-
-
-# ---- The perturbation ------------------------------------------------------------------------------------------------
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,8 +79,8 @@ def asam_t(weights: list[Tensor], eta: float) -> list[Tensor]:
 
 
 def lazy(tensors: list[Tensor]) -> bool:
-    """Whether one of them has a sign or conjugation still to be applied: foreach refuses to write to these."""
-    return any(t.is_neg() or t.is_conj() for t in tensors)
+    """Whether one is not what its memory holds (see resolve_neg, resolve_conj): foreach refuses to write to it."""
+    return any(any(map(is_so, tensors)) for is_so in (Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotensor))
 
 
 def materialized(tensor: Tensor) -> Tensor:
@@ -100,7 +98,6 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def scale_of(rho: float, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """What gradients are multiplied by. A zero gradient moves nothing, also where the norm, eps included, is 0."""
-    dtype = dtype.to_real()
     most = torch.finfo(dtype).max  # an infinite scale would make NaN of a gradient of 0
     return torch.where(norm > 0, rho / norm, 0.0).clamp(-most, most).to(dtype)
 
@@ -117,40 +114,38 @@ def perturb_tensors(
     """``w <- w + e``; the backups hold w. ``eta`` is None for SAM. Unless ``finite`` (None is True) nothing moves."""
     dtype = compute_dtype(weights[0].dtype)
     grads = to_dtype(grads, dtype)
-    in_place = weights[0].dtype == dtype and not lazy(weights)
-    if in_place and eta is None and finite is None and not dtype.is_complex:
+    in_place = weights[0].dtype == dtype and not dtype.is_complex and not lazy(weights)
+    if in_place and eta is None and finite is None:
         torch._foreach_add_(weights, grads, alpha=float(scale))
         return
-    if eta is None:
-        e = list(torch._foreach_mul(grads, scale))
-    else:
-        t = asam_t(to_dtype(backups, dtype), eta)
-        e = list(torch._foreach_mul(t, grads))
-        torch._foreach_mul_(e, scale)
+    t = None if eta is None else asam_t(to_dtype(backups, dtype), eta)
+    e = list(torch._foreach_mul(grads if t is None else torch._foreach_mul(t, grads), scale))
+    if t is not None:
         torch._foreach_mul_(e, t)
-    if finite is not None:
-        for x in e:  # w + -0.0 has the bits of w
-            (torch.view_as_real(x) if x.is_complex() else x).masked_fill_(~finite, -0.0)
     if in_place:
+        if finite is not None:
+            e = [x.masked_fill_(~finite, -0.0) for x in e]  # w + -0.0 has the bits of w
         torch._foreach_add_(weights, e)
-    else:
-        copy_all(weights, rounded(list(torch._foreach_add(to_dtype(weights, dtype), e)), backups, rounding_key))
+        return
+    wide = to_dtype(weights, dtype)
+    moved = list(torch._foreach_add(wide, e))
+    if finite is not None:
+        moved = [torch.where(finite, m, w) for m, w in zip(moved, wide, strict=True)]
+    copy_all(weights, rounded(moved, backups, rounding_key))
 
 
 def rounded(values: list[Tensor], backups: list[Tensor], rounding_key: int | None) -> list[Tensor]:
     """New weights, stochastically rounded if they are to be; else the copy into the weights rounds them to nearest."""
     if rounding_key is None or backups[0].dtype not in ROUNDED:
         return values
-    rounded = []
+    found = []
     for value, backup in zip(values, backups, strict=True):
         # An element's place in the bucket is that of its backup.
         places = torch.arange(backup.numel(), device=backup.device).add_(backup.storage_offset()).to(torch.int32)
         index = places.as_strided(backup.shape, backup.stride())
-        rounded.append(round_stochastically(value.contiguous(), backup.dtype, index.contiguous(), rounding_key))
-    return rounded
+        found.append(round_stochastically(value.contiguous(), backup.dtype, index.contiguous(), rounding_key))
+    return found
 
-
-# ---- The base optimizer's step ---------------------------------------------------------------------------------------
 
 Step = Callable[..., None]
 """``step(fused, weights, gradients, *states)``: a rule's step of one group on lists of tensors."""
@@ -165,14 +160,15 @@ def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool, has_
     if not has_fused:
         step(False, *columns)
         return
-    first = columns[0][0]
-    can = first.device.type == "cpu" and FUSED_HAS_BITS and first.dtype in (torch.float32, torch.float64)
-    whole: list[list[Tensor]] = []
-    others: list[list[Tensor]] = []
-    for entry in map(list, zip(*columns, strict=True)):
-        weight, n = entry[0], entry[0].numel()
-        strides, rest = weight.stride(), n % (VECTOR // first.element_size())
-        alike = can and all(t.stride() == strides for t in entry if t.dim()) and is_dense(weight) and not lazy(entry)
+    dtype, device = columns[0][0].dtype, columns[0][0].device
+    can = HAS_BITS and device.type == "cpu" and dtype in (torch.float32, torch.float64) and not any(map(lazy, columns))
+    line = VECTOR // dtype.itemsize
+    strides = zip(*([t.stride() for t in column] for column in columns), strict=True)
+    whole: list[Sequence[Tensor]] = []
+    others: list[Sequence[Tensor]] = []
+    for entry, of_entry in zip(zip(*columns, strict=True), strides, strict=True):
+        rest = (n := entry[0].numel()) % line
+        alike = can and len({(), *of_entry}) == 2 and is_dense(entry[0])  # () are a step counter's
         if not alike or rest == n or (rest and not divide):
             others.append(entry)
         elif rest:

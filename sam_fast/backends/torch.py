@@ -13,6 +13,7 @@ from torch import Tensor
 from ..amp import Scaling, inverse_scale
 from ..rounding import ROUNDED
 from ..steps import RULES, MissingState, NotFused, Rule
+from . import tensor_lists
 from .bucket import (
     Backend,
     Bucket,
@@ -113,7 +114,7 @@ class TorchBucket(Bucket):
     def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
         norm.copy_(partials.sum().sqrt())
         # Decided on the device: reading here what a GPU has yet to compute would wait for it.
-        finite = None if norm.device.type == "cpu" else norm.isfinite()
+        finite = None if tensor_lists.is_on_host(norm) else norm.isfinite()
         moves = finite is not None or math.isfinite(float(norm))
         participants = self._participants()
         for _, weights, backups, _ in participants:  # all before any is moved: they may share memory

@@ -26,7 +26,7 @@ RULE_OF = _RuleOf()
 
 def fused_classes() -> list[str]:
     """The names of the classes whose step is fused."""
-    return [cls.rpartition(".")[2] for rule in RULES for cls in rule.classes]
+    return list(dict.fromkeys(cls.rpartition(".")[2] for rule in RULES for cls in rule.classes))
 
 
 __all__ = ["RULES", "RULE_OF", "MissingState", "NotFused", "Rule", "fused_classes"]

@@ -21,7 +21,7 @@ def is_fsdp_module(module: nn.Module) -> bool:
 def forget_gathered_weights(model: nn.Module) -> None:
     """Have FSDP2 gather the weights anew.
 
-    After ``set_reshard_after_backward(False)`` it keeps those of the pass before the climb.
+    After ``set_reshard_after_backward(False)`` it keeps those of the pass before the perturbation.
     """
     for module in model.modules():
         if is_fsdp_module(module):

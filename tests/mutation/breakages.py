@@ -183,8 +183,8 @@ BREAKAGES = [
     Breakage(
         "weights stay perturbed when Ctrl-C is pressed",
         "sam_fast/perturbation.py",
-        "            self._announce(self._saved_params())\n        except BaseException:\n",
-        "            self._announce(self._saved_params())\n        except Exception:\n",
+        "            self._mark_written(self._saved_params())\n        except BaseException:\n",
+        "            self._mark_written(self._saved_params())\n        except Exception:\n",
         ("test_weights.py::test_a_first_step_that_fails_half_way_leaves_no_trace",),
     ),
     Breakage(
@@ -232,7 +232,7 @@ BREAKAGES = [
     Breakage(
         "gradients of a step that was given up count as new",
         "sam_fast/closures.py",
-        "        mark_spent(optimizer._gradients())  # they belong to a step that was given up\n",
+        "        mark_used(optimizer._gradients())  # they belong to a step that was given up\n",
         "",
         ("test_steps.py::test_gradients_of_a_closure_that_raised_are_no_first_pass_of_the_next_batch",),
     ),
