@@ -153,10 +153,14 @@ def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: 
     step_case(bench, base, shapes, SOME if bench.full else FEW, variant=f", {variant}", part=part, **VARIANTS[variant])
 
 
+DEFAULT_OTHERS = {("SGD", "resnet18"), ("AdamW", "resnet18"), ("SGD", "resnet50")}
+"""What the torch backend is measured with without --full."""
+
+
 @pytest.mark.parametrize(
     ("base", "shapes", "part"),
     [
-        pytest.param(base, shapes, part, marks=[] if (base, shapes) == ("SGD", "resnet18") else [pytest.mark.full])
+        pytest.param(base, shapes, part, marks=[] if (base, shapes) in DEFAULT_OTHERS else [pytest.mark.full])
         for base in BASES
         for shapes in SHAPES
         for part in parts_of(shapes)
