@@ -1,12 +1,16 @@
 """Builds the native modules with CMake. Everything else about the package is in pyproject.toml.
 
 Environment variables:
-    SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone. SAM_FAST_CUDA=auto    build
-    the CUDA module if nvcc is found: in CUDA_HOME if that is set, else on the PATH or in /usr/local/cuda (the
-                          default). 1: it must be; 0: never.
-    CMAKE_CUDA_ARCHITECTURES=90;100  the GPUs to build for, in CMake's notation (default: 75, 80, 90 and, from CUDA 12.8
-    on, 100 and 120). Or TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"  the same in PyTorch's notation. SAM_FAST_WERROR=1
-    compiler warnings are errors. SAM_FAST_SANITIZE=... sanitizers to build with, e.g. address,undefined.
+    SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone.
+    SAM_FAST_CUDA=auto    build the CUDA module if nvcc is found: in CUDA_HOME if that is set, else on the PATH or in
+                          /usr/local/cuda (the default). 1: it must be; 0: never.
+    CMAKE_CUDA_ARCHITECTURES=90;100
+                          the GPUs to build for, in CMake's notation (default: 75, 80, 90 and, from CUDA 12.8 on, 100
+                          and 120).
+    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"
+                          the same in PyTorch's notation.
+    SAM_FAST_WERROR=1     compiler warnings are errors.
+    SAM_FAST_SANITIZE=... sanitizers to build with, e.g. address,undefined.
 """
 
 from __future__ import annotations
