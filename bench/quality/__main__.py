@@ -17,12 +17,12 @@ from bench.quality.timing import measure
 from bench.quality.train import fix_allocator, train
 
 
-def run(hours: float) -> None:
-    """Do the runs that the file of results lacks, until all are there or the time is over."""
+def run(hours: float, tasks: list[str]) -> None:
+    """Do the tasks' runs that the file of results lacks, until all are there or the time is over."""
     end = time.monotonic() + 3600 * hours
     writer, results = plan.Writer(), plan.load()
     where = {"processor": processor(), "torch": torch.__version__, "python": platform.python_version()}
-    for todo in plan.plan(results):
+    for todo in plan.plan(results, tasks):
         if todo in results:
             continue
         if time.monotonic() > end:
@@ -54,6 +54,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="do the missing runs; a stopped one goes on where it was")
     runs.add_argument("--hours", type=float, default=24.0, help="begin no run after this time (default: %(default)g)")
+    runs.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS), help="default: all")
     again = commands.add_parser("row", help="train a row of the table again and compare with the results on file")
     again.add_argument("task", choices=TASKS)
     again.add_argument("contender", choices=CONTENDERS)
@@ -67,7 +68,7 @@ def main() -> int:
     if arguments.command == "row":
         return row(arguments.task, arguments.contender, arguments.seeds)
     if arguments.command == "run":
-        run(arguments.hours)
+        run(arguments.hours, arguments.tasks)
     elif arguments.command == "time":
         measure(arguments.rounds)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import mean
@@ -104,15 +104,15 @@ def tuning(task: str, contender: str, results: Results) -> Iterator[Run]:
 URGENT = ("sgd", "sam", "quarter", "every4", "previous", "late-quarter")
 
 
-def plan(results: Results) -> Iterator[Run]:
-    """All runs: half of the seeds for the urgent contenders, the same for the others, the other half for all.
+def plan(results: Results, tasks: Sequence[str] = tuple(TASKS)) -> Iterator[Run]:
+    """All runs of the tasks: half of the seeds for the urgent contenders, the same for the others, the other half.
 
     What comes next depends on earlier results: add a run's result to ``results`` before taking another run.
     """
     later = tuple(name for name in CONTENDERS if name not in URGENT)
     for names, half in ((URGENT, 0), (later, 0), (tuple(CONTENDERS), 1)):
         for name in names:
-            for task in TASKS:
+            for task in tasks:
                 yield from tuning(task, name, results)
                 setting, seeds = chosen(task, name, results), seeds_of(task)[2]
                 assert setting is not None
