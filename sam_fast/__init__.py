@@ -4,9 +4,24 @@
 """
 
 from .batchnorm import disable_running_stats, enable_running_stats, frozen_running_stats
+from .norm_layers import norm_layers_only
 from .sam import SAM
+from .schedule import Schedule
 from .snapshot import BatchNormSnapshot
+from .train_step import StepResult, TrainStep
+from .unwrapping import unwrap
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "BatchNormSnapshot", "disable_running_stats", "enable_running_stats", "frozen_running_stats"]
+__all__ = [
+    "SAM",
+    "BatchNormSnapshot",
+    "Schedule",
+    "StepResult",
+    "TrainStep",
+    "disable_running_stats",
+    "enable_running_stats",
+    "frozen_running_stats",
+    "norm_layers_only",
+    "unwrap",
+]

@@ -98,7 +98,7 @@ def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], Non
         return
     if not decides:
         if scaling.grad_scale is not None:
-            _unscale(base, scaling.grad_scale)
+            unscale(base, scaling.grad_scale)
         step(base)
         return
     try:
@@ -128,7 +128,7 @@ def _lacks_state(base: Optimizer) -> bool:
     )
 
 
-def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
+def unscale(base: Optimizer, grad_scale: Tensor) -> None:
     """Divide the gradients by the scale, with the operation and the bits of GradScaler.unscale_."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for group in base.param_groups:

@@ -39,6 +39,7 @@ class _Group:
         self.settled = False  # the layers hold the right statistics; False: the snapshot does
         self.fresh = False  # settled since it was disabled: the snapshot is right unless something was loaded
         self.partial = False  # some of the layers were enabled again
+        self.of_step = False  # disabled in the step that is under way, for its second pass
         self._momenta = self._momenta_now()
         finalize(self, _watch_if_settled).atexit = False
 
@@ -64,7 +65,7 @@ class _Group:
 
     def settle(self) -> None:
         """Note that what the layers hold is right."""
-        self.settled, self.fresh = True, False
+        self.settled, self.fresh, self.of_step = True, False, False
         if self.partial:
             known = zip(self.snapshot._layers, self.snapshot._extra, strict=True)
             extra = {layer: names for layer, names in ((layer(), names) for layer, names in known) if layer is not None}
@@ -145,7 +146,9 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
         _groups.add(group)
         if layers.extra:
             _below.clear()
-        if not any(step.active for step in _steps):  # in a step the second pass follows at once
+        if any(step.active for step in _steps):  # the second pass follows at once
+            group.of_step = True
+        else:
             group.settle()
             group.fresh = True
             _watch_if_settled()
@@ -226,19 +229,23 @@ def watch_steps(state: StepState) -> None:
     _steps.add(state)
 
 
-def settle_running_stats(param_groups: Iterable[dict[str, Any]]) -> None:
+def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = False) -> None:
     """Put back what is disabled, because a SAM step ends. The layers stay disabled.
 
     Args:
         param_groups: those of the optimizer, whose parameters have the gradients of the second pass.
+        counts: that pass was the only one of the step: what it has left in the layers is right.
     """
     if not _disabled:
         return
     _pass.give_up()
+    right = {group for group in _groups if counts and group.of_step and not group.settled}
+    for group in right:
+        group.settle()
     params: list[Tensor] = []
     if any(group.settled for group in _groups):
         params = [p for param_group in param_groups for p in param_group["params"]]
-    for group in list(_groups):
+    for group in [group for group in _groups if group not in right]:
         layers = group.layers() if group.partial or group.settled else None
         if not group.settled:
             if layers is None:

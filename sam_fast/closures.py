@@ -14,7 +14,6 @@ from torch import Tensor
 from .closure_stats import uncounted_forwards
 from .devices import devices_of
 from .random_state import RandomState
-from .rounding import rounding_step, set_rounding_step
 from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_models
 
 AUTO, BOTH, SECOND = "auto", "both", "second"
@@ -79,7 +78,8 @@ def closure_step(
             "scaler.step(optimizer)"
         )
     step = optimizer._step
-    first_pass_done = optimizer.perturbed or _takes_gradients(optimizer, closure, passes)
+    begun = step.active
+    first_pass_done = begun or _takes_gradients(optimizer, closure, passes)
     if replay_rng and first_pass_done:
         raise ValueError(
             "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not "
@@ -94,17 +94,20 @@ def closure_step(
     loss = None
     try:
         with torch.enable_grad():
-            if first_pass_done and not optimizer.perturbed:
+            if first_pass_done and not begun:
                 first_pass_done = _first_step_along_what_is_there(optimizer, passes)
+            computes_first = not first_pass_done and optimizer.needs_first_pass
             if first_pass_done:
                 random_state, step.random_state = step.random_state, None
             else:
                 random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replay_rng else None
                 optimizer.zero_grad()
-                loss = closure()
+                if computes_first:
+                    loss = closure()
                 optimizer.first_step(zero_grad=True)
             replayed = nullcontext() if random_state is None else random_state.replayed()
-            with uncounted_forwards(model, extra_buffers, closure), replayed:
+            uncounted = uncounted_forwards(model, extra_buffers, closure) if step.first_pass_done else nullcontext()
+            with uncounted, replayed:
                 second_loss = closure()
     except BaseException:
         optimizer.restore()
@@ -112,7 +115,7 @@ def closure_step(
         raise
     optimizer._update()
     mark_used(optimizer._gradients())
-    return second_loss if first_pass_done else loss
+    return loss if computes_first else second_loss
 
 
 def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -> None:
@@ -124,10 +127,10 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
         )
     if passes is not None:
         raise ValueError(f"step(passes={passes!r}) needs a closure")
-    if not optimizer._perturbation.active and _can_only_make_state(optimizer):
+    if not optimizer._step.active and _can_only_make_state(optimizer):
         optimizer.base_optimizer.step()
         return
-    if optimizer._step.found_inf is not None and not optimizer._perturbation.active:
+    if optimizer._step.found_inf is not None and not optimizer._step.active and optimizer.will_perturb:
         raise RuntimeError(
             "a GradScaler has called step() without first_step() before it. A framework that calls the closure "
             "itself under float16, as "
@@ -135,7 +138,7 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
             "first_step() after the first pass, "
             "or bfloat16"
         )
-    optimizer._require_perturbed("step() without a closure")
+    optimizer._require_first_step("step() without a closure")
     optimizer._update()
 
 
@@ -176,15 +179,16 @@ def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
 
     False if they are all zero: then it is undone, and there was no first pass.
     """
-    step, groups = optimizer._step, optimizer.param_groups
-    rounding_steps = rounding_step(groups)
+    step = optimizer._step
+    surely = passes == SECOND or step.first_pass_entered
+    if not (surely or optimizer.needs_first_pass) and not any(grad.any() for grad in optimizer._gradients()):
+        return False
     optimizer.first_step(zero_grad=True)
-    if passes == SECOND or step.first_pass_entered:
+    if surely:
         return True
-    if float(optimizer.grad_norm) == 0.0:
+    if step.along_own_gradient and float(optimizer.grad_norm) == 0.0:
         optimizer._perturbation.restore()
-        if optimizer._rounds_stochastically():
-            set_rounding_step(groups, rounding_steps)
+        step.end()
         return False
     if not step.warned_of_gradients:
         step.warned_of_gradients = True

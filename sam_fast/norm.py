@@ -23,6 +23,10 @@ class NormSum:
     def own_sum(self) -> Tensor:
         return self.partials[: self.own].sum()
 
+    def measure(self) -> None:
+        """Write the norm where no bucket's perturb does."""
+        self.norm.copy_(self.partials.sum().sqrt())
+
 
 def exchange_sums(sums: Sequence[NormSum]) -> None:
     """Make each device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices."""
@@ -72,6 +76,12 @@ class Norm:
         """The norm: 0-d, on the first bucket's device."""
         for found in self._sums.values():
             return found.norm
+        return torch.zeros((), dtype=torch.float64)
+
+    def own_norm(self) -> Tensor:
+        """What the partial sums of the first bucket's device say, in a tensor of its own; :attr:`value` stays."""
+        for found in self._sums.values():
+            return found.partials.sum().sqrt()
         return torch.zeros((), dtype=torch.float64)
 
     def exchange(self) -> None:

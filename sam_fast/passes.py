@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .batchnorm import frozen_running_stats
 from .devices import devices_of
+from .directions import PreviousGradient
 from .perturbation import Perturbation
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, as_models, check_models
+from .schedule import Schedule, steps_taken
 from .step_state import StepState
 from .storage.fsdp import forget_gathered_weights, is_fsdp_module, own_gradients
 
 
 class Passes:
-    """The two passes of an optimizer, as context managers."""
+    """The two passes of an optimizer, as context managers, and where its step stands."""
 
     param_groups: list[dict[str, Any]]
     _step: StepState
     _perturbation: Perturbation
+    _schedule: Schedule | None
+    _direction: PreviousGradient | None
+
+    @property
+    def perturbed(self) -> bool:
+        """True between a ``first_step`` that perturbs and ``second_step``: the parameters hold ``w + e``."""
+        return self._perturbation.active
+
+    @property
+    def will_perturb(self) -> bool:
+        """Whether the coming step perturbs, or the one that is under way: what the schedule says of the step counter
+        alone, so that it is the same on all ranks.
+        """
+        return self._schedule is None or self._schedule.perturbs(steps_taken(self.param_groups))
+
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether the coming step perturbs along this batch's gradient. Where it does not, no first pass is needed."""
+        return self._direction is None and self.will_perturb
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """``||T g||`` of the last ``first_step``: a 0-d float64 tensor on the (first) parameters' device. Reading it
+        does not wait for the device.
+
+        Raises:
+            RuntimeError: there was no first_step yet.
+        """
+        if not self._perturbation.measured:
+            raise RuntimeError("grad_norm is known after the first first_step()")
+        return self._perturbation.norm.value.clone()
+
+    @property
+    def second_step_path(self) -> str:
+        """How the last second step was taken: "fused", restore and step in one pass, or the reason why the base
+        optimizer stepped by itself.
+        """
+        return self._step.path
 
     def restore(self) -> None:
         """Give the current step up."""
         raise NotImplementedError
 
-    def _require_perturbed(self, what: str) -> None:
+    def _require_first_step(self, what: str) -> None:
         raise NotImplementedError
 
     def _require_restored(self, what: str) -> None:
@@ -37,6 +77,9 @@ class Passes:
     @contextmanager
     def first_pass(self, model: Models, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
         """Around the first forward and backward; optional.
+
+        Inside, weights of groups with ``perturb=False`` get no gradient, which saves its computation; but for models
+        in DDP or FSDP2, which wait for every gradient.
 
         Args:
             model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
@@ -61,6 +104,7 @@ class Passes:
             with ExitStack() as stack:
                 for module in () if sync else models:
                     stack.enter_context(without_gradient_sync(module))
+                stack.enter_context(without_unused_gradients(models, self.param_groups))
                 yield
         except BaseException:
             self._step.forget_first_pass()
@@ -68,9 +112,9 @@ class Passes:
 
     @contextmanager
     def second_pass(self, model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
-        """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were, dropout draws
-        the first pass's masks if ``first_pass`` was asked to remember, and if the body raises, the weights are restored
-        before the exception goes on.
+        """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were if there was a
+        first pass, dropout draws that pass's masks if ``first_pass`` was asked to remember, and if the body raises, the
+        weights are restored before the exception goes on.
 
         ``break``, ``continue`` and ``return`` out of the body end it as its last line does: the weights stay perturbed,
         for the second_step that follows. Call ``restore()`` before them to give the step up.
@@ -85,22 +129,37 @@ class Passes:
                 any wrong call.
             ValueError: a pattern in ``extra_buffers`` fits nothing. The same holds.
         """
-        self._require_perturbed("second_pass")
+        self._require_first_step("second_pass")
         models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
         random_state, self._step.random_state = self._step.random_state, None
         try:
             if self._perturbation.storage.process_wide:
                 for module in models:
                     forget_gathered_weights(module)
-            with frozen_running_stats(models, extra_buffers):
-                if random_state is None:
-                    yield
-                else:
-                    with random_state.replayed():
-                        yield
+            frozen = frozen_running_stats(models, extra_buffers) if self._step.first_pass_done else nullcontext()
+            with frozen, nullcontext() if random_state is None else random_state.replayed():
+                yield
         except BaseException:
             self.restore()
             raise
+
+
+@contextmanager
+def without_unused_gradients(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Inside, parameters that are not perturbed require no gradient."""
+    by_perturb: dict[bool, list[Tensor]] = {True: [], False: []}
+    for group in param_groups:
+        by_perturb[bool(group.get("perturb", True))] += [p for p in group["params"] if p.requires_grad]
+    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    spread = any(hasattr(type(m), "no_sync") or is_fsdp_module(m) for m in modules)
+    unused = [p for p in by_perturb[False] if p.is_leaf] if by_perturb[True] and not spread else []
+    try:
+        for p in unused:
+            p.requires_grad = False
+        yield
+    finally:
+        for p in unused:
+            p.requires_grad = True
 
 
 @contextmanager

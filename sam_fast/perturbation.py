@@ -5,6 +5,7 @@ restore.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forc
 from .backends.bucket import ParameterError
 from .backends.columns import all_none, local_tensor, same_objects
 from .backends.memory import is_plain, is_wrapper, overlapping
+from .directions import PreviousGradient
 from .norm import Norm
 from .options import name_of
 from .steps import NotFused
@@ -62,6 +64,7 @@ class Perturbation:
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
         self._began = False  # a backup has been allocated
+        self._has_direction = True  # in the last perturb()
 
     def holds(self, dtypes: Sequence[torch.dtype]) -> bool:
         """Whether there are parameters of one of these dtypes."""
@@ -103,7 +106,9 @@ class Perturbation:
         for position, (member, tensor) in enumerate(zip(members, tensors, strict=True)):
             is_shared = position in shared
             backend = self._choose_for_shared() if is_shared else storage.choose(tensor, self.backend)
-            key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]))
+            # What is never perturbed is in buckets of its own, which allocate no backup.
+            perturbs = bool(param_groups[member[1]]["perturb"])
+            key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]), perturbs)
             alike.setdefault(key, []).append(member)
         self.buckets = storage.buckets([(key[2], key[3], of_bucket) for key, of_bucket in alike.items()])
         self.storage, self._tensors, self._shared = storage, tensors, shared
@@ -150,41 +155,59 @@ class Perturbation:
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def perturb(self, param_groups: ParamGroups, rounding_key: int | None = None, own_gradient: bool = False) -> None:
+    def perturb(
+        self,
+        param_groups: ParamGroups,
+        rounding_key: int | None = None,
+        own_gradient: bool = False,
+        along: PreviousGradient | None = None,
+    ) -> None:
         """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were.
+
+        Nothing happens where ``along`` has no direction.
 
         Args:
             param_groups: those of the optimizer.
             rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
             own_gradient: DTensor gradients that are partial sums are not added up.
+            along: the direction; None is the gradient.
         """
         self.prepare(param_groups)
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key)
-        if not self._collect(options, own_gradient):
+        if not self._collect(options, own_gradient, along):
             # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they
             # are.
             self._build(param_groups)
-            if not self._collect(options, own_gradient):
+            if not self._collect(options, own_gradient, along):
                 raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
-        for bucket in self.buckets:
+        if not self._has_direction:
+            return
+        perturbed = self._perturbed_buckets(options)
+        for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
         self._began = True
-        for bucket, partials, _ in self.norm.parts:
-            bucket.grad_norm(options, partials)
-        if self.storage.process_wide:
-            self.storage.combine(self.norm.parts)
-        self.norm.exchange()
+        self._measured(options)
         self.active = True
         try:
+            measured = {id(home) for bucket, _, home in self.norm.parts if bucket in perturbed}
             for bucket, _, home in self.norm.parts:
-                bucket.perturb(options, home.partials, self.eps, home.norm)
+                if bucket in perturbed:
+                    bucket.perturb(options, home.partials, self.eps, home.norm)
+                elif id(home) not in measured:
+                    home.measure()
             self._mark_written(self._saved_params())
         except BaseException:
             self.restore()
             raise
         self.measured = True
+
+    def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
+        """Those with a tensor in a group that is perturbed: the others need no backup."""
+        if options.wanted is None:
+            return self.buckets
+        return [bucket for bucket in self.buckets if any(options.perturb[group] for group in bucket.groups)]
 
     def _leave_out_what_was_frozen(self, param_groups: ParamGroups) -> None:
         """What was frozen between the constructor and the first step needs no backup; nor does it step with zeros."""
@@ -193,19 +216,24 @@ class Perturbation:
         if not self.flatten and any(frozen):
             self._build(param_groups)
 
-    def _collect(self, options: GroupOptions, own_gradient: bool) -> bool:
+    def _collect(self, options: GroupOptions, own_gradient: bool, along: PreviousGradient | None) -> bool:
         try:
-            return self._collected(options, own_gradient)
+            return self._collected(options, own_gradient, along)
         except ParameterError as error:
             raise self._named(error) from None
 
-    def _collected(self, options: GroupOptions, own_gradient: bool) -> bool:
+    def _collected(self, options: GroupOptions, own_gradient: bool, along: PreviousGradient | None) -> bool:
         if not self.storage.collect(own_gradient):
             return False
         left_out = self._left_out_with_gradient() if self.left_out else ()
         if any(p.grad is not None and _takes_part(p, perturb) for p, perturb in left_out):
             return False
-        if not all(bucket.collect(options) for bucket in self.buckets):
+        columns = None if along is None else along.columns(self.buckets, self.storage)
+        self._has_direction = along is None or columns is not None
+        if not self._has_direction:
+            return True
+        of_buckets = repeat(None, len(self.buckets)) if columns is None else columns
+        if not all(bucket.collect(options, column) for bucket, column in zip(self.buckets, of_buckets, strict=True)):
             return False
         # With flatten=True the tensors are flat buffers.
         return self.flatten or not any(bucket.moved for bucket in self.buckets) or not self._shares_anew()
@@ -222,6 +250,27 @@ class Perturbation:
         for bucket in self.buckets:
             bucket.moved = False
         return False
+
+    def norm_of_gradients(self, param_groups: ParamGroups) -> Tensor | None:
+        """The norm over all gradients of all groups as they are now, perturbed or not: 0-d, on the first device.
+
+        None if the buckets do not hold all of them.
+        """
+        if not self.fits(param_groups) or any(p.grad is not None for p, _ in self._left_out_with_gradient()):
+            return None
+        everything = GroupOptions([{"rho": 0.0, "eta": 0.0, "adaptive": False, "perturb": True}] * len(param_groups))
+        if not self._collect(everything, False, None):
+            return None
+        return self._measured(everything).own_norm()
+
+    def _measured(self, options: GroupOptions) -> Norm:
+        """The norm, whose partial sums the buckets have written."""
+        for bucket, partials, _ in self.norm.parts:
+            bucket.grad_norm(options, partials)
+        if self.storage.process_wide:
+            self.storage.combine(self.norm.parts)
+        self.norm.exchange()
+        return self.norm
 
     # ---- Restore -----------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,7 @@ csrc/rounding.h says what it does and why.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,20 +78,3 @@ def _round_f16(value: Tensor, random: Tensor) -> Tensor:
     large = torch.where(magnitude > 0x7F800000, 0x7E00, torch.where(magnitude < 0x477FF000, 0x7BFF, 0x7C00))
     finite = torch.where(magnitude < 0x38800000, subnormal, normal)
     return torch.where(magnitude < 0x477FE000, finite, large.to(torch.int32)) | (_shifted(value, 16) & 0x8000)
-
-
-ROUNDING_STEP = "rounding_step"
-"""Entry of every parameter group where weights are rounded stochastically: the number of first_steps so far, from which
-the rounding is drawn.
-"""
-
-
-def rounding_step(param_groups: Sequence[dict[str, Any]]) -> int:
-    """The number of first_steps so far. It is in the groups: a run that resumes goes on as it would have."""
-    return int(param_groups[0].get(ROUNDING_STEP, 0))
-
-
-def set_rounding_step(param_groups: Sequence[dict[str, Any]], step: int) -> None:
-    """Note the number of first_steps so far."""
-    for group in param_groups:
-        group[ROUNDING_STEP] = step

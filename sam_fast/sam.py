@@ -13,13 +13,16 @@ from .amp import UNSCALED, clear_scaling, report_overflow, scaling_of, step_base
 from .backends import forced
 from .base_step import BaseStep
 from .batchnorm import settle_running_stats, watch_steps
-from .closures import AUTO, check_closure_option, closure_step, mark_used, step_without_closure
+from .clipping import clipped
+from .closures import AUTO, are_new, check_closure_option, closure_step, mark_used, step_without_closure
+from .directions import GRADIENT, direction
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
 from .passes import Passes
 from .perturbation import Perturbation
-from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key, rounding_step, set_rounding_step
+from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 from .running_stats import ExtraBuffers, Models
+from .schedule import Schedule, ScheduleWatch, check_schedule, count_step, steps_taken
 from .step_state import StepState, set_by_scaler
 from .wrapper import OptimizerWrapper
 
@@ -63,6 +66,9 @@ class SAM(Passes, OptimizerWrapper):
         stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e``
             right on average, and with a fused second step the new weights too; False rounds to nearest, which loses
             most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
+        schedule: which steps perturb, a :class:`sam_fast.Schedule`; None: all do.
+        along: the direction of the perturbation. "gradient": this batch's, from a first pass. "previous": the gradient
+            that the last step was made with, which costs no pass (https://arxiv.org/abs/2503.11147).
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -90,17 +96,22 @@ class SAM(Passes, OptimizerWrapper):
         backend: str | None = None,
         closure: str = AUTO,
         stochastic_rounding: bool | None = None,
+        schedule: Schedule | None = None,
+        along: str = GRADIENT,
         **base_kwargs: Any,
     ) -> None:
         make = make_base(params, base_optimizer, base_kwargs)
         check_at_least_zero("perturb_eps", perturb_eps)
         check_closure_option("closure", closure)
+        check_schedule(schedule)
+        direction(along)
         forced(backend)
         groups = as_groups(params)
         if stochastic_rounding not in (None, True, False):
             raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
         self._rounds = STOCHASTIC_ROUNDING_DEFAULT if stochastic_rounding is None else stochastic_rounding
         self._closure = closure
+        self._schedule, self._along = schedule, along
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
         self._fill_in_options(groups)
         super().__init__(groups)
@@ -109,11 +120,17 @@ class SAM(Passes, OptimizerWrapper):
         take_over_options(base.param_groups, groups)
         self._fill_in_options(base.param_groups)
         self.base_optimizer = base
-        self._base_step = BaseStep(base)
         self.defaults = {**base.defaults, **self._sam_defaults}
-        self._step = StepState()
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
-        watch_steps(self._perturbation)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Build what is not copied."""
+        self._base_step = BaseStep(self.base_optimizer)
+        self._step = StepState()
+        self._direction = direction(self._along)
+        self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
+        watch_steps(self._step)
         self._prepare()
 
     def __copy__(self) -> SAM:
@@ -132,6 +149,8 @@ class SAM(Passes, OptimizerWrapper):
             "_sam_defaults": self._sam_defaults,
             "_rounds": self._rounds,
             "_closure": self._closure,
+            "_schedule": self._schedule,
+            "_along": self._along,
             "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
         }
 
@@ -139,11 +158,8 @@ class SAM(Passes, OptimizerWrapper):
         state = dict(state)
         settings = state.pop("_perturbation")
         super().__setstate__(state)
-        self._base_step = BaseStep(self.base_optimizer)
-        self._step = StepState()
         self._perturbation = Perturbation(*settings)
-        watch_steps(self._perturbation)
-        self._prepare()
+        self._begin()
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         for group in groups:
@@ -162,30 +178,6 @@ class SAM(Passes, OptimizerWrapper):
 
     # ---- The two steps -----------------------------------------------------------------------------------------------
 
-    @property
-    def perturbed(self) -> bool:
-        """True between ``first_step`` and ``second_step``: the parameters hold ``w + e``."""
-        return self._perturbation.active
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """``||T g||`` of the last ``first_step``: a 0-d float64 tensor on the (first) parameters' device. Reading it
-        does not wait for the device.
-
-        Raises:
-            RuntimeError: there was no first_step yet.
-        """
-        if not self._perturbation.measured:
-            raise RuntimeError("grad_norm is known after the first first_step()")
-        return self._perturbation.norm.value.clone()
-
-    @property
-    def second_step_path(self) -> str:
-        """How the last second step was taken: "fused", restore and step in one pass, or the reason why the base
-        optimizer stepped by itself.
-        """
-        return self._step.path
-
     def first_step(self, zero_grad: bool = False) -> None:
         """Move from w to ``w + e`` along the gradients of the first pass.
 
@@ -203,18 +195,23 @@ class SAM(Passes, OptimizerWrapper):
                 call.
             ValueError: an option of a group is out of range.
         """
-        if self._perturbation.active:
+        step = self._step
+        if step.active:
             raise RuntimeError(
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
         groups = self.base_optimizer.param_groups
         if any("perturb" not in group for group in groups):  # added to the base optimizer, or loaded into it
             self._fill_in_options(groups)
-        rounds = self._rounds and self._rounds_stochastically()
-        key = rounding_key(rounding_step(groups), PERTURB) if rounds else None
-        self._perturbation.perturb(groups, key, self._step.own_gradient)
-        if rounds:
-            set_rounding_step(groups, rounding_step(groups) + 1)
+        needed = self.needs_first_pass
+        first_pass_done = needed or step.first_pass_entered or are_new(self._gradients())
+        if needed or self.will_perturb:
+            rounds = self._rounds and self._rounds_stochastically()
+            key = rounding_key(steps_taken(groups), PERTURB) if rounds else None
+            self._perturbation.perturb(groups, key, step.own_gradient, self._direction)
+        else:
+            self._perturbation.prepare(groups)
+        step.active, step.first_pass_done, step.along_own_gradient = True, first_pass_done, needed
         if zero_grad:
             self.zero_grad()
 
@@ -227,8 +224,8 @@ class SAM(Passes, OptimizerWrapper):
         Raises:
             RuntimeError: there was no first_step.
         """
-        if not self._perturbation.active:
-            self._require_perturbed("second_step()")
+        if not self._step.active:
+            self._require_first_step("second_step()")
         if self._step.found_inf is not None or self._is_watched():
             self.step()
         else:
@@ -300,26 +297,49 @@ class SAM(Passes, OptimizerWrapper):
             raise
 
     def _update(self) -> None:
-        base, step = self.base_optimizer, self._step
-        settle_running_stats(base.param_groups)
+        base, step, perturbation = self.base_optimizer, self._step, self._perturbation
+        settle_running_stats(base.param_groups, counts=not step.first_pass_done)
         scaling = UNSCALED
         if step.grad_scale is not None or step.found_inf is not None:
             # Where each rank perturbs along its own gradient, an overflow of one in the first pass must not make it
             # part from the others.
-            norm = None if step.own_gradient else self._perturbation.norm.value
+            norm = perturbation.norm.value if step.along_own_gradient and not step.own_gradient else None
             scaling = scaling_of(step.grad_scale, step.found_inf, norm)
         if step.first_pass_entered:
             step.forget_first_pass()
-        key = None
-        if self._rounds and self._rounds_stochastically():
-            key = rounding_key(rounding_step(base.param_groups), UPDATE)
-        reason = fused_step(self._perturbation, base, scaling, key)
-        if reason is not None:
-            self._perturbation.restore()
-            step_base(base, scaling, self._base_step)
+        rounds = self._rounds and self._rounds_stochastically()
+        key = rounding_key(steps_taken(base.param_groups), UPDATE) if rounds else None
+        perturbed = perturbation.active
+        try:
+            clips = step.clip_grad_norm
+            applied = scaling if clips is None else clipped(perturbation, base, scaling, clips)
+            reason = fused_step(perturbation, base, applied, key)
+            if reason is not None:
+                if perturbed:
+                    perturbation.restore()
+                step_base(base, applied, self._base_step)
+        finally:
+            if not perturbation.active:
+                step.end()
         step.path = "fused" if reason is None else reason
+        if self._schedule is not None or rounds or self._direction is not None:
+            self._finish_step(perturbed, rounds)
         if scaling is not UNSCALED:
             report_overflow(self, scaling)
+
+    def _finish_step(self, perturbed: bool, rounds: bool) -> None:
+        """Count the step, and keep its gradients if they are the next step's direction."""
+        groups = self.base_optimizer.param_groups
+        if self._schedule_watch is not None:
+            self._schedule_watch.count(steps_taken(groups), perturbed)
+        if self._schedule is not None or rounds:
+            count_step(groups)
+        if self._direction is not None:
+            if self.will_perturb:
+                self._direction.keep(groups, copied=self._perturbation.flatten)
+            else:
+                self._direction.forget()
+        mark_used(self._gradients())  # they must not look like a first pass of the next step
 
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)
@@ -330,9 +350,13 @@ class SAM(Passes, OptimizerWrapper):
         Does nothing if the weights are not perturbed.
         """
         self._step.forget_first_pass()
-        if self._perturbation.active:
-            self._perturbation.restore()
-            self._perturbation.storage.give_up_pass()
+        try:
+            if self._perturbation.active:
+                self._perturbation.restore()
+                self._perturbation.storage.give_up_pass()
+        finally:
+            if not self._perturbation.active:
+                self._step.end()
         settle_running_stats(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -340,6 +364,8 @@ class SAM(Passes, OptimizerWrapper):
 
         With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says.
         """
+        if self._direction is not None and not set_to_none:
+            self._direction.copy_before_zeroing()
         if self._perturbation.flatten:
             self._perturbation.zero_grad()
         else:
@@ -356,15 +382,15 @@ class SAM(Passes, OptimizerWrapper):
             if p.grad is not None
         )
 
-    def _require_perturbed(self, what: str) -> None:
-        if not self._perturbation.active:
+    def _require_first_step(self, what: str) -> None:
+        if not self._step.active and self.will_perturb:
             raise RuntimeError(
                 f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
                 "second_step()"
             )
 
     def _require_restored(self, what: str) -> None:
-        if self._perturbation.active:
+        if self._perturbation.active or (what == "first_pass" and self._step.active):
             raise RuntimeError(
                 f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this "
                 "step up"

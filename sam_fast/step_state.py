@@ -12,14 +12,25 @@ from .random_state import RandomState
 NOT_STEPPED = "there was no second step yet"
 
 
-@dataclass
+@dataclass(eq=False)
 class StepState:
-    """What a step keeps between its calls, shared with whatever a framework puts around the optimizer."""
+    """What a step keeps between its calls, shared with whatever a framework puts around the optimizer.
+
+    Attributes:
+        active: ``first_step`` was called, whether it perturbed or not, and the step is not over.
+        first_pass_done: there was a first pass, whose batch has counted in the running statistics.
+        along_own_gradient: the perturbation's norm is that of this step's first gradient.
+    """
+
+    active: bool = False
+    first_pass_done: bool = False
+    along_own_gradient: bool = False
 
     random_state: RandomState | None = None
     own_gradient: bool = False  # the gradient of this rank alone
     first_pass_entered: bool = False
     path: str = NOT_STEPPED
+    clip_grad_norm: float | None = None  # of the second gradient, for one step
     grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
     found_inf: Tensor | float | None = None
     warned_of_gradients: bool = False
@@ -27,6 +38,10 @@ class StepState:
     def forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step."""
         self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
+
+    def end(self) -> None:
+        """The step is over, or was given up."""
+        self.active, self.first_pass_done, self.along_own_gradient = False, False, False
 
 
 def set_by_scaler(name: str) -> property:

@@ -136,7 +136,7 @@ def test_a_zero_gradient_counts_no_step_of_stochastic_rounding():
     for count in (1, 2):
         p.grad = torch.zeros_like(p)
         optimizer.step(lambda: (p * p).sum().backward())
-        assert optimizer.param_groups[0]["rounding_step"] == count
+        assert optimizer.param_groups[0]["sam_step"] == count
 
 
 @pytest.mark.parametrize("zero_grad", [False, True])

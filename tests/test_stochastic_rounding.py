@@ -129,7 +129,7 @@ def test_a_group_that_is_added_later_joins_in():
     optimizer.add_param_group({"params": late})
     optimizer.first_step()
     optimizer.second_step()
-    assert [group["rounding_step"] for group in optimizer.param_groups] == [2, 2]
+    assert [group["sam_step"] for group in optimizer.param_groups] == [2, 2]
 
 
 def test_wider_weights_are_not_touched_by_it():
@@ -137,7 +137,7 @@ def test_wider_weights_are_not_touched_by_it():
     for rounding in (True, False):
         optimizer, params = make(torch.float32, stochastic_rounding=rounding)
         run(optimizer, params, range(2))
-        assert "rounding_step" not in optimizer.param_groups[0]
+        assert "sam_step" not in optimizer.param_groups[0]
         results.append(values(params))
     assert same_bits(*results)
 

@@ -174,6 +174,9 @@ class Bucket(ABC):
     @cached_property
     def backup(self) -> Tensor:
         """The backup: ``numel`` elements, allocated at first use and kept."""
+        return self._allocate_backup()
+
+    def _allocate_backup(self) -> Tensor:
         if self._backup is not None:
             return self._backup.backup
         with torch.inference_mode(False):  # first used in inference mode, it must still be writable outside

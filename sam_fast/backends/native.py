@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -88,12 +87,13 @@ class NativeBucket(Bucket):
             **{f"states[{k}]": _address(states) for k, states in enumerate(self._states)},
         }
         self._struct = array("q", [values[field] for field in FIELDS])
+        self.address = _address(self._struct)
+        """That of the bucket's ``struct Bucket``."""
 
-    @cached_property
-    def address(self) -> int:
-        """That of the bucket's ``struct Bucket``; allocates the backup."""
-        self._struct[FIELDS.index("backup")] = self.backup.data_ptr()
-        return _address(self._struct)
+    def _allocate_backup(self) -> Tensor:
+        backup = super()._allocate_backup()
+        self._struct[FIELDS.index("backup")] = backup.data_ptr()
+        return backup
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
@@ -117,6 +117,7 @@ class NativeBucket(Bucket):
         return True
 
     def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
+        _ = self.backup
         self._num_saved = None
         self._num_saved = self.launch_perturb(options, partials, eps, norm)
         if self._copies:
@@ -163,11 +164,14 @@ class NativeBucket(Bucket):
     def save(self) -> bool:
         if self._gather.weights(self._weights):
             return False
+        _ = self.backup
         self._num_saved = None
         self.launch_copy(restore=False, release=False)
         return True
 
     def restore(self, release: bool = True) -> None:
+        if self._num_saved == 0:
+            return
         changed = self._gather.weights(self._weights)
         self._num_saved = None
         self.launch_copy(restore=True, release=release)
@@ -201,6 +205,8 @@ class NativeBucket(Bucket):
 
     def share_saved(self, source: Bucket) -> None:
         assert isinstance(source, NativeBucket)
+        if source._num_saved != 0:
+            _ = self.backup
         saved = [bool(at) for at, params in zip(source._saved, source.params, strict=True) for _ in params]
         self._saved[:] = array("Q", [at if is_saved else 0 for at, is_saved in zip(self._weights, saved, strict=True)])
         self._num_saved = None

@@ -111,9 +111,10 @@ class TritonBucket(NativeBucket):
     def num_partials(self) -> int:
         return self._programs_for("grad_norm")
 
-    @cached_property
+    @property
     def _backup_bytes(self) -> Tensor:
-        return self.backup.view(torch.uint8)
+        # Where nothing was ever saved there is no backup; any other memory stands for it, and is not looked at.
+        return (self.backup if "backup" in vars(self) else self._chunks).view(torch.uint8)
 
     # ---- First step --------------------------------------------------------------------------------------------------
 

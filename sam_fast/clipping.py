@@ -1,0 +1,45 @@
+"""Clipping of the second gradient: one fused norm, and a factor that the second step reads where it reads a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .amp import Scaling, unscale
+from .perturbation import Perturbation
+
+EPS = 1e-6
+"""Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+def clipped(perturbation: Perturbation, base: Optimizer, scaling: Scaling, max_norm: float) -> Scaling:
+    """The scaling under which the gradients' norm is at most ``max_norm``; nothing waits for a device.
+
+    The norm is that over all gradients of all groups, unscaled. Where the buckets cannot give it, gradients are
+    unscaled and clipped in place.
+
+    Args:
+        perturbation: its buckets measure the norm.
+        base: the base optimizer, whose gradients are meant.
+        scaling: what a GradScaler has done to the gradients.
+        max_norm: in units of the gradients.
+    """
+    norm = perturbation.norm_of_gradients(base.param_groups)
+    if norm is None or perturbation.holds((torch.float16,)):
+        if scaling.grad_scale is not None:
+            unscale(base, scaling.grad_scale)
+        torch.nn.utils.clip_grad_norm_(with_gradient(base.param_groups), max_norm)
+        return Scaling(None, scaling.found_inf)
+    scale = torch.ones_like(norm) if scaling.grad_scale is None else scaling.grad_scale.to(norm)
+    factor = (max_norm / (norm / scale + EPS)).clamp(max=1.0)
+    found_inf = torch.zeros_like(norm, dtype=torch.float32) if scaling.found_inf is None else scaling.found_inf
+    return Scaling((scale / factor).float(), found_inf)
+
+
+def with_gradient(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The parameters that have a gradient."""
+    return [p for group in param_groups for p in group["params"] if p.grad is not None]

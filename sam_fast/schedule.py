@@ -1,0 +1,141 @@
+"""Which steps perturb, and the step counter that checkpoints carry."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import finalize
+
+STEP = "sam_step"
+"""Entry of every parameter group where steps are counted: the number of second steps so far."""
+
+PATIENCE = 100
+"""Steps without a perturbation after which an optimizer does not go without a warning."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which steps perturb; the others are the base optimizer's. Steps are counted from 0.
+
+    A step n perturbs if ``start <= n < stop`` and ``(n - start) % every == 0``. Fewer perturbations want a larger rho:
+    docs/quality.md has measurements.
+
+    Args:
+        every: perturb every ``every``-th step; at least 1.
+        start: the first step that perturbs. A float is a share of ``total``: ``start=0.75`` is the last quarter.
+        stop: the first step that no longer perturbs, or a share of ``total``; None: there is none.
+        total: how many steps training has; needed for shares. If it ends earlier, a start given as a share may never
+            come: one warning says so.
+
+    Raises:
+        TypeError: an argument is no number of its kind.
+        ValueError: an argument is out of range, a share lacks ``total``, or no step lies between start and stop.
+    """
+
+    every: int = 1
+    start: int | float = 0
+    stop: int | float | None = None
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("total", 1)):
+            value = getattr(self, name)
+            if value is None and name == "total":
+                continue
+            if not _is_int(value):
+                raise TypeError(f"Schedule({name}=) must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"Schedule({name}=) must be at least {least}, got {value}")
+        first, end = self._step("start", self.start), self._step("stop", self.stop)
+        if end is not None and first is not None and first >= end:
+            raise ValueError(f"no step is perturbed: start is step {first}, stop is step {end}")
+
+    def _step(self, name: str, value: int | float | None) -> int | None:
+        """A bound in steps."""
+        if value is None:
+            return None
+        if isinstance(value, float):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"Schedule({name}=) as a float is a share of total, from 0.0 to 1.0, got {value}")
+            if self.total is None:
+                raise ValueError(f"Schedule({name}={value}) is a share of the steps: give total= as well")
+            return round(value * self.total)
+        if not _is_int(value):
+            raise TypeError(f"Schedule({name}=) must be an int (a step) or a float (a share of total), got {value!r}")
+        if value < 0:
+            raise ValueError(f"Schedule({name}=) must be at least 0, got {value}")
+        return value
+
+    @property
+    def first(self) -> int:
+        """The first step that perturbs."""
+        return self._step("start", self.start) or 0
+
+    def perturbs(self, step: int) -> bool:
+        """Whether a step perturbs."""
+        end = self._step("stop", self.stop)
+        return step >= self.first and (step - self.first) % self.every == 0 and (end is None or step < end)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise TypeError unless ``schedule`` is a Schedule or None."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a sam_fast.Schedule or None, got {schedule!r}")
+
+
+def steps_taken(param_groups: Sequence[dict[str, Any]]) -> int:
+    """The number of second steps so far. It is in the groups: a run that resumes goes on as it would have."""
+    return int(param_groups[0].get(STEP, 0))
+
+
+def count_step(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Count a second step."""
+    steps = steps_taken(param_groups) + 1
+    for group in param_groups:
+        group[STEP] = steps
+
+
+class ScheduleWatch:
+    """Warns once of a schedule under which no step was perturbed."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._record = _Record(schedule)
+        finalize(self, _Record.warn_at_the_end, self._record)
+
+    def count(self, step: int, perturbed: bool) -> None:
+        """Note a step, which was perturbed or not."""
+        self._record.count(step, perturbed)
+
+
+@dataclass
+class _Record:
+    schedule: Schedule
+    steps: int = 0
+    quiet: bool = False  # there was a perturbation, or a warning
+
+    def count(self, step: int, perturbed: bool) -> None:
+        resumed = self.steps == 0 and step > self.schedule.first  # the run before has perturbed
+        self.steps += 1
+        self.quiet = self.quiet or perturbed or resumed
+        if step + 1 == self.schedule.total:
+            self.warn(f"none of its {self.schedule.total} steps")
+
+    def warn_at_the_end(self) -> None:
+        if self.steps > PATIENCE:
+            self.warn(f"none of the {self.steps} steps there were")
+
+    def warn(self, which: str) -> None:
+        if not self.quiet:
+            self.quiet = True
+            warnings.warn(
+                f"{self.schedule} has perturbed {which}: this was training with the base optimizer alone. Check start, "
+                "total, rho and perturb",
+                RuntimeWarning,
+                stacklevel=2,
+            )

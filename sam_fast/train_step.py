@@ -1,0 +1,224 @@
+"""A whole SAM iteration in one call, whatever the schedule and the direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .options import check_at_least_zero
+from .unwrapping import unwrap
+
+
+class StepResult(NamedTuple):
+    """What a :class:`TrainStep` returns: 0-d tensors on the device. Reading them waits for it, nothing else has.
+
+    Attributes:
+        loss: mean over the whole batch; at w where the first pass saw all of it, else the second pass's.
+        sharpness: L(w + e) - L(w), where both passes saw the same samples, else None.
+        grad_norm: ``||T g||`` of the direction, unscaled or not as in :attr:`sam_fast.SAM.grad_norm`; None where the
+            step did not perturb.
+    """
+
+    loss: Tensor
+    sharpness: Tensor | None
+    grad_norm: Tensor | None
+
+
+class TrainStep:
+    """Does a whole SAM iteration: ``result = step(*batch)``.
+
+    BatchNorm statistics, random state, scaler, clipping and gradient synchronisation are as they must be. If anything
+    raises, the weights are restored and the gradients reset.
+
+    Args:
+        model: the model as it is called, in DDP or FSDP2 or not.
+        optimizer: a SAM, or a framework's wrapper of one.
+        loss_fn: ``loss_fn(model, *batch)`` returns the loss, a mean over the batch's rows.
+        ascent: share of the batch that the first pass sees, at most 1: rows 0, k, 2k, ... with ``k = round(1/ascent)``
+            of every tensor whose first dimension is the batch's. A quarter makes a step cost 1.25 (NFNets,
+            https://arxiv.org/abs/2102.06171). Batches should be shuffled.
+        micro_batches: both passes accumulate gradients over so many parts of the batch.
+        autocast: a dtype, or what makes or is a context manager that forward passes and the loss run in.
+        scaler: a torch.amp.GradScaler.
+        clip_grad_norm: largest norm of the second gradient over all parameters, as ``clip_grad_norm_`` has it, but
+            without another pass over memory where the second step is fused: the gradients are left as they are.
+        replay_rng: the second pass draws the first one's dropout masks; needs ``ascent=1``.
+        sync: False: each rank perturbs along its own gradient, see :meth:`sam_fast.SAM.first_pass`.
+        backward: called with the loss in place of ``loss.backward()``: ``accelerator.backward``, ``fabric.backward``.
+
+    Raises:
+        TypeError: ``optimizer`` leads to no SAM.
+        ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, or ``scaler`` with
+            ``backward``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loss_fn: Callable[..., Tensor],
+        *,
+        ascent: float = 1.0,
+        micro_batches: int = 1,
+        autocast: Any = None,
+        scaler: Any = None,
+        clip_grad_norm: float | None = None,
+        replay_rng: bool = False,
+        sync: bool = True,
+        backward: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        if not 0.0 < ascent <= 1.0:
+            raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
+        if not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ValueError(f"micro_batches must be an int of at least 1, got {micro_batches!r}")
+        if clip_grad_norm is not None:
+            check_at_least_zero("clip_grad_norm", clip_grad_norm)
+        if scaler is not None and backward is not None:
+            raise ValueError("scaler and backward were both given: backward has to scale the loss itself")
+        self.every = round(1 / ascent)
+        if replay_rng and self.every > 1:
+            raise ValueError("replay_rng=True needs ascent=1: masks of fewer rows are others")
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.sam = unwrap(optimizer)
+        self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
+        self.clip_grad_norm, self.replay_rng, self.sync, self.backward = clip_grad_norm, replay_rng, sync, backward
+
+    def __call__(self, *batch: Any) -> StepResult:
+        """One iteration.
+
+        Args:
+            batch: goes to ``loss_fn`` after the model: tensors, or lists, tuples and mappings of them; the first
+                tensor's first dimension is the batch's.
+
+        Raises:
+            ValueError: no tensor in ``batch`` has a row.
+        """
+        rows = number_of_rows(batch)
+        if not rows:
+            raise ValueError("the batch has no tensor with rows: pass what loss_fn takes after the model")
+        sam = self.sam
+        sam.zero_grad()
+        try:
+            first = None
+            if sam.needs_first_pass:
+                with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
+                    part = batch if self.every == 1 else every_row(batch, rows, self.every)
+                    first = self._pass(part, number_of_rows(part), -(-rows // self.micro_batches), self.sync)
+            sam.first_step(zero_grad=True)
+            with sam.second_pass(self.model):
+                second = self._pass(batch, rows, -(-rows // self.micro_batches), True)
+            grad_norm = sam.grad_norm if sam.perturbed else None
+            self._second_step()
+        except BaseException:
+            sam.restore()
+            sam.zero_grad()
+            raise
+        sam.zero_grad()
+        same_samples = first is not None and self.every == 1
+        loss = first if first is not None and same_samples else second
+        return StepResult(loss, second - loss if same_samples else None, grad_norm)
+
+    def _pass(self, batch: Any, rows: int, at_most: int, sync: bool) -> Tensor:
+        """Forward and backward over micro-batches of ``at_most`` rows. Returns the mean loss."""
+        total: Tensor | None = None
+        for begin in range(0, rows, at_most):
+            end = min(begin + at_most, rows)
+            part = batch if end - begin == rows else slice_rows(batch, rows, begin, end)
+            with ExitStack() as stack:
+                if sync and end < rows:
+                    stack.enter_context(accumulating(self.model))
+                with self._autocast():
+                    loss = self.loss_fn(self.model, *part)
+                    if end - begin < rows:
+                        loss = loss * ((end - begin) / rows)
+                self._backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        if isinstance(self.autocast, torch.dtype):
+            device = next(p.device.type for group in self.sam.param_groups for p in group["params"])
+            return torch.autocast(device, self.autocast)
+        made: AbstractContextManager[Any] = self.autocast if hasattr(self.autocast, "__enter__") else self.autocast()
+        return made
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.backward is not None:
+            self.backward(loss)
+        else:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def _second_step(self) -> None:
+        step = self.sam._step
+        step.clip_grad_norm = self.clip_grad_norm
+        try:
+            if self.scaler is not None:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            elif self.optimizer is self.sam:
+                self.sam.second_step()
+            else:
+                self.optimizer.step()
+        finally:
+            step.clip_grad_norm = None
+
+
+@contextmanager
+def accumulating(model: nn.Module) -> Iterator[None]:
+    """Gradients are not exchanged by DDP inside: a later micro-batch of the same pass exchanges their sum.
+
+    FSDP2 goes on to exchange them, which is right and costs communication.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if hasattr(type(module), "no_sync"):
+                stack.enter_context(module.no_sync())  # type: ignore[operator]
+        yield
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def number_of_rows(batch: Any) -> int:
+    """The first dimension of the first tensor that has one."""
+    return next((len(t) for t in _tensors(batch) if t.dim()), 0)
+
+
+def every_row(batch: Any, rows: int, every: int) -> Any:
+    """Rows 0, ``every``, 2 * ``every``, ... of every tensor that has ``rows``."""
+    return _mapped(batch, rows, lambda t: t[::every])
+
+
+def slice_rows(batch: Any, rows: int, begin: int, end: int) -> Any:
+    """Some rows of every tensor that has ``rows``."""
+    return _mapped(batch, rows, lambda t: t[begin:end])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _mapped(value: Any, rows: int, f: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``f`` of each tensor that has ``rows``, in containers of the same kind."""
+    if isinstance(value, Tensor):
+        return f(value) if value.dim() and len(value) == rows else value
+    if isinstance(value, Mapping):
+        return type(value)({key: _mapped(item, rows, f) for key, item in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple)):
+        items = [_mapped(item, rows, f) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

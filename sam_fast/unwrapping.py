@@ -1,0 +1,41 @@
+"""The SAM inside what a framework has put around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .sam import SAM
+
+INNER = ("_optimizer", "optimizer")
+"""Attributes under which Lightning, Fabric, Accelerate and others keep the optimizer that they wrap."""
+
+
+def unwrap(optimizer: Any) -> SAM:
+    """The SAM optimizer inside a wrapper such as Accelerate's, Lightning's or Fabric's, or in a list.
+
+    Args:
+        optimizer: a SAM, an object that keeps one in ``optimizer`` or ``_optimizer``, or a list or tuple with one of
+            these.
+
+    Raises:
+        TypeError: there is no SAM, or there are several in a list.
+    """
+    if isinstance(optimizer, (list, tuple)):
+        found = [sam for sam in map(_inner, optimizer) if sam is not None]
+        if len(found) != 1:
+            raise TypeError(f"unwrap(optimizer) needs one SAM, got a list with {len(found)} of them: pass one element")
+        return found[0]
+    sam = _inner(optimizer)
+    if sam is None:
+        raise TypeError(f"unwrap(optimizer) found no sam_fast.SAM in a {type(optimizer).__name__}")
+    return sam
+
+
+def _inner(optimizer: Any) -> SAM | None:
+    """What the wrappers lead to. A wrapper may itself be of a class derived from SAM, as Lightning's is."""
+    while True:
+        attributes = getattr(optimizer, "__dict__", {})
+        inner = next((attributes[name] for name in INNER if attributes.get(name) is not None), None)
+        if inner is None or inner is optimizer:
+            return optimizer if isinstance(optimizer, SAM) else None
+        optimizer = inner
