@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 ORDER = [
     "test_optimizer_step",
     "test_training",
+    "test_cheap_sam",
     "test_overhead",
     "test_ops",
     "test_memory",
