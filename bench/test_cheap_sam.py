@@ -5,7 +5,7 @@ perturb.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -18,18 +18,19 @@ from bench.harness import Bench, Contender, Plan, make_params
 from bench.networks import NETWORKS
 from bench.shapes import SHAPES
 from bench.test_training import SGD, SGD_ONCE, sgd_iteration
-from sam_fast import SAM, Schedule, TrainStep
+from sam_fast import SAM, Schedule, TrainStep, norm_layers_only
 
 CYCLE = 4
 """Iterations that are timed together: one of them perturbs under ``Schedule(every=4)``."""
 
-CHEAPER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sam_fast": ({}, {}),
-    "ascent=1/4": ({}, {"ascent": 0.25}),
-    "every=4": ({"schedule": Schedule(every=CYCLE)}, {}),
-    "previous": ({"along": "previous"}, {}),
+Params = Callable[[nn.Module], Iterable[Any]]
+CHEAPER: dict[str, tuple[Params, dict[str, Any], dict[str, Any]]] = {
+    "sam_fast": (nn.Module.parameters, {}, {}),
+    "ascent=1/4": (nn.Module.parameters, {}, {"ascent": 0.25}),
+    "every=4": (nn.Module.parameters, {"schedule": Schedule(every=CYCLE)}, {}),
+    "norm layers only": (norm_layers_only, {}, {}),
 }
-"""Name -> options of SAM and of TrainStep."""
+"""Name -> what makes the parameters or groups, options of SAM, options of TrainStep."""
 
 PRICE, UNPERTURBED = "iteration, fewer passes", "unperturbed step"
 
@@ -53,9 +54,9 @@ def test_iteration_with_fewer_passes(bench: Bench, name: str) -> None:
     model = network.make().to(bench.device)
     x, y = (t.to(bench.device) for t in network.batch())
     contenders = {}
-    for contender, (options, step_options) in CHEAPER.items():
+    for contender, (params_of, options, step_options) in CHEAPER.items():
         trained = copy.deepcopy(model)
-        step = TrainStep(trained, SAM(trained.parameters(), **SGD, **options), loss_of, **step_options)
+        step = TrainStep(trained, SAM(params_of(trained), **SGD, **options), loss_of, **step_options)
         contenders[contender] = Contender(cycle(lambda step=step: step(x, y)), head_start=WITH_LAUNCHES)
     contenders[SGD_ONCE] = Contender(cycle(sgd_iteration(copy.deepcopy(model), x, y, fused=True)))
     contenders[SGD_ONCE].head_start = WITH_LAUNCHES

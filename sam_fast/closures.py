@@ -186,7 +186,7 @@ def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
     optimizer.first_step(zero_grad=True)
     if surely:
         return True
-    if step.along_own_gradient and float(optimizer.grad_norm) == 0.0:
+    if step.perturbs and float(optimizer.grad_norm) == 0.0:
         optimizer._perturbation.restore()
         step.end()
         return False

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .batchnorm import frozen_running_stats
 from .devices import devices_of
-from .directions import PreviousGradient
 from .perturbation import Perturbation
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, as_models, check_models
@@ -26,7 +25,6 @@ class Passes:
     _step: StepState
     _perturbation: Perturbation
     _schedule: Schedule | None
-    _direction: PreviousGradient | None
 
     @property
     def perturbed(self) -> bool:
@@ -42,8 +40,8 @@ class Passes:
 
     @property
     def needs_first_pass(self) -> bool:
-        """Whether the coming step perturbs along this batch's gradient. Where it does not, no first pass is needed."""
-        return self._direction is None and self.will_perturb
+        """Whether the coming step perturbs, along this batch's gradient. Where it does not, no first pass is needed."""
+        return self.will_perturb
 
     @property
     def grad_norm(self) -> Tensor:

@@ -5,7 +5,6 @@ restore.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forc
 from .backends.bucket import ParameterError
 from .backends.columns import all_none, local_tensor, same_objects
 from .backends.memory import is_plain, is_wrapper, overlapping
-from .directions import PreviousGradient
 from .norm import Norm
 from .options import name_of
 from .steps import NotFused
@@ -64,7 +62,6 @@ class Perturbation:
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
         self._began = False  # a backup has been allocated
-        self._has_direction = True  # in the last perturb()
 
     def holds(self, dtypes: Sequence[torch.dtype]) -> bool:
         """Whether there are parameters of one of these dtypes."""
@@ -155,35 +152,24 @@ class Perturbation:
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def perturb(
-        self,
-        param_groups: ParamGroups,
-        rounding_key: int | None = None,
-        own_gradient: bool = False,
-        along: PreviousGradient | None = None,
-    ) -> None:
+    def perturb(self, param_groups: ParamGroups, rounding_key: int | None = None, own_gradient: bool = False) -> None:
         """Back the weights up and move them to ``w + e``. If this raises, the weights are as they were.
-
-        Nothing happens where ``along`` has no direction.
 
         Args:
             param_groups: those of the optimizer.
             rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
             own_gradient: DTensor gradients that are partial sums are not added up.
-            along: the direction; None is the gradient.
         """
         self.prepare(param_groups)
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key)
-        if not self._collect(options, own_gradient, along):
+        if not self._collect(options, own_gradient):
             # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they
             # are.
             self._build(param_groups)
-            if not self._collect(options, own_gradient, along):
+            if not self._collect(options, own_gradient):
                 raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
-        if not self._has_direction:
-            return
         perturbed = self._perturbed_buckets(options)
         for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
@@ -216,24 +202,19 @@ class Perturbation:
         if not self.flatten and any(frozen):
             self._build(param_groups)
 
-    def _collect(self, options: GroupOptions, own_gradient: bool, along: PreviousGradient | None) -> bool:
+    def _collect(self, options: GroupOptions, own_gradient: bool) -> bool:
         try:
-            return self._collected(options, own_gradient, along)
+            return self._collected(options, own_gradient)
         except ParameterError as error:
             raise self._named(error) from None
 
-    def _collected(self, options: GroupOptions, own_gradient: bool, along: PreviousGradient | None) -> bool:
+    def _collected(self, options: GroupOptions, own_gradient: bool) -> bool:
         if not self.storage.collect(own_gradient):
             return False
         left_out = self._left_out_with_gradient() if self.left_out else ()
         if any(p.grad is not None and _takes_part(p, perturb) for p, perturb in left_out):
             return False
-        columns = None if along is None else along.columns(self.buckets, self.storage)
-        self._has_direction = along is None or columns is not None
-        if not self._has_direction:
-            return True
-        of_buckets = repeat(None, len(self.buckets)) if columns is None else columns
-        if not all(bucket.collect(options, column) for bucket, column in zip(self.buckets, of_buckets, strict=True)):
+        if not all(bucket.collect(options) for bucket in self.buckets):
             return False
         # With flatten=True the tensors are flat buffers.
         return self.flatten or not any(bucket.moved for bucket in self.buckets) or not self._shares_anew()
@@ -259,7 +240,7 @@ class Perturbation:
         if not self.fits(param_groups) or any(p.grad is not None for p, _ in self._left_out_with_gradient()):
             return None
         everything = GroupOptions([{"rho": 0.0, "eta": 0.0, "adaptive": False, "perturb": True}] * len(param_groups))
-        if not self._collect(everything, False, None):
+        if not self._collect(everything, False):
             return None
         return self._measured(everything).own_norm()
 

@@ -15,7 +15,6 @@ from .base_step import BaseStep
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
 from .closures import AUTO, are_new, check_closure_option, closure_step, mark_used, step_without_closure
-from .directions import GRADIENT, direction
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
 from .passes import Passes
@@ -67,8 +66,8 @@ class SAM(Passes, OptimizerWrapper):
             right on average, and with a fused second step the new weights too; False rounds to nearest, which loses
             most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
         schedule: which steps perturb, a :class:`sam_fast.Schedule`; None: all do.
-        along: the direction of the perturbation. "gradient": this batch's, from a first pass. "previous": the gradient
-            that the last step was made with, which costs no pass (https://arxiv.org/abs/2503.11147).
+        along: the direction of the perturbation: "gradient", this batch's, from a first pass. Others did not keep
+            enough of SAM's accuracy to be here (docs/quality.md).
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -97,21 +96,22 @@ class SAM(Passes, OptimizerWrapper):
         closure: str = AUTO,
         stochastic_rounding: bool | None = None,
         schedule: Schedule | None = None,
-        along: str = GRADIENT,
+        along: str = "gradient",
         **base_kwargs: Any,
     ) -> None:
         make = make_base(params, base_optimizer, base_kwargs)
         check_at_least_zero("perturb_eps", perturb_eps)
         check_closure_option("closure", closure)
         check_schedule(schedule)
-        direction(along)
+        if along != "gradient":
+            raise ValueError(f'along must be "gradient", got {along!r}: docs/quality.md says why there is no other')
         forced(backend)
         groups = as_groups(params)
         if stochastic_rounding not in (None, True, False):
             raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
         self._rounds = STOCHASTIC_ROUNDING_DEFAULT if stochastic_rounding is None else stochastic_rounding
         self._closure = closure
-        self._schedule, self._along = schedule, along
+        self._schedule = schedule
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
         self._fill_in_options(groups)
         super().__init__(groups)
@@ -128,7 +128,6 @@ class SAM(Passes, OptimizerWrapper):
         """Build what is not copied."""
         self._base_step = BaseStep(self.base_optimizer)
         self._step = StepState()
-        self._direction = direction(self._along)
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
         watch_steps(self._step)
         self._prepare()
@@ -150,7 +149,6 @@ class SAM(Passes, OptimizerWrapper):
             "_rounds": self._rounds,
             "_closure": self._closure,
             "_schedule": self._schedule,
-            "_along": self._along,
             "_perturbation": (self._perturbation.backend, self._perturbation.flatten, self._perturbation.eps),
         }
 
@@ -203,15 +201,15 @@ class SAM(Passes, OptimizerWrapper):
         groups = self.base_optimizer.param_groups
         if any("perturb" not in group for group in groups):  # added to the base optimizer, or loaded into it
             self._fill_in_options(groups)
-        needed = self.needs_first_pass
-        first_pass_done = needed or step.first_pass_entered or are_new(self._gradients())
-        if needed or self.will_perturb:
+        perturbs = self.will_perturb
+        first_pass_done = perturbs or step.first_pass_entered or are_new(self._gradients())
+        if perturbs:
             rounds = self._rounds and self._rounds_stochastically()
             key = rounding_key(steps_taken(groups), PERTURB) if rounds else None
-            self._perturbation.perturb(groups, key, step.own_gradient, self._direction)
+            self._perturbation.perturb(groups, key, step.own_gradient)
         else:
             self._perturbation.prepare(groups)
-        step.active, step.first_pass_done, step.along_own_gradient = True, first_pass_done, needed
+        step.active, step.first_pass_done, step.perturbs = True, first_pass_done, perturbs
         if zero_grad:
             self.zero_grad()
 
@@ -303,7 +301,7 @@ class SAM(Passes, OptimizerWrapper):
         if step.grad_scale is not None or step.found_inf is not None:
             # Where each rank perturbs along its own gradient, an overflow of one in the first pass must not make it
             # part from the others.
-            norm = perturbation.norm.value if step.along_own_gradient and not step.own_gradient else None
+            norm = perturbation.norm.value if step.perturbs and not step.own_gradient else None
             scaling = scaling_of(step.grad_scale, step.found_inf, norm)
         if step.first_pass_entered:
             step.forget_first_pass()
@@ -322,24 +320,18 @@ class SAM(Passes, OptimizerWrapper):
             if not perturbation.active:
                 step.end()
         step.path = "fused" if reason is None else reason
-        if self._schedule is not None or rounds or self._direction is not None:
-            self._finish_step(perturbed, rounds)
+        if self._schedule is not None or rounds:
+            self._count_step(perturbed)
         if scaling is not UNSCALED:
             report_overflow(self, scaling)
 
-    def _finish_step(self, perturbed: bool, rounds: bool) -> None:
-        """Count the step, and keep its gradients if they are the next step's direction."""
+    def _count_step(self, perturbed: bool) -> None:
         groups = self.base_optimizer.param_groups
         if self._schedule_watch is not None:
             self._schedule_watch.count(steps_taken(groups), perturbed)
-        if self._schedule is not None or rounds:
-            count_step(groups)
-        if self._direction is not None:
-            if self.will_perturb:
-                self._direction.keep(groups, copied=self._perturbation.flatten)
-            else:
-                self._direction.forget()
-        mark_used(self._gradients())  # they must not look like a first pass of the next step
+        count_step(groups)
+        if self._schedule is not None:
+            mark_used(self._gradients())  # they must not look like a first pass of the next step
 
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)
@@ -364,8 +356,6 @@ class SAM(Passes, OptimizerWrapper):
 
         With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says.
         """
-        if self._direction is not None and not set_to_none:
-            self._direction.copy_before_zeroing()
         if self._perturbation.flatten:
             self._perturbation.zero_grad()
         else:

@@ -19,12 +19,12 @@ class StepState:
     Attributes:
         active: ``first_step`` was called, whether it perturbed or not, and the step is not over.
         first_pass_done: there was a first pass, whose batch has counted in the running statistics.
-        along_own_gradient: the perturbation's norm is that of this step's first gradient.
+        perturbs: the norm is that of this step's first gradient.
     """
 
     active: bool = False
     first_pass_done: bool = False
-    along_own_gradient: bool = False
+    perturbs: bool = False
 
     random_state: RandomState | None = None
     own_gradient: bool = False  # the gradient of this rank alone
@@ -41,7 +41,7 @@ class StepState:
 
     def end(self) -> None:
         """The step is over, or was given up."""
-        self.active, self.first_pass_done, self.along_own_gradient = False, False, False
+        self.active, self.first_pass_done, self.perturbs = False, False, False
 
 
 def set_by_scaler(name: str) -> property:

@@ -6,8 +6,7 @@ The kernels then see one tensor per parameter group instead of one per parameter
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -82,24 +81,6 @@ class FlatBuffers:
             self.runs.append(run)
             self.run_groups.append(groups[begin])
             self.run_params.append(self.params[begin:end])
-
-    @cached_property
-    def column(self) -> Tensor:
-        """Memory for a direction that is not the gradient, laid out as the weights."""
-        return torch.zeros_like(self.weights)
-
-    @torch.no_grad()
-    def fill_column(self, direction_of: Callable[[Tensor], Tensor | None]) -> list[Tensor]:
-        """Bring directions into ``column``, zeros where there is none. Returns the groups' runs of it."""
-        for p, view, slot in zip(self.params, self.weight_views, self._slots, strict=True):
-            target, direction = self.column.as_strided(view.shape, view.stride(), slot), direction_of(p)
-            if direction is None:
-                target.zero_()
-            else:
-                check_direction(direction, view, p)
-                target.copy_(direction)
-        firsts = [(run.data_ptr() - self.weights.data_ptr()) // self.weights.element_size() for run in self.runs]
-        return [self.column[first : first + len(run)] for first, run in zip(firsts, self.runs, strict=True)]
 
     def intact(self) -> bool:
         """True if every parameter still lies where it was put, as it was laid out."""
@@ -239,11 +220,6 @@ class Flat(InPlace):
         for flat in self.buffers:
             flat.collect_grads()
         return True
-
-    def columns(
-        self, buckets: Sequence[Bucket], direction_of: Callable[[Tensor], Tensor | None]
-    ) -> list[list[Tensor | None]]:
-        return [[*flat.fill_column(direction_of)] for flat in self.buffers]
 
     def _intact(self) -> bool:
         return all(flat.intact() for flat in self.buffers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,12 +56,6 @@ class InPlace:
             own_gradient: each process perturbs along the gradient it has: partial sums are not added up.
         """
         return True
-
-    def columns(
-        self, buckets: Sequence[Bucket], direction_of: Callable[[Tensor], Tensor | None]
-    ) -> list[list[Tensor | None]]:
-        """For each bucket the directions of its tensors, which ``direction_of`` gives for each parameter."""
-        return [[direction_of(p) for p in bucket.sources] for bucket in buckets]
 
     def combine(self, sums: Iterable[tuple[Bucket, Tensor, NormSum]]) -> None:
         """Make each device's sum that over all processes."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -65,9 +65,7 @@ class Sharded(InPlace):
 
     def _gradient_of(self, param: Any) -> Tensor | None:
         """What this process holds of a gradient, laid out as the parameter is."""
-        return self._local_of(param, param.grad)
-
-    def _local_of(self, param: Any, grad: Any) -> Tensor | None:
+        grad = param.grad
         if grad is None or not is_dtensor(param):
             return grad  # type: ignore[no-any-return]
         with torch.no_grad():
@@ -76,12 +74,6 @@ class Sharded(InPlace):
                 grad = grad.redistribute(placements=param.placements)
             local: Tensor = local_tensor(grad)
             return local.detach()
-
-    def columns(
-        self, buckets: Sequence[Bucket], direction_of: Callable[[Tensor], Tensor | None]
-    ) -> list[list[Tensor | None]]:
-        self._own_gradient = False
-        return super().columns(buckets, lambda p: self._local_of(p, direction_of(p)))
 
     def _is_own(self, param: Any, grad: Any) -> bool:
         """Whether a gradient is to be taken as it is although it is placed otherwise than its parameter."""
