@@ -84,6 +84,7 @@ def without(optimizer: SAM) -> SAM:
     return optimizer
 
 
+@pytest.mark.not_interpreted
 @dtypes
 @bases
 def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, taken):
@@ -122,6 +123,7 @@ def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, t
                 assert torch.allclose(state[name], expected[name], rtol=200 * eps, atol=200 * eps * 1e-2)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize(("base", "options"), CASES[len(SGD_OPTIONS) :], ids=IDS[len(SGD_OPTIONS) :])
 def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, options, taken):
     """From the same weights, gradients and state, in float32."""
@@ -447,6 +449,7 @@ def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
     assert all(torch.allclose(x, y, rtol=1e-6, atol=1e-8) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.not_interpreted
 def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
     """A parameter with gaps in memory goes through the torch backend, in the same step."""
     results = []

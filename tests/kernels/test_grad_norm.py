@@ -68,12 +68,14 @@ def test_no_gradient_at_all_is_zero(step):
     assert step(make_params(SIZES, grads=False)).grad_norm() == 0.0
 
 
+@pytest.mark.no_race
 def test_ten_thousand_tensors(step, kernels):
     count = 500 if INTERPRETED else 10_000
     params = make_params([1 + i % 7 for i in range(count)])
     assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
 
 
+@pytest.mark.no_race
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("size", [1, 17, 40_000])
@@ -83,6 +85,7 @@ def test_non_finite_gradient_is_noticed_wherever_it_is(step, place, value, size)
     assert not math.isfinite(step(params).grad_norm())
 
 
+@pytest.mark.no_race
 def test_float32_squares_do_not_overflow_or_underflow(step, kernels):
     for scale in (1e30, 1e-30, 1e22, 1e-22):
         params = make_params([1000, 40_007])
@@ -91,6 +94,7 @@ def test_float32_squares_do_not_overflow_or_underflow(step, kernels):
         assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
 
 
+@pytest.mark.no_race
 def test_same_bits_whatever_the_number_of_threads(step, kernels):
     if kernels.name == "torch":
         pytest.skip("torch's own reductions depend on the number of threads")

@@ -106,6 +106,7 @@ def test_against_float64(step, operation, name, dtype):
                 assert_stepped(state[key][i], tensor, dtype, 0.01)
 
 
+@pytest.mark.no_race
 @cases
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("size", [1, 15, 17, 16_385, *([] if SLOW else [300_001])])
@@ -162,6 +163,7 @@ def test_rows_without_a_gradient_are_put_back_and_rows_never_saved_are_stepped(s
     assert not s.bucket.saved()
 
 
+@pytest.mark.no_race
 @cases
 def test_gradients_are_scaled(step, operation, name):
     results = []
@@ -189,6 +191,7 @@ def whole(params: list[Tensor], state: dict[str, list[Tensor | None]]) -> list[T
     return values([*params, *(t for tensors in state.values() for t in tensors if t is not None)])
 
 
+@pytest.mark.no_race
 @dtypes
 @cases
 @pytest.mark.usefixtures("_on_device")
@@ -208,6 +211,7 @@ def test_an_overflow_is_decided_upon_on_the_device(step, operation, name, dtype)
     assert not s.bucket.saved()
 
 
+@pytest.mark.no_race
 @cases
 @pytest.mark.usefixtures("_on_device")
 def test_no_overflow_is_an_ordinary_step(step, operation, name):
