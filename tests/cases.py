@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_fast import backends
+from sam_fast import SAM, backends
+from sam_fast.backends import Bucket
 from sam_fast.backends.bucket import CHUNK
 from sam_fast.backends.memory import is_dense
 
@@ -81,6 +82,16 @@ def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
 def is_dense_of_a_stand_in(tensor: Any) -> bool:
     """``is_dense`` for what only has a tensor's shape and strides."""
     return is_dense(torch.empty_strided(tensor.shape, tensor.stride(), device="meta"))
+
+
+def buckets_of(optimizer: SAM) -> list[Bucket]:
+    """For tests of what a bucket does inside a whole step, and of what it costs."""
+    return optimizer._perturbation.buckets
+
+
+def flattened(optimizer: SAM) -> bool:
+    """Whether it was made with ``flatten=True``, also while parameters have left their flat buffer."""
+    return optimizer._perturbation.flatten
 
 
 def make_params(

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+from cases import flattened
 from torch import Tensor
 
 from sam_fast import SAM
@@ -46,7 +47,7 @@ def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]
                 t = wide(p).abs() + group["eta"] if group["adaptive"] else torch.ones((), dtype=torch.float64)
                 terms.append((t * wide(p.grad)).abs().square().sum())
                 moving.append((p, group, t))
-            elif group["adaptive"] and optimizer._perturbation.flatten and not p.isfinite().all():
+            elif group["adaptive"] and flattened(optimizer) and not p.isfinite().all():
                 # docs/guarantees.md: not told from a gradient of zeros
                 terms.append(torch.tensor(math.nan, dtype=torch.float64))
     norm = float(torch.stack(terms).sum().sqrt()) if terms else 0.0

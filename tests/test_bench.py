@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import buckets_of
 
 from bench import compare, report, targets
 from bench.clock import BASELINE, OURS, WITH_LAUNCHES, DeviceTimer, Gpu, Rehearsal
@@ -303,7 +304,7 @@ def test_a_wrong_operation_is_not_timed(op, monkeypatch):
     optimizer.first_step()
     optimizer.restore()
     contender_of(op, optimizer, problem)
-    kind = type(optimizer._perturbation.norm.parts[0][0])
+    kind = type(buckets_of(optimizer)[0])
     right = getattr(kind, op)
 
     def wrong(bucket, *others, **named):

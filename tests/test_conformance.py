@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, normal, same_bits, same_step, values
+from cases import buckets_of, make_params, normal, same_bits, same_step, values
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch_conformance import REFUSED, optimizer_infos
@@ -364,7 +364,7 @@ def test_more_than_two_to_the_31_elements_on_the_meta_device() -> None:
     for parameter in (p, q):
         parameter.grad = torch.empty_like(parameter)
     optimizer = SAM([p, q], lr=0.1)
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     assert bucket.slots == [0, 2**31 + 32]
     row, _, begin, count, slot = bucket.chunks[-2].tolist()
     assert (row, begin + count, slot) == (0, size, begin)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import is_dense_of_a_stand_in, make_params, same_bits
+from cases import buckets_of, is_dense_of_a_stand_in, make_params, same_bits
 
 from sam_fast import SAM, backends, devices, fused_step, norm
 from sam_fast.__main__ import main
@@ -85,7 +85,7 @@ def test_adams_counters_on_the_host_are_no_error_on_a_gpu_unless_it_captures(gpu
     optimizer = SAM(params, base, lr=0.1)
     optimizer.first_step()
     optimizer.second_step()
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     assert bucket.host_counters
     on_gpu = SimpleNamespace(host_counters=bucket.host_counters, device=CUDA)
     fused_step._check_host_counters(on_gpu, Scaling(None, None))

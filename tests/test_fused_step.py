@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, EPSILON, SIZES, make_params, normal, same_bits, values
+from cases import DTYPES, EPSILON, SIZES, buckets_of, make_params, normal, same_bits, values
 from torch import nn
 
 from sam_fast import SAM, sam
@@ -342,7 +342,7 @@ def test_an_interrupted_step_can_be_repeated(monkeypatch):
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(optimizer._perturbation.buckets[0]), "restore_and_step", interrupted)
+    monkeypatch.setattr(type(buckets_of(optimizer)[0]), "restore_and_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.second_step()
     assert optimizer.perturbed

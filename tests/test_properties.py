@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EPSILON, normal, same_bits, values
+from cases import EPSILON, flattened, normal, same_bits, values
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from model_of_sam import climbed, params_of, stepped
@@ -381,7 +381,7 @@ class Run:
         """As model code does that assigns ``p.data``."""
         p = self.params[index % len(self.params)]
         p.data = p.detach().clone()
-        self.left_flat = self.optimizer._perturbation.flatten
+        self.left_flat = flattened(self.optimizer)
 
     def add_group(self, spec: Any) -> None:
         group = {"params": [make_param(*spec[:3], "contiguous")]}

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import same_bits, values
+from cases import buckets_of, same_bits, values
 from parallel import (
     RHO,
     SGD,
@@ -81,7 +81,7 @@ def a_step(
     stale = (params[0] * params[0]).sum()
     started = collectives(optimizer.first_step)
     perturbed = [p.full_tensor().detach().clone() for p in params]
-    assert all(row.grad is None for bucket in optimizer._perturbation.buckets for row in bucket.tensors), (
+    assert all(row.grad is None for bucket in buckets_of(optimizer) for row in bucket.tensors), (
         "gradients are kept alive"
     )
     if before[0].numel() > 0:
@@ -96,7 +96,7 @@ def a_step(
     restored = same_bits([p.to_local() for p in params], before)
     started += collectives(optimizer.first_step)
     optimizer.second_step()
-    backups = sum(bucket.backup.numel() for bucket in optimizer._perturbation.buckets)
+    backups = sum(bucket.backup.numel() for bucket in buckets_of(optimizer))
     padding = len(params) * 64 // dtype.itemsize
     assert backups <= sum(w.numel() for w in before) + padding, "a backup of more than the local parts"
     local = {

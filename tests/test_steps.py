@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SmallNet, make_params, same_bits, values
+from cases import SmallNet, buckets_of, make_params, same_bits, values
 from torch import Tensor, nn
 
 from sam_fast import SAM
@@ -183,7 +183,7 @@ def test_a_restore_that_was_interrupted_is_finished_by_the_next(make: Make, monk
     optimizer = make(params)
     before = values(params)
     optimizer.first_step()
-    first, second = optimizer._perturbation.buckets
+    first, second = buckets_of(optimizer)
     original, calls = type(first).restore, []
 
     def restore(self: Any, release: bool = True) -> None:

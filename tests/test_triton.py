@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, INTERPRETED, SIZES, is_dense_of_a_stand_in, make_params, same_bits, values
+from cases import CHUNK, DTYPES, INTERPRETED, SIZES, buckets_of, is_dense_of_a_stand_in, make_params, same_bits, values
 from torch import nn
 
 from sam_fast import SAM, backends
@@ -249,7 +249,7 @@ def test_programs_without_chunks_write_zero():
 def test_tables_are_uploaded_only_when_they_changed():
     params = make_params([100, 3000])
     optimizer = SAM(params, lr=0.0, backend="triton")
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     uploads = (bucket.directions, bucket.addresses, bucket.numbers, bucket.targets)
 
     def step() -> tuple[int, ...]:
@@ -274,7 +274,7 @@ def test_tables_are_uploaded_only_when_they_changed():
     params[1].grad = torch.ones(3000)
     params[1].data = params[1].data.clone()
     optimizer.first_step()  # builds new buckets only where a row no longer matches: an address alone may change
-    assert optimizer._perturbation.buckets == [bucket]
+    assert buckets_of(optimizer) == [bucket]
     optimizer.restore()
     assert step() == (0, 1, 0, 0)
 
@@ -366,7 +366,7 @@ def test_interrupted_first_step(monkeypatch, when, change):
     before = values(params)
     optimizer.first_step()
     optimizer.second_step()
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     bucket.backup.fill_(7.0)  # an old backup
     if change:  # the weights are given another dtype before the step is undone
         restore = type(bucket).restore

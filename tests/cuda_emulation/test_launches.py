@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import make_params, same_bits, values
+from cases import buckets_of, make_params, same_bits, values
 
 from sam_fast import SAM, backends
 
@@ -62,7 +62,7 @@ def make(sizes, groups: int = 1, **options) -> tuple[SAM, list[torch.nn.Paramete
     optimizer = SAM(
         [{"params": params[i : i + part]} for i in range(0, len(params), part)], lr=0.1, backend="cuda", **options
     )
-    if optimizer._perturbation.flatten:
+    if options.get("flatten"):
         for p in params:
             p.grad.fill_(0.01)
     return optimizer, params
@@ -329,7 +329,7 @@ def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
     optimizer = SAM([p], lr=0.1, adaptive=adaptive, backend="cuda")
     optimizer.first_step()
     optimizer.restore()
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     options = backends.GroupOptions(optimizer.param_groups)
     partials, norm = torch.zeros(bucket.num_partials, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     assert bucket.collect(options)

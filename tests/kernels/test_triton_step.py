@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, INTERPRETED, make_params, same_bits, values
+from cases import CHUNK, DTYPES, INTERPRETED, buckets_of, make_params, same_bits, values
 from conftest import UNSCALED, Step, rule_named
 from step_table import CASES, STEPS
 from test_step import make_state, row_state, take
@@ -355,13 +355,13 @@ def test_adams_counters_on_the_host_cost_no_upload_per_step():
     twin = SAM(twin_groups, torch.optim.AdamW, lr=0.01, backend="cpu" if "cpu" in backends.available() else "torch")
 
     def step() -> int:
-        tables = optimizer._perturbation.step_buckets(optimizer.param_groups)
-        before = sum(table.numbers.uploads for table in tables)
+        used = buckets_of(optimizer)
+        before = sum(bucket.numbers.uploads for bucket in used)
         for each in (optimizer, twin):
             each.first_step()
             each.second_step()
         assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-8) for p, q in zip(params, twin_params, strict=True))
-        return sum(table.numbers.uploads for table in tables) - before
+        return sum(bucket.numbers.uploads for bucket in used) - before
 
     assert [step() for _ in range(5)] == [1, 0, 0, 0, 0]
     gradient, params[3].grad, twin_params[3].grad = params[3].grad, None, None
