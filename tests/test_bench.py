@@ -244,14 +244,14 @@ def record_at(share: float, group: str, device: str = "cuda") -> Record:
 
 
 def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
-    wrong = [record_at(1.11, "op restore_sgd"), record_at(1.4, "first_step, SGD")]
-    right = [record_at(1.09, "op restore_adam"), record_at(1.4, "op grad_norm"), record_at(1.4, "op perturb", "cpu")]
+    wrong = [record_at(1.11, "op step_sgd"), record_at(1.4, "first_step, SGD")]
+    right = [record_at(1.09, "op step_adam"), record_at(1.4, "op grad_norm"), record_at(1.4, "op perturb", "cpu")]
     assert "cuda at 111 % of the copy's bandwidth" in wrong[0].invalid()
     assert not any(record.invalid() for record in right)
     Run({**MACHINE, "kind": "cuda"}, wrong + right).save(tmp_path / "run.json")
     run = Run.load(tmp_path / "run.json")
     assert [r.group for r in run.records] == [r.group for r in right]
-    assert [text.partition(",")[0] for text in run.left_out] == ["op restore_sgd", "first_step"]
+    assert [text.partition(",")[0] for text in run.left_out] == ["op step_sgd", "first_step"]
     assert "| 140 %" not in "\n".join(
         line for line in report.markdown(run_with(), run).splitlines() if "first_step" in line
     )
@@ -282,9 +282,9 @@ def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
 @pytest.mark.parametrize(
     ("op", "base", "options"),
     [
-        ("restore_sgd", torch.optim.SGD, {}),
-        ("restore_sgd", torch.optim.AdamW, {}),
-        ("restore_adam", torch.optim.SGD, {"momentum": 0.9}),
+        ("step_sgd", torch.optim.SGD, {}),
+        ("step_sgd", torch.optim.AdamW, {}),
+        ("step_adam", torch.optim.SGD, {"momentum": 0.9}),
     ],
 )
 def test_an_operation_is_timed_with_its_own_base_optimizer(op, base, options):
