@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cuda_emulation.build import steps
+from cuda_emulation.build import operations, steps
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ["80", "90", "100"]
 STEPS = steps(CSRC)
-OPERATIONS = ["grad_norm", "perturb", "copy", *STEPS]
+OPERATIONS = [*operations(CSRC), *STEPS]
 DTYPES = {"float32": "Native<float>", "float64": "Native<double>", "bfloat16": "bf16", "float16": "f16"}
 
 KERNELS = {"copy": 6, "grad_norm": 12}
