@@ -78,7 +78,7 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 FLOAT32 = not nightly and not float64 and not bfloat16 and not float16
 
 test-cuda: $(EMULATION)/plain/_cuda.so
-	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py -m "$(FLOAT32)"
+	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_perturbation.py test_sam.py test_flat.py -m "$(FLOAT32)"
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
