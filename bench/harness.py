@@ -487,7 +487,7 @@ class Problem:
             backward()
             method.optimizer.first_step()
             if step == 0:
-                check_close(name, method.params, self.perturbed, norm_error * self._largest_climb)
+                check_close(name, method.params, self.perturbed, norm_error * self._largest_perturbation)
             method.optimizer.zero_grad()
             backward()
             method.optimizer.second_step()
@@ -498,7 +498,7 @@ class Problem:
         check_close(name, method.params, self.stepped, slack)
 
     @cached_property
-    def _largest_climb(self) -> float:
+    def _largest_perturbation(self) -> float:
         return max(float((p - w).abs().max()) for p, (w, _) in zip(self.perturbed, self._pieces(), strict=True))
 
 

@@ -70,7 +70,7 @@ def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
 
     cpu and triton square and add in float64: products of float32 numbers are exact there, and what is left is the error
     of the sums. cuda adds 32 squares at a time in float32: six roundings of half an epsilon in the square, half of that
-    in the norm. torch multiplies |w| g in the rows' own dtype (float32 for the 16-bit ones).
+    in the norm. torch multiplies |w| g in the tensors' own dtype (float32 for the 16-bit ones).
     """
     if backend == "torch":
         return 1e-7

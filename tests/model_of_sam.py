@@ -1,4 +1,4 @@
-"""A model of the optimizer that is slow and obviously right: what each call must do, from a snapshot taken before it.
+"""A model of the optimizer that is slow and obviously correct: what each call must do, from a snapshot taken before it.
 
 Nothing is carried along but the weights at which the step began. The perturbation is computed in float64 by the paper's
 formula, one parameter at a time; the base optimizer's step is taken by a copy of the base optimizer itself, on copies
@@ -36,7 +36,7 @@ def as_laid_out(values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=dtype).copy_(values)
 
 
-def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]]:
+def perturbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]]:
     """The norm, and for each parameter that moves ``w + e`` in float64 (all of them, unmoved, where the norm is not
     finite).
     """

@@ -257,9 +257,7 @@ class ScaledByMean(nn.Module):
 
 
 def test_backward_after_the_frozen_block_is_never_a_wrong_gradient() -> None:
-    """A statistic that was changed in place and is put back: an error, as invariant 5 has it for weights, or the right
-    gradient.
-    """
+    """A statistic that was changed in place and is put back: an error, as for weights, or the correct gradient."""
     model = ScaledByMean(3)
     x = torch.randn(8, 3, requires_grad=True)
     (expected,) = torch.autograd.grad(ScaledByMean(3)(x).sum(), x)

@@ -104,10 +104,10 @@ def test_a_wrong_result_is_not_timed(mistake):
     problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
     method = sam_fast(problem)
     problem.check("right", sam_fast(problem))
-    right = getattr(method.optimizer, mistake)
+    original = getattr(method.optimizer, mistake)
 
     def wrong() -> None:
-        right()
+        original()
         with torch.no_grad():
             method.params[0][299, 6] *= 1 + 3e-6  # the last element, 25 units in the last place
 
@@ -305,10 +305,10 @@ def test_a_wrong_operation_is_not_timed(op, monkeypatch):
     optimizer.restore()
     contender_of(op, optimizer, problem)
     kind = type(buckets_of(optimizer)[0])
-    right = getattr(kind, op)
+    original = getattr(kind, op)
 
     def wrong(bucket, *others, **named):
-        right(bucket, *others, **named)
+        original(bucket, *others, **named)
         if op == "grad_norm":
             others[1].mul_(1 + 1e-5)
         else:

@@ -51,7 +51,7 @@ def test_values_gradients_shapes_and_strides_are_kept():
         assert p.stride() == s.stride() == p.grad.stride()
 
 
-def test_one_row_per_group():
+def test_one_tensor_per_group():
     params = make_params([5, 1000, 17, 33, 2])
     groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.1}]
     (bucket,) = buckets_of(SAM(groups, lr=0.1, flatten=True))

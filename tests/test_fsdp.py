@@ -88,7 +88,7 @@ def test_fsdp_is_one_process_with_the_whole_batch(request, shape, kwargs):
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
-def test_hsdp_local_is_each_replica_climbing_along_its_own_gradient(four):
+def test_hsdp_local_is_each_replica_perturbed_along_its_own_gradient(four):
     found = four.run(fsdp_trained, (2, 2), sync=False)
     torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
     assert all(same_bits(of_rank, found[0]) for of_rank in found)

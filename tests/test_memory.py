@@ -402,8 +402,8 @@ def test_a_gradient_that_was_zeroed_is_zero_whatever_moved(move, when):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     for _ in range(3):
         backward()
-        right = torch.autograd.grad(model(x.to(model.weight.dtype)).sum(), list(model.parameters()))
-        assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), right, strict=True))
+        wanted = torch.autograd.grad(model(x.to(model.weight.dtype)).sum(), list(model.parameters()))
+        assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), wanted, strict=True))
         optimizer.first_step(zero_grad=True)
         backward()
         optimizer.second_step(zero_grad=True)

@@ -1,5 +1,5 @@
 """The traps about weights (design invariants 1, 2, 4 and 5): restored bit for bit whatever happens, addresses kept,
-norm and e right.
+norm and e correct.
 """
 
 from __future__ import annotations
@@ -123,11 +123,11 @@ def test_no_gradient_at_all(make):
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-@pytest.mark.parametrize("place", [0, 500, 999])
+@pytest.mark.parametrize("index", [0, 500, 999])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_non_finite_gradient_moves_nothing(make, where, place, value):
+def test_non_finite_gradient_moves_nothing(make, where, index, value):
     params = make_params([1000, 1000, 1000])
-    params[where].grad[place] = value
+    params[where].grad[index] = value
     optimizer = make(params, lr=0.0)
     before = values(params)
     optimizer.first_step()

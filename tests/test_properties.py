@@ -21,7 +21,7 @@ import torch
 from cases import EPSILON, flattened, normal, same_bits, values
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from model_of_sam import climbed, params_of, stepped
+from model_of_sam import params_of, perturbed, stepped
 from torch import Tensor, nn
 
 from sam_fast import SAM
@@ -196,16 +196,16 @@ class Run:
         if self.began is not None:
             return self.refused(self.optimizer.first_step)
         before = values(self.params)
-        norm, expected = climbed(self.optimizer, EPS)
+        norm, expected = perturbed(self.optimizer, EPS)
         with self.keeps():
             self.optimizer.first_step()
         self.left_flat = False
-        self.check_climb(before, norm, expected)
+        self.check_perturbed(before, norm, expected)
         self.began = before
         self.now = values(self.params)
         return None
 
-    def check_climb(self, before: list[Tensor], norm: float, expected: list[tuple[Any, Tensor]]) -> None:
+    def check_perturbed(self, before: list[Tensor], norm: float, expected: list[tuple[Any, Tensor]]) -> None:
         found = float(self.optimizer.grad_norm)
         # Terms of the torch backend's norm are rounded to float32 where a group is adaptive.
         assert found == pytest.approx(norm, rel=2e-7, nan_ok=True)
@@ -329,9 +329,9 @@ class Run:
             if count == raises:
                 raise Raised
             if count == 1:
-                expected = climbed(self.optimizer, EPS)
+                expected = perturbed(self.optimizer, EPS)
             else:
-                self.check_climb(before, *expected)
+                self.check_perturbed(before, *expected)
                 expected = self.expected_update(before)
             return count
 

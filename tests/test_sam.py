@@ -142,10 +142,10 @@ def test_the_perturbation_is_rho_long_however_large_the_gradient(make: Make, siz
     assert float(p.detach().double().norm()) == pytest.approx(0.05, rel=1e-6)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_non_finite_in_one_dtype_moves_no_other_dtype(make: Make, place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_non_finite_in_one_dtype_moves_no_other_dtype(make: Make, index: int) -> None:
     params = [*make_params([100, 50]), *make_params([100], torch.float64), *make_params([100], torch.bfloat16)]
-    params[3 * place].grad[-1] = float("nan")  # type: ignore[index]
+    params[3 * index].grad[-1] = float("nan")  # type: ignore[index]
     optimizer = make(params)
     before = values(params)
     optimizer.first_step()
@@ -224,10 +224,10 @@ def test_pre_hooks_see_the_perturbed_weights_and_post_hooks_the_new_ones(make: M
     optimizer.register_step_post_hook(lambda o, *_: seen.append((o.perturbed, values(params)[0])))
     before = values(params)[0]
     optimizer.first_step()
-    climbed = values(params)[0]
+    moved = values(params)[0]
     optimizer.second_step()
     assert [perturbed for perturbed, _ in seen] == [True, False]
-    assert same_bits([w for _, w in seen], [climbed, before])
+    assert same_bits([w for _, w in seen], [moved, before])
 
 
 # ---- Closures --------------------------------------------------------------------------------------------------------

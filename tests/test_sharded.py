@@ -81,7 +81,7 @@ def a_step(
     stale = (params[0] * params[0]).sum()
     started = collectives(optimizer.first_step)
     perturbed = [p.full_tensor().detach().clone() for p in params]
-    assert all(row.grad is None for bucket in buckets_of(optimizer) for row in bucket.tensors), (
+    assert all(tensor.grad is None for bucket in buckets_of(optimizer) for tensor in bucket.tensors), (
         "gradients are kept alive"
     )
     if before[0].numel() > 0:
@@ -102,7 +102,7 @@ def a_step(
     local = {
         i: p.to_local().detach().clone()
         for i, p in enumerate(params)
-        if all(place.is_replicate() for place in p.placements)
+        if all(placement.is_replicate() for placement in p.placements)
     }
     return {
         "norm": norm,
@@ -219,7 +219,7 @@ def test_partial_gradients_are_added_up(two):
         torch.testing.assert_close(found, one_process(), **TOLERANCE)
 
 
-def test_partial_gradients_are_each_processs_own_where_it_is_to_climb_along_its_own(two):
+def test_partial_gradients_stay_each_processs_own_where_they_are_to(two):
     found = two.run(replicated, False)
     torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
     assert same_bits(found[0], found[1])

@@ -364,13 +364,13 @@ def test_global_hooks_run_once_per_step(base):
 def test_a_scheduler_on_the_base_optimizer_keeps_the_fused_step(base, on, recwarn):
     params, twin = make_params([50], torch.float64), make_params([50], torch.float64)
     optimizer, plain = SAM(params, base, lr=0.1), PlainSAM(twin, base, lr=0.1)
-    owners = {
+    scheduled = {
         "base_optimizer": [optimizer.base_optimizer],
         "SAM": [optimizer],
         "both": [optimizer, optimizer.base_optimizer],
     }[on]
-    schedulers = [lr_scheduler.ExponentialLR(owner, 0.5) for owner in owners]
-    theirs = [lr_scheduler.ExponentialLR(plain.base, 0.5) for _ in owners]
+    schedulers = [lr_scheduler.ExponentialLR(each, 0.5) for each in scheduled]
+    theirs = [lr_scheduler.ExponentialLR(plain.base, 0.5) for _ in scheduled]
     for step in range(4):
         sam_step(optimizer, params, step)
         assert optimizer.second_step_path == "fused"

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.stand_in
 
 
 def test_more_partial_sums_than_threads():
-    """Every row is one tile, so every block has one row: each partial sum is another number, and none
-    may be missing.
+    """Every tensor is one tile, so every block has one tensor: each partial sum is another number, and none may be
+    missing.
     """
     sizes = [1 + i % 70 for i in range(BLOCKS + 40)]
     params, twin = make_params(sizes), make_params(sizes)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no synchronization, few launches, graphs, streams, very large rows.
+"""What only a GPU can show: no synchronization, few launches, graphs, streams, very large tensors.
 
 Results are checked everywhere else.
 """
@@ -448,13 +448,13 @@ def test_a_parameter_of_more_than_two_to_the_31_elements(gpu_backend):
         pytest.skip("NOT CHECKED: needs 18 GB of GPU memory")
     p = nn.Parameter(torch.empty(elements, dtype=torch.bfloat16, device="cuda").fill_(1.0))
     p.grad = torch.zeros_like(p)
-    places = [0, 2**31 - 1, 2**31, elements - 1]
-    for place in places:
-        p.grad[place] = 0.5
+    far = [0, 2**31 - 1, 2**31, elements - 1]
+    for index in far:
+        p.grad[index] = 0.5
     optimizer = SAM([p], lr=0.1, rho=8.0, backend=gpu_backend)
     optimizer.first_step()
     assert float(optimizer.grad_norm) == 1.0
-    assert [float(p[place]) for place in places] == [5.0] * 4
+    assert [float(p[index]) for index in far] == [5.0] * 4
     assert int((p.detach() != 1.0).sum()) == 4
     optimizer.restore()
     assert not bool((p.detach() != 1.0).any())

@@ -35,7 +35,7 @@ def test_adaptive(step, kernels, dtype, eta):
     )
 
 
-def test_groups_are_looked_up_per_row(step, kernels):
+def test_groups_are_looked_up_per_tensor(step, kernels):
     params = make_params(SIZES)
     groups = [i * 3 // len(params) for i in range(len(params))]
     options = [{"adaptive": True, "eta": 0.1}, {}, {"adaptive": True, "eta": 0.0}]
@@ -58,7 +58,7 @@ def test_group_with_perturb_false_is_not_counted(step, kernels):
     assert norm == pytest.approx(oracle(params[1:]), rel=norm_tolerance(kernels.name))
 
 
-def test_row_without_gradient_is_not_counted(step, kernels):
+def test_tensor_without_gradient_is_not_counted(step, kernels):
     params = make_params([100, 20_000, 300])
     params[1].grad = None
     assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
@@ -76,12 +76,12 @@ def test_ten_thousand_tensors(step, kernels):
 
 
 @pytest.mark.no_race
-@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("size", [1, 17, 40_000])
-def test_non_finite_gradient_is_noticed_wherever_it_is(step, place, value, size):
+def test_non_finite_gradient_is_noticed_wherever_it_is(step, position, value, size):
     params = make_params([33, size, 33])
-    params[1].grad[{"first": 0, "middle": size // 2, "last": size - 1}[place]] = value
+    params[1].grad[{"first": 0, "middle": size // 2, "last": size - 1}[position]] = value
     assert not math.isfinite(step(params).grad_norm())
 
 

@@ -1,4 +1,4 @@
-"""step: against the formulas in float64, for every size and dtype; nothing outside touched; the same bits always."""
+"""step: against the formulas in float64, for every size and dtype; nothing is written outside; the same bits always."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def take(
     s.take(rule_named(operation), [first, *[options] * max(s.bucket.groups)], state, scaling, **more)
 
 
-def row_state(state: dict[str, list[Tensor | None]], i: int) -> dict[str, Tensor | None]:
+def state_of(state: dict[str, list[Tensor | None]], i: int) -> dict[str, Tensor | None]:
     return {key: None if tensors[i] is None else tensors[i].clone() for key, tensors in state.items()}
 
 
@@ -89,7 +89,7 @@ def test_against_float64(step, operation, name, dtype):
     params = make_params([0, 1, 17, 511, 2049, CHUNK + 5] if SLOW else SIZES, dtype)
     start = values(params)
     state = make_state(operation, name, params)
-    before = [row_state(state, i) for i in range(len(params))]
+    before = [state_of(state, i) for i in range(len(params))]
     s = step(params)
     s.first_step()
     for i, p in enumerate(params):
@@ -110,7 +110,7 @@ def test_against_float64(step, operation, name, dtype):
 @cases
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("size", [1, 15, 17, 16_385, *([] if SLOW else [300_001])])
-def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
+def test_writes_nothing_outside_the_tensors(step, operation, name, size, shift):
     """Weight, gradient and state in the middle of guarded tensors, at addresses of every alignment, small and large
     enough for streaming stores.
     """
@@ -122,32 +122,32 @@ def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
 
     p = make_params([size])[0]
     all_around = []
-    around, row = guarded(p.detach())
-    grad_around, row.grad = guarded(p.grad)
+    around, w = guarded(p.detach())
+    grad_around, w.grad = guarded(p.grad)
     all_around += [around, grad_around]
-    state = make_state(operation, name, [row])
+    state = make_state(operation, name, [w])
     for tensors in state.values():
         if tensors[0] is not None and tensors[0].dim() == 1:
             state_around, tensors[0] = guarded(tensors[0])
             all_around.append(state_around)
-    before = row_state(state, 0)
-    s = step([row])
+    before = state_of(state, 0)
+    s = step([w])
     s.first_step()
     take(s, operation, name, state)
     want, _ = expected(operation, name, p.detach(), p.grad, before)
-    assert_stepped(row, want, torch.float32, 0.2)
+    assert_stepped(w, want, torch.float32, 0.2)
     for tensor in all_around:
         assert bool((tensor[:shift] == 9.0).all())
         assert bool((tensor[shift + size :] == 9.0).all())
 
 
 @cases
-def test_rows_without_a_gradient_are_put_back_and_rows_never_saved_are_stepped(step, operation, name):
+def test_tensors_without_a_gradient_are_restored_and_tensors_never_saved_are_stepped(step, operation, name):
     params = make_params([100, 40_000, 300])
     start = values(params)
     params[2].grad = None
     state = make_state(operation, name, params)
-    before = [row_state(state, i) for i in range(3)]
+    before = [state_of(state, i) for i in range(3)]
     s = step(params)
     s.first_step()
     gradient = params[1].grad.clone()
@@ -195,8 +195,8 @@ def whole(params: list[Tensor], state: dict[str, list[Tensor | None]]) -> list[T
 @dtypes
 @cases
 @pytest.mark.usefixtures("_on_device")
-def test_an_overflow_is_decided_upon_on_the_device(step, operation, name, dtype):
-    """Rows that are saved are put back, a row that never was stays, and so does the state."""
+def test_an_overflow_is_decided_on_the_device(step, operation, name, dtype):
+    """Tensors that are saved are restored, one that never was stays, and so does the state."""
     params = make_params([100, 20_000, 300, 50], dtype)
     state = make_state(operation, name, params, device_counters=True)
     before = whole(params, state)
@@ -250,11 +250,11 @@ def test_learning_rates_on_the_device(step, operation, name, dtype):
 @pytest.mark.parametrize("name", STEPS["adam"].cases)
 @pytest.mark.usefixtures("_on_device")
 def test_step_counters_on_the_device(step, name, dtype):
-    """Neighbouring rows have taken different numbers of steps, and one block serves many of them."""
+    """Neighbouring tensors have taken different numbers of steps, and one block serves many of them."""
     params = make_params([3, 100, 5000, 9000, 7, 20_000, 1, 33], dtype)
     start = values(params)
     state = make_state("adam", name, params, device_counters=True)
-    before = [row_state(state, i) for i in range(len(params))]
+    before = [state_of(state, i) for i in range(len(params))]
     s = step(params)
     s.first_step()
     params[4].grad = None

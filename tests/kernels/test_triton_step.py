@@ -11,7 +11,7 @@ import torch
 from cases import CHUNK, DTYPES, INTERPRETED, buckets_of, make_params, same_bits, values
 from conftest import UNSCALED, Step, rule_named
 from step_table import CASES, STEPS
-from test_step import make_state, row_state, take
+from test_step import make_state, state_of, take
 from torch import Tensor
 
 from sam_fast import SAM, backends
@@ -42,7 +42,7 @@ def all_of(params: list[Any], state: dict[str, list[Tensor | None]]) -> list[Ten
 def stepped(
     name: str, operation: str, case: str, sizes: list[int], dtype: torch.dtype = torch.float32, key: int | None = None
 ) -> list[Tensor]:
-    """Weights and state after a step in which gradients are scaled, one row has no gradient and one is not saved."""
+    """Weights and state after a step in which gradients are scaled, one tensor has no gradient and one is not saved."""
     params = make_params([*sizes, 40, CHUNK + 50 if dtype == torch.float32 else 50], dtype)
     late = params[-1].grad
     params[-1].grad = None
@@ -78,13 +78,13 @@ def test_same_bits_as_the_cpu_backend(operation, name, dtype):
 
 @one_of_each
 def test_rounding_beyond_two_to_the_31_elements(operation, name):
-    """The element's place counts modulo 2^32. Only one chunk of the row and of the backup exists."""
+    """The element's index counts modulo 2^32. Only one chunk of the tensor and of the backup exists."""
     from sam_fast.kernels import adam, sgd
     from sam_fast.kernels.step import step as launch
 
     begin, count, slot = (1 << 31) + CHUNK, 2500, (1 << 31) + 2 * CHUNK
     chunks = torch.tensor([[0, 0, begin, count, slot]])
-    # 4 GiB of addresses; the memory is never touched but for the chunk.
+    # 4 GiB of addresses; no memory is used but the chunk's.
     backup = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)
     indices = torch.arange(slot, slot + count).to(torch.int32)
     (w,) = make_params([count], torch.bfloat16)
@@ -208,7 +208,7 @@ def test_bias_corrections_from_counters_on_the_device(betas):
         params = make_params([*[3] * len(counts), 0], torch.float64)
         state = make_state("adam", "adamw", params)
         state["step"] = [torch.tensor(t) for t in [*counts, 5.0]]
-        before = row_state(state, 0)
+        before = state_of(state, 0)
         s = Step(TRITON, params)
         s.first_step()
         options = (0.1, *betas, 1e-8, 0.01, 1.0, 0.0, 0.0)
@@ -226,7 +226,7 @@ def test_bias_corrections_from_counters_on_the_device(betas):
 
 @one_of_each
 def test_a_backup_that_was_not_written_is_not_read(operation, name):
-    """A signal can come between the note that rows are saved and the launch."""
+    """A signal can come between the note that tensors are saved and the launch."""
     results = []
     for noted in (False, True):
         params = make_params([700, 30])
@@ -242,28 +242,28 @@ def test_a_backup_that_was_not_written_is_not_read(operation, name):
 
 
 @one_of_each
-def test_rows_of_a_flat_buffer_are_stepped_from_its_backup(operation, name):
-    """The step's rows are the parameters; the proof that their backup was written is the flat rows'."""
+def test_parameters_in_a_flat_buffer_are_stepped_from_its_backup(operation, name):
+    """The step's tensors are the parameters; the proof that their backup was written is the flat buffer's."""
     results = []
     for flat in (False, True):
         params = make_params([64, 704])  # slots without gaps
         state = make_state(operation, name, params)
         if flat:
-            row = torch.cat([p.detach() for p in params])
-            row.grad = torch.cat([p.grad for p in params])
-            for p, place in zip(params, (slice(64), slice(64, None)), strict=True):
-                p.data = row[place]
-            source = TRITON.bucket([row], [0], [params])
+            buffer = torch.cat([p.detach() for p in params])
+            buffer.grad = torch.cat([p.grad for p in params])
+            for p, part in zip(params, (slice(64), slice(64, None)), strict=True):
+                p.data = buffer[part]
+            source = TRITON.bucket([buffer], [0], [params])
             s = Step(TRITON, params)
             s.bucket = source.by_parameter()
-            climber = Step(TRITON, [row])
-            climber.bucket = source
+            first = Step(TRITON, [buffer])
+            first.bucket = source
         else:
-            s = climber = Step(TRITON, params)
-        climber.grad_norm()
-        climber.partials.zero_()
-        climber.partials[0] = 0.25
-        climber.perturb()
+            s = first = Step(TRITON, params)
+        first.grad_norm()
+        first.partials.zero_()
+        first.partials[0] = 0.25
+        first.perturb()
         group = STEPS[operation].cases[name]
         options = s.read_state(rule_named(operation), [group], state)
         if flat:
@@ -275,12 +275,12 @@ def test_rows_of_a_flat_buffer_are_stepped_from_its_backup(operation, name):
 
 def test_a_flat_backup_that_was_not_written_is_not_read():
     params = make_params([64, 704])
-    row = torch.cat([p.detach() for p in params])
-    row.grad = torch.cat([p.grad for p in params])
-    for p, place in zip(params, (slice(64), slice(64, None)), strict=True):
-        p.data = row[place]
+    buffer = torch.cat([p.detach() for p in params])
+    buffer.grad = torch.cat([p.grad for p in params])
+    for p, part in zip(params, (slice(64), slice(64, None)), strict=True):
+        p.data = buffer[part]
     params[0].grad = None
-    source = TRITON.bucket([row], [0], [params])
+    source = TRITON.bucket([buffer], [0], [params])
     source.backup.fill_(math.nan)
     s = Step(TRITON, params)
     s.bucket = source.by_parameter()
@@ -289,7 +289,7 @@ def test_a_flat_backup_that_was_not_written_is_not_read():
     options = s.read_state(rule_named("sgd"), [STEPS["sgd"].cases["plain"]], {"momentum_buffer": [None, None]})
     s.bucket.share_saved(source)
     s.bucket.restore_and_step(options, UNSCALED)  # the first parameter would be put back, the other one stepped
-    assert not row.isnan().any()
+    assert not buffer.isnan().any()
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class Breakage:
     name: str
     file: str
-    right: str
-    wrong: str
+    original: str
+    broken: str
     tests: tuple[str, ...]
 
 
@@ -33,7 +33,7 @@ BREAKAGES = [
         ("kernels/test_perturb.py::test_adaptive",),
     ),
     Breakage(
-        "a norm that is infinite climbs",
+        "an infinite norm perturbs",
         "csrc/sam_math.h",
         "return norm - norm == 0.0;",
         "return norm == norm;",
@@ -68,11 +68,11 @@ BREAKAGES = [
         ("kernels/test_grad_norm.py::test_one_tensor",),
     ),
     Breakage(
-        "a row without a gradient keeps an old partial sum",
+        "a tensor without a gradient keeps an old partial sum",
         "csrc/cpu/grad_norm.cpp",
         "        partials[i] = 0.0;\n",
         "",
-        ("kernels/test_grad_norm.py::test_row_without_gradient_is_not_counted",),
+        ("kernels/test_grad_norm.py::test_tensor_without_gradient_is_not_counted",),
     ),
     Breakage(
         "the last chunk of all is not restored",
@@ -82,12 +82,12 @@ BREAKAGES = [
         ("kernels/test_copy.py::test_round_trip",),
     ),
     Breakage(
-        "a row that was never saved is restored",
+        "a tensor that was never saved is restored",
         "csrc/cpu/copy.cpp",
         "if (b.weights[c.tensor] == 0 || (!ToBackup && b.saved[c.tensor] == 0)) continue;",
         "if (b.weights[c.tensor] == 0) continue;",
         (
-            "kernels/test_perturb.py::test_rows_without_gradient_are_neither_moved_nor_saved",
+            "kernels/test_perturb.py::test_tensors_without_gradient_are_neither_moved_nor_saved",
             "test_perturbation.py::test_gradient_that_appears_between_the_passes",
         ),
     ),
@@ -167,7 +167,7 @@ BREAKAGES = [
         ),
     ),
     Breakage(
-        "maximize climbs",
+        "maximize does not flip the sign",
         "sam_fast/backends/bucket.py",
         '(-rho if group.get("maximize", False) else rho, ',
         "(rho, ",
