@@ -142,9 +142,7 @@ def same_step(base: type[torch.optim.Optimizer], a: Sequence[Tensor], b: Sequenc
 
 
 class SmallNet(nn.Module):
-    """A convolutional network with BatchNorm, in two groups' worth of layers: small, but with everything that
-    matters.
-    """
+    """A convolutional network with BatchNorm, with layers for two groups: small, but with everything that matters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Restricted to some backends, leave out what does not take each of them in turn."""
+    """Where only some backends are tested, leave out tests that do not take each backend in turn."""
     if not RESTRICTED:
         return
     assert set(RESTRICTED.split(",")) == set(BACKENDS), (

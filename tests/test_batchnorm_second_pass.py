@@ -1,4 +1,4 @@
-"""optimizer.second_pass and the BatchNorm statistics: right however the second pass ends."""
+"""optimizer.second_pass and the BatchNorm statistics: correct however the second pass ends."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_second_pass_without_first_step_is_an_error_and_changes_nothing(model: n
 
 
 def test_second_pass_and_the_two_calls_may_be_mixed(model: nn.Module) -> None:
-    """Belt and braces: code that was ported halfway."""
+    """Both ways at once: code that was ported halfway."""
     optimizer, _ = perturbed(model, flatten=False)
     before = statistics(model)
     disable_running_stats(model)

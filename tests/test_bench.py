@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, the report, and the comparison: what people rely on when they read a figure."""
+"""The benchmarks' own arithmetic, the report, and the comparison: what readers of a figure rely on."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ MACHINE = {
 
 
 def run_with(slower: float = 1.0, seed: int = 0, noise: float = 0.05, machine: float = 1.0) -> Run:
-    """A run whose machine wobbles by half, for all contenders of a round alike, and whose timings carry some noise of
-    their own.
-    """
+    """A run on a machine whose speed varies by half, for all contenders of a round alike, and with noisy timings."""
     draw = random.Random(seed)
 
     def rounds(*seconds: float) -> list[list[float]]:
@@ -146,7 +144,7 @@ def test_a_round_times_every_stage_of_every_contender_once():
 
 
 class FakeGpu(Rehearsal):
-    """A device that does what it is told and writes down what that was.
+    """A device that records what it is told to do.
 
     ``late``: it wakes up before everything is launched.
     """

@@ -1,4 +1,4 @@
-"""step(closure): which passes a closure computes, said explicitly or found out, against plain PyTorch."""
+"""step(closure): which passes a closure computes, given explicitly or found out, against plain PyTorch."""
 
 from __future__ import annotations
 

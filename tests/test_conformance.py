@@ -1,4 +1,4 @@
-"""SAM goes through what torch holds its own optimizers to.
+"""SAM passes the tests that torch has for its own optimizers.
 
 Wherever it can be, the oracle is torch's own optimizer on the same calls.
 """
@@ -36,7 +36,7 @@ def info(index: int) -> Any:
 
 
 def test_every_optimizer_of_torch_is_covered() -> None:
-    """A new one in torch must be tried, or refused with a reason."""
+    """A new optimizer in torch must be tested, or refused with a reason."""
     known = {
         name
         for name, cls in vars(torch.optim).items()

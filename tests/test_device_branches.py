@@ -26,7 +26,7 @@ PACKAGE = Path(backends.__file__).parent.parent
 
 
 class FakeGpu:
-    """``torch.cuda`` as far as sam_fast asks it; notes what is made current."""
+    """The part of ``torch.cuda`` that sam_fast uses; records which device is made current."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: str = "cuda") -> None:
         self.entered: list[torch.device] = []
@@ -111,7 +111,7 @@ def test_replaying_random_numbers_is_refused_while_a_graph_is_captured(gpu, monk
 
 
 class FakeModule:
-    """``sam_fast._cuda`` on a machine whose device or driver it may not fit."""
+    """``sam_fast._cuda`` on a machine whose device or driver may not suit it."""
 
     device_type = "cuda"
     architectures = "80-real 90"
@@ -128,7 +128,7 @@ class FakeModule:
 
 
 class GpuTensor:
-    """As much of a tensor on a GPU as the choice of a backend looks at."""
+    """The part of a tensor on a GPU that the choice of a backend looks at."""
 
     dtype = torch.float32
     shape = torch.Size([3])

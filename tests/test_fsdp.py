@@ -184,7 +184,7 @@ def test_fsdp_with_a_mixed_precision_policy(two):
 
 
 def keeps_gathered_weights() -> bool:
-    """The first backward pass keeps the gathered weights, as people have it do who accumulate gradients."""
+    """The first backward pass keeps the gathered weights, as is common with gradient accumulation."""
     model = sharded_network((distributed.get_world_size(),))
     optimizer = SAM(model.parameters(), rho=RHO, **SGD)
     for batch in batches(3):

@@ -73,7 +73,7 @@ PLACES: dict[str, Callable[[nn.Sequential], Any]] = {
 
 
 class Run:
-    """A model, its optimizer and a step that is given up, on one rank."""
+    """A model, its optimizer and a step that is abandoned, on one rank."""
 
     def __init__(self, reshard: bool | int | None) -> None:
         self.model = nested(network(), reshard)
@@ -98,7 +98,7 @@ class Run:
         assert not self.optimizer.perturbed
 
     def check(self) -> None:
-        """A forward pass is that at w, bit for bit."""
+        """A forward pass gives that at w, bit for bit."""
         fresh = network()
         (x, _), before = self.data[0], [p.detach().clone() for p in fresh.parameters()]
         with torch.no_grad():
@@ -194,7 +194,7 @@ def test_unreduced_gradients_of_a_pass_that_is_given_up_are_dropped(two):
 
 
 def part_of_a_model() -> bool:
-    """second_pass is told of a part of the model, which is not FSDP2's root."""
+    """second_pass is given a part of the model that is not FSDP2's root."""
     run = Run(None)
     run.first_step()
     with suppress(Failure), run.optimizer.second_pass(run.model[0]):
@@ -209,7 +209,7 @@ def test_second_pass_of_a_part_of_the_model(two):
 
 
 def another_model() -> bool:
-    """Only the model whose step is given up is reset: another one, in the middle of its own, goes on."""
+    """Only the model whose step is abandoned is reset; another one, in mid-step, goes on."""
     run, other = Run(None), Run(None)
     other.first_step()
     with other.optimizer.second_pass(other.model):

@@ -44,7 +44,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every second step whether it was the fused one."""
+    """For each second step, whether it was fused."""
     answers: list[bool] = []
 
     def spy(*args: Any, **options: Any) -> str | None:
@@ -73,13 +73,13 @@ def run(optimizer: SAM, params: list[nn.Parameter], steps: int, first: int = 0) 
         optimizer.first_step()
         give_gradients(params, 2 * step + 1)
         if step % 5 == 4:
-            params[2].grad = None  # its weights are put back, its state stays
+            params[2].grad = None  # its weights are restored, its state stays
         optimizer.second_step()
         assert not optimizer.perturbed
 
 
 def without(optimizer: SAM) -> SAM:
-    """The same optimizer with a hook that does nothing: it takes restore and the base optimizer's step."""
+    """The same optimizer with a hook that does nothing: its second step is restore and the base optimizer's step."""
     optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
     return optimizer
 
@@ -267,7 +267,7 @@ class MySgd(torch.optim.SGD):
 
 
 def refused(kind: str) -> tuple[SAM, list[nn.Parameter]]:
-    """An optimizer whose second step must not be the fused one, after a first step that made its state."""
+    """An optimizer whose second step must not be fused, after a first step that made its state."""
     params = make_params([100, 7])
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
     base = {"subclass": MySgd, "rmsprop": torch.optim.RMSprop}.get(kind, torch.optim.SGD)
@@ -311,7 +311,7 @@ def test_what_the_kernels_do_not_do_is_the_base_optimizers_step(kind, taken):
 
 
 def test_parameters_that_moved_between_the_passes(taken):
-    """Given other memory between the passes: put back and stepped there, by way of PyTorch."""
+    """Given other memory between the passes: restored and stepped there, by PyTorch."""
     params = make_params([100, 7])
     before = values(params)
     optimizer = SAM(params, torch.optim.SGD, lr=0.1)
@@ -352,7 +352,7 @@ def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
             scaler.update()
             assert not each.perturbed
     assert scaler.get_scale() == scale / 2
-    # The one that overflowed is none.
+    # The step that overflowed does not count.
     assert taken == [True, True, True, True, True, True, False, True, True]
     assert same_bits(values(params), values(twin))
     for p, q in zip(params, twin, strict=True):
@@ -372,7 +372,7 @@ def test_flattened_parameters_take_the_same_step(base, backend, taken):
             for seed, advance in ((2 * step, optimizer.first_step), (2 * step + 1, optimizer.second_step)):
                 give_gradients(params, seed)
                 if step == 4 and advance == optimizer.second_step:
-                    params[3].grad = None  # put back, but not stepped
+                    params[3].grad = None  # restored, but not stepped
                 advance()
         state = [t for p in params for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)]
         results.append([*values(params), *state])

@@ -29,7 +29,7 @@ def make(backend, flatten):
 
 
 def negated(x: Tensor) -> Tensor:
-    """``x``, by way of memory that holds ``-x``."""
+    """``x``, in memory that holds ``-x``."""
     lazy = torch._neg_view(-x)
     assert lazy.is_neg()
     return lazy
@@ -83,7 +83,7 @@ def test_a_gradient_with_a_lazy_sign_from_a_complex_model(make):
 
 @pytest.mark.parametrize("when", ["before", "between the steps", "between the passes"])
 def test_a_weight_with_a_lazy_sign_is_perturbed_and_comes_back(backend, when):
-    """Left to the torch backend, whose operations know of the sign."""
+    """Left to the torch backend, whose operations respect the sign."""
     params, twin = make_params([5, 300], torch.float64), make_params([5, 300], torch.float64)
     if when == "before":
         params[1] = nn.Parameter(negated(params[1].detach()))
@@ -136,7 +136,7 @@ def test_state_with_a_lazy_sign(make):
 
 
 class Named(nn.Parameter):
-    """A subclass that keeps its elements where every tensor does."""
+    """A subclass that stores its elements as every tensor does."""
 
 
 def test_a_subclass_whose_memory_is_its_value_takes_the_fast_path(make, backend):

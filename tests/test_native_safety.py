@@ -136,7 +136,7 @@ def mutations(rng: random.Random) -> list[Any]:
         return apply
 
     def free(p: nn.Parameter) -> None:
-        """The old memory is freed and given to somebody else at once."""
+        """The old memory is freed and reused at once."""
         shape = p.shape
         p.data = torch.zeros(1, dtype=p.dtype).expand(shape).contiguous()
         p.data = p.detach().clone()
@@ -273,7 +273,7 @@ if __name__ == "__main__":
 
 
 def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: Path) -> None:
-    """A forked child has none of OpenMP's threads: a kernel that asked for them would wait for ever."""
+    """A forked child has none of OpenMP's threads: a kernel that asked for them would wait forever."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -372,7 +372,7 @@ def test_no_kernel_allocates_in_its_loop(tmp_path: Path) -> None:
 WATCHED = """
 import os, sys
 import torch
-# what PyTorch imports late, and writes then, is its own affair
+# what PyTorch imports late, and writes then, is not our concern
 torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
 written = []
 def hook(event, arguments):

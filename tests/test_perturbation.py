@@ -1,6 +1,4 @@
-"""The traps about weights (design invariants 1, 2, 4 and 5): restored bit for bit whatever happens, addresses kept,
-norm and e correct.
-"""
+"""Weights: restored bit for bit whatever happens, addresses kept, norm and e correct."""
 
 from __future__ import annotations
 

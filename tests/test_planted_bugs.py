@@ -1,4 +1,4 @@
-"""The sanitizers are worth something only if they catch mistakes: some are planted in the CPU's and the emulated CUDA
+"""Sanitizers are only worth something if they catch mistakes: some are planted in the CPU's and the emulated CUDA
 kernels, and must be found.
 """
 

@@ -31,7 +31,7 @@ CASES = {"ci": 300, "nightly": 10_000}
 profile = settings(
     max_examples=CASES[PROFILE] if PROFILE in CASES else int(PROFILE),
     deadline=None,
-    derandomize=PROFILE == "ci",  # a failure in CI is one that anybody can have again; the night looks for new ones
+    derandomize=PROFILE == "ci",  # a failure in CI can be reproduced; the nightly run looks for new ones
     database=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
@@ -143,7 +143,7 @@ calls = st.one_of(
 
 
 class Run:
-    """An optimizer, the model's memory of it, and the calls."""
+    """An optimizer, what the model knows of it, and the calls."""
 
     def __init__(self, optimizer: SAM, params: list[nn.Parameter]) -> None:
         self.optimizer = optimizer
@@ -168,7 +168,7 @@ class Run:
 
     @contextmanager
     def keeps(self, *, gradients: bool = True) -> Any:
-        """Addresses, and what the call has no business with, stay as they are; weights that change get a
+        """Addresses, and what the call must not change, stay as they are; weights that change get a
         new version.
         """
         addresses, versions, before = (

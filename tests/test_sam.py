@@ -47,7 +47,7 @@ def test_weights_given_other_memory_between_the_passes_come_back(make: Make) -> 
 
 
 def test_memory_taken_from_a_parameter_between_the_passes_is_not_written(backend: str) -> None:
-    """It may be anybody's by now. (With flatten=True it is the optimizer's own.)"""
+    """It may be in use elsewhere by now. (With flatten=True it is the optimizer's own.)"""
     params = make_params([100, 20_000])
     optimizer = SAM(params, lr=0.0, rho=0.1, backend=backend)
     optimizer.first_step()
@@ -234,7 +234,7 @@ def test_pre_hooks_see_the_perturbed_weights_and_post_hooks_the_new_ones(make: M
 
 
 class Square:
-    """A closure: the sum of squares. Raises in the calls that it is told, after its backward."""
+    """A closure: the sum of squares. Raises in the given call, after its backward."""
 
     def __init__(self, params: list[nn.Parameter], raises: int = 0) -> None:
         self.params, self.raises, self.calls = params, raises, 0
@@ -332,9 +332,7 @@ def dropping() -> tuple[nn.Module, SAM]:
 
 
 def test_the_random_state_of_a_first_pass_that_raised_is_not_replayed(dropping: tuple[nn.Module, SAM]) -> None:
-    """The next step did not ask for a replay: its second pass draws what comes, not the masks of a pass that was given
-    up.
-    """
+    """The next step did not ask for a replay: its second pass draws new masks, not those of the abandoned pass."""
     model, optimizer = dropping
     with contextlib.suppress(ZeroDivisionError), optimizer.first_pass(model, replay_rng=True):
         given_up = mask(model)

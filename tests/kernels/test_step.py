@@ -85,7 +85,7 @@ def assert_stepped(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float) 
 @dtypes
 @cases
 def test_against_float64(step, operation, name, dtype):
-    # In Triton's interpreter around one block, its masked part and one chunk, and not one number more.
+    # In Triton's interpreter around one block, its masked part and one chunk: no more, it is slow.
     params = make_params([0, 1, 17, 511, 2049, CHUNK + 5] if SLOW else SIZES, dtype)
     start = values(params)
     state = make_state(operation, name, params)
@@ -181,7 +181,7 @@ def test_gradients_are_scaled(step, operation, name):
 
 @pytest.fixture
 def _on_device(kernels) -> None:
-    """For what only backends have whose kernels read on the device what others know on the host."""
+    """For backends whose kernels read on the device what others know on the host."""
     if not kernels.bucket.decides_on_device:
         pytest.skip(f"the {kernels.name} backend decides on the host")
 
@@ -230,7 +230,7 @@ def test_no_overflow_is_an_ordinary_step(step, operation, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.usefixtures("_on_device")
 def test_learning_rates_on_the_device(step, operation, name, dtype):
-    """One group has it there, the other among its options."""
+    """One group's is on the device, the other's among its options."""
     lr = torch.tensor(0.3, dtype=dtype)
     results = []
     for on_device in (False, True):
@@ -319,7 +319,7 @@ def test_same_bits_whatever_the_number_of_threads_and_the_instruction_set(operat
             s.first_step()
             take(s, operation, name, state)
             result = [*values(params), *(t for tensors in state.values() for t in tensors if t is not None)]
-            # The baseline has no fused multiply-add, as PyTorch has none on a processor without it: bits of its own.
+            # The baseline has no fused multiply-add, so its bits differ, as PyTorch's do on a processor without it.
             assert same_bits(results.setdefault(isa == "baseline", result), result)
     _cpu.use_isa(chosen)
 

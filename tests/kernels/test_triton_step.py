@@ -288,7 +288,7 @@ def test_a_flat_backup_that_was_not_written_is_not_read():
     source._mark_saved(source._along)
     options = s.read_state(rule_named("sgd"), [STEPS["sgd"].cases["plain"]], {"momentum_buffer": [None, None]})
     s.bucket.share_saved(source)
-    s.bucket.restore_and_step(options, UNSCALED)  # the first parameter would be put back, the other one stepped
+    s.bucket.restore_and_step(options, UNSCALED)  # the first parameter would be restored, the other one stepped
     assert not buffer.isnan().any()
 
 
