@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -191,39 +193,54 @@ def whole(params: list[Tensor], state: dict[str, list[Tensor | None]]) -> list[T
     return values([*params, *(t for tensors in state.values() for t in tensors if t is not None)])
 
 
+@contextmanager
+def nothing_read_on_the_host() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for read in ("__bool__", "__float__", "item", "tolist"):
+            patch.setattr(Tensor, read, lambda self: pytest.fail("read on the host"))
+        yield
+
+
 @pytest.mark.no_race
 @dtypes
 @cases
 @pytest.mark.usefixtures("_on_device")
 def test_an_overflow_is_decided_on_the_device(step, operation, name, dtype):
     """Tensors that are saved are restored, one that never was stays, and so does the state."""
-    params = make_params([100, 20_000, 300, 50], dtype)
-    state = make_state(operation, name, params, device_counters=True)
-    before = whole(params, state)
-    gradient, params[2].grad = params[2].grad, None
-    s = step(params)
-    s.first_step()
-    params[1].grad[77] = float("inf")
-    params[2].grad = gradient
-    params[3].grad = None
-    take(s, operation, name, state, Scaling(torch.tensor(8.0), torch.tensor(1.0)), device_counters=True)
-    assert same_bits(whole(params, state), before)
-    assert not s.bucket.saved()
+    for grad_scale in (None, torch.tensor(8.0)):
+        params = make_params([100, 20_000, 300, 50], dtype)
+        state = make_state(operation, name, params, device_counters=True)
+        before = whole(params, state)
+        gradient, params[2].grad = params[2].grad, None
+        s = step(params)
+        s.first_step()
+        params[1].grad[77] = float("inf")
+        params[2].grad, params[3].grad = gradient, None
+        overflow = Scaling(grad_scale, torch.tensor(1.0))
+        with nothing_read_on_the_host():
+            take(s, operation, name, state, overflow, device_counters=True)
+        assert same_bits(whole(params, state), before)
+        assert not s.bucket.saved()
 
 
 @pytest.mark.no_race
 @cases
 @pytest.mark.usefixtures("_on_device")
 def test_no_overflow_is_an_ordinary_step(step, operation, name):
+    found = torch.tensor(0.0)
     results = []
-    for scaling in (UNSCALED, Scaling(torch.tensor(1.0), torch.tensor(0.0))):
-        params = make_params([1009, 20_000])
+    for scaling in (UNSCALED, Scaling(None, found), Scaling(torch.tensor(1.0), found)):
+        params = make_params([1009, 20_000, 300, 50])
         state = make_state(operation, name, params, device_counters=True)
+        gradient, params[2].grad = params[2].grad, None
         s = step(params)
         s.first_step()
-        take(s, operation, name, state, scaling, device_counters=True)
+        params[2].grad, params[3].grad = gradient, None
+        with nothing_read_on_the_host():
+            take(s, operation, name, state, scaling, device_counters=True)
         results.append(whole(params, state))
-    assert same_bits(*results)
+    ordinary, *others = results
+    assert all(same_bits(ordinary, other) for other in others)
 
 
 @cases

@@ -145,40 +145,10 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, operation, name, d
 
 
 @one_of_each
-@pytest.mark.parametrize("found", [0.0, 1.0])
-@pytest.mark.parametrize("grad_scale", [None, 3.0])
-def test_found_inf_is_decided_on_the_device(monkeypatch, operation, name, found, grad_scale):
-    params = make_params([17, 1500, 40, 50])
-    late, params[3].grad = params[3].grad, None
-    start = values(params)
-    state = make_state(operation, name, params)
-    before = all_of([], state)
-    s = Step(TRITON, params)
-    s.first_step()
-    params[3].grad, params[2].grad = late, None
-    if found:
-        params[0].grad[0] = math.inf
-    scaling = Scaling(None if grad_scale is None else torch.tensor(grad_scale), torch.tensor(found))
-    for read in ("__bool__", "__float__", "item", "tolist"):
-        monkeypatch.setattr(Tensor, read, lambda self: pytest.fail("read on the host"))
-    take(s, operation, name, state, scaling, device_counters=operation == "adam")
-    monkeypatch.undo()
-    assert s.bucket.saved() == []
-    assert same_bits([params[2]], [start[2]])
-    stays = same_bits(values(params), start)
-    assert stays is bool(found)
-    assert same_bits(all_of([], state), before) is bool(found)
-    for i, count in enumerate([1, 1, 0, 1]):
-        if operation == "adam":
-            assert float(state["step"][i]) == 3 + i % 4 + (0 if found else count)
-
-
-@one_of_each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_learning_rates_on_the_device(operation, name, dtype):
+def test_learning_rates_on_the_device_are_read_anew_and_cost_no_upload(operation, name):
     """Two groups, one of them with its learning rate in a tensor; in the next step another one at the same address."""
     results = []
-    lr = torch.tensor(0.0, dtype=dtype)
+    lr = torch.tensor(0.0, dtype=torch.float64)
     for on_device in (False, True):
         params = make_params([600, 30])
         state = make_state(operation, name, params)
