@@ -78,12 +78,15 @@ $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emul
 FLOAT32 = not nightly and not float64 and not bfloat16 and not float16
 
 test-cuda: $(EMULATION)/plain/_cuda.so
-	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_perturbation.py test_sam.py test_flat.py -m "$(FLOAT32)"
+	$(call EMULATED,plain) $(PYTEST_EMULATED) -m "$(FLOAT32)" \
+		kernels cuda_emulation test_perturbation.py test_sam.py test_flat.py
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
-	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/test_triton.py -m "not nightly and not float64"
-	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_fused_step.py -m "not nightly and not not_interpreted"
+	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile \
+		-m "not nightly and not float64" tests/kernels tests/test_triton.py
+	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest -m "not nightly and not not_interpreted" \
+		tests/test_fused_step.py
 
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo
@@ -140,16 +143,18 @@ PYTEST_SANITIZED = $(abspath $(BIN))/python -m pytest -q -n 2 --dist load -p no:
 sanitize-cpu: $(SANITIZED)/address,undefined/installed $(SANITIZED)/thread/installed
 	$(call SANITIZED_CPU,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_SANITIZED)
-	$(call SANITIZED_CPU,thread) OMP_NUM_THREADS=3 LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
-		setarch -R $(PYTEST_SANITIZED) -m "$(FLOAT32)"
+	$(call SANITIZED_CPU,thread) OMP_NUM_THREADS=3 LD_PRELOAD="$(call RUNTIME,tsan)" \
+		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" setarch -R $(PYTEST_SANITIZED) -m "$(FLOAT32)"
 
 # ThreadSanitizer sees float32 only: races do not depend on the dtype, nor on where a tensor ends, and it takes its
 # time. PYTEST_THREADS= runs everything under it.
 PYTEST_THREADS ?= -m "$(FLOAT32) and not no_race"
 sanitize-cuda: $(EMULATION)/address,undefined/_cuda.so $(EMULATION)/thread/_cuda.so
 	$(call EMULATED,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_EMULATED) --capture=sys kernels cuda_emulation -m "not nightly and not float64 and not bfloat16"
-	$(call EMULATED,thread) LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(PYTEST_EMULATED) --capture=sys -m "not nightly and not float64 and not bfloat16" kernels cuda_emulation
+	$(call EMULATED,thread) LD_PRELOAD="$(call RUNTIME,tsan)" \
+		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
 		setarch -R $(PYTEST_EMULATED) --capture=sys kernels $(PYTEST_THREADS)
 
 clean:

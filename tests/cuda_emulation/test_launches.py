@@ -170,7 +170,7 @@ def test_a_backup_that_fails_is_no_backup():
 
 
 FUSED = [(torch.optim.SGD, {"momentum": 0.9}, 708, 77), (torch.optim.AdamW, {}, 450, 49)]
-fused = pytest.mark.parametrize(("base", "options", "tensors", "small_tensors"), FUSED, ids=["sgd", "adamw"])
+fused = pytest.mark.parametrize(("base", "options", "most", "small"), FUSED, ids=["sgd", "adamw"])
 
 
 def second_steps(number: int, backend: str, base, **options) -> tuple[SAM, list[torch.nn.Parameter]]:
@@ -185,9 +185,9 @@ def second_steps(number: int, backend: str, base, **options) -> tuple[SAM, list[
 
 @fused
 @pytest.mark.parametrize("large", [True, False], ids=["32KB", "4KB"])
-def test_one_launch_for_a_fused_second_step(base, options, tensors, small_tensors, large):
+def test_one_launch_for_a_fused_second_step(base, options, most, small, large):
     backends.cuda._cuda.use_large_arguments(large)
-    fit = tensors if large else small_tensors
+    fit = most if large else small
     optimizer, params = second_steps(fit, "cuda", base, **options)
     assert count(optimizer.second_step) == 1
     optimizer, params = second_steps(fit + 1, "cuda", base, **options)
@@ -200,11 +200,9 @@ def test_one_launch_for_a_fused_second_step(base, options, tensors, small_tensor
 
 @fused
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_fused_second_step_that_fails_has_stepped_whole_tensors_or_none(
-    base, options, tensors, small_tensors, failing
-):
+def test_a_fused_second_step_that_fails_has_stepped_whole_tensors_or_none(base, options, most, small, failing):
     backends.cuda._cuda.use_large_arguments(False)
-    optimizer, params = second_steps(small_tensors + 5, "cuda", base, **options)
+    optimizer, params = second_steps(small + 5, "cuda", base, **options)
     optimizer.restore()
     start = values(params)
     optimizer.first_step()
@@ -214,7 +212,7 @@ def test_a_fused_second_step_that_fails_has_stepped_whole_tensors_or_none(
     assert optimizer.perturbed
     optimizer.restore()
     for index, (p, w) in enumerate(zip(params, start, strict=True)):
-        stepped = failing == 1 and index < small_tensors
+        stepped = failing == 1 and index < small
         assert torch.equal(p, w) != stepped
         if base is torch.optim.AdamW:
             assert float(optimizer.state[p]["step"]) == 1.0 + stepped
@@ -273,7 +271,7 @@ def test_groups_count_for_the_size_of_the_arguments_too(groups, most):
 
 @fused
 @pytest.mark.parametrize("number", [78, 161, 256])
-def test_a_medium_size_for_fused_second_steps(base, options, tensors, small_tensors, number):
+def test_a_medium_size_for_fused_second_steps(base, options, most, small, number):
     optimizer, _ = second_steps(number, "cuda", base, **options)
     optimizer.second_step()
     assert 4096 < argument_bytes.value < 19_000
@@ -359,9 +357,7 @@ def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
 @dtypes
 @pytest.mark.parametrize("shift", [0, 2, 4, 8])
 @fused
-def test_every_alignment_takes_the_widest_access_in_the_second_step(
-    base, options, tensors, small_tensors, dtype, shift
-):
+def test_every_alignment_takes_the_widest_access_in_the_second_step(base, options, most, small, dtype, shift):
     itemsize = dtype.itemsize
     if shift % itemsize:
         pytest.skip("no element lies there")
