@@ -73,16 +73,20 @@ PYTEST_EMULATED = $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -p c
 $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emulation/*)
 	$(BIN)/python tests/cuda_emulation/build.py $@ $(if $(filter-out plain,$*),--sanitize $* --optimize 0)
 
-# The walk over rows depends on an element's size alone. sanitize-cuda sees two of them (and the GPU tests all); elsewhere float32 is enough.
-FLOAT32 = not float16 and not float64
+# The walk over tensors depends on an element's size alone. sanitize-cuda sees two of them (and the GPU tests all);
+# elsewhere float32 is enough. Each -m has `not nightly`: it replaces the one in pyproject.toml.
+FLOAT32 = not nightly and not float64 and not bfloat16 and not float16
 
 test-cuda: $(EMULATION)/plain/_cuda.so
-	$(call EMULATED,plain) $(PYTEST_EMULATED) kernels cuda_emulation test_weights.py test_steps.py test_flatten.py -k "$(FLOAT32)"
+	$(call EMULATED,plain) $(PYTEST_EMULATED) -m "$(FLOAT32)" \
+		kernels cuda_emulation test_perturbation.py test_sam.py test_flat.py
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
-	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile tests/kernels tests/test_triton.py -k "not float64"
-	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_fused_step.py -k "not hundred and not adams_state and not one_odd"
+	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile \
+		-m "not nightly and not float64" tests/kernels tests/test_triton.py
+	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest -m "not nightly and not not_interpreted" \
+		tests/test_fused_step.py
 
 demo: $(VENV)/installed
 	$(BIN)/python -m sam_fast demo
@@ -139,15 +143,18 @@ PYTEST_SANITIZED = $(abspath $(BIN))/python -m pytest -q -n 2 --dist load -p no:
 sanitize-cpu: $(SANITIZED)/address,undefined/installed $(SANITIZED)/thread/installed
 	$(call SANITIZED_CPU,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_SANITIZED)
-	$(call SANITIZED_CPU,thread) OMP_NUM_THREADS=3 LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
-		setarch -R $(PYTEST_SANITIZED) -k "$(FLOAT32)"
+	$(call SANITIZED_CPU,thread) OMP_NUM_THREADS=3 LD_PRELOAD="$(call RUNTIME,tsan)" \
+		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" setarch -R $(PYTEST_SANITIZED) -m "$(FLOAT32)"
 
-# ThreadSanitizer sees float32 only: races do not depend on the dtype, nor on where a row ends, and it takes its time. PYTEST_THREADS= runs everything under it.
-PYTEST_THREADS ?= -k "$(FLOAT32) and not writes_nothing and not non_finite_gradient and not ten_thousand and not scaled and not overflow and not threads"
+# ThreadSanitizer sees float32 only: races do not depend on the dtype, nor on where a tensor ends, and it takes its
+# time. PYTEST_THREADS= runs everything under it.
+PYTEST_THREADS ?= -m "$(FLOAT32) and not no_race"
 sanitize-cuda: $(EMULATION)/address,undefined/_cuda.so $(EMULATION)/thread/_cuda.so
 	$(call EMULATED,address$(comma)undefined) LD_PRELOAD="$(call RUNTIME,asan) $(call RUNTIME,ubsan)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST_EMULATED) --capture=sys kernels cuda_emulation -k "not float64 and not bfloat16"
-	$(call EMULATED,thread) LD_PRELOAD="$(call RUNTIME,tsan)" TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(PYTEST_EMULATED) --capture=sys -m "not nightly and not float64 and not bfloat16" kernels cuda_emulation
+	$(call EMULATED,thread) LD_PRELOAD="$(call RUNTIME,tsan)" \
+		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
 		setarch -R $(PYTEST_EMULATED) --capture=sys kernels $(PYTEST_THREADS)
 
 clean:

@@ -36,9 +36,10 @@ CACHES = 10
 """How many times a GPU's cache the bytes that move must be, for their rate to be the memory's: a tenth may be cached.
 """
 
-BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "restore_sgd": 20, "restore_adam": 28}
+BYTES_PER_ELEMENT = {"grad_norm": 4, "perturb": 16, "restore": 8, "step_sgd": 20, "step_adam": 28}
 """Bytes that must move per float32 element: norm reads g; perturb reads w and g, writes w and the backup; restore
-copies; restore_sgd reads backup, g and momentum and writes w and momentum; restore_adam the same with two moments."""
+copies; step_sgd, which restores and steps in one, reads backup, g and momentum and writes w and momentum; step_adam the
+same with two moments."""
 
 
 T = TypeVar("T")
@@ -486,7 +487,7 @@ class Problem:
             backward()
             method.optimizer.first_step()
             if step == 0:
-                check_close(name, method.params, self.perturbed, norm_error * self._largest_climb)
+                check_close(name, method.params, self.perturbed, norm_error * self._largest_perturbation)
             method.optimizer.zero_grad()
             backward()
             method.optimizer.second_step()
@@ -497,7 +498,7 @@ class Problem:
         check_close(name, method.params, self.stepped, slack)
 
     @cached_property
-    def _largest_climb(self) -> float:
+    def _largest_perturbation(self) -> float:
         return max(float((p - w).abs().max()) for p, (w, _) in zip(self.perturbed, self._pieces(), strict=True))
 
 

@@ -61,8 +61,8 @@ class PublicLoop:
         for p in self.params:
             if p.grad is not None:
                 self.kept[p] = p.data.clone()
-                climb = (torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale.to(p)
-                p.add_(climb)
+                e = (torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale.to(p)
+                p.add_(e)
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -76,11 +76,11 @@ class PublicLoop:
 
 
 class ForeachSAM:
-    """SAM with ``torch._foreach_*`` over all parameters at once and a fused base optimizer, the way one writes it who
+    """SAM with ``torch._foreach_*`` over all parameters at once and a fused base optimizer, as written by someone who
     knows PyTorch well.
 
-    The backup is allocated once; the climb needs one temporary, the scaled gradient. ``compiled``: both halves of
-    first_step go through ``torch.compile``.
+    The backup is allocated once; the perturbation needs one temporary, the scaled gradient. ``compiled``: both halves
+    of first_step go through ``torch.compile``.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class ForeachSAM:
         self.base = base(params, **options)
         self.params, self.rho, self.adaptive = list(params), rho, adaptive
         self.backup = [torch.empty_like(p) for p in self.params]
-        self.climb = torch.compile(_foreach_climb, fullgraph=True, dynamic=False) if compiled else _foreach_climb
+        self.perturb = torch.compile(_foreach_perturb, fullgraph=True, dynamic=False) if compiled else _foreach_perturb
 
     @torch.no_grad()
     def first_step(self) -> None:
-        self.climb(
+        self.perturb(
             [p.detach() for p in self.params], [p.grad for p in self.params], self.backup, self.rho, self.adaptive
         )
 
@@ -112,7 +112,7 @@ class ForeachSAM:
         self.base.zero_grad()
 
 
-def _foreach_climb(params: list[Tensor], grads: list[Any], backup: list[Tensor], rho: float, adaptive: bool) -> None:
+def _foreach_perturb(params: list[Tensor], grads: list[Any], backup: list[Tensor], rho: float, adaptive: bool) -> None:
     if adaptive:
         scaled = torch._foreach_mul(torch._foreach_abs(params), grads)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))

@@ -28,16 +28,16 @@ from bench.test_optimizer_step import BASES, DTYPES
 from sam_fast import SAM, BatchNormSnapshot
 from sam_fast.backends import GroupOptions
 
-OPS = ["grad_norm", "perturb", "restore", "restore_sgd", "restore_adam"]
-STATE = {"restore_sgd": {"momentum_buffer"}, "restore_adam": {"step", "exp_avg", "exp_avg_sq"}}
+OPS = ["grad_norm", "perturb", "restore", "step_sgd", "step_adam"]
+STATE = {"step_sgd": {"momentum_buffer"}, "step_adam": {"step", "exp_avg", "exp_avg_sq"}}
 """What the base optimizer keeps of each parameter, which the bytes of the operation include."""
 
 
 def contender_of(op: str, optimizer: SAM, problem: Problem) -> Contender:
     """An operation on the optimizer's one bucket, whose parameters have gradients. A wrong result is not timed.
 
-    ``restore_sgd`` and ``restore_adam`` are ``second_step`` itself, checked with the whole step: what goes on around
-    the kernel takes a few microseconds, on a GPU before it starts.
+    ``step_sgd`` and ``step_adam``, restore and step in one, are ``second_step`` itself, checked with the whole step:
+    what goes on around the kernel takes a few microseconds, on a GPU before it starts.
     """
     (bucket, partials, sums), *others = optimizer._perturbation.norm.parts
     assert not others, "one bucket"
@@ -103,13 +103,13 @@ def op_cases() -> list[Any]:
     cases = []
     for op in OPS:
         for dtype in DTYPES:
-            if (op, dtype) == ("restore_adam", "float16"):
+            if (op, dtype) == ("step_adam", "float16"):
                 # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
                 continue
             for shapes in SHAPES:
                 for adaptive in (False, True) if op in ("grad_norm", "perturb") else (False,):
                     default = dtype == "float32" or (
-                        dtype == "bfloat16" and op in ("perturb", "restore_sgd") and not adaptive
+                        dtype == "bfloat16" and op in ("perturb", "step_sgd") and not adaptive
                     )
                     full = [kind for kind, chosen in DEFAULT_SHAPES.items() if shapes != chosen or not default]
                     name = f"{op}{', adaptive' if adaptive else ''}-{dtype}-{shapes}"
@@ -123,7 +123,7 @@ def op_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("op", "dtype", "shapes", "adaptive"), op_cases())
 def test_op(bench: Bench, op: str, dtype: str, shapes: str, adaptive: bool) -> None:
-    base, options, _ = BASES["AdamW" if op == "restore_adam" else "SGD"]
+    base, options, _ = BASES["AdamW" if op == "step_adam" else "SGD"]
     start = make_params(SHAPES[shapes], dtype=DTYPES[dtype], device=bench.device)
     problem = Problem(start, base, options, rho=0.5 if adaptive else 0.05, adaptive=adaptive)
     names = usable(bench.device) if bench.full or bench.machine.gpu else usable(bench.device)[:1]

@@ -1,5 +1,5 @@
-"""The whole optimizer step, and its two halves: first_step (norm, backup, climb) and second_step (restore and the base
-optimizer).
+"""The whole optimizer step, and its two halves: first_step (norm, backup, perturb) and second_step (restore and the
+base optimizer).
 """
 
 from __future__ import annotations

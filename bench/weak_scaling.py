@@ -43,8 +43,8 @@ def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
 
 
 def check(optimizer: SAM) -> None:
-    """Refuse to time a wrong result: first_step must climb by rho along the gradient, in float64, its norm over all
-    processes where they share.
+    """Refuse to time a wrong result: first_step must perturb by rho along the gradient, in float64, with its norm
+    over all processes where they share.
 
     Raises:
         AssertionError: it does not.

@@ -1,6 +1,6 @@
 """Handwritten digits with DistributedDataParallel.
 
-With --own-gradient each process climbs along the gradient of its own share of the batch (m-sharpness). Needs
+With --own-gradient each process perturbs along the gradient of its own share of the batch (m-sharpness). Needs
 sam_fast[demo], for the data.
 
 Run: torchrun --nproc-per-node 2 examples/ddp.py

@@ -45,7 +45,7 @@ class Boundaries:
             raise self.error(self.failed)
 
     def run(self, call: Callable[[], Any]) -> bool:
-        """True if the call came to its end.
+        """True if the call finished.
 
         A boundary may lie in a destructor or a callback, where Python reports an exception and goes on.
         """

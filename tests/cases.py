@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_fast import backends
+from sam_fast import SAM, backends
+from sam_fast.backends import Bucket
 from sam_fast.backends.bucket import CHUNK
 from sam_fast.backends.memory import is_dense
 
@@ -69,7 +70,7 @@ def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
 
     cpu and triton square and add in float64: products of float32 numbers are exact there, and what is left is the error
     of the sums. cuda adds 32 squares at a time in float32: six roundings of half an epsilon in the square, half of that
-    in the norm. torch multiplies |w| g in the rows' own dtype (float32 for the 16-bit ones).
+    in the norm. torch multiplies |w| g in the tensors' own dtype (float32 for the 16-bit ones).
     """
     if backend == "torch":
         return 1e-7
@@ -81,6 +82,16 @@ def norm_tolerance(backend: str, dtype: torch.dtype = torch.float32) -> float:
 def is_dense_of_a_stand_in(tensor: Any) -> bool:
     """``is_dense`` for what only has a tensor's shape and strides."""
     return is_dense(torch.empty_strided(tensor.shape, tensor.stride(), device="meta"))
+
+
+def buckets_of(optimizer: SAM) -> list[Bucket]:
+    """For tests of what a bucket does inside a whole step, and of what it costs."""
+    return optimizer._perturbation.buckets
+
+
+def flattened(optimizer: SAM) -> bool:
+    """Whether it was made with ``flatten=True``, also while parameters have left their flat buffer."""
+    return optimizer._perturbation.flatten
 
 
 def make_params(
@@ -131,9 +142,7 @@ def same_step(base: type[torch.optim.Optimizer], a: Sequence[Tensor], b: Sequenc
 
 
 class SmallNet(nn.Module):
-    """A convolutional network with BatchNorm, in two groups' worth of layers: small, but with everything that
-    matters.
-    """
+    """A convolutional network with BatchNorm, with layers for two groups: small, but with everything that matters."""
 
     def __init__(self) -> None:
         super().__init__()

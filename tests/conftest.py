@@ -22,8 +22,16 @@ torch.backends.cudnn.deterministic = True
 torch.backends.cudnn.benchmark = False
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what has a dtype among its parameters, so that -m can leave it out."""
+    callspec = getattr(item, "callspec", None)
+    for value in callspec.params.values() if callspec else ():
+        if isinstance(value, torch.dtype) and value in (torch.float64, torch.bfloat16, torch.float16):
+            item.add_marker(str(value).removeprefix("torch."))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Restricted to some backends, leave out what does not take each of them in turn."""
+    """Where only some backends are tested, leave out tests that do not take each backend in turn."""
     if not RESTRICTED:
         return
     assert set(RESTRICTED.split(",")) == set(BACKENDS), (

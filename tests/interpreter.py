@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter several times faster, and an older one's fused multiply-add one that rounds once.
+"""Makes Triton's interpreter several times faster, and the fused multiply-add of older versions round once.
 
 Whenever one kernel function calls another, the interpreter looks through all of triton.language for what it has to
 replace. That was done when the kernel was launched, and takes longer than most blocks of a kernel. So here it is done

@@ -1,4 +1,4 @@
-"""A model of the optimizer that is slow and obviously right: what each call must do, from a snapshot taken before it.
+"""A model of the optimizer that is slow and obviously correct: what each call must do, from a snapshot taken before it.
 
 Nothing is carried along but the weights at which the step began. The perturbation is computed in float64 by the paper's
 formula, one parameter at a time; the base optimizer's step is taken by a copy of the base optimizer itself, on copies
@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+from cases import flattened
 from torch import Tensor
 
 from sam_fast import SAM
@@ -35,7 +36,7 @@ def as_laid_out(values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=dtype).copy_(values)
 
 
-def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]]:
+def perturbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]]:
     """The norm, and for each parameter that moves ``w + e`` in float64 (all of them, unmoved, where the norm is not
     finite).
     """
@@ -46,7 +47,7 @@ def climbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]
                 t = wide(p).abs() + group["eta"] if group["adaptive"] else torch.ones((), dtype=torch.float64)
                 terms.append((t * wide(p.grad)).abs().square().sum())
                 moving.append((p, group, t))
-            elif group["adaptive"] and optimizer._perturbation.flatten and not p.isfinite().all():
+            elif group["adaptive"] and flattened(optimizer) and not p.isfinite().all():
                 # docs/guarantees.md: not told from a gradient of zeros
                 terms.append(torch.tensor(math.nan, dtype=torch.float64))
     norm = float(torch.stack(terms).sum().sqrt()) if terms else 0.0

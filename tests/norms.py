@@ -13,7 +13,7 @@ from sam_fast.random_state import RandomState
 
 
 class MovingNorm(nn.Module):
-    """A norm of somebody's own, with TensorFlow's names, that updates its statistics in place.
+    """A custom norm, with TensorFlow's names, that updates its statistics in place.
 
     No torch class but nn.Module in its family.
     """
@@ -32,7 +32,7 @@ class MovingNorm(nn.Module):
 
 
 class ReassigningNorm(nn.Module):
-    """A norm of somebody's own that makes new tensors for its statistics in every forward pass, as much published code
+    """A custom norm that makes new tensors for its statistics in every forward pass, as much published code
     does.
     """
 

@@ -112,7 +112,7 @@ def one_process(
 
 
 def each_its_own(replicas: int, steps: int = STEPS) -> list[Tensor]:
-    """m-sharpness: every replica climbs along the gradient of its own share, and their gradients at w + e_r are
+    """m-sharpness: every replica is perturbed along the gradient of its own share, and their gradients at w + e_r are
     averaged.
 
     With stateless calls, and no optimizer but the base: it has nothing in common with what it is compared with.
@@ -130,11 +130,11 @@ def each_its_own(replicas: int, steps: int = STEPS) -> list[Tensor]:
             x, y = share(batch, replica, replicas)
             g = gradient(w, x, y)
             norm = sum((part * part).sum() for part in g).sqrt()
-            climbed = {
+            perturbed = {
                 name: (p + RHO * part / norm).detach().requires_grad_()
                 for (name, p), part in zip(w.items(), g, strict=True)
             }
-            second.append(gradient(climbed, x, y))
+            second.append(gradient(perturbed, x, y))
         for p, *of_all in zip(w.values(), *second, strict=True):
             p.grad = torch.stack(of_all).mean(0)
         optimizer.step()

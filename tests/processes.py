@@ -35,7 +35,7 @@ PRELOADED = [
 ]
 
 PATIENCE = 90.0
-"""Seconds after which the parent gives a check up. A check that hangs fails after the group's timeout."""
+"""Seconds after which the parent gives up on a check. A check that hangs fails after the group's timeout."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([*PRELOADED, "sam_fast"])

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from cases import make_params
+from cases import buckets_of, make_params
 
 from sam_fast import SAM, backends
 
@@ -19,7 +19,7 @@ cpu_only = pytest.mark.skipif("cpu" not in backends.available(), reason="the cpu
 
 def chosen(params, **options) -> list[str]:
     optimizer = SAM(params, lr=0.1, **options)
-    return [bucket.backend for bucket in optimizer._perturbation.buckets]
+    return [bucket.backend for bucket in buckets_of(optimizer)]
 
 
 @cpu_only
@@ -178,8 +178,9 @@ def test_kernels_release_the_interpreter_lock():
     p = torch.nn.Parameter(torch.zeros(64_000_000))
     p.grad = torch.ones_like(p)
     optimizer = SAM([p], lr=0.1)
-    (bucket, partials, _), *_ = optimizer._perturbation.norm.parts
+    (bucket,) = buckets_of(optimizer)
     options = backends.GroupOptions(optimizer.param_groups)
+    partials = torch.zeros(bucket.num_partials, dtype=torch.float64)
     bucket.collect(options)
     torch.set_num_threads(1)
     done, counted = threading.Event(), [0]

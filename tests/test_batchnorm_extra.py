@@ -364,11 +364,11 @@ def test_anything_else_is_refused_before_anything_is_changed(wrong: Any) -> None
     passed(model)
     weights = [p.detach().clone() for p in model.parameters()]
     optimizer.first_step(zero_grad=True)
-    climbed = [p.detach().clone() for p in model.parameters()]
+    moved = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(TypeError, match=r"second_pass.*torch\.nn\.Module"), optimizer.second_pass(wrong):
         pass
     assert optimizer.perturbed
-    assert same_bits(list(model.parameters()), climbed)
+    assert same_bits(list(model.parameters()), moved)
     for call in (
         disable_running_stats,
         enable_running_stats,

@@ -477,7 +477,7 @@ def test_what_is_loaded_into_one_model_stands_when_the_others_step_ends() -> Non
 
 
 def test_frozen_layers_that_are_loaded_stand_although_their_weights_are_trained() -> None:
-    """Evaluation mode: nothing runs that has to be put back, whatever gradients there are."""
+    """Evaluation mode: nothing runs that must be restored, whatever gradients there are."""
     model, optimizer, _ = trained(SmallNet)
     load(model)
     changed = statistics(model)

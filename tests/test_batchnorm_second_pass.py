@@ -1,4 +1,4 @@
-"""optimizer.second_pass and the BatchNorm statistics: right however the second pass ends."""
+"""optimizer.second_pass and the BatchNorm statistics: correct however the second pass ends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Interrupted(Exception):
     """Raised in the middle of something."""
 
 
-def climbed(model: nn.Module, flatten: bool) -> tuple[SAM, list[torch.Tensor]]:
+def perturbed(model: nn.Module, flatten: bool) -> tuple[SAM, list[torch.Tensor]]:
     """A SAM optimizer after its first step, and the weights as they were before it."""
     optimizer = SAM(model.parameters(), lr=0.1, flatten=flatten)
     model(batch(1)).square().sum().backward()
@@ -41,7 +41,7 @@ def climbed(model: nn.Module, flatten: bool) -> tuple[SAM, list[torch.Tensor]]:
 
 
 def test_second_pass_does_not_count(model: nn.Module, flatten: bool) -> None:
-    optimizer, _ = climbed(model, flatten)
+    optimizer, _ = perturbed(model, flatten)
     before = statistics(model)
     with optimizer.second_pass(model):
         model(batch(1)).square().sum().backward()
@@ -54,7 +54,7 @@ def test_second_pass_does_not_count(model: nn.Module, flatten: bool) -> None:
 def test_second_pass_that_raises_puts_statistics_and_weights_back(
     model: nn.Module, flatten: bool, error: type[BaseException]
 ) -> None:
-    optimizer, weights = climbed(model, flatten)
+    optimizer, weights = perturbed(model, flatten)
     before = statistics(model)
 
     def body() -> None:
@@ -77,8 +77,8 @@ def test_second_pass_without_first_step_is_an_error_and_changes_nothing(model: n
 
 
 def test_second_pass_and_the_two_calls_may_be_mixed(model: nn.Module) -> None:
-    """Belt and braces: code that was ported halfway."""
-    optimizer, _ = climbed(model, flatten=False)
+    """Both ways at once: code that was ported halfway."""
+    optimizer, _ = perturbed(model, flatten=False)
     before = statistics(model)
     disable_running_stats(model)
     with optimizer.second_pass(model):
@@ -90,7 +90,7 @@ def test_second_pass_and_the_two_calls_may_be_mixed(model: nn.Module) -> None:
 
 def test_after_a_second_pass_that_raised_training_goes_on_right(model: nn.Module) -> None:
     """Skip the batch, zero the gradients, go on: the next first pass counts, its second does not."""
-    optimizer, _ = climbed(model, flatten=False)
+    optimizer, _ = perturbed(model, flatten=False)
 
     def failing() -> None:
         with optimizer.second_pass(model):
@@ -110,7 +110,7 @@ def test_after_a_second_pass_that_raised_training_goes_on_right(model: nn.Module
 
 def test_second_pass_takes_a_part_of_the_model(model: nn.Sequential) -> None:
     """The statistics of the module that is named, of no other."""
-    optimizer, _ = climbed(model, flatten=False)
+    optimizer, _ = perturbed(model, flatten=False)
     expected = forward_only(model, batch(1))
     before = statistics(model)
     with optimizer.second_pass(model[1]):
@@ -120,7 +120,7 @@ def test_second_pass_takes_a_part_of_the_model(model: nn.Sequential) -> None:
 
 
 def test_second_pass_may_be_entered_once_per_micro_batch(model: nn.Module, flatten: bool) -> None:
-    optimizer, _ = climbed(model, flatten)
+    optimizer, _ = perturbed(model, flatten)
     before = statistics(model)
     for seed in (1, 2, 3):
         with optimizer.second_pass(model):

@@ -111,7 +111,7 @@ def test_enable_before_the_first_pass_and_disable_before_the_second(model: nn.Mo
 
 
 def test_an_exception_in_between_costs_nothing_once_enabled(model: nn.Module) -> None:
-    """Whoever catches the exception and calls enable has the statistics back; later steps are right."""
+    """After catching the exception and calling enable, the statistics are back; later steps are correct."""
     expected = forward_only(model, batch(2))
     with pytest.raises(RuntimeError, match="mat1"):
         _second_pass_that_fails(model)
@@ -314,7 +314,7 @@ def test_frozen_blocks_and_decorators_end_with_a_return_from_inside(model: nn.Mo
 
 @pytest.mark.parametrize("change", ["replaced", "added"])
 def test_layers_that_change_after_an_earlier_frozen_pass_are_covered(model: nn.Sequential, change: str) -> None:
-    """Surgery on the model, for fine-tuning say: what was kept from the earlier pass no longer fits."""
+    """The model is changed, for fine-tuning say: what was kept from the earlier pass no longer fits."""
     with frozen_running_stats(model):
         model(batch(1))
     if change == "replaced":

@@ -163,7 +163,7 @@ def test_each_batch_counts_once(style: Step) -> None:
 
 
 def test_a_second_pass_that_is_all_nan_spoils_neither_statistics_nor_the_next_steps() -> None:
-    """The trap: with momentum 0, 0 * NaN turns the running statistics into NaN for good."""
+    """The trap: with momentum 0, 0 * NaN turns the running statistics into NaN forever."""
     model = SmallNet()
     optimizer, recorder = SAM(model.parameters(), lr=0.1), Recorder(model)
     for step, (x, y) in enumerate(batches(STEPS)):
@@ -203,7 +203,7 @@ def test_gradient_accumulation_counts_every_micro_batch_once(flatten: bool) -> N
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("make", [SmallNet, MixedNet])
 def test_backward_may_come_after_the_frozen_forward(make: Callable[[], nn.Module], training: bool) -> None:
-    """What is put back is no in-place change of anything that backward needs: no version error, the same gradients."""
+    """Restoring changes nothing in place that backward needs: no version error, the same gradients."""
     model = make().train(training)
     (x, y), *_ = batches(1)
     torch.manual_seed(1)
@@ -257,9 +257,7 @@ class ScaledByMean(nn.Module):
 
 
 def test_backward_after_the_frozen_block_is_never_a_wrong_gradient() -> None:
-    """A statistic that was changed in place and is put back: an error, as invariant 5 has it for weights, or the right
-    gradient.
-    """
+    """A statistic that was changed in place and is put back: an error, as for weights, or the correct gradient."""
     model = ScaledByMean(3)
     x = torch.randn(8, 3, requires_grad=True)
     (expected,) = torch.autograd.grad(ScaledByMean(3)(x).sum(), x)

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, the report, and the comparison: what people rely on when they read a figure."""
+"""The benchmarks' own arithmetic, the report, and the comparison: what readers of a figure rely on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import buckets_of
 
 from bench import compare, report, targets
 from bench.clock import BASELINE, OURS, WITH_LAUNCHES, DeviceTimer, Gpu, Rehearsal
@@ -32,9 +33,7 @@ MACHINE = {
 
 
 def run_with(slower: float = 1.0, seed: int = 0, noise: float = 0.05, machine: float = 1.0) -> Run:
-    """A run whose machine wobbles by half, for all contenders of a round alike, and whose timings carry some noise of
-    their own.
-    """
+    """A run on a machine whose speed varies by half, for all contenders of a round alike, and with noisy timings."""
     draw = random.Random(seed)
 
     def rounds(*seconds: float) -> list[list[float]]:
@@ -103,10 +102,10 @@ def test_a_wrong_result_is_not_timed(mistake):
     problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
     method = sam_fast(problem)
     problem.check("right", sam_fast(problem))
-    right = getattr(method.optimizer, mistake)
+    original = getattr(method.optimizer, mistake)
 
     def wrong() -> None:
-        right()
+        original()
         with torch.no_grad():
             method.params[0][299, 6] *= 1 + 3e-6  # the last element, 25 units in the last place
 
@@ -145,7 +144,7 @@ def test_a_round_times_every_stage_of_every_contender_once():
 
 
 class FakeGpu(Rehearsal):
-    """A device that does what it is told and writes down what that was.
+    """A device that records what it is told to do.
 
     ``late``: it wakes up before everything is launched.
     """
@@ -243,14 +242,14 @@ def record_at(share: float, group: str, device: str = "cuda") -> Record:
 
 
 def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
-    wrong = [record_at(1.11, "op restore_sgd"), record_at(1.4, "first_step, SGD")]
-    right = [record_at(1.09, "op restore_adam"), record_at(1.4, "op grad_norm"), record_at(1.4, "op perturb", "cpu")]
+    wrong = [record_at(1.11, "op step_sgd"), record_at(1.4, "first_step, SGD")]
+    right = [record_at(1.09, "op step_adam"), record_at(1.4, "op grad_norm"), record_at(1.4, "op perturb", "cpu")]
     assert "cuda at 111 % of the copy's bandwidth" in wrong[0].invalid()
     assert not any(record.invalid() for record in right)
     Run({**MACHINE, "kind": "cuda"}, wrong + right).save(tmp_path / "run.json")
     run = Run.load(tmp_path / "run.json")
     assert [r.group for r in run.records] == [r.group for r in right]
-    assert [text.partition(",")[0] for text in run.left_out] == ["op restore_sgd", "first_step"]
+    assert [text.partition(",")[0] for text in run.left_out] == ["op step_sgd", "first_step"]
     assert "| 140 %" not in "\n".join(
         line for line in report.markdown(run_with(), run).splitlines() if "first_step" in line
     )
@@ -281,9 +280,9 @@ def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
 @pytest.mark.parametrize(
     ("op", "base", "options"),
     [
-        ("restore_sgd", torch.optim.SGD, {}),
-        ("restore_sgd", torch.optim.AdamW, {}),
-        ("restore_adam", torch.optim.SGD, {"momentum": 0.9}),
+        ("step_sgd", torch.optim.SGD, {}),
+        ("step_sgd", torch.optim.AdamW, {}),
+        ("step_adam", torch.optim.SGD, {"momentum": 0.9}),
     ],
 )
 def test_an_operation_is_timed_with_its_own_base_optimizer(op, base, options):
@@ -303,11 +302,11 @@ def test_a_wrong_operation_is_not_timed(op, monkeypatch):
     optimizer.first_step()
     optimizer.restore()
     contender_of(op, optimizer, problem)
-    kind = type(optimizer._perturbation.norm.parts[0][0])
-    right = getattr(kind, op)
+    kind = type(buckets_of(optimizer)[0])
+    original = getattr(kind, op)
 
     def wrong(bucket, *others, **named):
-        right(bucket, *others, **named)
+        original(bucket, *others, **named)
         if op == "grad_norm":
             others[1].mul_(1 + 1e-5)
         else:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, SIZES, make_params
+from cases import DTYPES, SIZES, buckets_of, make_params
 
 from sam_fast import SAM, backends
 from sam_fast.backends.bucket import CHUNK, Bucket
@@ -14,36 +14,36 @@ from sam_fast.backends.memory import ALIGNMENT, is_dense
 from sam_fast.norm import NormSum, exchange_sums
 
 
-def bucket_of(rows, groups=None) -> Bucket:
-    return backends.BACKENDS["torch"].bucket(rows, groups or [0] * len(rows))
+def bucket_of(tensors, groups=None) -> Bucket:
+    return backends.BACKENDS["torch"].bucket(tensors, groups or [0] * len(tensors))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, torch.complex128], ids=lambda d: str(d).removeprefix("torch."))
 def test_every_slot_starts_on_a_cache_line_and_slots_do_not_overlap(dtype):
-    rows = [torch.zeros(n, dtype=dtype) for n in SIZES]
-    bucket = bucket_of(rows)
+    tensors = [torch.zeros(n, dtype=dtype) for n in SIZES]
+    bucket = bucket_of(tensors)
     ends = [0]
-    for row, slot in zip(rows, bucket.slots, strict=True):
+    for tensor, slot in zip(tensors, bucket.slots, strict=True):
         assert slot * dtype.itemsize % ALIGNMENT == 0
         assert slot >= ends[-1]
-        ends.append(slot + row.numel())
+        ends.append(slot + tensor.numel())
     assert bucket.numel >= ends[-1]
     assert bucket.backup.data_ptr() % ALIGNMENT == 0
 
 
 def test_chunks_cover_every_element_once():
-    rows = [torch.zeros(n) for n in SIZES]
+    tensors = [torch.zeros(n) for n in SIZES]
     groups = [i % 2 for i in range(len(SIZES))]
-    bucket = bucket_of(rows, sorted(groups))
+    bucket = bucket_of(tensors, sorted(groups))
     covered = [torch.zeros(n, dtype=torch.int32) for n in SIZES]
     last_slot = -1
-    for row, group, begin, count, slot in bucket.chunks.tolist():
+    for index, group, begin, count, slot in bucket.chunks.tolist():
         assert 0 < count <= CHUNK
-        assert group == bucket.groups[row]
-        assert slot == bucket.slots[row] + begin
+        assert group == bucket.groups[index]
+        assert slot == bucket.slots[index] + begin
         assert slot > last_slot
         last_slot = slot
-        covered[row][begin : begin + count] += 1
+        covered[index][begin : begin + count] += 1
     assert all(bool((c == 1).all()) for c in covered)
 
 
@@ -78,7 +78,7 @@ def test_mixed_dtypes_and_layouts_share_one_norm():
     strided.grad = torch.randn(30) * 0.01
     params.append(strided)
     optimizer = SAM(params, lr=0.1)
-    assert len(optimizer._perturbation.buckets) == 5
+    assert len(buckets_of(optimizer)) == 5
     optimizer.first_step()
     exact = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params))
     assert float(optimizer.grad_norm) == pytest.approx(exact, rel=1e-6)
@@ -112,9 +112,8 @@ def test_no_allocation_after_the_first_step():
     optimizer = SAM(params, lr=0.1)
 
     def addresses():
-        perturbation = optimizer._perturbation
-        (bucket,) = perturbation.buckets
-        return [id(bucket), bucket.backup.data_ptr(), bucket.chunks.data_ptr(), perturbation.norm.value.data_ptr()]
+        (bucket,) = buckets_of(optimizer)
+        return [id(bucket), bucket.backup.data_ptr(), bucket.chunks.data_ptr()]
 
     optimizer.first_step()
     first = addresses()

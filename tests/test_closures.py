@@ -1,4 +1,4 @@
-"""step(closure): which passes a closure computes, said explicitly or found out, against plain PyTorch."""
+"""step(closure): which passes a closure computes, given explicitly or found out, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -250,10 +250,10 @@ def test_accumulation_in_lightning_is_an_error(mode):
     assert same_bits(values(list(loop.model.parameters())), before)
 
 
-@pytest.mark.parametrize("left", ["nothing", "zeroed by the optimizer", "spent"])
+@pytest.mark.parametrize("left", ["nothing", "zeroed by the optimizer", "used"])
 def test_second_without_a_new_gradient_is_an_error(flatten, left):
     loop = Loop(flatten=flatten, closure="second")
-    if left == "spent":
+    if left == "used":
         loop.optimizer.step(loop.closure(0), passes="both")
     else:
         loop.optimizer.zero_grad(set_to_none=left == "nothing")

@@ -1,4 +1,4 @@
-"""SAM goes through what torch holds its own optimizers to.
+"""SAM passes the tests that torch has for its own optimizers.
 
 Wherever it can be, the oracle is torch's own optimizer on the same calls.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, normal, same_bits, same_step, values
+from cases import buckets_of, make_params, normal, same_bits, same_step, values
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch_conformance import REFUSED, optimizer_infos
@@ -36,7 +36,7 @@ def info(index: int) -> Any:
 
 
 def test_every_optimizer_of_torch_is_covered() -> None:
-    """A new one in torch must be tried, or refused with a reason."""
+    """A new optimizer in torch must be tested, or refused with a reason."""
     known = {
         name
         for name, cls in vars(torch.optim).items()
@@ -364,32 +364,38 @@ def test_more_than_two_to_the_31_elements_on_the_meta_device() -> None:
     for parameter in (p, q):
         parameter.grad = torch.empty_like(parameter)
     optimizer = SAM([p, q], lr=0.1)
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     assert bucket.slots == [0, 2**31 + 32]
-    row, _, begin, count, slot = bucket.chunks[-2].tolist()
-    assert (row, begin + count, slot) == (0, size, begin)
+    index, _, begin, count, slot = bucket.chunks[-2].tolist()
+    assert (index, begin + count, slot) == (0, size, begin)
     assert bucket.chunks[-1].tolist() == [1, 0, 0, 7, 2**31 + 32]
     optimizer.first_step()
     optimizer.second_step()
 
 
 def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
-    """In memory that is never touched before: only the last two chunks are worked on, and become real."""
+    """The memory is not there until it is used: only the last two chunks are worked on."""
     _cpu = pytest.importorskip("sam_fast._cpu")
     size = 2**31 + CHUNK + 5
     try:
-        row, grad, flat = (torch.empty(size, dtype=torch.float16) for _ in range(3))
+        weight, grad, backup = (torch.empty(size, dtype=torch.float16) for _ in range(3))
     except RuntimeError:
         pytest.skip("needs 12 GiB of address space")
-    bucket = backends.BACKENDS["cpu"].bucket([row], [0])
+    bucket = backends.BACKENDS["cpu"].bucket([weight], [0])
     last = bucket.chunks[-2:].contiguous()
     assert last[0, 2] >= 2**31
     tail = slice(int(last[0, 2]), size)
-    row[tail], grad[tail] = 1.0, 2.0
-    addresses = torch.tensor([row.data_ptr(), grad.data_ptr(), 0], dtype=torch.int64)
+    weight[tail], grad[tail] = 1.0, 2.0
+    addresses = torch.tensor([weight.data_ptr(), grad.data_ptr(), 0], dtype=torch.int64)
     weights, along, saved = (addresses[i : i + 1].data_ptr() for i in range(3))
     facts = {"dtype": 3, "itemsize": 2, "num_tensors": 1, "num_chunks": 2, "tensors": bucket.tensor_table.data_ptr()}
-    facts |= {"chunks": last.data_ptr(), "weights": weights, "along": along, "saved": saved, "backup": flat.data_ptr()}
+    facts |= {
+        "chunks": last.data_ptr(),
+        "weights": weights,
+        "along": along,
+        "saved": saved,
+        "backup": backup.data_ptr(),
+    }
     struct = array("q", [facts.get(field, 0) for field in FIELDS])
     at = struct.buffer_info()[0]
     group, partials, norm = (
@@ -401,9 +407,9 @@ def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
     length = (4 * (size - tail.start)) ** 0.5
     assert float(partials.sum().sqrt()) == pytest.approx(length, rel=1e-12)
     _cpu.perturb(at, group.data_ptr(), partials.data_ptr(), 2, 0.0, norm.data_ptr(), None, 1)
-    assert torch.equal(row[tail], torch.full_like(row[tail], 1.0 + 0.5 * 2.0 / length))
+    assert torch.equal(weight[tail], torch.full_like(weight[tail], 1.0 + 0.5 * 2.0 / length))
     _cpu.restore(at, True, 1)
-    assert torch.equal(row[tail], torch.ones_like(row[tail]))
+    assert torch.equal(weight[tail], torch.ones_like(weight[tail]))
 
 
 # ---- Hooks and printing ----------------------------------------------------------------------------------------------

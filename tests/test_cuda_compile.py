@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cuda_emulation.build import steps
+from cuda_emulation.build import operations, steps
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ["80", "90", "100"]
 STEPS = steps(CSRC)
-OPERATIONS = ["grad_norm", "perturb", "copy", *STEPS]
+OPERATIONS = [*operations(CSRC), *STEPS]
 DTYPES = {"float32": "Native<float>", "float64": "Native<double>", "bfloat16": "bf16", "float16": "f16"}
 
 KERNELS = {"copy": 6, "grad_norm": 12}
@@ -36,15 +36,15 @@ promises.
 
 def find(tool: str) -> str | None:
     """A CUDA tool: in CUDA_HOME, on the PATH or, for the binary tools, in Triton's wheel."""
-    places = [
+    folders = [
         os.path.join(os.environ.get("CUDA_HOME", "/nonexistent"), "bin"),
         os.environ["PATH"],
         "/usr/local/cuda/bin",
     ]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.submodule_search_locations:
-        places += [str(Path(place) / "backends" / "nvidia" / "bin") for place in triton.submodule_search_locations]
-    return shutil.which(tool, path=os.pathsep.join(places))
+        folders += [str(Path(folder) / "backends" / "nvidia" / "bin") for folder in triton.submodule_search_locations]
+    return shutil.which(tool, path=os.pathsep.join(folders))
 
 
 NVCC, CUOBJDUMP = find("nvcc"), find("cuobjdump")
@@ -136,11 +136,12 @@ def by_bytes(found: Counter[str], kind: str) -> dict[int, int]:
 @pytest.mark.parametrize("architecture", ["90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
-    """At least. perturb: 4 vectors of w and of g in, 4 of the backup and of w out, for SAM and once more for ASAM.
-    grad_norm: 4 of g, and 4 of g and w.
+    """At least, in vectors of 16 bytes:
 
-    Sgd: 2 of the backup, of g and of the momentum in, 2 of w and of the momentum out. Adam: 1 each of five in, of four
-        out.
+    perturb    4 of w and of g in, 4 of the backup and of w out, for SAM and once more for ASAM
+    grad_norm  4 of g, and 4 of g and w
+    Sgd        2 of the backup, of g and of the momentum in, 2 of w and of the momentum out
+    Adam       1 each of five in, of four out
     """
     for name, code in functions(cubins["perturb", architecture]).items():
         if DTYPES[dtype] in name:

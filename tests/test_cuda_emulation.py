@@ -74,9 +74,9 @@ def test_shared_memory_that_a_block_has_not_written_is_noticed(tmp_path):
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     source = csrc / "cuda" / "perturb.cu"
-    right = "    scales[i] = climb_scale"
-    assert source.read_text().count(right) == 1
-    source.write_text(source.read_text().replace(right, "    if (blockIdx.x == 0) scales[i] = climb_scale"))
+    line = "    scales[i] = perturb_scale"
+    assert source.read_text().count(line) == 1
+    source.write_text(source.read_text().replace(line, "    if (blockIdx.x == 0) scales[i] = perturb_scale"))
     module = build(tmp_path / "_cuda.so", csrc)
     selected = ("kernels/test_perturb.py", "-k", "test_one_tensor and 100003 and float32")
     kept, poisoned = run(module, *selected, SAM_FAST_EMULATED_SHARED="kept"), run(module, *selected)

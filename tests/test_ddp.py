@@ -75,7 +75,7 @@ def test_synchronised_is_one_process_with_the_whole_batch(request, processes, op
 
 
 @pytest.mark.parametrize(("processes", "options"), WITH_TWO_AND_FOUR)
-def test_local_is_each_process_climbing_along_its_own_gradient(request, processes, options):
+def test_local_is_each_process_perturbed_along_its_own_gradient(request, processes, options):
     group = request.getfixturevalue(processes)
     equal(group.run(trained, False, **OPTIONS[options]), each_its_own(group.size))
 

@@ -217,8 +217,8 @@ def test_wrong_checksum_is_refused(tmp_path):
 class Endless(io.RawIOBase):
     """A server's answer that never ends, or ends early."""
 
-    def __init__(self, announced: str, size: int) -> None:
-        self.headers = {"Content-Length": announced}
+    def __init__(self, declared: str, size: int) -> None:
+        self.headers = {"Content-Length": declared}
         self.left = size
 
     def read(self, size: int = -1) -> bytes:
@@ -228,7 +228,7 @@ class Endless(io.RawIOBase):
 
 
 @pytest.mark.parametrize(
-    ("announced", "size", "words"),
+    ("declared", "size", "words"),
     [
         ("", 10**12, "longer than 1,000,000 bytes"),
         ("10", 10**12, "longer than"),
@@ -236,9 +236,9 @@ class Endless(io.RawIOBase):
     ],
     ids=["endless", "lies", "cut off"],
 )
-def test_a_download_that_is_too_large_is_given_up(announced, size, words, tmp_path, monkeypatch):
+def test_a_download_that_is_too_large_is_given_up(declared, size, words, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_DOWNLOAD", 1_000_000)
-    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda *_, **__: Endless(announced, size))
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda *_, **__: Endless(declared, size))
     with pytest.raises(DemoError, match=words):
         fetch._download("https://example.org/images", tmp_path / "images", time.monotonic() + 60)
     assert (tmp_path / "images").stat().st_size <= 1_000_000

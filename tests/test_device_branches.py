@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import is_dense_of_a_stand_in, make_params, same_bits
+from cases import buckets_of, is_dense_of_a_stand_in, make_params, same_bits
 
 from sam_fast import SAM, backends, devices, fused_step, norm
 from sam_fast.__main__ import main
@@ -26,7 +26,7 @@ PACKAGE = Path(backends.__file__).parent.parent
 
 
 class FakeGpu:
-    """``torch.cuda`` as far as sam_fast asks it; notes what is made current."""
+    """The part of ``torch.cuda`` that sam_fast uses; records which device is made current."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: str = "cuda") -> None:
         self.entered: list[torch.device] = []
@@ -85,7 +85,7 @@ def test_adams_counters_on_the_host_are_no_error_on_a_gpu_unless_it_captures(gpu
     optimizer = SAM(params, base, lr=0.1)
     optimizer.first_step()
     optimizer.second_step()
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     assert bucket.host_counters
     on_gpu = SimpleNamespace(host_counters=bucket.host_counters, device=CUDA)
     fused_step._check_host_counters(on_gpu, Scaling(None, None))
@@ -111,7 +111,7 @@ def test_replaying_random_numbers_is_refused_while_a_graph_is_captured(gpu, monk
 
 
 class FakeModule:
-    """``sam_fast._cuda`` on a machine whose device or driver it may not fit."""
+    """``sam_fast._cuda`` on a machine whose device or driver may not suit it."""
 
     device_type = "cuda"
     architectures = "80-real 90"
@@ -128,7 +128,7 @@ class FakeModule:
 
 
 class GpuTensor:
-    """As much of a tensor on a GPU as the choice of a backend looks at."""
+    """The part of a tensor on a GPU that the choice of a backend looks at."""
 
     dtype = torch.float32
     shape = torch.Size([3])

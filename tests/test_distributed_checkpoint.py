@@ -28,11 +28,11 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
 }
 SAVED, STEPS = 3, 6
-"""After so many steps a checkpoint is saved; after so many all is over."""
+"""The step after which a checkpoint is saved, and the last one."""
 
 
 def make(kind: str, base: str) -> tuple[nn.Module, SAM]:
-    """The network as it is, sharded or with DDP, and its optimizer with a rho of its own."""
+    """The network as it is, sharded or with DDP, and its optimizer with its own rho."""
     model: nn.Module = network()
     if kind == "fsdp":
         mesh = init_device_mesh("cpu", (distributed.get_world_size(),))

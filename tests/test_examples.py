@@ -21,7 +21,7 @@ EXAMPLES = [*LEARNING, "resume", *ON_A_GPU, *DISTRIBUTED]
 
 
 def output_of(name: str, folder: Path) -> str:
-    """What the example prints, run as a user runs it, in a folder of its own."""
+    """What the example prints, run as a user runs it, in its own folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small tensors: more threads only wait for each other
     command = [sys.executable, str(FOLDER / f"{name}.py")]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)

@@ -107,7 +107,7 @@ def test_first_step_interrupted_anywhere(backend: str, flatten: bool) -> None:
         if not case.optimizer.perturbed:
             assert same_bits(case.params, case.began), boundary.failed
         elif not done:
-            # Only after the climb was complete: in zero_grad, or where the call returns.
+            # Only after perturb was complete: in zero_grad, or where the call returns.
             assert not same_bits(case.params[:1], case.began[:1]), boundary.failed
         case.optimizer.restore()
         assert same_bits(case.params, case.began), boundary.failed
@@ -239,11 +239,11 @@ def test_one_bad_element_anywhere(value: float, backend: str, flatten: bool) -> 
     optimizer's own.
     """
     for index in range(3):
-        for place in (0, 500, 1008):
+        for element in (0, 500, 1008):
             params = make_params([1009, 1009, 1009])
             optimizer = SAM(params, lr=0.1, momentum=0.9, backend=backend, flatten=flatten)
             before, own = values(params), [nn.Parameter(w) for w in values(params)]
-            params[index].grad[place] = value  # type: ignore[index]
+            params[index].grad[element] = value  # type: ignore[index]
             optimizer.first_step()
             assert not torch.isfinite(optimizer.grad_norm)
             assert same_bits(params, before)

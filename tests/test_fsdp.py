@@ -88,7 +88,7 @@ def test_fsdp_is_one_process_with_the_whole_batch(request, shape, kwargs):
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
-def test_hsdp_local_is_each_replica_climbing_along_its_own_gradient(four):
+def test_hsdp_local_is_each_replica_perturbed_along_its_own_gradient(four):
     found = four.run(fsdp_trained, (2, 2), sync=False)
     torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
     assert all(same_bits(of_rank, found[0]) for of_rank in found)
@@ -184,7 +184,7 @@ def test_fsdp_with_a_mixed_precision_policy(two):
 
 
 def keeps_gathered_weights() -> bool:
-    """The first backward pass keeps the gathered weights, as people have it do who accumulate gradients."""
+    """The first backward pass keeps the gathered weights, as is common with gradient accumulation."""
     model = sharded_network((distributed.get_world_size(),))
     optimizer = SAM(model.parameters(), rho=RHO, **SGD)
     for batch in batches(3):

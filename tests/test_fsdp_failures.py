@@ -73,7 +73,7 @@ PLACES: dict[str, Callable[[nn.Sequential], Any]] = {
 
 
 class Run:
-    """A model, its optimizer and a step that is given up, on one rank."""
+    """A model, its optimizer and a step that is abandoned, on one rank."""
 
     def __init__(self, reshard: bool | int | None) -> None:
         self.model = nested(network(), reshard)
@@ -85,20 +85,20 @@ class Run:
         x, y = self.data[0]
         return mse_loss(self.model(x), y)
 
-    def climb(self) -> None:
+    def first_step(self) -> None:
         self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.first_step(zero_grad=True)
 
     def given_up(self, second_pass: Callable[[], Any]) -> None:
-        self.climb()
+        self.first_step()
         with suppress(Failure), self.optimizer.second_pass(self.model):
             second_pass()
             raise Failure
         assert not self.optimizer.perturbed
 
     def check(self) -> None:
-        """A forward pass is that at w, bit for bit."""
+        """A forward pass gives that at w, bit for bit."""
         fresh = network()
         (x, _), before = self.data[0], [p.detach().clone() for p in fresh.parameters()]
         with torch.no_grad():
@@ -156,7 +156,7 @@ def stopped(after: str, style: str) -> bool:
         if style == "second_pass":
             run.given_up(second_pass)
         elif style == "restore":
-            run.climb()
+            run.first_step()
             with suppress(Failure):
                 second_pass()
             run.optimizer.restore()
@@ -194,9 +194,9 @@ def test_unreduced_gradients_of_a_pass_that_is_given_up_are_dropped(two):
 
 
 def part_of_a_model() -> bool:
-    """second_pass is told of a part of the model, which is not FSDP2's root."""
+    """second_pass is given a part of the model that is not FSDP2's root."""
     run = Run(None)
-    run.climb()
+    run.first_step()
     with suppress(Failure), run.optimizer.second_pass(run.model[0]):
         run.loss()
         raise Failure
@@ -209,9 +209,9 @@ def test_second_pass_of_a_part_of_the_model(two):
 
 
 def another_model() -> bool:
-    """Only the model whose step is given up is reset: another one, in the middle of its own, goes on."""
+    """Only the model whose step is abandoned is reset; another one, in mid-step, goes on."""
     run, other = Run(None), Run(None)
-    other.climb()
+    other.first_step()
     with other.optimizer.second_pass(other.model):
         loss = other.loss()
         run.given_up(lambda: run.loss())
@@ -230,7 +230,7 @@ def one_gives_up() -> tuple[bool, bool, str]:
     """Rank 1 raises between forward and backward; rank 0 waits for it in its backward pass, until the timeout."""
     run = Run(None)
     before = values([p.to_local() for p in run.params])
-    run.climb()
+    run.first_step()
     text = ""
     try:
         with run.optimizer.second_pass(run.model):
@@ -255,7 +255,7 @@ def test_fsdp_process_that_raises_leaves_none_perturbed():
 def of_another_torch() -> list[str]:
     """A PyTorch whose FSDP2 has changed: one warning, and the exception that the pass raised."""
     run = Run(None)
-    run.climb()
+    run.first_step()
     moved = mock.patch.object(type(run.model), "_get_fsdp_state", return_value=None)
     with moved, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

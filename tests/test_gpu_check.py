@@ -1,5 +1,5 @@
 """What gpu-check does and what it leaves behind, as far as it can be seen without a GPU: in rehearsals, and with tiny
-suites in place of the real.
+suites instead of the real ones.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cases import make_params, normal, same_bits, values
-from model_of_sam import climbed
+from model_of_sam import perturbed
 from torch import Tensor, nn
 
 from sam_fast import SAM
@@ -32,8 +32,8 @@ NO_TENSORS: list[Any] = [
     None,
     1,
     2.5,
-    "row",
-    b"row",
+    "tensor",
+    b"tensor",
     [],
     {},
     object(),
@@ -113,7 +113,7 @@ def test_a_step_that_does_not_exist_is_refused(index: int) -> None:
         _cpu.step(index, 0, 0, 1.0, None, 1)
 
 
-def mutations(dice: random.Random) -> list[Any]:
+def mutations(rng: random.Random) -> list[Any]:
     """Ways in which a parameter or a gradient may differ from what it was when the buckets were built."""
 
     def data(change: Any) -> Any:
@@ -125,7 +125,7 @@ def mutations(dice: random.Random) -> list[Any]:
     def grad(change: Any) -> Any:
         def apply(p: nn.Parameter) -> None:
             p.grad = None
-            g = normal(p.shape, torch.Generator().manual_seed(dice.randrange(99))).to(p.dtype)
+            g = normal(p.shape, torch.Generator().manual_seed(rng.randrange(99))).to(p.dtype)
             wanted = change(g)
             if (wanted.shape, wanted.dtype) == (p.shape, p.dtype):
                 p.grad = wanted
@@ -136,7 +136,7 @@ def mutations(dice: random.Random) -> list[Any]:
         return apply
 
     def free(p: nn.Parameter) -> None:
-        """The old memory is freed and given to somebody else at once."""
+        """The old memory is freed and reused at once."""
         shape = p.shape
         p.data = torch.zeros(1, dtype=p.dtype).expand(shape).contiguous()
         p.data = p.detach().clone()
@@ -166,20 +166,20 @@ def mutations(dice: random.Random) -> list[Any]:
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_parameters_changed_at_random_are_right_or_refused(base: type[torch.optim.Optimizer]) -> None:
+def test_parameters_changed_at_random_are_served_or_refused(base: type[torch.optim.Optimizer]) -> None:
     """Before first_step, between the passes and before second_step.
 
-    What is not refused climbs by the formula, and the others keep their bits.
+    What is not refused is perturbed by the formula, and the others keep their bits.
     """
     for seed in range(80):
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         params = [nn.Parameter(t.detach().reshape(-1, 1)) for t in make_params([40, 17, 130], seed=seed, grads=False)]
         for p in params:
             p.grad = normal(p.shape, torch.Generator().manual_seed(seed))
         optimizer = SAM(params, base, lr=0.1)
-        victim, when = params[dice.randrange(3)], dice.randrange(3)
+        victim, when = params[rng.randrange(3)], rng.randrange(3)
         others = [p for p in params if p is not victim]
-        change = dice.choice(mutations(dice))
+        change = rng.choice(mutations(rng))
         if when == 0:
             change(victim)
         began, kept = values(params), values(others)
@@ -189,7 +189,7 @@ def test_parameters_changed_at_random_are_right_or_refused(base: type[torch.opti
             precision = (
                 1e-6 if all(p.grad is None or p.grad.element_size() <= p.element_size() for p in params) else 1e-2
             )
-            norm, expected = climbed(optimizer, 1e-12) if sensible else (0.0, [])
+            norm, expected = perturbed(optimizer, 1e-12) if sensible else (0.0, [])
             optimizer.first_step()
             assert sensible
             assert float(optimizer.grad_norm) == pytest.approx(norm, rel=precision)
@@ -273,7 +273,7 @@ if __name__ == "__main__":
 
 
 def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: Path) -> None:
-    """A forked child has none of OpenMP's threads: a kernel that asked for them would wait for ever."""
+    """A forked child has none of OpenMP's threads: a kernel that asked for them would wait forever."""
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -352,8 +352,8 @@ print("fine")
 @pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and Linux")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer counts allocations itself")
 def test_no_kernel_allocates_in_its_loop(tmp_path: Path) -> None:
-    """A step over 65 chunks calls malloc as often as one over 10 elements (Adam's bias corrections, one number a row,
-    and Python's own objects).
+    """A step over 65 chunks calls malloc as often as one over 10 elements (for Adam's bias corrections, one
+    number a tensor, and for Python's own objects).
     """
     (tmp_path / "counter.c").write_text(COUNTER)
     library = tmp_path / "counter.so"
@@ -372,7 +372,7 @@ def test_no_kernel_allocates_in_its_loop(tmp_path: Path) -> None:
 WATCHED = """
 import os, sys
 import torch
-# what PyTorch imports late, and writes then, is its own affair
+# what PyTorch imports late, and writes then, is not our concern
 torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
 written = []
 def hook(event, arguments):

@@ -69,7 +69,7 @@ def test_the_variant_asked_for_reaches_the_base_optimizer(variant: str) -> None:
 
 
 def test_base_defaults_are_among_the_optimizers_own() -> None:
-    """OneCycleLR and others look there for what they may cycle."""
+    """OneCycleLR and others look there for what they can cycle."""
     optimizer = SAM(make_params([3]), torch.optim.AdamW, lr=0.1, rho=0.3)
     assert optimizer.base_optimizer.defaults.items() <= optimizer.defaults.items()
     assert optimizer.defaults["rho"] == 0.3
@@ -117,7 +117,7 @@ def test_a_group_that_the_forced_backend_does_not_take_is_not_added() -> None:
 
 
 def test_flatten_refuses_an_added_parameter_that_shares_memory() -> None:
-    """Moved elsewhere it would part from the one it is tied to; the constructor refuses such parameters too."""
+    """Moved into a flat buffer it would no longer be tied; the constructor refuses such parameters too."""
     tied = make_params([10])[0]
     optimizer = SAM([tied], lr=0.1, flatten=True)
     with pytest.raises(ValueError, match="share memory"):

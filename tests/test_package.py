@@ -75,7 +75,7 @@ def names_in(wheel: Path) -> list[str]:
 
 
 def fresh_python(where: Path) -> Path:
-    """An environment with this one's packages (torch) visible, and nothing of its own."""
+    """An environment with this one's packages (torch) visible, and nothing else."""
     venv.create(where, with_pip=False)
     python = where / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
@@ -137,7 +137,7 @@ def test_the_oldest_torch_that_is_declared_is_the_one_that_is_tested():
 
 @pytest.mark.slow
 def test_a_build_writes_nothing_outside_its_folders(built, checkout, home):
-    # pip asks rustc for its version, and rustup, where it is, makes a note
+    # pip asks rustc for its version, and rustup, where it is installed, writes a file
     assert {path.name for path in home.iterdir()} <= {".rustup"}
     assert {path.name for path in checkout.iterdir()} - {path.name for path in ROOT.iterdir()} <= {
         "build",
@@ -240,7 +240,7 @@ def test_installed_wheel_works_and_explains_itself(built, tmp_path):
 
 @pytest.mark.nightly
 def test_without_a_compiler_the_package_runs_on_torch_and_says_why(checkout, tmp_path):
-    """SAM_FAST_NATIVE=0 on a machine without compilers: a pure-Python wheel, one warning, and right results."""
+    """SAM_FAST_NATIVE=0 on a machine without compilers: a pure-Python wheel, one warning, and correct results."""
     run(
         sys.executable,
         "-m",

@@ -101,7 +101,7 @@ def dropout_masks(replay: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         out.sum().backward()
         masks.append(out == 0)
     optimizer.first_step(zero_grad=True)
-    torch.rand(7)  # somebody draws between the passes
+    torch.rand(7)  # something draws between the passes
     with optimizer.second_pass(model):
         out = model(x)
         out.sum().backward()
@@ -125,7 +125,7 @@ def test_without_replay_the_masks_differ():
 
 
 class Dropping:
-    """A closure that keeps its dropout masks, and raises in the call that it is told."""
+    """A closure that keeps its dropout masks, and raises in the given call."""
 
     def __init__(self, raises: int = 0) -> None:
         torch.manual_seed(5)
@@ -204,7 +204,7 @@ def test_a_closure_that_raises_leaves_the_stream_after_its_first_pass(raises):
     with pytest.raises(RuntimeError, match="closure failed"):
         dropping.optimizer.step(dropping, replay_rng=True)
     assert torch.equal(torch.get_rng_state(), after_passes(1))
-    dropping.optimizer.step(dropping)  # nothing of the step that was given up is replayed
+    dropping.optimizer.step(dropping)  # nothing of the abandoned step is replayed
     assert not any(torch.equal(mask, dropping.masks[0]) for mask in dropping.masks[raises:])
 
 

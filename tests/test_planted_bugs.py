@@ -1,4 +1,4 @@
-"""The sanitizers are worth something only if they catch mistakes: some are planted in the CPU's and the emulated CUDA
+"""Sanitizers are only worth something if they catch mistakes: some are planted in the CPU's and the emulated CUDA
 kernels, and must be found.
 """
 
@@ -72,18 +72,18 @@ def _can_be_built(sanitizer: str) -> None:
         pytest.skip(f"needs g++ with lib{sanitizer}")
 
 
-def broken_sources(tmp_path: Path, file: str, right: str, wrong: str) -> Path:
+def broken_sources(tmp_path: Path, file: str, original: str, broken: str) -> Path:
     """A copy of csrc with one text replaced."""
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     source = (csrc / file).read_text()
-    assert source.count(right) == 1
-    (csrc / file).write_text(source.replace(right, wrong))
+    assert source.count(original) == 1
+    (csrc / file).write_text(source.replace(original, broken))
     return csrc
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "file", "right", "wrong", "report"),
+    ("sanitizer", "file", "original", "broken", "report"),
     [
         ("tsan", "cuda/reduce.h", "  __syncthreads();\n", "", "data race"),
         (
@@ -96,14 +96,14 @@ def broken_sources(tmp_path: Path, file: str, right: str, wrong: str) -> Path:
     ],
     ids=["missing __syncthreads", "tail one element too long"],
 )
-def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, right, wrong, report):
+def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, original, broken, report):
     spec = importlib.util.spec_from_file_location("cuda_emulation_build", TESTS / "cuda_emulation" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     emulation = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(emulation)
     module = emulation.build(
-        tmp_path / "_cuda.so", COMPILED_WITH[sanitizer], broken_sources(tmp_path, file, right, wrong), optimize=0
+        tmp_path / "_cuda.so", COMPILED_WITH[sanitizer], broken_sources(tmp_path, file, original, broken), optimize=0
     )
     done = run_kernel_tests(
         sanitizer,
@@ -118,7 +118,7 @@ def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, 
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "file", "right", "wrong", "report"),
+    ("sanitizer", "file", "original", "broken", "report"),
     [
         # The last chunk of one thread's share is also the first of the next one's: both write the same numbers, and no
         # other test can tell.
@@ -139,11 +139,11 @@ def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, 
     ],
     ids=["threads that share a chunk", "a vector where there are too few elements"],
 )
-def test_a_planted_bug_in_the_cpu_kernels_is_caught(tmp_path, sanitizer, file, right, wrong, report):
+def test_a_planted_bug_in_the_cpu_kernels_is_caught(tmp_path, sanitizer, file, original, broken, report):
     package = tmp_path / "package"
     shutil.copytree(ROOT / "sam_fast", package / "sam_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "sam_fast" / "kernels").symlink_to(ROOT / "kernels")
-    broken_sources(package, file, right, wrong)
+    broken_sources(package, file, original, broken)
     shutil.copy(ROOT / "CMakeLists.txt", package)
     configure = [
         "cmake",

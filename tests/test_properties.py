@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EPSILON, normal, same_bits, values
+from cases import EPSILON, flattened, normal, same_bits, values
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from model_of_sam import climbed, params_of, stepped
+from model_of_sam import params_of, perturbed, stepped
 from torch import Tensor, nn
 
 from sam_fast import SAM
@@ -31,7 +31,7 @@ CASES = {"ci": 300, "nightly": 10_000}
 profile = settings(
     max_examples=CASES[PROFILE] if PROFILE in CASES else int(PROFILE),
     deadline=None,
-    derandomize=PROFILE == "ci",  # a failure in CI is one that anybody can have again; the night looks for new ones
+    derandomize=PROFILE == "ci",  # a failure in CI can be reproduced; the nightly run looks for new ones
     database=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
@@ -143,7 +143,7 @@ calls = st.one_of(
 
 
 class Run:
-    """An optimizer, the model's memory of it, and the calls."""
+    """An optimizer, what the model knows of it, and the calls."""
 
     def __init__(self, optimizer: SAM, params: list[nn.Parameter]) -> None:
         self.optimizer = optimizer
@@ -168,7 +168,7 @@ class Run:
 
     @contextmanager
     def keeps(self, *, gradients: bool = True) -> Any:
-        """Addresses, and what the call has no business with, stay as they are; weights that change get a
+        """Addresses, and what the call must not change, stay as they are; weights that change get a
         new version.
         """
         addresses, versions, before = (
@@ -196,16 +196,16 @@ class Run:
         if self.began is not None:
             return self.refused(self.optimizer.first_step)
         before = values(self.params)
-        norm, expected = climbed(self.optimizer, EPS)
+        norm, expected = perturbed(self.optimizer, EPS)
         with self.keeps():
             self.optimizer.first_step()
         self.left_flat = False
-        self.check_climb(before, norm, expected)
+        self.check_perturbed(before, norm, expected)
         self.began = before
         self.now = values(self.params)
         return None
 
-    def check_climb(self, before: list[Tensor], norm: float, expected: list[tuple[Any, Tensor]]) -> None:
+    def check_perturbed(self, before: list[Tensor], norm: float, expected: list[tuple[Any, Tensor]]) -> None:
         found = float(self.optimizer.grad_norm)
         # Terms of the torch backend's norm are rounded to float32 where a group is adaptive.
         assert found == pytest.approx(norm, rel=2e-7, nan_ok=True)
@@ -329,9 +329,9 @@ class Run:
             if count == raises:
                 raise Raised
             if count == 1:
-                expected = climbed(self.optimizer, EPS)
+                expected = perturbed(self.optimizer, EPS)
             else:
-                self.check_climb(before, *expected)
+                self.check_perturbed(before, *expected)
                 expected = self.expected_update(before)
             return count
 
@@ -381,7 +381,7 @@ class Run:
         """As model code does that assigns ``p.data``."""
         p = self.params[index % len(self.params)]
         p.data = p.detach().clone()
-        self.left_flat = self.optimizer._perturbation.flatten
+        self.left_flat = flattened(self.optimizer)
 
     def add_group(self, spec: Any) -> None:
         group = {"params": [make_param(*spec[:3], "contiguous")]}

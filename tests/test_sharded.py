@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import same_bits, values
+from cases import buckets_of, same_bits, values
 from parallel import (
     RHO,
     SGD,
@@ -81,7 +81,7 @@ def a_step(
     stale = (params[0] * params[0]).sum()
     started = collectives(optimizer.first_step)
     perturbed = [p.full_tensor().detach().clone() for p in params]
-    assert all(row.grad is None for bucket in optimizer._perturbation.buckets for row in bucket.tensors), (
+    assert all(tensor.grad is None for bucket in buckets_of(optimizer) for tensor in bucket.tensors), (
         "gradients are kept alive"
     )
     if before[0].numel() > 0:
@@ -96,13 +96,13 @@ def a_step(
     restored = same_bits([p.to_local() for p in params], before)
     started += collectives(optimizer.first_step)
     optimizer.second_step()
-    backups = sum(bucket.backup.numel() for bucket in optimizer._perturbation.buckets)
+    backups = sum(bucket.backup.numel() for bucket in buckets_of(optimizer))
     padding = len(params) * 64 // dtype.itemsize
     assert backups <= sum(w.numel() for w in before) + padding, "a backup of more than the local parts"
     local = {
         i: p.to_local().detach().clone()
         for i, p in enumerate(params)
-        if all(place.is_replicate() for place in p.placements)
+        if all(placement.is_replicate() for placement in p.placements)
     }
     return {
         "norm": norm,
@@ -219,7 +219,7 @@ def test_partial_gradients_are_added_up(two):
         torch.testing.assert_close(found, one_process(), **TOLERANCE)
 
 
-def test_partial_gradients_are_each_processs_own_where_it_is_to_climb_along_its_own(two):
+def test_partial_gradients_stay_each_processs_own_where_they_are_to(two):
     found = two.run(replicated, False)
     torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
     assert same_bits(found[0], found[1])

@@ -107,8 +107,8 @@ def test_a_run_resumed_from_a_file_goes_on_with_the_same_bits(
 def test_a_plain_run_that_passes_through_sam_ends_where_it_would_have(
     base: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Plain optimizer -> SAM (three steps in a group with rho=0, which are plain steps) -> plain optimizer, at each
-    border by a file.
+    """Plain optimizer -> SAM (three steps in a group with rho=0, which are plain steps) -> plain optimizer, each
+    time through a file.
     """
     params, twins = make_params([30, 7]), make_params([30, 7])
     never_stopped = base(params, **options)
@@ -268,7 +268,7 @@ def test_copies_keep_backend_flatten_and_perturb_eps(backend: str, flatten: bool
 
 
 def test_a_shallow_copy_leaves_the_parameters_where_they_are(flatten: bool) -> None:
-    """A parameter's address never changes after construction (design, invariant 2)."""
+    """A parameter's address never changes after construction."""
     params = make_params([30, 7])
     optimizer = SAM(params, lr=0.1, flatten=flatten)
     before = [p.data_ptr() for p in params]

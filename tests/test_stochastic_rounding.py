@@ -41,7 +41,7 @@ def run(optimizer: SAM, params: list[nn.Parameter], steps: range) -> list[torch.
 
 
 @dtypes
-def test_e_is_right_on_average_and_restore_is_exact(dtype):
+def test_e_is_unbiased_and_restore_is_exact(dtype):
     optimizer, params = make(dtype, rho=1e-3)
     start = values(params)
     total = [torch.zeros(p.shape, dtype=torch.float64) for p in params]
@@ -132,7 +132,7 @@ def test_a_group_that_is_added_later_joins_in():
     assert [group["sam_step"] for group in optimizer.param_groups] == [2, 2]
 
 
-def test_wider_weights_are_not_touched_by_it():
+def test_wider_weights_keep_their_bits():
     results = []
     for rounding in (True, False):
         optimizer, params = make(torch.float32, stochastic_rounding=rounding)

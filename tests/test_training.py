@@ -142,65 +142,6 @@ def test_every_base_optimizer_steps_as_it_does_alone(base, options, flatten):
 # ---- Stopping and going on -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("base", "options"),
-    [
-        (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
-        (torch.optim.AdamW, {"lr": 1e-3, "amsgrad": True}),
-        (torch.optim.Adagrad, {"lr": 0.01}),
-    ],
-    ids=["sgd", "adamw", "adagrad"],
-)
-def test_resumed_run_continues_with_the_same_bits(base, options, flatten, tmp_path):
-    def start() -> tuple[SmallNet, SAM, Any]:
-        torch.manual_seed(3)
-        model = SmallNet()
-        optimizer = SAM(model.parameters(), base, **options, flatten=flatten)
-        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
-
-    data = batches(12)
-    model, optimizer, scheduler = start()
-    for i, (x, y) in enumerate(data):
-        if i == 5:
-            parts = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-            }
-            torch.save(parts, tmp_path / "checkpoint.pt")
-        step(model, optimizer, x, y)
-        scheduler.step()
-
-    other, resumed, its_scheduler = start()
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    its_scheduler.load_state_dict(saved["scheduler"])
-    for x, y in data[5:]:
-        step(other, resumed, x, y)
-        its_scheduler.step()
-    assert same_bits(list(other.state_dict().values()), list(model.state_dict().values()))
-
-
-def test_checkpoints_move_between_sam_and_plain_sgd():
-    data = batches(4)
-    options = {"lr": 0.05, "momentum": 0.9}
-    model = SmallNet()
-    plain = torch.optim.SGD(model.parameters(), **options)
-    for x, y in data:
-        cross_entropy(model(x), y).backward()
-        plain.step()
-        plain.zero_grad()
-    twin = copy.deepcopy(model)
-    optimizer = SAM(twin.parameters(), torch.optim.SGD, rho=0.07, **options)
-    optimizer.load_state_dict(plain.state_dict())
-    assert optimizer.param_groups[0]["rho"] == 0.07
-    back = torch.optim.SGD(model.parameters(), **options)
-    back.load_state_dict(optimizer.state_dict())
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(back.state[a]["momentum_buffer"], optimizer.state[b]["momentum_buffer"])
-
-
 # ---- Accumulation and long runs --------------------------------------------------------------------------------------
 
 

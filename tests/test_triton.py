@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, INTERPRETED, SIZES, is_dense_of_a_stand_in, make_params, same_bits, values
+from cases import CHUNK, DTYPES, INTERPRETED, SIZES, buckets_of, is_dense_of_a_stand_in, make_params, same_bits, values
 from torch import nn
 
 from sam_fast import SAM, backends
@@ -202,13 +202,13 @@ def test_every_alignment_takes_the_widest_access(monkeypatch, dtype, shifts, ada
 
 @interpreter
 def test_elements_beyond_two_to_the_31():
-    """The kernels walk one chunk far inside a row and the flat buffer; only that part of them exists."""
+    """The kernels walk one chunk far inside a tensor and the backup; only that part of them exists."""
     chunks = torch.tensor([[0, 0, (1 << 31) + CHUNK, CHUNK - 5, (1 << 31) + 2 * CHUNK]])
     begin, count, slot = chunks[0, 2:].tolist()
     from sam_fast.kernels import copy, grad_norm, perturb
 
     w, g = torch.randn(count).bfloat16(), torch.randn(count).bfloat16()
-    # 4 GiB of addresses; the memory is never touched but for the chunk
+    # 4 GiB of addresses; no memory is used but the chunk's
     flat = torch.empty(2 * (slot + CHUNK), dtype=torch.uint8)
     before, backup = w.clone(), flat.view(torch.bfloat16)[slot : slot + count]
     group = options(rho=50.0).values.tobytes()
@@ -249,7 +249,7 @@ def test_programs_without_chunks_write_zero():
 def test_tables_are_uploaded_only_when_they_changed():
     params = make_params([100, 3000])
     optimizer = SAM(params, lr=0.0, backend="triton")
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     uploads = (bucket.directions, bucket.addresses, bucket.numbers, bucket.targets)
 
     def step() -> tuple[int, ...]:
@@ -269,12 +269,12 @@ def test_tables_are_uploaded_only_when_they_changed():
     optimizer.first_step()
     params[1].grad = None
     before = [upload.uploads for upload in uploads]
-    optimizer.second_step()  # one row is stepped, the other one put back
+    optimizer.second_step()  # one tensor is stepped, the other one restored
     assert [upload.uploads - count for upload, count in zip(uploads, before, strict=True)] == [0, 1, 0, 1]
     params[1].grad = torch.ones(3000)
     params[1].data = params[1].data.clone()
-    optimizer.first_step()  # builds new buckets only where a row no longer matches: an address alone may change
-    assert optimizer._perturbation.buckets == [bucket]
+    optimizer.first_step()  # builds new buckets only where a tensor no longer matches: an address alone may change
+    assert buckets_of(optimizer) == [bucket]
     optimizer.restore()
     assert step() == (0, 1, 0, 0)
 
@@ -366,7 +366,7 @@ def test_interrupted_first_step(monkeypatch, when, change):
     before = values(params)
     optimizer.first_step()
     optimizer.second_step()
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     bucket.backup.fill_(7.0)  # an old backup
     if change:  # the weights are given another dtype before the step is undone
         restore = type(bucket).restore
@@ -409,16 +409,16 @@ def test_interrupted_restore_can_be_made_again(monkeypatch, when):
 
 @interpreter
 def test_interrupted_save_restores_nothing(monkeypatch):
-    rows = [torch.randn(100)]
-    bucket = TRITON.bucket(rows, [0])
+    tensors = [torch.randn(100)]
+    bucket = TRITON.bucket(tensors, [0])
     bucket.backup.fill_(7.0)
     interrupt(monkeypatch, "copy", "before")
     with pytest.raises(KeyboardInterrupt):
         bucket.save()
     monkeypatch.undo()
-    before = values(rows)
+    before = values(tensors)
     bucket.restore()
-    assert same_bits(values(rows), before)
+    assert same_bits(values(tensors), before)
 
 
 @interpreter

@@ -265,7 +265,7 @@ def test_copy(compiled, target, operation, dtype, tmp_path):
 @pytest.mark.parametrize("operation", STEPS)
 @pytest.mark.parametrize(("target", "dtype"), UPDATED, ids=lambda x: str(x).removeprefix("torch."))
 def test_steps(compiled, target, operation, dtype, tmp_path):
-    """With all that they can do: scaled gradients, counters on the device and, for 16 bits, stochastic rounding."""
+    """With every option: scaled gradients, counters on the device and, for 16 bits, stochastic rounding."""
     key = 7 if dtype.itemsize == 2 else None
     (kernel,) = compiled(target, operation, dtype, {"scaled": True, "device_counters": True, "key": key})
     text = assembly(kernel)
@@ -304,7 +304,7 @@ def test_steps_have_their_rules_options_and_states(rule):
 
 
 def test_steps_keep_subnormal_numbers(compiled):
-    """Without the power in float64, in whose code .ftz does no harm."""
+    """Without the power in float64, in whose code .ftz is harmless."""
     for operation in STEPS:
         assert ".ftz" not in assembly(*compiled("sm_90", operation, torch.float32))
 

@@ -39,7 +39,7 @@ def sam_step(optimizer: Any, params: list[nn.Parameter], seed: int) -> None:
 
 
 def wrap(optimizer: Optimizer) -> Any:
-    """As Lightning and Fabric do: an object of a subclass with attributes of its own that falls back on the
+    """As Lightning and Fabric do: an object of a subclass with its own attributes that falls back on the
     optimizer's.
     """
 
@@ -83,7 +83,7 @@ def test_either_object_may_make_any_call():
 
 @pytest.mark.parametrize("sets", ["wrapper", "optimizer"])
 def test_what_first_pass_was_told_reaches_the_step(sets):
-    """Without synchronisation an overflow of one rank must not make it skip alone, whoever was told."""
+    """Without synchronisation an overflow of one rank must not make it skip alone, whichever object was told."""
     params = make_params([4])
     optimizer = SAM(params, lr=0.1)
     wrapper = wrap(optimizer)
@@ -208,7 +208,7 @@ def test_an_optimizer_whose_options_collide_is_refused_and_left_as_it_was(base):
 
 
 def decay_groups(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
-    """Makes groups of its own, as timm does, with and without weight decay."""
+    """Makes its own groups, as timm does, with and without weight decay."""
     params = [p for group in groups for p in group["params"]]
     own = [
         {"params": [p for p in params if (p.ndim > 1) == many], "weight_decay": 0.1 * many} for many in (True, False)
@@ -233,7 +233,7 @@ def test_groups_of_the_base_optimizers_own_take_sams_options():
 
 
 class Outer(Optimizer):
-    """Wraps another optimizer and has a format of checkpoints of its own, as Lookahead has."""
+    """Wraps another optimizer and has its own format of checkpoints, as Lookahead has."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner, self.count = inner, 0
@@ -364,13 +364,13 @@ def test_global_hooks_run_once_per_step(base):
 def test_a_scheduler_on_the_base_optimizer_keeps_the_fused_step(base, on, recwarn):
     params, twin = make_params([50], torch.float64), make_params([50], torch.float64)
     optimizer, plain = SAM(params, base, lr=0.1), PlainSAM(twin, base, lr=0.1)
-    owners = {
+    scheduled = {
         "base_optimizer": [optimizer.base_optimizer],
         "SAM": [optimizer],
         "both": [optimizer, optimizer.base_optimizer],
     }[on]
-    schedulers = [lr_scheduler.ExponentialLR(owner, 0.5) for owner in owners]
-    theirs = [lr_scheduler.ExponentialLR(plain.base, 0.5) for _ in owners]
+    schedulers = [lr_scheduler.ExponentialLR(each, 0.5) for each in scheduled]
+    theirs = [lr_scheduler.ExponentialLR(plain.base, 0.5) for _ in scheduled]
     for step in range(4):
         sam_step(optimizer, params, step)
         assert optimizer.second_step_path == "fused"
@@ -446,7 +446,7 @@ def test_an_option_that_became_bad_later_is_noticed(option, value):
 @pytest.mark.parametrize("hooked", [False, True], ids=["ours", "the base's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype):
-    """A gradient that lies otherwise than its parameter, and SGD in 16 bits: wrong with fused=True in
+    """A gradient with another layout than its parameter's, and SGD in 16 bits: wrong with fused=True in
     PyTorch itself.
     """
     options = {"momentum": 0.9} if base is torch.optim.SGD else {}

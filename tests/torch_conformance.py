@@ -1,5 +1,5 @@
-"""What torch holds its own optimizers to: ``OptimizerInfo`` from ``torch.testing._internal``, for each optimizer that
-SAM takes as its base.
+"""The cases of torch's tests of its own optimizers: ``OptimizerInfo`` from ``torch.testing._internal``, for each
+optimizer that SAM takes as its base.
 """
 
 from __future__ import annotations

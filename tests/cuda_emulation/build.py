@@ -18,7 +18,11 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-SOURCES = ("bindings.cpp", "grad_norm.cu", "perturb.cu", "copy.cu")
+
+
+def operations(csrc: Path = CSRC) -> list[str]:
+    """The operations that have a file of their own; step.cu is compiled once for each of ``steps()``."""
+    return sorted(path.stem for path in (csrc / "cuda").glob("*.cu") if path.stem != "step")
 
 
 def steps(csrc: Path = CSRC) -> list[str]:
@@ -48,7 +52,8 @@ def build(out: Path, sanitize: str = "", csrc: Path = CSRC, optimize: int = 1) -
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [*((source, "") for source in SOURCES), *(("step.cu", step) for step in steps(csrc))]
+        sources = ["bindings.cpp", *(f"{operation}.cu" for operation in operations(csrc))]
+        jobs = [*((source, "") for source in sources), *(("step.cu", step) for step in steps(csrc))]
         objects = list(pool.map(lambda job: compile_one(*job), jobs))
     _run(*options, "-shared", *objects, "-o", out)
     return out

@@ -1,4 +1,4 @@
-"""A pytest plugin that puts the emulated CUDA module in the place of ``sam_fast._cuda``: the ``cuda`` backend then
+"""A pytest plugin that puts the emulated CUDA module where ``sam_fast._cuda`` is looked for: the ``cuda`` backend then
 takes CPU tensors.
 
 cd tests && SAM_FAST_EMULATED_CUDA=/path/to/_cuda.so python -m pytest -p cuda_emulation.plugin kernels
@@ -42,8 +42,8 @@ def share(path: str) -> int:
     anchor = "sam_emulation_launches"
     base = ctypes.addressof(ctypes.c_int64.in_dll(library, anchor)) - symbols[anchor][0]
     found = [
-        place
-        for name, place in symbols.items()
+        symbol
+        for name, symbol in symbols.items()
         if re.match(r"_ZZN", name) and re.search(rf"E\d+({'|'.join(names)})$", name)
     ]
     for address, size in found:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import make_params, same_bits, values
+from cases import buckets_of, make_params, same_bits, values
 
 from sam_fast import SAM, backends
 
@@ -36,9 +36,9 @@ current_device = ctypes.c_int64.in_dll(_library, "sam_emulation_device")
 contexts = ctypes.c_int64.in_dll(_library, "sam_emulation_contexts")
 
 # How many tensors fit into a kernel's arguments, as csrc/cuda/arguments.h computes it.
-ROWS = 802
-MEDIUM_ROWS = 256
-SMALL_ROWS = 100
+TENSORS = 802
+MEDIUM_TENSORS = 256
+SMALL_TENSORS = 100
 TILE_BYTES = 16384
 
 
@@ -62,28 +62,28 @@ def make(sizes, groups: int = 1, **options) -> tuple[SAM, list[torch.nn.Paramete
     optimizer = SAM(
         [{"params": params[i : i + part]} for i in range(0, len(params), part)], lr=0.1, backend="cuda", **options
     )
-    if optimizer._perturbation.flatten:
+    if options.get("flatten"):
         for p in params:
             p.grad.fill_(0.01)
     return optimizer, params
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
-@pytest.mark.parametrize("number", [1, SMALL_ROWS - 1, SMALL_ROWS, SMALL_ROWS + 1, 161, ROWS - 1, ROWS])
+@pytest.mark.parametrize("number", [1, SMALL_TENSORS - 1, SMALL_TENSORS, SMALL_TENSORS + 1, 161, TENSORS - 1, TENSORS])
 def test_two_launches_for_the_first_step_and_one_for_the_second(number, flatten):
     optimizer, _ = make([3 + i % 70 for i in range(number)], flatten=flatten)
     assert count(optimizer.first_step) == 2
     assert count(optimizer.restore) == 1
 
 
-@pytest.mark.parametrize("number", [ROWS + 1, 2 * ROWS, 2 * ROWS + 1])
+@pytest.mark.parametrize("number", [TENSORS + 1, 2 * TENSORS, 2 * TENSORS + 1])
 @pytest.mark.parametrize("large", [True, False], ids=["32KB", "4KB"])
-def test_more_rows_take_more_launches_and_give_the_same_result(number, large):
+def test_more_tensors_take_more_launches_and_give_the_same_result(number, large):
     backends.cuda._cuda.use_large_arguments(large)
     optimizer, params = make([1 + i % 70 for i in range(number)])
     cpu = make_params([1 + i % 70 for i in range(number)])
     before = values(params)
-    expected = -(-number // (ROWS if large else SMALL_ROWS))
+    expected = -(-number // (TENSORS if large else SMALL_TENSORS))
     assert count(optimizer.first_step) == 2 * expected
     with torch.no_grad():
         norm = torch.cat([p.grad.double() for p in cpu]).norm()
@@ -130,7 +130,7 @@ def test_a_bucket_for_every_dtype_takes_its_own_launches():
 
 @pytest.mark.parametrize("failing", range(6))
 def test_a_launch_that_fails_is_an_exception_and_leaves_the_weights_as_they_were(failing):
-    """2 x 3 launches: for the norm, and for the perturbation, some of whose rows have moved when one fails."""
+    """2 x 3 launches: for the norm, and for the perturbation, some of whose tensors have moved when one fails."""
     optimizer, params = make([7] * 2000)
     before = values(params)
     fail_after.value = failing
@@ -160,9 +160,9 @@ def test_a_restore_that_fails_can_be_repeated(failing):
 
 
 def test_a_backup_that_fails_is_no_backup():
-    rows = make_params([50] * 10)
+    tensors = make_params([50] * 10)
 
-    bucket = backends.BACKENDS["cuda"].bucket(rows, [0] * 10)
+    bucket = backends.BACKENDS["cuda"].bucket(tensors, [0] * 10)
     fail_after.value = 0
     with pytest.raises(RuntimeError, match="CUDA error in backup"):
         bucket.save()
@@ -170,7 +170,7 @@ def test_a_backup_that_fails_is_no_backup():
 
 
 FUSED = [(torch.optim.SGD, {"momentum": 0.9}, 708, 77), (torch.optim.AdamW, {}, 450, 49)]
-fused = pytest.mark.parametrize(("base", "options", "rows", "small_rows"), FUSED, ids=["sgd", "adamw"])
+fused = pytest.mark.parametrize(("base", "options", "most", "small"), FUSED, ids=["sgd", "adamw"])
 
 
 def second_steps(number: int, backend: str, base, **options) -> tuple[SAM, list[torch.nn.Parameter]]:
@@ -185,9 +185,9 @@ def second_steps(number: int, backend: str, base, **options) -> tuple[SAM, list[
 
 @fused
 @pytest.mark.parametrize("large", [True, False], ids=["32KB", "4KB"])
-def test_one_launch_for_a_fused_second_step(base, options, rows, small_rows, large):
+def test_one_launch_for_a_fused_second_step(base, options, most, small, large):
     backends.cuda._cuda.use_large_arguments(large)
-    fit = rows if large else small_rows
+    fit = most if large else small
     optimizer, params = second_steps(fit, "cuda", base, **options)
     assert count(optimizer.second_step) == 1
     optimizer, params = second_steps(fit + 1, "cuda", base, **options)
@@ -200,9 +200,9 @@ def test_one_launch_for_a_fused_second_step(base, options, rows, small_rows, lar
 
 @fused
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_fused_second_step_that_fails_has_stepped_whole_rows_or_not_at_all(base, options, rows, small_rows, failing):
+def test_a_fused_second_step_that_fails_has_stepped_whole_tensors_or_none(base, options, most, small, failing):
     backends.cuda._cuda.use_large_arguments(False)
-    optimizer, params = second_steps(small_rows + 5, "cuda", base, **options)
+    optimizer, params = second_steps(small + 5, "cuda", base, **options)
     optimizer.restore()
     start = values(params)
     optimizer.first_step()
@@ -212,13 +212,13 @@ def test_a_fused_second_step_that_fails_has_stepped_whole_rows_or_not_at_all(bas
     assert optimizer.perturbed
     optimizer.restore()
     for index, (p, w) in enumerate(zip(params, start, strict=True)):
-        stepped = failing == 1 and index < small_rows
+        stepped = failing == 1 and index < small
         assert torch.equal(p, w) != stepped
         if base is torch.optim.AdamW:
             assert float(optimizer.state[p]["step"]) == 1.0 + stepped
 
 
-def test_a_fused_second_step_takes_no_launch_for_rows_it_need_not_touch():
+def test_a_fused_second_step_takes_no_launch_for_tensors_it_need_not_write():
     optimizer, params = make([100] * 10)
     before = values(params)
     optimizer.first_step()
@@ -246,12 +246,12 @@ def test_both_orders_of_perturb_give_the_same_bits(monkeypatch):
     ("number", "most"),
     [
         (1, 4096),
-        (SMALL_ROWS, 4096),
-        (SMALL_ROWS + 1, 11_000),
+        (SMALL_TENSORS, 4096),
+        (SMALL_TENSORS + 1, 11_000),
         (161, 11_000),
         (256, 11_000),
         (257, 32_764),
-        (ROWS, 32_764),
+        (TENSORS, 32_764),
     ],
 )
 def test_arguments_are_no_larger_than_they_need_be(number, most):
@@ -271,7 +271,7 @@ def test_groups_count_for_the_size_of_the_arguments_too(groups, most):
 
 @fused
 @pytest.mark.parametrize("number", [78, 161, 256])
-def test_a_medium_size_for_fused_second_steps(base, options, rows, small_rows, number):
+def test_a_medium_size_for_fused_second_steps(base, options, most, small, number):
     optimizer, _ = second_steps(number, "cuda", base, **options)
     optimizer.second_step()
     assert 4096 < argument_bytes.value < 19_000
@@ -316,7 +316,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("behind", [(0, 0), (0, 2), (0, 4), (0, 8), (4, 8), (8, 0), (2, 6)], ids=str)
 def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
-    """A row of one whole tile and a part of one; weights and gradients so many bytes behind an aligned address."""
+    """A tensor of one whole tile and a part of one; weights and gradients so many bytes behind an aligned address."""
     itemsize = dtype.itemsize
     if any(shift % itemsize for shift in behind):
         pytest.skip("no element lies there")
@@ -329,7 +329,7 @@ def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
     optimizer = SAM([p], lr=0.1, adaptive=adaptive, backend="cuda")
     optimizer.first_step()
     optimizer.restore()
-    (bucket,) = optimizer._perturbation.buckets
+    (bucket,) = buckets_of(optimizer)
     options = backends.GroupOptions(optimizer.param_groups)
     partials, norm = torch.zeros(bucket.num_partials, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     assert bucket.collect(options)
@@ -343,8 +343,8 @@ def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
         * (1 + adaptive)
     )
     assert moved(lambda: bucket.grad_norm(options, partials)) == (of_norm, {})
-    of_climb = total([units(tile, alignment(*behind), itemsize) for tile in tiles] * 2)
-    assert moved(lambda: bucket.perturb(options, partials, 0.0, norm)) == (of_climb, of_climb)
+    of_perturb = total([units(tile, alignment(*behind), itemsize) for tile in tiles] * 2)
+    assert moved(lambda: bucket.perturb(options, partials, 0.0, norm)) == (of_perturb, of_perturb)
     of_copy = total(
         [
             units(size * itemsize // TILE_BYTES * TILE_BYTES, alignment(behind[0]), 1),
@@ -357,7 +357,7 @@ def test_every_alignment_takes_the_widest_access(dtype, behind, adaptive):
 @dtypes
 @pytest.mark.parametrize("shift", [0, 2, 4, 8])
 @fused
-def test_every_alignment_takes_the_widest_access_in_the_second_step(base, options, rows, small_rows, dtype, shift):
+def test_every_alignment_takes_the_widest_access_in_the_second_step(base, options, most, small, dtype, shift):
     itemsize = dtype.itemsize
     if shift % itemsize:
         pytest.skip("no element lies there")

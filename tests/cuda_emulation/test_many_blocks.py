@@ -10,9 +10,10 @@ import sys
 
 import pytest
 import torch
-from cases import make_params, norm_tolerance, same_bits, values
+from cases import buckets_of, make_params, norm_tolerance, same_bits, values
 
 from sam_fast import SAM
+from sam_fast.backends import GroupOptions
 
 BLOCKS = int(os.environ.get("SAM_FAST_EMULATED_BLOCKS", "3"))
 
@@ -23,15 +24,18 @@ pytestmark = pytest.mark.stand_in
 
 
 def test_more_partial_sums_than_threads():
-    """Every row is one tile, so every block has one row: each partial sum is another number, and none
-    may be missing.
+    """Every tensor is one tile, so every block has one tensor: each partial sum is another number, and none may be
+    missing.
     """
     sizes = [1 + i % 70 for i in range(BLOCKS + 40)]
     params, twin = make_params(sizes), make_params(sizes)
     optimizer = SAM(params, lr=0.1, momentum=0.9, perturb_eps=0.0, backend="cuda")
     start = values(params)
     optimizer.first_step()
-    ((bucket, partials, _),) = optimizer._perturbation.norm.parts
+    (bucket,) = buckets_of(optimizer)
+    partials = torch.zeros(bucket.num_partials, dtype=torch.float64)
+    options = GroupOptions(optimizer.param_groups)
+    bucket.grad_norm(options, partials)
     assert bucket.num_partials == BLOCKS
     assert int((partials > 0).sum()) == BLOCKS
     norm = torch.cat([p.grad.double() for p in twin]).norm()

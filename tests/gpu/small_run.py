@@ -1,4 +1,4 @@
-"""Every kernel once or twice on small rows of every dtype and alignment, for compute-sanitizer to watch.
+"""Every kernel once or twice on small tensors of every dtype and alignment, for compute-sanitizer to watch.
 
 `make gpu-check` runs it.
 """
@@ -12,7 +12,7 @@ from sam_fast import SAM, BatchNormSnapshot
 SIZES = [1, 15, 16, 17, 1009, 4096, 4097, 20_000]
 
 
-def rows(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+def params_of(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     found = []
     for size in SIZES:
         for shift in (0, 1):  # an odd address takes the element-by-element path
@@ -24,7 +24,7 @@ def rows(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 def main() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        params = rows(dtype)
+        params = params_of(dtype)
         before = [p.detach().clone() for p in params]
         half = len(params) // 2
         groups = [{"params": params[:half]}, {"params": params[half:], "adaptive": True, "rho": 0.5}]
@@ -39,7 +39,7 @@ def main() -> None:
             optimizer.first_step()
             optimizer.restore()
             assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
-    for number in (130, 820):  # kernel arguments of 32 KB, and more rows than fit into them
+    for number in (130, 820):  # kernel arguments of 32 KB, and more tensors than fit into them
         many = [torch.nn.Parameter(torch.randn(1 + 67 * i % 5000, device="cuda")) for i in range(number)]
         for p in many:
             p.grad = torch.randn_like(p)
@@ -55,7 +55,7 @@ def main() -> None:
             (torch.optim.AdamW, {"capturable": True}),
         ):
             optimizer = SAM(
-                rows(dtype), base, lr=0.01, weight_decay=0.1, stochastic_rounding=True, backend="cuda", **options
+                params_of(dtype), base, lr=0.01, weight_decay=0.1, stochastic_rounding=True, backend="cuda", **options
             )
             for _ in range(3):  # the first step is the base optimizer's
                 optimizer.first_step()

@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 
 SIGNED, FAR, POSITIVE, COUNTER = "signed", "far", "positive", "counter"
 """Kinds of state: of either sign; of either sign and at least 0.01, so that the sign of its average with a gradient
-does not hang on a rounding; at least 1e-4 (m / sqrt(v) would otherwise magnify the rounding of m); step counters."""
+does not depend on a rounding; at least 1e-4 (m / sqrt(v) would otherwise magnify the rounding of m); step counters."""
 
 
 @dataclass(frozen=True)

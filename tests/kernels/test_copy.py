@@ -1,4 +1,4 @@
-"""save and restore: rows to and from the flat buffer, bit for bit, for any dtype, layout and address."""
+"""save and restore: tensors to and from the backup, bit for bit, for any dtype, layout and address."""
 
 from __future__ import annotations
 
@@ -20,74 +20,74 @@ ANY_DTYPE = [
 ]
 
 
-def random_rows(dtype: torch.dtype, sizes=SIZES) -> list[torch.Tensor]:
+def random_tensors(dtype: torch.dtype, sizes=SIZES) -> list[torch.Tensor]:
     if dtype == torch.bool:
         return [torch.randint(0, 2, (n,)).bool() for n in sizes]
     # Random bits: NaN payloads and all.
     return [torch.randint(-128, 128, (n * dtype.itemsize,), dtype=torch.int8).view(dtype) for n in sizes]
 
 
-def scramble(rows) -> None:
-    for row in rows:
-        row.copy_(torch.zeros_like(row))
+def scramble(tensors) -> None:
+    for tensor in tensors:
+        tensor.copy_(torch.zeros_like(tensor))
 
 
 @pytest.mark.parametrize("dtype", ANY_DTYPE, ids=lambda d: str(d).removeprefix("torch."))
 def test_round_trip(kernels, dtype):
-    rows = random_rows(dtype)
-    before = [row.clone() for row in rows]
-    s = Step(kernels, rows)
+    tensors = random_tensors(dtype)
+    before = [tensor.clone() for tensor in tensors]
+    s = Step(kernels, tensors)
     assert s.bucket.save()
-    scramble(rows)
+    scramble(tensors)
     s.bucket.restore()
-    assert same_bits(rows, before)
+    assert same_bits(tensors, before)
 
 
 def test_restore_without_release_can_be_repeated(kernels):
-    rows = random_rows(torch.float32)
-    before = [row.clone() for row in rows]
-    s = Step(kernels, rows)
+    tensors = random_tensors(torch.float32)
+    before = [tensor.clone() for tensor in tensors]
+    s = Step(kernels, tensors)
     s.bucket.save()
     for _ in range(3):
-        scramble(rows)
+        scramble(tensors)
         s.bucket.restore(release=False)
-        assert same_bits(rows, before)
+        assert same_bits(tensors, before)
     s.bucket.restore()
-    scramble(rows)
+    scramble(tensors)
     s.bucket.restore()
-    assert not any(bool(row.any()) for row in rows)
+    assert not any(bool(tensor.any()) for tensor in tensors)
 
 
-def test_large_rows_at_odd_addresses(kernels):
+def test_large_tensors_at_odd_addresses(kernels):
     third = 100_000 if INTERPRETED else 1_000_000
     base = torch.randn(3 * third)
-    rows = [base[1 : third + 2], base[third + 3 : -1]]
+    tensors = [base[1 : third + 2], base[third + 3 : -1]]
     before = base.clone()
-    s = Step(kernels, rows)
+    s = Step(kernels, tensors)
     s.bucket.save()
-    scramble(rows)
+    scramble(tensors)
     s.bucket.restore()
     assert same_bits([base], [before])
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "permuted", "0-dim"])
 def test_dense_layouts_are_walked_as_they_lie(kernels, layout):
-    row = {
+    tensor = {
         "channels_last": lambda: torch.randn(4, 5, 6, 7).contiguous(memory_format=torch.channels_last),
         "transposed": lambda: torch.randn(50, 40).t(),
         "permuted": lambda: torch.randn(4, 5, 6).permute(2, 0, 1),
         "0-dim": lambda: torch.randn(()),
     }[layout]()
-    before = row.clone()
-    s = Step(kernels, [row])
+    before = tensor.clone()
+    s = Step(kernels, [tensor])
     s.bucket.save()
-    assert s.bucket.backups[0].stride() == row.stride()
-    row.zero_()
+    assert s.bucket.backups[0].stride() == tensor.stride()
+    tensor.zero_()
     s.bucket.restore()
-    assert torch.equal(row, before)
+    assert torch.equal(tensor, before)
 
 
-def test_restore_follows_a_row_to_another_address(kernels):
+def test_restore_follows_a_tensor_to_another_address(kernels):
     p = torch.nn.Parameter(torch.randn(1000))
     before = p.detach().clone()
     s = Step(kernels, [p])
@@ -97,7 +97,7 @@ def test_restore_follows_a_row_to_another_address(kernels):
     assert torch.equal(p, before)
 
 
-def test_restore_follows_a_row_to_another_dtype(kernels):
+def test_restore_follows_a_tensor_to_another_dtype(kernels):
     p = torch.nn.Parameter(torch.randn(1000))
     before = p.detach().clone()
     s = Step(kernels, [p])
@@ -107,7 +107,7 @@ def test_restore_follows_a_row_to_another_dtype(kernels):
     assert torch.equal(p, before.double())
 
 
-def test_restore_refuses_a_row_of_another_shape_and_restores_the_others(kernels):
+def test_restore_refuses_a_tensor_of_another_shape_and_restores_the_others(kernels):
     p, q = torch.nn.Parameter(torch.randn(1000)), torch.nn.Parameter(torch.randn(70))
     before = q.detach().clone()
     s = Step(kernels, [p, q])
@@ -130,7 +130,7 @@ def test_restore_refuses_a_row_of_another_shape_and_restores_the_others(kernels)
     ],
     ids=["dtype", "size", "shape", "strides"],
 )
-def test_collect_notices_a_changed_row(kernels, change):
+def test_collect_notices_a_changed_tensor(kernels, change):
     p = torch.nn.Parameter(torch.randn(1000))
     s = Step(kernels, [p])
     p.data = change(p)

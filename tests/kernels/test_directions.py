@@ -33,7 +33,7 @@ def test_any_direction_has_the_bits_of_a_gradient(step, dtype, adaptive):
             p.grad = torch.zeros_like(p)
             p.grad.data = direction
     for p in along[:2]:
-        p.grad = None  # nobody looks at gradients
+        p.grad = None  # gradients are not looked at
     given, gradients = step(along, options=options), step(as_gradients, options=options)
     assert given.first_step(directions(dtype)) == gradients.first_step()
     assert same_bits(values(along), values(as_gradients))

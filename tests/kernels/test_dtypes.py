@@ -15,7 +15,7 @@ def every_value(dtype: torch.dtype) -> torch.Tensor:
 
 
 @FORMATS
-def test_every_finite_value_survives_a_climb_of_zero(step, dtype):
+def test_every_finite_value_survives_a_perturbation_of_zero(step, dtype):
     """w + 0 widens and narrows w: the same bits must come out (but for -0.0 + 0.0 = 0.0)."""
     w = every_value(dtype).clone()
     before = w.clone()

@@ -35,7 +35,7 @@ def test_adaptive(step, kernels, dtype, eta):
     )
 
 
-def test_groups_are_looked_up_per_row(step, kernels):
+def test_groups_are_looked_up_per_tensor(step, kernels):
     params = make_params(SIZES)
     groups = [i * 3 // len(params) for i in range(len(params))]
     options = [{"adaptive": True, "eta": 0.1}, {}, {"adaptive": True, "eta": 0.0}]
@@ -58,7 +58,7 @@ def test_group_with_perturb_false_is_not_counted(step, kernels):
     assert norm == pytest.approx(oracle(params[1:]), rel=norm_tolerance(kernels.name))
 
 
-def test_row_without_gradient_is_not_counted(step, kernels):
+def test_tensor_without_gradient_is_not_counted(step, kernels):
     params = make_params([100, 20_000, 300])
     params[1].grad = None
     assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
@@ -68,21 +68,24 @@ def test_no_gradient_at_all_is_zero(step):
     assert step(make_params(SIZES, grads=False)).grad_norm() == 0.0
 
 
+@pytest.mark.no_race
 def test_ten_thousand_tensors(step, kernels):
     count = 500 if INTERPRETED else 10_000
     params = make_params([1 + i % 7 for i in range(count)])
     assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
 
 
-@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.no_race
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("size", [1, 17, 40_000])
-def test_non_finite_gradient_is_noticed_wherever_it_is(step, place, value, size):
+def test_non_finite_gradient_is_noticed_wherever_it_is(step, position, value, size):
     params = make_params([33, size, 33])
-    params[1].grad[{"first": 0, "middle": size // 2, "last": size - 1}[place]] = value
+    params[1].grad[{"first": 0, "middle": size // 2, "last": size - 1}[position]] = value
     assert not math.isfinite(step(params).grad_norm())
 
 
+@pytest.mark.no_race
 def test_float32_squares_do_not_overflow_or_underflow(step, kernels):
     for scale in (1e30, 1e-30, 1e22, 1e-22):
         params = make_params([1000, 40_007])
@@ -91,6 +94,7 @@ def test_float32_squares_do_not_overflow_or_underflow(step, kernels):
         assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
 
 
+@pytest.mark.no_race
 def test_same_bits_whatever_the_number_of_threads(step, kernels):
     if kernels.name == "torch":
         pytest.skip("torch's own reductions depend on the number of threads")

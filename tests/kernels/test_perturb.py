@@ -1,4 +1,4 @@
-"""perturb: w + e against float64, the backup bit for bit, and nothing outside the rows touched."""
+"""perturb: w + e against float64, the backup bit for bit, and nothing is written outside the tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def expected(w, g, norm, rho=0.05, adaptive=False, eta=0.0, eps=1e-12):
     return w + t * t * g * (rho / (norm + eps))
 
 
-def assert_climbed(moved, w, g, norm, **options) -> None:
+def assert_perturbed(moved, w, g, norm, **options) -> None:
     want = expected(w, g, norm, **options)
     e = (want - w.double()).abs()
     # Half a unit in the last place for storing w + e, and a few roundings in the arithmetic's own dtype (float32, or
@@ -36,7 +36,7 @@ def test_one_tensor(step, dtype, size):
     before = values(params)
     s = step(params)
     norm = s.first_step()
-    assert_climbed(params[0].detach(), before[0], params[0].grad, norm)
+    assert_perturbed(params[0].detach(), before[0], params[0].grad, norm)
     s.restore()
     assert same_bits(values(params), before)
 
@@ -49,17 +49,17 @@ def test_adaptive(step, dtype, eta):
     s = step(params, options=[{"rho": 0.5, "adaptive": True, "eta": eta}])
     norm = s.first_step()
     for p, w in zip(params, before, strict=True):
-        assert_climbed(p.detach(), w, p.grad, norm, rho=0.5, adaptive=True, eta=eta)
+        assert_perturbed(p.detach(), w, p.grad, norm, rho=0.5, adaptive=True, eta=eta)
 
 
-def test_groups_are_looked_up_per_row(step):
+def test_groups_are_looked_up_per_tensor(step):
     params = make_params(SIZES)
     before = values(params)
     groups = [i * 3 // len(params) for i in range(len(params))]
     options = [{"rho": 0.1}, {"rho": 0.7, "adaptive": True, "eta": 0.1}, {"rho": 0.0}]
     norm = (s := step(params, groups, options)).first_step()
     for p, w, group in zip(params, before, groups, strict=True):
-        assert_climbed(p.detach(), w, p.grad, norm, **options[group])
+        assert_perturbed(p.detach(), w, p.grad, norm, **options[group])
     s.restore()
     assert same_bits(values(params), before)
 
@@ -85,7 +85,7 @@ def test_eps_is_added_to_the_norm(step):
     s = step(params)
     s.grad_norm()
     norm = s.perturb(eps=1.0)
-    assert_climbed(params[0].detach(), before[0], params[0].grad, norm, eps=1.0)
+    assert_perturbed(params[0].detach(), before[0], params[0].grad, norm, eps=1.0)
 
 
 @dtypes
@@ -113,7 +113,7 @@ def test_non_finite_norm_moves_nothing_and_restores(step, dtype, value):
     assert same_bits(values(params), before)
 
 
-def test_rows_without_gradient_are_neither_moved_nor_saved(step, kernels):
+def test_tensors_without_gradient_are_neither_moved_nor_saved(step, kernels):
     params = make_params([100, 20_000, 300])
     params[1].grad = None
     s = step(params)
@@ -125,23 +125,22 @@ def test_rows_without_gradient_are_neither_moved_nor_saved(step, kernels):
     assert not s.bucket.saved()
 
 
+@pytest.mark.no_race
 @dtypes
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 16_384, 16_385, 33_001])
 @pytest.mark.parametrize("shift", [0, 1, 3])
-def test_writes_nothing_outside_the_row(step, dtype, size, shift):
-    """Rows at addresses of every alignment inside a guarded tensor: the elements before and behind keep
-    their values.
-    """
+def test_writes_nothing_outside_the_tensor(step, dtype, size, shift):
+    """At addresses of every alignment inside a guarded tensor: the elements before and behind keep their values."""
     around = torch.full((shift + size + 64,), 9.0, dtype=dtype)
-    row = around[shift : shift + size]
-    row.copy_(make_params([size], dtype)[0].detach())
-    row.grad = make_params([size], dtype)[0].grad
-    before = row.clone()
-    s = step([row])
+    w = around[shift : shift + size]
+    w.copy_(make_params([size], dtype)[0].detach())
+    w.grad = make_params([size], dtype)[0].grad
+    before = w.clone()
+    s = step([w])
     norm = s.first_step()
-    assert_climbed(row, before, row.grad, norm)
+    assert_perturbed(w, before, w.grad, norm)
     s.restore()
-    assert same_bits([row], [before])
+    assert same_bits([w], [before])
     assert bool((around[:shift] == 9.0).all())
     assert bool((around[shift + size :] == 9.0).all())
 
@@ -165,6 +164,7 @@ def test_streaming_and_ordinary_stores_agree(step):
     assert torch.equal(small[0], large[0])
 
 
+@pytest.mark.no_race
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_do_not_change_bits(step, threads):
     params, once = make_params([3, 100_003, 250_000, 17]), make_params([3, 100_003, 250_000, 17])
@@ -181,8 +181,8 @@ def test_threads_do_not_change_bits(step, threads):
     assert same_bits(values(params), values(once))
 
 
-def climbed(step, w: float, g: float, size: int, dtype=torch.float32, eps: float = 0.0, **options):
-    """``size`` weights and gradients around two numbers after a climb, what they were, and the norm."""
+def perturbed(step, w: float, g: float, size: int, dtype=torch.float32, eps: float = 0.0, **options):
+    """``size`` weights and gradients around two numbers after perturb, what they were, and the norm."""
     factors = torch.linspace(0.5, 1.5, size, dtype=torch.float64)
     p = torch.nn.Parameter((factors * w).to(dtype))
     p.grad = (factors.flip(0) * g).to(dtype)
@@ -192,13 +192,14 @@ def climbed(step, w: float, g: float, size: int, dtype=torch.float32, eps: float
     return p, before, s.perturb(eps)
 
 
+@pytest.mark.no_race
 @pytest.mark.parametrize(("w", "g"), [(1e3, 1e33), (1e-15, 1e-15), (-1e3, 1e33), (1e15, 1e-15), (1e-30, 1e5)], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-12])
 @pytest.mark.parametrize("size", [7, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_asams_products_neither_overflow_nor_underflow(step, w, g, eps, size, dtype):
-    """T T g has no float32 that is right, and e has one."""
-    p, before, norm = climbed(step, w, g, size, dtype, eps, rho=0.5, adaptive=True)
+    """T T g overflows or underflows float32, e does not."""
+    p, before, norm = perturbed(step, w, g, size, dtype, eps, rho=0.5, adaptive=True)
     want = expected(before, p.grad, norm, rho=0.5, adaptive=True, eps=eps)
     # A scale below 1e-38 is subnormal, and has fewer bits.
     bound = (
@@ -224,6 +225,7 @@ def test_a_tiny_norm_does_not_make_the_scale_infinite(step, rho, adaptive):
     assert bool((moved[::2] * rho >= 0).all())
 
 
+@pytest.mark.float64
 def test_a_tiny_norm_of_float64_does_not_make_the_scale_infinite_either(step, kernels):
     p = torch.nn.Parameter(torch.ones(100, dtype=torch.float64))
     p.grad = torch.zeros_like(p)

@@ -1,4 +1,4 @@
-"""Stochastic rounding: right on average, one of the two neighbours always, and the same bits on every backend."""
+"""Stochastic rounding: exact on average, always one of the two neighbours, and the same bits on every backend."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
 
 @dtypes
 @pytest.mark.parametrize("x", AWKWARD)
-def test_right_on_average_and_always_a_neighbour(x, dtype):
+def test_unbiased_and_always_a_neighbour(x, dtype):
     x = float(torch.tensor(x))
     rolls = 40_000
     index = torch.arange(rolls, dtype=torch.int32)
@@ -99,9 +99,9 @@ def test_neighbouring_elements_and_steps_are_not_correlated():
     index = torch.arange(n, dtype=torch.int32)
     half = torch.full((n,), 1.0 + 2.0**-8)  # halfway: up or down like a coin
 
-    def coins(step: int, places: Tensor = index) -> Tensor:
+    def coins(step: int, elements: Tensor = index) -> Tensor:
         return (
-            round_stochastically(half, torch.bfloat16, places, rounding_key(step, PERTURB)).double() > 1.0
+            round_stochastically(half, torch.bfloat16, elements, rounding_key(step, PERTURB)).double() > 1.0
         ).double() * 2 - 1
 
     bound = 5 / math.sqrt(n)
@@ -115,7 +115,7 @@ def test_neighbouring_elements_and_steps_are_not_correlated():
 
 
 def moved_to(make_step, dtype: torch.dtype, adaptive: bool, key: int | None) -> list[Tensor]:
-    """Where the weights climb to, with a norm that does not depend on it."""
+    """The weights after perturb, with a norm that does not depend on it."""
     params = make_params(SIZES, dtype)
     s = make_step(params, options=[{"adaptive": adaptive, "eta": 0.01}])
     s.options.rounding_key = key

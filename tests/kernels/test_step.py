@@ -1,7 +1,9 @@
-"""step: against the formulas in float64, for every size and dtype; nothing outside touched; the same bits always."""
+"""step: against the formulas in float64, for every size and dtype; nothing is written outside; the same bits always."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -70,7 +72,7 @@ def take(
     s.take(rule_named(operation), [first, *[options] * max(s.bucket.groups)], state, scaling, **more)
 
 
-def row_state(state: dict[str, list[Tensor | None]], i: int) -> dict[str, Tensor | None]:
+def state_of(state: dict[str, list[Tensor | None]], i: int) -> dict[str, Tensor | None]:
     return {key: None if tensors[i] is None else tensors[i].clone() for key, tensors in state.items()}
 
 
@@ -85,11 +87,11 @@ def assert_stepped(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float) 
 @dtypes
 @cases
 def test_against_float64(step, operation, name, dtype):
-    # In Triton's interpreter around one block, its masked part and one chunk, and not one number more.
+    # In Triton's interpreter around one block, its masked part and one chunk: no more, it is slow.
     params = make_params([0, 1, 17, 511, 2049, CHUNK + 5] if SLOW else SIZES, dtype)
     start = values(params)
     state = make_state(operation, name, params)
-    before = [row_state(state, i) for i in range(len(params))]
+    before = [state_of(state, i) for i in range(len(params))]
     s = step(params)
     s.first_step()
     for i, p in enumerate(params):
@@ -106,10 +108,11 @@ def test_against_float64(step, operation, name, dtype):
                 assert_stepped(state[key][i], tensor, dtype, 0.01)
 
 
+@pytest.mark.no_race
 @cases
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("size", [1, 15, 17, 16_385, *([] if SLOW else [300_001])])
-def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
+def test_writes_nothing_outside_the_tensors(step, operation, name, size, shift):
     """Weight, gradient and state in the middle of guarded tensors, at addresses of every alignment, small and large
     enough for streaming stores.
     """
@@ -121,32 +124,32 @@ def test_writes_nothing_outside_the_rows(step, operation, name, size, shift):
 
     p = make_params([size])[0]
     all_around = []
-    around, row = guarded(p.detach())
-    grad_around, row.grad = guarded(p.grad)
+    around, w = guarded(p.detach())
+    grad_around, w.grad = guarded(p.grad)
     all_around += [around, grad_around]
-    state = make_state(operation, name, [row])
+    state = make_state(operation, name, [w])
     for tensors in state.values():
         if tensors[0] is not None and tensors[0].dim() == 1:
             state_around, tensors[0] = guarded(tensors[0])
             all_around.append(state_around)
-    before = row_state(state, 0)
-    s = step([row])
+    before = state_of(state, 0)
+    s = step([w])
     s.first_step()
     take(s, operation, name, state)
     want, _ = expected(operation, name, p.detach(), p.grad, before)
-    assert_stepped(row, want, torch.float32, 0.2)
+    assert_stepped(w, want, torch.float32, 0.2)
     for tensor in all_around:
         assert bool((tensor[:shift] == 9.0).all())
         assert bool((tensor[shift + size :] == 9.0).all())
 
 
 @cases
-def test_rows_without_a_gradient_are_put_back_and_rows_never_saved_are_stepped(step, operation, name):
+def test_tensors_without_a_gradient_are_restored_and_tensors_never_saved_are_stepped(step, operation, name):
     params = make_params([100, 40_000, 300])
     start = values(params)
     params[2].grad = None
     state = make_state(operation, name, params)
-    before = [row_state(state, i) for i in range(3)]
+    before = [state_of(state, i) for i in range(3)]
     s = step(params)
     s.first_step()
     gradient = params[1].grad.clone()
@@ -162,6 +165,7 @@ def test_rows_without_a_gradient_are_put_back_and_rows_never_saved_are_stepped(s
     assert not s.bucket.saved()
 
 
+@pytest.mark.no_race
 @cases
 def test_gradients_are_scaled(step, operation, name):
     results = []
@@ -179,7 +183,7 @@ def test_gradients_are_scaled(step, operation, name):
 
 @pytest.fixture
 def _on_device(kernels) -> None:
-    """For what only backends have whose kernels read on the device what others know on the host."""
+    """For backends whose kernels read on the device what others know on the host."""
     if not kernels.bucket.decides_on_device:
         pytest.skip(f"the {kernels.name} backend decides on the host")
 
@@ -189,44 +193,61 @@ def whole(params: list[Tensor], state: dict[str, list[Tensor | None]]) -> list[T
     return values([*params, *(t for tensors in state.values() for t in tensors if t is not None)])
 
 
+@contextmanager
+def nothing_read_on_the_host() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for read in ("__bool__", "__float__", "item", "tolist"):
+            patch.setattr(Tensor, read, lambda self: pytest.fail("read on the host"))
+        yield
+
+
+@pytest.mark.no_race
 @dtypes
 @cases
 @pytest.mark.usefixtures("_on_device")
-def test_an_overflow_is_decided_upon_on_the_device(step, operation, name, dtype):
-    """Rows that are saved are put back, a row that never was stays, and so does the state."""
-    params = make_params([100, 20_000, 300, 50], dtype)
-    state = make_state(operation, name, params, device_counters=True)
-    before = whole(params, state)
-    gradient, params[2].grad = params[2].grad, None
-    s = step(params)
-    s.first_step()
-    params[1].grad[77] = float("inf")
-    params[2].grad = gradient
-    params[3].grad = None
-    take(s, operation, name, state, Scaling(torch.tensor(8.0), torch.tensor(1.0)), device_counters=True)
-    assert same_bits(whole(params, state), before)
-    assert not s.bucket.saved()
+def test_an_overflow_is_decided_on_the_device(step, operation, name, dtype):
+    """Tensors that are saved are restored, one that never was stays, and so does the state."""
+    for grad_scale in (None, torch.tensor(8.0)):
+        params = make_params([100, 20_000, 300, 50], dtype)
+        state = make_state(operation, name, params, device_counters=True)
+        before = whole(params, state)
+        gradient, params[2].grad = params[2].grad, None
+        s = step(params)
+        s.first_step()
+        params[1].grad[77] = float("inf")
+        params[2].grad, params[3].grad = gradient, None
+        overflow = Scaling(grad_scale, torch.tensor(1.0))
+        with nothing_read_on_the_host():
+            take(s, operation, name, state, overflow, device_counters=True)
+        assert same_bits(whole(params, state), before)
+        assert not s.bucket.saved()
 
 
+@pytest.mark.no_race
 @cases
 @pytest.mark.usefixtures("_on_device")
 def test_no_overflow_is_an_ordinary_step(step, operation, name):
+    found = torch.tensor(0.0)
     results = []
-    for scaling in (UNSCALED, Scaling(torch.tensor(1.0), torch.tensor(0.0))):
-        params = make_params([1009, 20_000])
+    for scaling in (UNSCALED, Scaling(None, found), Scaling(torch.tensor(1.0), found)):
+        params = make_params([1009, 20_000, 300, 50])
         state = make_state(operation, name, params, device_counters=True)
+        gradient, params[2].grad = params[2].grad, None
         s = step(params)
         s.first_step()
-        take(s, operation, name, state, scaling, device_counters=True)
+        params[2].grad, params[3].grad = gradient, None
+        with nothing_read_on_the_host():
+            take(s, operation, name, state, scaling, device_counters=True)
         results.append(whole(params, state))
-    assert same_bits(*results)
+    ordinary, *others = results
+    assert all(same_bits(ordinary, other) for other in others)
 
 
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.usefixtures("_on_device")
 def test_learning_rates_on_the_device(step, operation, name, dtype):
-    """One group has it there, the other among its options."""
+    """One group's is on the device, the other's among its options."""
     lr = torch.tensor(0.3, dtype=dtype)
     results = []
     for on_device in (False, True):
@@ -246,11 +267,11 @@ def test_learning_rates_on_the_device(step, operation, name, dtype):
 @pytest.mark.parametrize("name", STEPS["adam"].cases)
 @pytest.mark.usefixtures("_on_device")
 def test_step_counters_on_the_device(step, name, dtype):
-    """Neighbouring rows have taken different numbers of steps, and one block serves many of them."""
+    """Neighbouring tensors have taken different numbers of steps, and one block serves many of them."""
     params = make_params([3, 100, 5000, 9000, 7, 20_000, 1, 33], dtype)
     start = values(params)
     state = make_state("adam", name, params, device_counters=True)
-    before = [row_state(state, i) for i in range(len(params))]
+    before = [state_of(state, i) for i in range(len(params))]
     s = step(params)
     s.first_step()
     params[4].grad = None
@@ -315,7 +336,7 @@ def test_same_bits_whatever_the_number_of_threads_and_the_instruction_set(operat
             s.first_step()
             take(s, operation, name, state)
             result = [*values(params), *(t for tensors in state.values() for t in tensors if t is not None)]
-            # The baseline has no fused multiply-add, as PyTorch has none on a processor without it: bits of its own.
+            # The baseline has no fused multiply-add, so its bits differ, as PyTorch's do on a processor without it.
             assert same_bits(results.setdefault(isa == "baseline", result), result)
     _cpu.use_isa(chosen)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class Breakage:
     name: str
     file: str
-    right: str
-    wrong: str
+    original: str
+    broken: str
     tests: tuple[str, ...]
 
 
@@ -33,7 +33,7 @@ BREAKAGES = [
         ("kernels/test_perturb.py::test_adaptive",),
     ),
     Breakage(
-        "a norm that is infinite climbs",
+        "an infinite norm perturbs",
         "csrc/sam_math.h",
         "return norm - norm == 0.0;",
         "return norm == norm;",
@@ -44,7 +44,7 @@ BREAKAGES = [
         "csrc/sam_math.h",
         "const double scale = norm + eps > 0.0 ? rho / (norm + eps) : 0.0;",
         "const double scale = rho / (norm + eps);",
-        ("test_weights.py::test_zero_gradient_moves_nothing_without_perturb_eps_either",),
+        ("test_perturbation.py::test_zero_gradient_moves_nothing_without_perturb_eps_either",),
     ),
     Breakage(
         "the tail of a chunk is not moved",
@@ -68,11 +68,11 @@ BREAKAGES = [
         ("kernels/test_grad_norm.py::test_one_tensor",),
     ),
     Breakage(
-        "a row without a gradient keeps an old partial sum",
+        "a tensor without a gradient keeps an old partial sum",
         "csrc/cpu/grad_norm.cpp",
         "        partials[i] = 0.0;\n",
         "",
-        ("kernels/test_grad_norm.py::test_row_without_gradient_is_not_counted",),
+        ("kernels/test_grad_norm.py::test_tensor_without_gradient_is_not_counted",),
     ),
     Breakage(
         "the last chunk of all is not restored",
@@ -82,13 +82,13 @@ BREAKAGES = [
         ("kernels/test_copy.py::test_round_trip",),
     ),
     Breakage(
-        "a row that was never saved is restored",
+        "a tensor that was never saved is restored",
         "csrc/cpu/copy.cpp",
         "if (b.weights[c.tensor] == 0 || (!ToBackup && b.saved[c.tensor] == 0)) continue;",
         "if (b.weights[c.tensor] == 0) continue;",
         (
-            "kernels/test_perturb.py::test_rows_without_gradient_are_neither_moved_nor_saved",
-            "test_weights.py::test_gradient_that_appears_between_the_passes",
+            "kernels/test_perturb.py::test_tensors_without_gradient_are_neither_moved_nor_saved",
+            "test_perturbation.py::test_gradient_that_appears_between_the_passes",
         ),
     ),
     Breakage(
@@ -131,7 +131,7 @@ BREAKAGES = [
         "csrc/gather.cpp",
         "t.dtype.bits == record.dtype_bits && ",
         "",
-        ("test_addresses.py",),
+        ("test_columns.py",),
     ),
     Breakage(
         "changed strides are not noticed",
@@ -139,7 +139,7 @@ BREAKAGES = [
         "same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || "
         "record.empty);",
         "same = t.shape[d] == record.shape[d];",
-        ("test_addresses.py",),
+        ("test_columns.py",),
     ),
     # ---- Optimizer
     Breakage(
@@ -147,7 +147,7 @@ BREAKAGES = [
         "csrc/gather.cpp",
         "    if (!wanted(groups_[i])) of_grads",
         "    if (!wanted(groups_[i]) || groups_[i] == 0) of_grads",
-        ("test_weights.py::test_the_norm_is_one_number_over_all_groups",),
+        ("test_perturbation.py::test_the_norm_is_one_number_over_all_groups",),
     ),
     Breakage(
         "norms of several buckets are not added",
@@ -162,37 +162,37 @@ BREAKAGES = [
         "        if left:  # tensors whose gradient vanished between the passes\n",
         "        if False:\n",
         (
-            "test_weights.py::test_gradient_that_vanishes_between_the_passes",
+            "test_perturbation.py::test_gradient_that_vanishes_between_the_passes",
             "test_fused_step.py::test_a_gradient_that_vanishes_or_appears_between_the_passes",
         ),
     ),
     Breakage(
-        "maximize climbs",
+        "maximize does not flip the sign",
         "sam_fast/backends/bucket.py",
         '(-rho if group.get("maximize", False) else rho, ',
         "(rho, ",
-        ("test_weights.py::test_maximize_descends",),
+        ("test_perturbation.py::test_maximize_descends",),
     ),
     Breakage(
         "weights stay perturbed when the second pass raises",
         "sam_fast/passes.py",
         "                        yield\n        except BaseException:\n            self.restore()\n",
         "                        yield\n        except BaseException:\n",
-        ("test_weights.py::test_weights_come_back_when_the_second_pass_raises",),
+        ("test_perturbation.py::test_weights_come_back_when_the_second_pass_raises",),
     ),
     Breakage(
         "weights stay perturbed when Ctrl-C is pressed",
         "sam_fast/perturbation.py",
         "            self._mark_written(self._saved_params())\n        except BaseException:\n",
         "            self._mark_written(self._saved_params())\n        except Exception:\n",
-        ("test_weights.py::test_a_first_step_that_fails_half_way_leaves_no_trace",),
+        ("test_perturbation.py::test_a_first_step_that_fails_half_way_leaves_no_trace",),
     ),
     Breakage(
         "version counters stand still",
         "sam_fast/perturbation.py",
         "        increment_version(self.storage.written(params) if self.storage.process_wide else params)\n",
         "",
-        ("test_weights.py::test_a_stale_graph_is_an_error",),
+        ("test_perturbation.py::test_a_stale_graph_is_an_error",),
     ),
     Breakage(
         "autocast keeps old casts",
@@ -234,7 +234,7 @@ BREAKAGES = [
         "sam_fast/closures.py",
         "        mark_used(optimizer._gradients())  # they belong to a step that was given up\n",
         "",
-        ("test_steps.py::test_gradients_of_a_closure_that_raised_are_no_first_pass_of_the_next_batch",),
+        ("test_sam.py::test_gradients_of_a_closure_that_raised_are_no_first_pass_of_the_next_batch",),
     ),
     Breakage(
         "an overflow of the first pass is not told to the scaler",
@@ -319,7 +319,7 @@ BREAKAGES = [
         "sam_fast/closure_stats.py",
         "        elif second.sees(module):\n            second.save([module])",
         "        elif second.sees(module):\n            pass",
-        ("test_batchnorm_closure.py",),
+        ("test_closure_stats.py",),
     ),
     Breakage(
         "the second pass draws other masks",
@@ -333,7 +333,7 @@ BREAKAGES = [
         "sam_fast/storage/flat.py",
         "                    view.zero_()\n",
         "",
-        ("test_flatten.py",),
+        ("test_flat.py",),
     ),
     Breakage(
         "empty parameters count their steps twice",
@@ -347,6 +347,6 @@ BREAKAGES = [
         "sam_fast/backends/bucket.py",
         "    if direction.shape != tensor.shape:\n",
         "    if False:\n",
-        ("test_weights.py::test_gradient_of_another_shape_is_refused_and_nothing_has_moved",),
+        ("test_perturbation.py::test_gradient_of_another_shape_is_refused_and_nothing_has_moved",),
     ),
 ]

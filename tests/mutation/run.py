@@ -96,12 +96,12 @@ def check(copy: Path, build: Path, breakage: Breakage) -> bool:
     """True if the tests notice it. The copy is whole again afterwards."""
     path = copy / breakage.file
     whole = path.read_text()
-    if whole.count(breakage.right) != 1:
+    if whole.count(breakage.original) != 1:
         raise SystemExit(
-            f"{breakage.name}: {breakage.file} has the text {whole.count(breakage.right)} times, not "
-            f"once:\n{breakage.right}"
+            f"{breakage.name}: {breakage.file} has the text {whole.count(breakage.original)} times, not "
+            f"once:\n{breakage.original}"
         )
-    path.write_text(whole.replace(breakage.right, breakage.wrong))
+    path.write_text(whole.replace(breakage.original, breakage.broken))
     native = breakage.file.startswith("csrc")
     try:
         if native:

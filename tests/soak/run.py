@@ -88,14 +88,14 @@ class Training:
         with self.optimizer.first_pass(self.model, replay_rng=True):
             cross_entropy(self.model(x), y).backward()
 
-    def step(self, fault: str | None = None, dice: random.Random | None = None) -> bool:
+    def step(self, fault: str | None = None, rng: random.Random | None = None) -> bool:
         """One step; with a fault the same step all over again after it. False if only the last checkpoint helps."""
         optimizer, model = self.optimizer, self.model
         x, y = self.data[self.done]
         torch.manual_seed(1000 * self.seed + self.done)
         statistics = BatchNormSnapshot(model)  # a step that is taken again must not count twice
         statistics.save()
-        if fault is not None and not self.faulty(fault, dice or random.Random(0), x, y):
+        if fault is not None and not self.faulty(fault, rng or random.Random(0), x, y):
             return False
         if fault not in (None, "moved"):
             optimizer.restore()
@@ -114,13 +114,13 @@ class Training:
         self.done += 1
         return True
 
-    def faulty(self, fault: str, dice: random.Random, x: Tensor, y: Tensor) -> bool:
+    def faulty(self, fault: str, rng: random.Random, x: Tensor, y: Tensor) -> bool:
         """The step with the fault. False if it may have been taken in part."""
         optimizer, model = self.optimizer, self.model
         if fault in ("moved", "crash"):
             return fault != "crash"
         self.first_pass(x * float("nan") if fault == "nan" else x, y)
-        interruption = Boundaries(dice.randrange(400), dice.choice([KeyboardInterrupt, MemoryError]))
+        interruption = Boundaries(rng.randrange(400), rng.choice([KeyboardInterrupt, MemoryError]))
         if fault == "first_step":
             interruption.run(lambda: optimizer.first_step(zero_grad=True))
             return True
@@ -166,7 +166,7 @@ class Training:
 
 
 def disturbed(
-    seed: int, configuration: dict[str, Any], dice: random.Random, file: Path, counts: Counter[str]
+    seed: int, configuration: dict[str, Any], rng: random.Random, file: Path, counts: Counter[str]
 ) -> Training:
     # A parameter that left its flat buffer takes the base optimizer's own step, whose square root is another
     # (docs/differences.md).
@@ -175,9 +175,9 @@ def disturbed(
     training = Training(seed, configuration)
     training.save(file)
     while training.done < STEPS:
-        fault = dice.choice(faults) if dice.random() < FAULT_RATE else None
+        fault = rng.choice(faults) if rng.random() < FAULT_RATE else None
         counts[fault or "none"] += 1
-        if not training.step(fault, dice):
+        if not training.step(fault, rng):
             training = Training.load(file, seed, configuration)
             counts["resumed"] += 1
         elif training.done % CHECKPOINT_EVERY == 0:
@@ -195,7 +195,7 @@ def live_tensors() -> int:
 
 
 def soak(minutes: float, seed: int, report: Callable[[str], None]) -> dict[str, Any]:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     counts: Counter[str] = Counter()
     memory: list[float] = []
     tensors: list[int] = []
@@ -208,7 +208,7 @@ def soak(minutes: float, seed: int, report: Callable[[str], None]) -> dict[str, 
             undisturbed = Training(seed + number, configuration)
             while undisturbed.done < STEPS:
                 undisturbed.step()
-            other = disturbed(seed + number, configuration, dice, Path(folder) / "checkpoint.pt", counts)
+            other = disturbed(seed + number, configuration, rng, Path(folder) / "checkpoint.pt", counts)
             if not same_bits(undisturbed.everything(), other.everything()):
                 differing.append(number)
             del undisturbed, other

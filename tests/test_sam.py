@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SmallNet, make_params, same_bits, values
+from cases import SmallNet, buckets_of, make_params, same_bits, values
 from torch import Tensor, nn
 
 from sam_fast import SAM
@@ -47,7 +47,7 @@ def test_weights_given_other_memory_between_the_passes_come_back(make: Make) -> 
 
 
 def test_memory_taken_from_a_parameter_between_the_passes_is_not_written(backend: str) -> None:
-    """It may be anybody's by now. (With flatten=True it is the optimizer's own.)"""
+    """It may be in use elsewhere by now. (With flatten=True it is the optimizer's own.)"""
     params = make_params([100, 20_000])
     optimizer = SAM(params, lr=0.0, rho=0.1, backend=backend)
     optimizer.first_step()
@@ -142,10 +142,10 @@ def test_the_perturbation_is_rho_long_however_large_the_gradient(make: Make, siz
     assert float(p.detach().double().norm()) == pytest.approx(0.05, rel=1e-6)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_non_finite_in_one_dtype_moves_no_other_dtype(make: Make, place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_non_finite_in_one_dtype_moves_no_other_dtype(make: Make, index: int) -> None:
     params = [*make_params([100, 50]), *make_params([100], torch.float64), *make_params([100], torch.bfloat16)]
-    params[3 * place].grad[-1] = float("nan")  # type: ignore[index]
+    params[3 * index].grad[-1] = float("nan")  # type: ignore[index]
     optimizer = make(params)
     before = values(params)
     optimizer.first_step()
@@ -183,7 +183,7 @@ def test_a_restore_that_was_interrupted_is_finished_by_the_next(make: Make, monk
     optimizer = make(params)
     before = values(params)
     optimizer.first_step()
-    first, second = optimizer._perturbation.buckets
+    first, second = buckets_of(optimizer)
     original, calls = type(first).restore, []
 
     def restore(self: Any, release: bool = True) -> None:
@@ -224,17 +224,17 @@ def test_pre_hooks_see_the_perturbed_weights_and_post_hooks_the_new_ones(make: M
     optimizer.register_step_post_hook(lambda o, *_: seen.append((o.perturbed, values(params)[0])))
     before = values(params)[0]
     optimizer.first_step()
-    climbed = values(params)[0]
+    moved = values(params)[0]
     optimizer.second_step()
     assert [perturbed for perturbed, _ in seen] == [True, False]
-    assert same_bits([w for _, w in seen], [climbed, before])
+    assert same_bits([w for _, w in seen], [moved, before])
 
 
 # ---- Closures --------------------------------------------------------------------------------------------------------
 
 
 class Square:
-    """A closure: the sum of squares. Raises in the calls that it is told, after its backward."""
+    """A closure: the sum of squares. Raises in the given call, after its backward."""
 
     def __init__(self, params: list[nn.Parameter], raises: int = 0) -> None:
         self.params, self.raises, self.calls = params, raises, 0
@@ -332,9 +332,7 @@ def dropping() -> tuple[nn.Module, SAM]:
 
 
 def test_the_random_state_of_a_first_pass_that_raised_is_not_replayed(dropping: tuple[nn.Module, SAM]) -> None:
-    """The next step did not ask for a replay: its second pass draws what comes, not the masks of a pass that was given
-    up.
-    """
+    """The next step did not ask for a replay: its second pass draws new masks, not those of the abandoned pass."""
     model, optimizer = dropping
     with contextlib.suppress(ZeroDivisionError), optimizer.first_pass(model, replay_rng=True):
         given_up = mask(model)

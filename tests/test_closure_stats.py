@@ -1,4 +1,4 @@
-"""step(closure): the second call of the closure counts in no running statistics, whatever it runs."""
+"""step(closure): the second call of the closure does not count in running statistics, whatever it runs."""
 
 from __future__ import annotations
 
