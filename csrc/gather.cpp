@@ -35,13 +35,13 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   for (Py_ssize_t i = 0; i < n; ++i) {
     DlTensor t;
     if (exchange_->view(PyList_GET_ITEM(tensors, i), &t) != 0) throw PythonError{};
-    Record record{t.device.type, t.device.id, t.dtype.code, t.dtype.bits, false, {}, {}};
-    for (int32_t d = 0; d < t.ndim; ++d) {
+    Record record{t.kind, false, {}, {}};
+    for (int32_t d = 0; d < t.kind.ndim; ++d) {
       record.empty = record.empty || t.shape[d] == 0;
       record.shape.push_back(t.shape[d]);
       record.strides.push_back(t.strides[d]);
     }
-    records_.push_back(record);
+    records_.push_back(std::move(record));
     if (!PyObject_TypeCheck(PyList_GET_ITEM(params, i), reinterpret_cast<PyTypeObject*>(tensor_class))) {
       PyErr_SetString(PyExc_TypeError, "params must be a list of tensors");
       throw PythonError{};
@@ -86,7 +86,7 @@ bool Gather::has_plain_type(PyObject* tensor) const {
 }
 
 bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
-  for (PyObject* asks : {is_neg_, record.dtype_code == kComplex ? is_conj_ : nullptr}) {
+  for (PyObject* asks : {is_neg_, record.kind.dtype.code == kComplex ? is_conj_ : nullptr}) {
     if (asks == nullptr) continue;
     // Called as the C function that it is, without the descriptor's checks: every new gradient is asked.
     const bool direct = Py_TYPE(asks) == &PyMethodDescr_Type &&
@@ -98,17 +98,15 @@ bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
   return false;
 }
 
-bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const {
+bool Gather::matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const {
   *address = 0;
-  if (!has_plain_type(tensor)) return false;
+  if (!local.is_plain()) return false;
   DlTensor t;
-  if (exchange_->view(tensor, &t) != 0) {
+  if (exchange_->view(local.get(), &t) != 0) {
     PyErr_Clear();  // no strided memory: Python says what it is
     return false;
   }
-  bool same = t.device.type == record.device_type && t.device.id == record.device_id &&
-              t.dtype.code == record.dtype_code && t.dtype.bits == record.dtype_bits && t.dtype.lanes == 1 &&
-              static_cast<size_t>(t.ndim) == record.shape.size();
+  bool same = std::memcmp(&t.kind, &record.kind, sizeof(DlKind)) == 0;
   for (size_t d = 0; same && d < record.shape.size(); ++d) {
     // The stride of a dimension of size 1 is never used and may be anything.
     same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || record.empty);
@@ -116,7 +114,7 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uin
   if (!same || record.empty) return same;
   if (t.data == nullptr) return false;  // its storage was resized to nothing
   const uint64_t found = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
-  if (found != known && is_lazy(tensor, record)) return false;
+  if (found != known && is_lazy(local.get(), record)) return false;
   *address = found;
   return true;
 }
@@ -161,7 +159,7 @@ bool Gather::weight(size_t i, uint64_t* address) {
   // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
   const Local local(*this, has_plain_type(param) ? PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i)) : param);
   const uint64_t known = *address;
-  const bool same = matches(local.get(), records_[i], known, address);
+  const bool same = matches(local, records_[i], known, address);
   moved_ = moved_ || *address != known;
   return same;
 }
@@ -177,7 +175,7 @@ bool Gather::grad(size_t i, uint64_t* address) {
   has_grad_[i] = 1;
   ++num_grads_;
   const Local local(*this, grad.get());
-  return (!local.is_wrapped() || placed_alike(grad.get(), of)) && matches(local.get(), records_[i], 0, address);
+  return (!local.is_wrapped() || placed_alike(grad.get(), of)) && matches(local, records_[i], 0, address);
 }
 
 std::vector<int64_t> Gather::weights(PyObject* column) {
@@ -216,7 +214,7 @@ std::vector<int64_t> Gather::read(PyObject* tensors, PyObject* column) const {
     const uint64_t known = std::exchange(addresses[i], 0);
     if (tensor == Py_None) continue;
     const Local local(*this, tensor);
-    if (!matches(local.get(), records_[i], known, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
+    if (!matches(local, records_[i], known, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
   }
   return odd;
 }

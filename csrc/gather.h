@@ -82,7 +82,7 @@ class Gather {
   class Local;
   bool weight(size_t i, uint64_t* address);
   bool grad(size_t i, uint64_t* address);
-  bool matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const;
+  bool matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const;
   bool has_plain_type(PyObject* tensor) const;
   bool is_lazy(PyObject* tensor, const Record& record) const;
   bool placed_alike(PyObject* grad, PyObject* param) const;
