@@ -53,8 +53,10 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   }
   has_grad_.resize(records_.size());
   entries_.resize(records_.size());
+  Owned counters(checked(PyList_New(0)));
   Owned own_tensors(checked(PyList_GetSlice(tensors, 0, n)));  // lists of our own: nobody else can shorten them
   params_ = checked(PyList_GetSlice(params, 0, n));
+  counters_ = counters.release();
   tensors_ = own_tensors.release();
   grad_ = grad.release();
   is_neg_ = is_neg.release();
@@ -67,7 +69,8 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
 
 Gather::~Gather() {
   for (const auto& [type, is_plain] : types_) Py_DECREF(type);
-  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, spec_, placements_})
+  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, spec_, placements_,
+                           counters_, alike_[0], alike_[1]})
     Py_XDECREF(object);
 }
 
@@ -119,14 +122,21 @@ bool Gather::matches(const Local& local, const Record& record, uint64_t known, u
   return true;
 }
 
-bool Gather::placed_alike(PyObject* grad, PyObject* param) const {
+bool Gather::placed_alike(PyObject* grad, PyObject* param) {
   const Owned spec_of_grad(PyObject_GetAttr(grad, spec_)), spec_of_param(PyObject_GetAttr(param, spec_));
   PyErr_Clear();
-  if (spec_of_grad.get() != nullptr && spec_of_grad.get() == spec_of_param.get()) return true;  // FSDP2's have one spec
-  Owned of_grad(checked(PyObject_GetAttr(grad, placements_)));
-  Owned of_param(checked(PyObject_GetAttr(param, placements_)));
+  const bool have_specs = spec_of_grad.get() != nullptr && spec_of_param.get() != nullptr;
+  if (have_specs && spec_of_grad.get() == spec_of_param.get()) return true;  // FSDP2's have one spec
+  // A DTensor's attribute `placements` is its spec's, by way of a call of Python.
+  Owned of_grad(checked(PyObject_GetAttr(have_specs ? spec_of_grad.get() : grad, placements_)));
+  Owned of_param(checked(PyObject_GetAttr(have_specs ? spec_of_param.get() : param, placements_)));
+  if (of_grad.get() == alike_[0] && of_param.get() == alike_[1]) return true;
   const int same = PyObject_RichCompareBool(of_grad.get(), of_param.get(), Py_EQ);
   if (same < 0) throw PythonError{};
+  if (same == 1 && PyTuple_CheckExact(of_grad.get()) && PyTuple_CheckExact(of_param.get())) {
+    Py_XDECREF(std::exchange(alike_[0], of_grad.release()));
+    Py_XDECREF(std::exchange(alike_[1], of_param.release()));
+  }
   return same == 1;
 }
 

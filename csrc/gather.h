@@ -71,11 +71,12 @@ class Gather {
   // masks: a buffer of one 64-bit number per group; columns: a tuple.
   Found states(PyObject* state, PyObject* names, PyObject* masks, PyObject* columns);
 
-  // The same for step counters, tensors of one element; `counters`, a list, receives them. kind: their dtype and
-  // whether they are on the host.
+  // The same for step counters, tensors of one element. kind: their dtype and whether they are on the host.
   enum class Counters { none, host_float32, host_float64, device_float32 };
-  Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses,
-                 PyObject* counters, Counters* kind);
+  Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses, Counters* kind);
+
+  // The counters that the last counters() found: one list, which every call fills anew, so that none has to allocate.
+  PyObject* found_counters() const { return counters_; }
 
  private:
   struct Record;
@@ -85,7 +86,7 @@ class Gather {
   bool matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const;
   bool has_plain_type(PyObject* tensor) const;
   bool is_lazy(PyObject* tensor, const Record& record) const;
-  bool placed_alike(PyObject* grad, PyObject* param) const;
+  bool placed_alike(PyObject* grad, PyObject* param);
   void find_entries(PyObject* state);
   PyObject* param(size_t i) const;
 
@@ -99,6 +100,8 @@ class Gather {
   PyObject* local_tensor_ = nullptr;  // names
   PyObject* spec_ = nullptr;
   PyObject* placements_ = nullptr;
+  PyObject* counters_ = nullptr;
+  PyObject* alike_[2] = {};  // placements of a gradient and its parameter, not the same tuple, that were equal
   mutable std::vector<std::pair<PyTypeObject*, bool>> types_;  // classes, and whether they are one of these
   std::vector<Record> records_;
   std::vector<int64_t> groups_;

@@ -36,6 +36,14 @@ PyObject* value_of(PyObject* entry, PyObject* name) {
   return value;
 }
 
+// list[at] = item; `at` is at most the list's length.
+void list_at(PyObject* list, Py_ssize_t at, PyObject* item) {
+  if (at < PyList_GET_SIZE(list) && PyList_GET_ITEM(list, at) == item) return;
+  const bool is_new = at == PyList_GET_SIZE(list);
+  if (!is_new) Py_INCREF(item);  // PyList_SetItem takes it over
+  if ((is_new ? PyList_Append(list, item) : PyList_SetItem(list, at, item)) != 0) throw Gather::PythonError{};
+}
+
 }  // namespace
 
 void Gather::find_entries(PyObject* state) {
@@ -90,11 +98,12 @@ Gather::Found Gather::states(PyObject* state, PyObject* names, PyObject* of_grou
 }
 
 Gather::Found Gather::counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* of_groups, PyObject* column,
-                               PyObject* counters, Counters* kind) {
+                               Counters* kind) {
   const Masks masks(of_groups);
   Addresses addresses(column, records_.size());
   find_entries(state);
   *kind = Counters::none;
+  Py_ssize_t listed = 0;
   for (size_t i = 0; i < records_.size(); ++i) {
     addresses[i] = 0;
     if (has_grad_[i] == 0 || (masks(groups_[i]) & bit) == 0) continue;
@@ -119,8 +128,9 @@ Gather::Found Gather::counters(PyObject* state, PyObject* name, uint64_t bit, Py
     if (found == Counters::none || (*kind != Counters::none && *kind != found)) return odd;
     *kind = found;
     addresses[i] = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
-    if (PyList_Append(counters, value) != 0) throw PythonError{};
+    list_at(counters_, listed++, value);
   }
+  if (PyList_SetSlice(counters_, listed, PyList_GET_SIZE(counters_), nullptr) != 0) throw PythonError{};
   return {};
 }
 

@@ -208,8 +208,10 @@ class SAM(Passes, OptimizerWrapper):
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
         groups = self.base_optimizer.param_groups
-        if any("perturb" not in group for group in groups):  # added to the base optimizer, or loaded into it
-            self._fill_in_options(groups)
+        for group in groups:
+            if "perturb" not in group:  # added to the base optimizer, or loaded into it
+                self._fill_in_options(groups)
+                break
         rounds = self._rounds and self._rounds_stochastically()
         key = rounding_key(rounding_step(groups), PERTURB) if rounds else None
         self._perturbation.perturb(groups, key, self._step.own_gradient)
