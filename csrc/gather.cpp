@@ -65,6 +65,11 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   local_tensor_ = local_tensor.release();
   spec_ = spec.release();
   placements_ = placements.release();
+  if (Py_TYPE(grad_) == &PyGetSetDescr_Type) get_grad_ = reinterpret_cast<PyGetSetDescrObject*>(grad_)->d_getset;
+  if (Py_TYPE(is_neg_) == &PyMethodDescr_Type) {
+    const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(is_neg_)->d_method;
+    if (method->ml_flags == METH_NOARGS) call_is_neg_ = method->ml_meth;
+  }
 }
 
 Gather::~Gather() {
@@ -89,16 +94,12 @@ bool Gather::has_plain_type(PyObject* tensor) const {
 }
 
 bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
-  for (PyObject* asks : {is_neg_, record.kind.dtype.code == kComplex ? is_conj_ : nullptr}) {
-    if (asks == nullptr) continue;
-    // Called as the C function that it is, without the descriptor's checks: every new gradient is asked.
-    const bool direct = Py_TYPE(asks) == &PyMethodDescr_Type &&
-                        reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_flags == METH_NOARGS;
-    Owned answer(checked(direct ? reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_meth(tensor, nullptr)
-                                : PyObject_CallOneArg(asks, tensor)));
-    if (answer.get() != Py_False) return true;
-  }
-  return false;
+  PyObject* negated = call_is_neg_ != nullptr ? call_is_neg_(tensor, nullptr) : PyObject_CallOneArg(is_neg_, tensor);
+  Py_DECREF(checked(negated));
+  if (negated != Py_False) return true;
+  if (record.kind.dtype.code != kComplex) return false;
+  const Owned conjugated(checked(PyObject_CallOneArg(is_conj_, tensor)));
+  return conjugated.get() != Py_False;
 }
 
 bool Gather::matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const {
@@ -167,7 +168,8 @@ class Wanted {
 bool Gather::weight(size_t i, uint64_t* address) {
   PyObject* param = this->param(i);
   // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
-  const Local local(*this, has_plain_type(param) ? PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i)) : param);
+  PyObject* tensor = PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i));
+  const Local local(*this, tensor == param || !has_plain_type(param) ? param : tensor);
   const uint64_t known = *address;
   const bool same = matches(local, records_[i], known, address);
   moved_ = moved_ || *address != known;
@@ -179,8 +181,9 @@ bool Gather::grad(size_t i, uint64_t* address) {
   *address = 0;
   has_grad_[i] = 0;
   PyObject* of = param(i);
-  // Without the search for the attribute. The parameter keeps it.
-  Owned grad(checked(Py_TYPE(grad_)->tp_descr_get(grad_, of, reinterpret_cast<PyObject*>(Py_TYPE(of)))));
+  Owned grad(checked(get_grad_ != nullptr
+                         ? get_grad_->get(of, get_grad_->closure)
+                         : Py_TYPE(grad_)->tp_descr_get(grad_, of, reinterpret_cast<PyObject*>(Py_TYPE(of)))));
   if (grad.get() == Py_None) return true;
   has_grad_[i] = 1;
   ++num_grads_;

@@ -95,6 +95,10 @@ class Gather {
   PyObject* params_ = nullptr;
   PyObject* grad_ = nullptr;  // attributes of torch.Tensor
   PyObject* is_neg_ = nullptr;
+  // These as the C functions that they are: every parameter and every new gradient is asked, and looking the attribute
+  // up, or the descriptor's checks, cost several percent of that. Null where they are none.
+  const PyGetSetDef* get_grad_ = nullptr;
+  PyCFunction call_is_neg_ = nullptr;
   PyObject* is_conj_ = nullptr;
   PyObject* dispatch_ = nullptr;      // its __torch_dispatch__, that of every class whose tensors are their memory
   PyObject* local_tensor_ = nullptr;  // names
