@@ -14,7 +14,8 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   Owned grad(checked(PyObject_GetAttrString(tensor_class, "grad")));
   Owned is_neg(checked(PyObject_GetAttrString(tensor_class, "is_neg")));
   Owned is_conj(checked(PyObject_GetAttrString(tensor_class, "is_conj")));
-  Owned dispatch(checked(PyObject_GetAttrString(tensor_class, "__torch_dispatch__")));
+  Owned torch_dispatch(checked(PyUnicode_InternFromString("__torch_dispatch__")));
+  Owned dispatch(checked(PyObject_GetAttr(tensor_class, torch_dispatch.get())));
   Owned local_tensor(checked(PyUnicode_InternFromString("_local_tensor")));
   Owned spec(checked(PyUnicode_InternFromString("_spec")));
   Owned placements(checked(PyUnicode_InternFromString("placements")));
@@ -61,6 +62,7 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   grad_ = grad.release();
   is_neg_ = is_neg.release();
   is_conj_ = is_conj.release();
+  torch_dispatch_ = torch_dispatch.release();
   dispatch_ = dispatch.release();
   local_tensor_ = local_tensor.release();
   spec_ = spec.release();
@@ -73,24 +75,35 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
 }
 
 Gather::~Gather() {
-  for (const auto& [type, is_plain] : types_) Py_DECREF(type);
-  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, spec_, placements_,
-                           counters_, alike_[0], alike_[1]})
+  for (const Class& known : classes_) {
+    Py_DECREF(known.type);
+    Py_XDECREF(known.local_tensor);
+    Py_XDECREF(known.spec);
+  }
+  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, torch_dispatch_, dispatch_, local_tensor_,
+                           spec_, placements_, counters_, alike_[0], alike_[1]})
     Py_XDECREF(object);
 }
 
 PyObject* Gather::param(size_t i) const { return PyList_GET_ITEM(params_, static_cast<Py_ssize_t>(i)); }
 
-bool Gather::has_plain_type(PyObject* tensor) const {
+const Gather::Class& Gather::class_of(PyObject* tensor) const {
   PyTypeObject* type = Py_TYPE(tensor);
-  for (const auto& [known, is_plain] : types_)
-    if (type == known) return is_plain;
-  Owned dispatch(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__torch_dispatch__"));
-  if (dispatch.get() == nullptr) PyErr_Clear();
-  const bool is_plain = dispatch.get() == dispatch_;
+  for (const Class& known : classes_)
+    if (type == known.type) return known;
+  const auto of_class = [type](PyObject* name) {
+    PyObject* found = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name);
+    if (found == nullptr) PyErr_Clear();
+    return found;
+  };
+  const auto slot = [&](PyObject* name) {
+    Owned found(type->tp_getattro == PyObject_GenericGetAttr ? of_class(name) : nullptr);
+    return found.get() != nullptr && Py_TYPE(found.get()) == &PyMemberDescr_Type ? found.release() : nullptr;
+  };
+  const Owned dispatch(of_class(torch_dispatch_));
   Py_INCREF(type);
-  types_.emplace_back(type, is_plain);
-  return is_plain;
+  classes_.push_back({type, dispatch.get() == dispatch_, slot(local_tensor_), slot(spec_)});
+  return classes_.back();
 }
 
 bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
@@ -124,7 +137,8 @@ bool Gather::matches(const Local& local, const Record& record, uint64_t known, u
 }
 
 bool Gather::placed_alike(PyObject* grad, PyObject* param) {
-  const Owned spec_of_grad(PyObject_GetAttr(grad, spec_)), spec_of_param(PyObject_GetAttr(param, spec_));
+  const Owned spec_of_grad(attribute(grad, class_of(grad).spec, spec_));
+  const Owned spec_of_param(attribute(param, class_of(param).spec, spec_));
   PyErr_Clear();
   const bool have_specs = spec_of_grad.get() != nullptr && spec_of_param.get() != nullptr;
   if (have_specs && spec_of_grad.get() == spec_of_param.get()) return true;  // FSDP2's have one spec
@@ -169,7 +183,7 @@ bool Gather::weight(size_t i, uint64_t* address) {
   PyObject* param = this->param(i);
   // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
   PyObject* tensor = PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i));
-  const Local local(*this, tensor == param || !has_plain_type(param) ? param : tensor);
+  const Local local(*this, tensor == param || !class_of(param).is_plain ? param : tensor);
   const uint64_t known = *address;
   const bool same = matches(local, records_[i], known, address);
   moved_ = moved_ || *address != known;

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <unordered_map>
 #include <utility>
@@ -80,11 +81,12 @@ class Gather {
 
  private:
   struct Record;
+  struct Class;
   class Local;
   bool weight(size_t i, uint64_t* address);
   bool grad(size_t i, uint64_t* address);
   bool matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const;
-  bool has_plain_type(PyObject* tensor) const;
+  const Class& class_of(PyObject* tensor) const;
   bool is_lazy(PyObject* tensor, const Record& record) const;
   bool placed_alike(PyObject* grad, PyObject* param);
   void find_entries(PyObject* state);
@@ -100,13 +102,14 @@ class Gather {
   const PyGetSetDef* get_grad_ = nullptr;
   PyCFunction call_is_neg_ = nullptr;
   PyObject* is_conj_ = nullptr;
-  PyObject* dispatch_ = nullptr;      // its __torch_dispatch__, that of every class whose tensors are their memory
-  PyObject* local_tensor_ = nullptr;  // names
+  PyObject* dispatch_ = nullptr;        // its __torch_dispatch__, that of every class whose tensors are their memory
+  PyObject* torch_dispatch_ = nullptr;  // names
+  PyObject* local_tensor_ = nullptr;
   PyObject* spec_ = nullptr;
   PyObject* placements_ = nullptr;
   PyObject* counters_ = nullptr;
   PyObject* alike_[2] = {};  // placements of a gradient and its parameter, not the same tuple, that were equal
-  mutable std::vector<std::pair<PyTypeObject*, bool>> types_;  // classes, and whether they are one of these
+  mutable std::deque<Class> classes_;  // of the tensors seen so far
   std::vector<Record> records_;
   std::vector<int64_t> groups_;
   std::vector<char> has_grad_;

@@ -56,6 +56,21 @@ struct Gather::Record {
   std::vector<int64_t> strides;
 };
 
+// A tensor's class.
+struct Gather::Class {
+  PyTypeObject* type;
+  bool is_plain;  // its tensors are their memory
+  // The slots that a wrapper's attributes are in, null where they are no slots. Asked directly: looking an attribute up
+  // costs several times as much.
+  PyObject* local_tensor;
+  PyObject* spec;
+};
+
+// An attribute of `object`; null where it has none, with an exception set.
+inline PyObject* attribute(PyObject* object, PyObject* slot, PyObject* name) {
+  return slot == nullptr ? PyObject_GetAttr(object, name) : Py_TYPE(slot)->tp_descr_get(slot, object, nullptr);
+}
+
 // A reference that this owns, null where Python raised.
 class Owned {
  public:
@@ -78,15 +93,17 @@ inline PyObject* checked(PyObject* object) {
 // A tensor, or in place of a wrapper the tensor that has its elements.
 class Gather::Local {
  public:
-  Local(const Gather& gather, PyObject* tensor) : tensor_(tensor), is_plain_(gather.has_plain_type(tensor)) {
+  Local(const Gather& gather, PyObject* tensor) : tensor_(tensor) {
+    const Class& of_tensor = gather.class_of(tensor);
+    is_plain_ = of_tensor.is_plain;
     if (is_plain_) return;
-    owned_ = PyObject_GetAttr(tensor, gather.local_tensor_);
+    owned_ = attribute(tensor, of_tensor.local_tensor, gather.local_tensor_);
     if (owned_ == nullptr) {
       PyErr_Clear();
       return;
     }
     tensor_ = owned_;
-    is_plain_ = gather.has_plain_type(owned_);
+    is_plain_ = gather.class_of(owned_).is_plain;
   }
   ~Local() { Py_XDECREF(owned_); }
   Local(const Local&) = delete;
