@@ -14,7 +14,8 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   Owned grad(checked(PyObject_GetAttrString(tensor_class, "grad")));
   Owned is_neg(checked(PyObject_GetAttrString(tensor_class, "is_neg")));
   Owned is_conj(checked(PyObject_GetAttrString(tensor_class, "is_conj")));
-  Owned dispatch(checked(PyObject_GetAttrString(tensor_class, "__torch_dispatch__")));
+  Owned torch_dispatch(checked(PyUnicode_InternFromString("__torch_dispatch__")));
+  Owned dispatch(checked(PyObject_GetAttr(tensor_class, torch_dispatch.get())));
   Owned local_tensor(checked(PyUnicode_InternFromString("_local_tensor")));
   Owned spec(checked(PyUnicode_InternFromString("_spec")));
   Owned placements(checked(PyUnicode_InternFromString("placements")));
@@ -35,13 +36,13 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   for (Py_ssize_t i = 0; i < n; ++i) {
     DlTensor t;
     if (exchange_->view(PyList_GET_ITEM(tensors, i), &t) != 0) throw PythonError{};
-    Record record{t.device.type, t.device.id, t.dtype.code, t.dtype.bits, false, {}, {}};
-    for (int32_t d = 0; d < t.ndim; ++d) {
+    Record record{t.kind, false, {}, {}};
+    for (int32_t d = 0; d < t.kind.ndim; ++d) {
       record.empty = record.empty || t.shape[d] == 0;
       record.shape.push_back(t.shape[d]);
       record.strides.push_back(t.strides[d]);
     }
-    records_.push_back(record);
+    records_.push_back(std::move(record));
     if (!PyObject_TypeCheck(PyList_GET_ITEM(params, i), reinterpret_cast<PyTypeObject*>(tensor_class))) {
       PyErr_SetString(PyExc_TypeError, "params must be a list of tensors");
       throw PythonError{};
@@ -53,62 +54,76 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
   }
   has_grad_.resize(records_.size());
   entries_.resize(records_.size());
+  Owned counters(checked(PyList_New(0)));
   Owned own_tensors(checked(PyList_GetSlice(tensors, 0, n)));  // lists of our own: nobody else can shorten them
   params_ = checked(PyList_GetSlice(params, 0, n));
+  counters_ = counters.release();
   tensors_ = own_tensors.release();
   grad_ = grad.release();
   is_neg_ = is_neg.release();
   is_conj_ = is_conj.release();
+  torch_dispatch_ = torch_dispatch.release();
   dispatch_ = dispatch.release();
   local_tensor_ = local_tensor.release();
   spec_ = spec.release();
   placements_ = placements.release();
+  if (Py_TYPE(grad_) == &PyGetSetDescr_Type) get_grad_ = reinterpret_cast<PyGetSetDescrObject*>(grad_)->d_getset;
+  if (Py_TYPE(is_neg_) == &PyMethodDescr_Type) {
+    const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(is_neg_)->d_method;
+    if (method->ml_flags == METH_NOARGS) call_is_neg_ = method->ml_meth;
+  }
 }
 
 Gather::~Gather() {
-  for (const auto& [type, is_plain] : types_) Py_DECREF(type);
-  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, dispatch_, local_tensor_, spec_, placements_})
+  for (const Class& known : classes_) {
+    Py_DECREF(known.type);
+    Py_XDECREF(known.local_tensor);
+    Py_XDECREF(known.spec);
+  }
+  for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, torch_dispatch_, dispatch_, local_tensor_,
+                           spec_, placements_, counters_, alike_[0], alike_[1]})
     Py_XDECREF(object);
 }
 
 PyObject* Gather::param(size_t i) const { return PyList_GET_ITEM(params_, static_cast<Py_ssize_t>(i)); }
 
-bool Gather::has_plain_type(PyObject* tensor) const {
+const Gather::Class& Gather::class_of(PyObject* tensor) const {
   PyTypeObject* type = Py_TYPE(tensor);
-  for (const auto& [known, is_plain] : types_)
-    if (type == known) return is_plain;
-  Owned dispatch(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__torch_dispatch__"));
-  if (dispatch.get() == nullptr) PyErr_Clear();
-  const bool is_plain = dispatch.get() == dispatch_;
+  for (const Class& known : classes_)
+    if (type == known.type) return known;
+  const auto of_class = [type](PyObject* name) {
+    PyObject* found = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name);
+    if (found == nullptr) PyErr_Clear();
+    return found;
+  };
+  const auto slot = [&](PyObject* name) {
+    Owned found(type->tp_getattro == PyObject_GenericGetAttr ? of_class(name) : nullptr);
+    return found.get() != nullptr && Py_TYPE(found.get()) == &PyMemberDescr_Type ? found.release() : nullptr;
+  };
+  const Owned dispatch(of_class(torch_dispatch_));
   Py_INCREF(type);
-  types_.emplace_back(type, is_plain);
-  return is_plain;
+  classes_.push_back({type, dispatch.get() == dispatch_, slot(local_tensor_), slot(spec_)});
+  return classes_.back();
 }
 
 bool Gather::is_lazy(PyObject* tensor, const Record& record) const {
-  for (PyObject* asks : {is_neg_, record.dtype_code == kComplex ? is_conj_ : nullptr}) {
-    if (asks == nullptr) continue;
-    // Called as the C function that it is, without the descriptor's checks: every new gradient is asked.
-    const bool direct = Py_TYPE(asks) == &PyMethodDescr_Type &&
-                        reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_flags == METH_NOARGS;
-    Owned answer(checked(direct ? reinterpret_cast<PyMethodDescrObject*>(asks)->d_method->ml_meth(tensor, nullptr)
-                                : PyObject_CallOneArg(asks, tensor)));
-    if (answer.get() != Py_False) return true;
-  }
-  return false;
+  PyObject* negated = call_is_neg_ != nullptr ? call_is_neg_(tensor, nullptr) : PyObject_CallOneArg(is_neg_, tensor);
+  Py_DECREF(checked(negated));
+  if (negated != Py_False) return true;
+  if (record.kind.dtype.code != kComplex) return false;
+  const Owned conjugated(checked(PyObject_CallOneArg(is_conj_, tensor)));
+  return conjugated.get() != Py_False;
 }
 
-bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const {
+bool Gather::matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const {
   *address = 0;
-  if (!has_plain_type(tensor)) return false;
+  if (!local.is_plain()) return false;
   DlTensor t;
-  if (exchange_->view(tensor, &t) != 0) {
+  if (exchange_->view(local.get(), &t) != 0) {
     PyErr_Clear();  // no strided memory: Python says what it is
     return false;
   }
-  bool same = t.device.type == record.device_type && t.device.id == record.device_id &&
-              t.dtype.code == record.dtype_code && t.dtype.bits == record.dtype_bits && t.dtype.lanes == 1 &&
-              static_cast<size_t>(t.ndim) == record.shape.size();
+  bool same = std::memcmp(&t.kind, &record.kind, sizeof(DlKind)) == 0;
   for (size_t d = 0; same && d < record.shape.size(); ++d) {
     // The stride of a dimension of size 1 is never used and may be anything.
     same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || record.empty);
@@ -116,19 +131,27 @@ bool Gather::matches(PyObject* tensor, const Record& record, uint64_t known, uin
   if (!same || record.empty) return same;
   if (t.data == nullptr) return false;  // its storage was resized to nothing
   const uint64_t found = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
-  if (found != known && is_lazy(tensor, record)) return false;
+  if (found != known && is_lazy(local.get(), record)) return false;
   *address = found;
   return true;
 }
 
-bool Gather::placed_alike(PyObject* grad, PyObject* param) const {
-  const Owned spec_of_grad(PyObject_GetAttr(grad, spec_)), spec_of_param(PyObject_GetAttr(param, spec_));
+bool Gather::placed_alike(PyObject* grad, PyObject* param) {
+  const Owned spec_of_grad(attribute(grad, class_of(grad).spec, spec_));
+  const Owned spec_of_param(attribute(param, class_of(param).spec, spec_));
   PyErr_Clear();
-  if (spec_of_grad.get() != nullptr && spec_of_grad.get() == spec_of_param.get()) return true;  // FSDP2's have one spec
-  Owned of_grad(checked(PyObject_GetAttr(grad, placements_)));
-  Owned of_param(checked(PyObject_GetAttr(param, placements_)));
+  const bool have_specs = spec_of_grad.get() != nullptr && spec_of_param.get() != nullptr;
+  if (have_specs && spec_of_grad.get() == spec_of_param.get()) return true;  // FSDP2's have one spec
+  // A DTensor's attribute `placements` is its spec's, by way of a call of Python.
+  Owned of_grad(checked(PyObject_GetAttr(have_specs ? spec_of_grad.get() : grad, placements_)));
+  Owned of_param(checked(PyObject_GetAttr(have_specs ? spec_of_param.get() : param, placements_)));
+  if (of_grad.get() == alike_[0] && of_param.get() == alike_[1]) return true;
   const int same = PyObject_RichCompareBool(of_grad.get(), of_param.get(), Py_EQ);
   if (same < 0) throw PythonError{};
+  if (same == 1 && PyTuple_CheckExact(of_grad.get()) && PyTuple_CheckExact(of_param.get())) {
+    Py_XDECREF(std::exchange(alike_[0], of_grad.release()));
+    Py_XDECREF(std::exchange(alike_[1], of_param.release()));
+  }
   return same == 1;
 }
 
@@ -159,9 +182,10 @@ class Wanted {
 bool Gather::weight(size_t i, uint64_t* address) {
   PyObject* param = this->param(i);
   // A DTensor may have been given another local tensor; a flat buffer is its own parameter.
-  const Local local(*this, has_plain_type(param) ? PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i)) : param);
+  PyObject* tensor = PyList_GET_ITEM(tensors_, static_cast<Py_ssize_t>(i));
+  const Local local(*this, tensor == param || !class_of(param).is_plain ? param : tensor);
   const uint64_t known = *address;
-  const bool same = matches(local.get(), records_[i], known, address);
+  const bool same = matches(local, records_[i], known, address);
   moved_ = moved_ || *address != known;
   return same;
 }
@@ -171,13 +195,14 @@ bool Gather::grad(size_t i, uint64_t* address) {
   *address = 0;
   has_grad_[i] = 0;
   PyObject* of = param(i);
-  // Without the search for the attribute. The parameter keeps it.
-  Owned grad(checked(Py_TYPE(grad_)->tp_descr_get(grad_, of, reinterpret_cast<PyObject*>(Py_TYPE(of)))));
+  Owned grad(checked(get_grad_ != nullptr
+                         ? get_grad_->get(of, get_grad_->closure)
+                         : Py_TYPE(grad_)->tp_descr_get(grad_, of, reinterpret_cast<PyObject*>(Py_TYPE(of)))));
   if (grad.get() == Py_None) return true;
   has_grad_[i] = 1;
   ++num_grads_;
   const Local local(*this, grad.get());
-  return (!local.is_wrapped() || placed_alike(grad.get(), of)) && matches(local.get(), records_[i], 0, address);
+  return (!local.is_wrapped() || placed_alike(grad.get(), of)) && matches(local, records_[i], 0, address);
 }
 
 std::vector<int64_t> Gather::weights(PyObject* column) {
@@ -216,7 +241,7 @@ std::vector<int64_t> Gather::read(PyObject* tensors, PyObject* column) const {
     const uint64_t known = std::exchange(addresses[i], 0);
     if (tensor == Py_None) continue;
     const Local local(*this, tensor);
-    if (!matches(local.get(), records_[i], known, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
+    if (!matches(local, records_[i], known, &addresses[i])) odd.push_back(static_cast<int64_t>(i));
   }
   return odd;
 }

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <unordered_map>
 #include <utility>
@@ -71,21 +72,23 @@ class Gather {
   // masks: a buffer of one 64-bit number per group; columns: a tuple.
   Found states(PyObject* state, PyObject* names, PyObject* masks, PyObject* columns);
 
-  // The same for step counters, tensors of one element; `counters`, a list, receives them. kind: their dtype and
-  // whether they are on the host.
+  // The same for step counters, tensors of one element. kind: their dtype and whether they are on the host.
   enum class Counters { none, host_float32, host_float64, device_float32 };
-  Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses,
-                 PyObject* counters, Counters* kind);
+  Found counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* masks, PyObject* addresses, Counters* kind);
+
+  // The counters that the last counters() found: one list, which every call fills anew, so that none has to allocate.
+  PyObject* found_counters() const { return counters_; }
 
  private:
   struct Record;
+  struct Class;
   class Local;
   bool weight(size_t i, uint64_t* address);
   bool grad(size_t i, uint64_t* address);
-  bool matches(PyObject* tensor, const Record& record, uint64_t known, uint64_t* address) const;
-  bool has_plain_type(PyObject* tensor) const;
+  bool matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const;
+  const Class& class_of(PyObject* tensor) const;
   bool is_lazy(PyObject* tensor, const Record& record) const;
-  bool placed_alike(PyObject* grad, PyObject* param) const;
+  bool placed_alike(PyObject* grad, PyObject* param);
   void find_entries(PyObject* state);
   PyObject* param(size_t i) const;
 
@@ -94,12 +97,19 @@ class Gather {
   PyObject* params_ = nullptr;
   PyObject* grad_ = nullptr;  // attributes of torch.Tensor
   PyObject* is_neg_ = nullptr;
+  // These as the C functions that they are: every parameter and every new gradient is asked, and looking the attribute
+  // up, or the descriptor's checks, cost several percent of that. Null where they are none.
+  const PyGetSetDef* get_grad_ = nullptr;
+  PyCFunction call_is_neg_ = nullptr;
   PyObject* is_conj_ = nullptr;
-  PyObject* dispatch_ = nullptr;      // its __torch_dispatch__, that of every class whose tensors are their memory
-  PyObject* local_tensor_ = nullptr;  // names
+  PyObject* dispatch_ = nullptr;        // its __torch_dispatch__, that of every class whose tensors are their memory
+  PyObject* torch_dispatch_ = nullptr;  // names
+  PyObject* local_tensor_ = nullptr;
   PyObject* spec_ = nullptr;
   PyObject* placements_ = nullptr;
-  mutable std::vector<std::pair<PyTypeObject*, bool>> types_;  // classes, and whether they are one of these
+  PyObject* counters_ = nullptr;
+  PyObject* alike_[2] = {};  // placements of a gradient and its parameter, not the same tuple, that were equal
+  mutable std::deque<Class> classes_;  // of the tensors seen so far
   std::vector<Record> records_;
   std::vector<int64_t> groups_;
   std::vector<char> has_grad_;

@@ -3,14 +3,15 @@
 
 #include "gather.h"
 
+#include <cstring>
 #include <utility>
 
 namespace sam {
 
 // ---- DLPack, as far as it is needed (https://dmlc.github.io/dlpack/latest/c_api.html, version 1.x) ------------------
 
-struct DlTensor {
-  void* data;
+// Where a tensor is and what its elements are: members of DLTensor, compared as bytes.
+struct DlKind {
   struct {
     int32_t type;
     int32_t id;
@@ -21,6 +22,12 @@ struct DlTensor {
     uint8_t bits;
     uint16_t lanes;
   } dtype;
+};
+static_assert(sizeof(DlKind) == 16, "no padding");
+
+struct DlTensor {
+  void* data;
+  DlKind kind;
   int64_t* shape;
   int64_t* strides;
   uint64_t byte_offset;
@@ -43,14 +50,26 @@ constexpr uint8_t kFloat = 2, kComplex = 5;  // DLDataTypeCode
 constexpr int32_t kHost = 1;                 // DLDeviceType
 
 struct Gather::Record {
-  int32_t device_type;
-  int32_t device_id;
-  uint8_t dtype_code;
-  uint8_t dtype_bits;
+  DlKind kind;
   bool empty;
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;
 };
+
+// A tensor's class.
+struct Gather::Class {
+  PyTypeObject* type;
+  bool is_plain;  // its tensors are their memory
+  // The slots that a wrapper's attributes are in, null where they are no slots. Asked directly: looking an attribute up
+  // costs several times as much.
+  PyObject* local_tensor;
+  PyObject* spec;
+};
+
+// An attribute of `object`; null where it has none, with an exception set.
+inline PyObject* attribute(PyObject* object, PyObject* slot, PyObject* name) {
+  return slot == nullptr ? PyObject_GetAttr(object, name) : Py_TYPE(slot)->tp_descr_get(slot, object, nullptr);
+}
 
 // A reference that this owns, null where Python raised.
 class Owned {
@@ -75,20 +94,28 @@ inline PyObject* checked(PyObject* object) {
 class Gather::Local {
  public:
   Local(const Gather& gather, PyObject* tensor) : tensor_(tensor) {
-    if (gather.has_plain_type(tensor)) return;
-    owned_ = PyObject_GetAttr(tensor, gather.local_tensor_);
-    if (owned_ == nullptr) PyErr_Clear();
-    else tensor_ = owned_;
+    const Class& of_tensor = gather.class_of(tensor);
+    is_plain_ = of_tensor.is_plain;
+    if (is_plain_) return;
+    owned_ = attribute(tensor, of_tensor.local_tensor, gather.local_tensor_);
+    if (owned_ == nullptr) {
+      PyErr_Clear();
+      return;
+    }
+    tensor_ = owned_;
+    is_plain_ = gather.class_of(owned_).is_plain;
   }
   ~Local() { Py_XDECREF(owned_); }
   Local(const Local&) = delete;
   Local& operator=(const Local&) = delete;
   PyObject* get() const { return tensor_; }
+  bool is_plain() const { return is_plain_; }
   bool is_wrapped() const { return owned_ != nullptr; }
 
  private:
   PyObject* tensor_;
   PyObject* owned_ = nullptr;
+  bool is_plain_;
 };
 
 // A buffer of n 64-bit numbers, for as long as this lives.

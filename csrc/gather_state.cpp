@@ -36,6 +36,14 @@ PyObject* value_of(PyObject* entry, PyObject* name) {
   return value;
 }
 
+// list[at] = item; `at` is at most the list's length.
+void list_at(PyObject* list, Py_ssize_t at, PyObject* item) {
+  if (at < PyList_GET_SIZE(list) && PyList_GET_ITEM(list, at) == item) return;
+  const bool is_new = at == PyList_GET_SIZE(list);
+  if (!is_new) Py_INCREF(item);  // PyList_SetItem takes it over
+  if ((is_new ? PyList_Append(list, item) : PyList_SetItem(list, at, item)) != 0) throw Gather::PythonError{};
+}
+
 }  // namespace
 
 void Gather::find_entries(PyObject* state) {
@@ -83,18 +91,19 @@ Gather::Found Gather::states(PyObject* state, PyObject* names, PyObject* of_grou
       PyObject* value = value_of(entries_[i], PyTuple_GET_ITEM(names, k));
       if (value == nullptr) return {Wrong::missing, static_cast<int64_t>(i), k};
       const Local local(*this, value);
-      if (!matches(local.get(), records_[i], known, &addresses[i])) return {Wrong::odd, static_cast<int64_t>(i), k};
+      if (!matches(local, records_[i], known, &addresses[i])) return {Wrong::odd, static_cast<int64_t>(i), k};
     }
   }
   return {};
 }
 
 Gather::Found Gather::counters(PyObject* state, PyObject* name, uint64_t bit, PyObject* of_groups, PyObject* column,
-                               PyObject* counters, Counters* kind) {
+                               Counters* kind) {
   const Masks masks(of_groups);
   Addresses addresses(column, records_.size());
   find_entries(state);
   *kind = Counters::none;
+  Py_ssize_t listed = 0;
   for (size_t i = 0; i < records_.size(); ++i) {
     addresses[i] = 0;
     if (has_grad_[i] == 0 || (masks(groups_[i]) & bit) == 0) continue;
@@ -102,25 +111,26 @@ Gather::Found Gather::counters(PyObject* state, PyObject* name, uint64_t bit, Py
     if (value == nullptr) return {Wrong::missing, static_cast<int64_t>(i), 0};
     const Local local(*this, value);
     DlTensor t;
-    const bool plain = has_plain_type(local.get()) && exchange_->view(local.get(), &t) == 0;
+    const bool plain = local.is_plain() && exchange_->view(local.get(), &t) == 0;
     if (PyErr_Occurred() != nullptr) PyErr_Clear();
     const Found odd{Wrong::odd, static_cast<int64_t>(i), 0};
-    if (!plain || t.data == nullptr || t.dtype.code != kFloat || t.dtype.lanes != 1) return odd;
-    for (int32_t d = 0; d < t.ndim; ++d)
+    if (!plain || t.data == nullptr || t.kind.dtype.code != kFloat || t.kind.dtype.lanes != 1) return odd;
+    for (int32_t d = 0; d < t.kind.ndim; ++d)
       if (t.shape[d] != 1) return odd;
     const Record& record = records_[i];
     // A device's counter may lie on the host; a host's is always there.
-    const bool on_host = t.device.type == kHost;
-    const bool beside = t.device.type == record.device_type && t.device.id == record.device_id;
+    const bool on_host = t.kind.device.type == kHost;
+    const bool beside = t.kind.device.type == record.kind.device.type && t.kind.device.id == record.kind.device.id;
     Counters found = Counters::none;
-    if (on_host && t.dtype.bits == 32) found = Counters::host_float32;
-    if (on_host && t.dtype.bits == 64) found = Counters::host_float64;
-    if (!on_host && beside && t.dtype.bits == 32) found = Counters::device_float32;
+    if (on_host && t.kind.dtype.bits == 32) found = Counters::host_float32;
+    if (on_host && t.kind.dtype.bits == 64) found = Counters::host_float64;
+    if (!on_host && beside && t.kind.dtype.bits == 32) found = Counters::device_float32;
     if (found == Counters::none || (*kind != Counters::none && *kind != found)) return odd;
     *kind = found;
     addresses[i] = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
-    if (PyList_Append(counters, value) != 0) throw PythonError{};
+    list_at(counters_, listed++, value);
   }
+  if (PyList_SetSlice(counters_, listed, PyList_GET_SIZE(counters_), nullptr) != 0) throw PythonError{};
   return {};
 }
 

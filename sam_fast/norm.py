@@ -18,6 +18,7 @@ class NormSum:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.own = own
         self.partials = torch.zeros(own + others, dtype=dtype, device=device)
+        self.total = self.partials[0]  # where the sum over all processes goes
         self.norm = torch.zeros((), dtype=dtype, device=device)
 
     def own_sum(self) -> Tensor:

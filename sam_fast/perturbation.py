@@ -78,10 +78,12 @@ class Perturbation:
 
     def fits(self, param_groups: ParamGroups) -> bool:
         """True if the buckets are those of these groups and parameters."""
-        known = self._known
-        return len(known) == len(param_groups) and all(
-            same_objects(group["params"], params) for group, params in zip(param_groups, known, strict=True)
-        )
+        if len(self._known) != len(param_groups):
+            return False
+        for group, params in zip(param_groups, self._known, strict=True):  # no generator: this is asked at every step
+            if not same_objects(group["params"], params):
+                return False
+        return True
 
     def _build(self, param_groups: ParamGroups) -> None:
         """Build buckets. If a parameter is refused, this raises before anything is changed."""
@@ -211,13 +213,15 @@ class Perturbation:
     def _collected(self, options: GroupOptions, own_gradient: bool) -> bool:
         if not self.storage.collect(own_gradient):
             return False
-        left_out = self._left_out_with_gradient() if self.left_out else ()
-        if any(p.grad is not None and _takes_part(p, perturb) for p, perturb in left_out):
-            return False
-        if not all(bucket.collect(options) for bucket in self.buckets):
-            return False
-        # With flatten=True the tensors are flat buffers.
-        return self.flatten or not any(bucket.moved for bucket in self.buckets) or not self._shares_anew()
+        for p, perturb in self._left_out_with_gradient() if self.left_out else ():
+            if p.grad is not None and _takes_part(p, perturb):
+                return False
+        moved = False
+        for bucket in self.buckets:
+            if not bucket.collect(options):
+                return False
+            moved = moved or bucket.moved
+        return self.flatten or not moved or not self._shares_anew()  # with flatten=True the tensors are flat buffers
 
     def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
         if all_none(list(map(_grad_of, self.left_out))):

@@ -199,8 +199,10 @@ class SAM(Passes, OptimizerWrapper):
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
         groups = self.base_optimizer.param_groups
-        if any("perturb" not in group for group in groups):  # added to the base optimizer, or loaded into it
-            self._fill_in_options(groups)
+        for group in groups:
+            if "perturb" not in group:  # added to the base optimizer, or loaded into it
+                self._fill_in_options(groups)
+                break
         perturbs = self.will_perturb
         first_pass_done = perturbs or step.first_pass_entered or are_new(self._gradients())
         if perturbs:

@@ -91,13 +91,12 @@ PYBIND11_MODULE(_cpu, m) {
           "counters",
           [](sam::Gather& self, py::handle state, py::handle name, uint64_t bit, py::handle masks,
              py::handle addresses) {
-            py::list counters;
             sam::Gather::Counters kind = sam::Gather::Counters::none;
             const py::object wrong = translated([&] {
-              return found_as_tuple(
-                  self.counters(state.ptr(), name.ptr(), bit, masks.ptr(), addresses.ptr(), counters.ptr(), &kind));
+              return found_as_tuple(self.counters(state.ptr(), name.ptr(), bit, masks.ptr(), addresses.ptr(), &kind));
             });
-            return py::make_tuple(wrong, counters, static_cast<int>(kind));
+            return py::make_tuple(wrong, py::reinterpret_borrow<py::list>(self.found_counters()),
+                                  static_cast<int>(kind));
           },
           py::arg("state"), py::arg("name"), py::arg("bit"), py::arg("masks"), py::arg("addresses"));
 

@@ -16,18 +16,20 @@ constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(double));
 constexpr int kVectors = kLanes / kWidth;
 using V = Vec<double, kWidth>;
 
-template <class T>
-inline V load_as_double(const typename Storage<T>::Bits* p) {
-  return to_double<kWidth>(Storage<T>::template widen<kWidth>(load<Vec<typename Storage<T>::Bits, kWidth>>(p)));
+template <class T, class Part>
+inline V load_as_double(const typename Storage<T>::Bits* p, Part part) {
+  using B = Vec<typename Storage<T>::Bits, kWidth>;
+  return to_double<kWidth>(Storage<T>::template widen<kWidth>(part.template load<B>(p)));
 }
 
-template <class T, bool Adaptive>
+// part(i): how elements i, i + 1, ... are read.
+template <class T, bool Adaptive, class PartOf>
 inline void accumulate(V (&sums)[kVectors], const typename Storage<T>::Bits* w, const typename Storage<T>::Bits* g,
-                       V eta) {
+                       V eta, const PartOf& part) {
   for (int k = 0; k < kVectors; ++k) {
-    const V grad = load_as_double<T>(g + k * kWidth);
+    const V grad = load_as_double<T>(g + k * kWidth, part(k * kWidth));
     V term;
-    if constexpr (Adaptive) term = norm_term_adaptive(load_as_double<T>(w + k * kWidth), grad, eta);
+    if constexpr (Adaptive) term = norm_term_adaptive(load_as_double<T>(w + k * kWidth, part(k * kWidth)), grad, eta);
     else term = norm_term(grad);
     sums[k] += term * term;
   }
@@ -45,16 +47,15 @@ double sum_of_squares(const void* weights, const void* grads, int64_t n, double 
   // read bandwidth unused (measured on two Zen 3 cores: 1 stream 30 GB/s, 2 streams 35, 4 streams 36; software
   // prefetching adds less than that).
   const int64_t part = n / kStreams / kLanes * kLanes;
-  const auto add = [&](int64_t at) { accumulate<T, Adaptive>(sums, Adaptive ? w + at : nullptr, g + at, eta); };
+  const auto add = [&](int64_t at, const auto& part) {
+    accumulate<T, Adaptive>(sums, Adaptive ? w + at : nullptr, g + at, eta, part);
+  };
+  const auto whole = [](int64_t) { return Whole{}; };
   for (; i < part; i += kLanes)
-    for (int s = 0; s < kStreams; ++s) add(s * part + i);
-  for (i = kStreams * part; i + kLanes <= n; i += kLanes) add(i);
-  if (i < n) {
-    Bits w_tail[kLanes] = {}, g_tail[kLanes] = {};  // zero bits are zero in every format, and add nothing
-    if constexpr (Adaptive) std::memcpy(w_tail, w + i, static_cast<size_t>(n - i) * sizeof(Bits));
-    std::memcpy(g_tail, g + i, static_cast<size_t>(n - i) * sizeof(Bits));
-    accumulate<T, Adaptive>(sums, w_tail, g_tail, eta);
-  }
+    for (int s = 0; s < kStreams; ++s) add(s * part + i, whole);
+  for (i = kStreams * part; i + kLanes <= n; i += kLanes) add(i, whole);
+  // Zero bits are zero in every format, and add nothing.
+  if (i < n) add(i, [rest = n - i](int64_t at) { return First{rest - at}; });
   // Lane k + lane k + 8, then + 4, + 2, + 1: halves of the array of vectors first, then halves of the one that is left.
   for (int half = kVectors / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];

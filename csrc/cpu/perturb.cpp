@@ -16,19 +16,19 @@ struct Perturb {
   using B = Vec<Bits, kWidth>;
   using C = Vec<Compute, kWidth>;
 
-  template <bool Adaptive, bool Stream, bool Stochastic>
+  template <bool Adaptive, bool Stream, bool Stochastic, class Part = Whole>
   static inline void vector(Bits* w, const Bits* g, Bits* backup, C eta, C scale,
-                            [[maybe_unused]] const RoundingBits& random) {
-    const B bits = load<B>(w);
+                            [[maybe_unused]] const RoundingBits& random, Part part = {}) {
+    const B bits = part.template load<B>(w);
     if constexpr (Stream) stream(backup, bits);
-    else store(backup, bits);
+    else part.store(backup, bits);
     const C weight = Storage<T>::template widen<kWidth>(bits);
-    const C direction = Storage<T>::template widen<kWidth>(load<B>(g));
+    const C direction = Storage<T>::template widen<kWidth>(part.template load<B>(g));
     C moved;
     if constexpr (Adaptive) moved = perturbed_adaptive(weight, direction, eta, scale);
     else moved = perturbed(weight, direction, scale);
-    if constexpr (Stochastic) store(w, Storage<T>::template narrow<kWidth>(moved, random));
-    else store(w, Storage<T>::template narrow<kWidth>(moved));
+    if constexpr (Stochastic) part.store(w, Storage<T>::template narrow<kWidth>(moved, random));
+    else part.store(w, Storage<T>::template narrow<kWidth>(moved));
   }
 
   template <bool Adaptive, bool Stream, bool Stochastic>
@@ -43,15 +43,7 @@ struct Perturb {
     for (; i + 4 * kWidth <= n; i += 4 * kWidth)
       for (int k = 0; k < 4; ++k) at(i + k * kWidth);
     for (; i + kWidth <= n; i += kWidth) at(i);
-    if (i < n) {
-      const size_t bytes = static_cast<size_t>(n - i) * sizeof(Bits);
-      Bits w_tail[kWidth] = {}, g_tail[kWidth] = {}, backup_tail[kWidth];
-      std::memcpy(w_tail, w + i, bytes);
-      std::memcpy(g_tail, g + i, bytes);
-      vector<Adaptive, false, Stochastic>(w_tail, g_tail, backup_tail, eta, scale, random.at(i));
-      std::memcpy(w + i, w_tail, bytes);
-      std::memcpy(backup + i, backup_tail, bytes);
-    }
+    if (i < n) vector<Adaptive, false, Stochastic>(w + i, g + i, backup + i, eta, scale, random.at(i), First{n - i});
   }
 };
 

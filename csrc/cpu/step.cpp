@@ -15,8 +15,7 @@ template <class Step, class Compute>
 class Plan {
  public:
   // Counts the step.
-  Plan(const Bucket& b, const typename Step::Options* options, double grad_scale)
-      : index_(static_cast<size_t>(b.num_tensors)) {
+  Plan(const Bucket& b, const typename Step::Options* options, double grad_scale) {
     int64_t last_group = -1;
     float last_count = 0.0f;
     for (int64_t i = 0; i < b.num_tensors; ++i) {
@@ -31,15 +30,18 @@ class Plan {
                              static_cast<Compute>(o.maximize != 0.0 ? -grad_scale : grad_scale), Step::flags(o)});
         last_group = group;
         last_count = count;
+        if (prepared_.size() == 2) index_.resize(static_cast<size_t>(b.num_tensors));
       }
-      index_[static_cast<size_t>(i)] = prepared_.size() - 1;
+      if (!index_.empty()) index_[static_cast<size_t>(i)] = prepared_.size() - 1;
     }
   }
 
-  const Prepared<Step, Compute>& of(int64_t tensor) const { return prepared_[index_[static_cast<size_t>(tensor)]]; }
+  const Prepared<Step, Compute>& of(int64_t tensor) const {
+    return prepared_[index_.empty() ? 0 : index_[static_cast<size_t>(tensor)]];
+  }
 
  private:
-  std::vector<size_t> index_;
+  std::vector<size_t> index_;  // each tensor's; empty while all have the first
   std::vector<Prepared<Step, Compute>> prepared_;
 };
 

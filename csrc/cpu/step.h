@@ -36,19 +36,25 @@ struct Lanes {
   using Compute = typename Storage<T>::Compute;
   static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(Compute));
   using V = Vec<Compute, kWidth>;
-  static inline V read(const Bits* p) { return Storage<T>::template widen<kWidth>(load<Vec<Bits, kWidth>>(p)); }
-  static inline void write(Bits* p, V v) { store(p, Storage<T>::template narrow<kWidth>(v)); }
+  template <class Part>
+  static inline V read(const Bits* p, Part part) {
+    return Storage<T>::template widen<kWidth>(part.template load<Vec<Bits, kWidth>>(p));
+  }
+  template <class Part>
+  static inline void write(Bits* p, V v, Part part) {
+    part.store(p, Storage<T>::template narrow<kWidth>(v));
+  }
   // Past: past the caches. With `random` rounded stochastically. A template parameter would double the code for less
   // than can be measured.
-  template <bool Past>
-  static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random,
-                                  [[maybe_unused]] int64_t i) {
+  template <bool Past, class Part>
+  static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random, [[maybe_unused]] int64_t i,
+                                  Part part) {
     Vec<Bits, kWidth> bits = Storage<T>::template narrow<kWidth>(v);
     if constexpr (kRounded<T>) {
       if (random != nullptr) bits = Storage<T>::template narrow<kWidth>(v, random->at(i));
     }
     if constexpr (Past) stream(p, bits);
-    else store(p, bits);
+    else part.store(p, bits);
   }
 };
 
@@ -79,19 +85,19 @@ struct ChunkStep {
   using P = Prepared<Step, typename L::Compute>;
   using E = Elements<T, K>;
 
-  // The elements from i on, as many as a vector has.
-  template <bool Past, class Flags>
+  // The elements from i on, as many as a vector has, or a part of them.
+  template <bool Past, class Flags, class Part = Whole>
   static inline void vector(const E& e, int64_t i, const P& prepared, Flags flags, const RoundingBits* random,
-                            int64_t place) {
-    const V weight = L::read(e.from + i);
-    const V grad = L::read(e.grads + i) * prepared.grad_scale;
+                            Part part = {}) {
+    const V weight = L::read(e.from + i, part);
+    const V grad = L::read(e.grads + i, part) * prepared.grad_scale;
     V states[K + 1];  // one more: there may be none
     for (int s = 0; s < K; ++s)
-      if (Step::uses(s, flags)) states[s] = L::read(e.states[s] + i);
+      if (Step::uses(s, flags)) states[s] = L::read(e.states[s] + i, part);
     const V stepped = Step::template apply<VectorMath>(weight, grad, states, prepared.numbers, flags);
     for (int s = 0; s < K; ++s)
-      if (Step::uses(s, flags)) L::write(e.states[s] + i, states[s]);
-    L::template write_weight<Past>(e.to + i, stepped, random, place);
+      if (Step::uses(s, flags)) L::write(e.states[s] + i, states[s], part);
+    L::template write_weight<Past>(e.to + i, stepped, random, i, part);
   }
 
   template <bool Past, class Flags>
@@ -100,22 +106,9 @@ struct ChunkStep {
     const P prepared = in_memory;  // so that the compiler knows: what is written does not change it
     int64_t i = 0;
     for (; i + 2 * kWidth <= n; i += 2 * kWidth)
-      for (int k = 0; k < 2; ++k) vector<Past>(e, i + k * kWidth, prepared, flags, random, i + k * kWidth);
-    for (; i + kWidth <= n; i += kWidth) vector<Past>(e, i, prepared, flags, random, i);
-    if (i == n) return;
-    const size_t bytes = static_cast<size_t>(n - i) * sizeof(Bits);
-    Bits tails[K + 3][kWidth] = {};
-    E tail{tails[K], tails[K + 1], tails[K + 2], {}};
-    std::memcpy(tails[K], e.from + i, bytes);
-    std::memcpy(tails[K + 2], e.grads + i, bytes);
-    for (int s = 0; s < K; ++s) {
-      tail.states[s] = tails[s];
-      if (Step::uses(s, flags)) std::memcpy(tails[s], e.states[s] + i, bytes);
-    }
-    vector<false>(tail, 0, prepared, flags, random, i);
-    std::memcpy(e.to + i, tails[K + 1], bytes);
-    for (int s = 0; s < K; ++s)
-      if (Step::uses(s, flags)) std::memcpy(e.states[s] + i, tails[s], bytes);
+      for (int k = 0; k < 2; ++k) vector<Past>(e, i + k * kWidth, prepared, flags, random);
+    for (; i + kWidth <= n; i += kWidth) vector<Past>(e, i, prepared, flags, random);
+    if (i < n) vector<false>(e, i, prepared, flags, random, First{n - i});
   }
 };
 

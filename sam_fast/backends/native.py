@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
 
 from ..amp import Scaling
 from ..steps import MissingState, NotFused
@@ -62,6 +63,7 @@ class NativeBucket(Bucket):
         super().__init__(tensors, groups, *args, **kwargs)
         size = len(self.tensors)
         self._gather = make_gather(self.tensors, self.sources, self.groups)
+        self._has_wrappers = any(is_wrapper(type(source)) for source in self.sources)
         self._weights, self._along, self._saved, self._counters = (column(size) for _ in range(4))
         self._states = tuple(column(size) for _ in range(MAX_STATES))
         self._occupied = size - len(self.empty)
@@ -100,7 +102,7 @@ class NativeBucket(Bucket):
     def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
         self._copies.clear()
         if along is None:
-            changed, odd = self._gather.collect(self._weights, self._along, options.wanted)
+            changed, odd = self._collect(options.wanted)
         else:
             changed = self._gather.weights(self._weights)
             perturb = (options.perturb[group] for group in self.groups)
@@ -115,6 +117,13 @@ class NativeBucket(Bucket):
             assert direction is not None
             self._along[index] = self._in_layout(index, direction).data_ptr()
         return True
+
+    def _collect(self, wanted: bytes | None) -> tuple[list[int], list[int]]:
+        if not self._has_wrappers:
+            return self._gather.collect(self._weights, self._along, wanted)  # type: ignore[no-any-return]
+        # A wrapper's __torch_function__ is looked up for every tensor that is asked something. DTensor has none.
+        with DisableTorchFunctionSubclass():
+            return self._gather.collect(self._weights, self._along, wanted)  # type: ignore[no-any-return]
 
     def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
         _ = self.backup
@@ -213,7 +222,7 @@ class NativeBucket(Bucket):
 
     def prepare_step(self, state: Any, options: StepOptions) -> None:
         self._copies.clear()
-        changed, odd = self._gather.collect(self._weights, self._along, None)
+        changed, odd = self._collect(None)
         self.moved = self.moved or self._gather.moved
         if changed:
             raise NotFused("a parameter is no longer laid out as it was in first_step")

@@ -14,17 +14,19 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from operator import is_
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend, Bucket
-from ..backends.columns import local_tensor
+from ..backends.columns import local_tensor, same_objects
 from ..norm import NormSum
 from .fsdp import give_up_pass
 from .in_place import InPlace, Member, ProcessGroups
+
+_local_of = attrgetter("_local_tensor")
 
 
 class Sharded(InPlace):
@@ -41,6 +43,7 @@ class Sharded(InPlace):
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._dtensors: list[Any] = [p for p in params if is_dtensor(p)]
+        self._all_are_dtensors = len(self._dtensors) == len(params)
         self._locals = [p._local_tensor for p in self._dtensors]
         position = {id(p): i for i, p in enumerate(params)}
         self._groups = {id(p): _sharding_groups(p, position[id(p)]) for p in self._dtensors}
@@ -61,7 +64,7 @@ class Sharded(InPlace):
 
     def collect(self, own_gradient: bool) -> bool:
         self._own_gradient = own_gradient
-        return all(map(is_, (p._local_tensor for p in self._dtensors), self._locals))
+        return same_objects(list(map(_local_of, self._dtensors)), self._locals)
 
     def _gradient_of(self, param: Any) -> Tensor | None:
         """What this process holds of a gradient, laid out as the parameter is."""
@@ -103,7 +106,7 @@ class Sharded(InPlace):
             total = own.sum()
             key = self.process_groups(param)
             if not key:
-                home.partials[0] += total
+                home.total.add_(total)
                 continue
             # With FSDP2's CPUOffloadPolicy the numbers are on the host and the process groups on the GPU.
             total = total.to(param.device_mesh.device_type)
@@ -112,13 +115,13 @@ class Sharded(InPlace):
         for process_groups, total in totals.items():  # in the order of the parameters, which is the same everywhere
             for process_group in process_groups:
                 torch.distributed.all_reduce(total, group=process_group)
-            partials = homes[process_groups].partials
-            partials[0] += total.to(partials.device)
+            home_total = homes[process_groups].total
+            home_total.add_(total.to(home_total.device))
 
     def written(self, params: list[Tensor]) -> list[Tensor]:
         # A DTensor has a version counter, and its local tensor another.
-        local_of = self._groups
-        return [*params, *(p._local_tensor for p in params if id(p) in local_of)]  # type: ignore[attr-defined]
+        dtensors = params if self._all_are_dtensors else [p for p in params if id(p) in self._groups]
+        return [*params, *map(_local_of, dtensors)]
 
     def give_up_pass(self) -> None:
         give_up_pass(self._dtensors)
