@@ -1,0 +1,123 @@
+"""norm_layers_only: which parameters, no gradients of the others in the first pass, no backup for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import buckets_of
+from plain_sam import furthest
+from torch import nn
+
+from sam_fast import SAM, norm_layers_only
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.LayerNorm(6), LlamaRMSNorm(6), nn.GroupNorm(2, 6)
+    )
+
+
+def test_groups_by_class_and_by_name() -> None:
+    model = network()
+    norms, others = norm_layers_only(model, rho=0.25, lr=0.1)
+    assert {id(p) for p in norms["params"]} == {id(p) for i in (1, 3, 4, 5) for p in model[i].parameters()}
+    assert {id(p) for p in others["params"]} == {id(p) for i in (0, 2) for p in model[i].parameters()}
+    assert norms["rho"] == others["rho"] == 0.25
+    assert others["perturb"] is False
+    assert norms.get("perturb", True)
+
+
+def test_a_shared_weight_is_in_one_group() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    norms, others = norm_layers_only(model)
+    assert len(norms["params"]) == 2
+    assert len(others["params"]) == 1
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="no normalization layer"):
+        norm_layers_only(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="Module"):
+        norm_layers_only(nn.Linear(3, 3).parameters())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="perturb"):
+        norm_layers_only(network(), perturb=True)
+
+
+def test_the_first_pass_computes_no_other_gradient_whatever_happens() -> None:
+    model = network()
+    optimizer = SAM(norm_layers_only(model, rho=0.5), lr=0.1)
+    norms, others = (group["params"] for group in optimizer.param_groups)
+    others[0].requires_grad_(False)  # frozen by its user: stays so
+    with optimizer.first_pass(model):
+        model(torch.randn(8, 4)).square().sum().backward()
+    assert all(p.grad is not None for p in norms)
+    assert all(p.grad is None for p in others)
+    assert [p.requires_grad for p in others] == [False, True, True, True]
+    with pytest.raises(ZeroDivisionError), optimizer.first_pass(model):
+        raise ZeroDivisionError
+    assert [p.requires_grad for p in others] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_step_equals_plain_pytorch_and_backs_up_norm_layers_only(
+    backend: str, flatten: bool, base: type[torch.optim.Optimizer]
+) -> None:
+    torch.manual_seed(3)
+    model, expected = network().double(), network().double()
+    expected.load_state_dict(model.state_dict())
+    optimizer = SAM(norm_layers_only(model, rho=0.5), base, backend=backend, flatten=flatten, lr=0.01)
+    plain = base(expected.parameters(), lr=0.01)
+    perturbed = [p for i in (1, 3, 4, 5) for p in expected[i].parameters()]
+    for _ in range(5):
+        x = torch.randn(8, 4, dtype=torch.float64)
+        with optimizer.first_pass(model):
+            model(x).square().sum().backward()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            model(x).square().sum().backward()
+        optimizer.second_step(zero_grad=True)
+
+        grads = torch.autograd.grad(expected(x).square().sum(), perturbed)
+        old = [p.detach().clone() for p in perturbed]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        with torch.no_grad():
+            for p, g in zip(perturbed, grads, strict=True):
+                p += 0.5 * g / norm
+        buffers = [b.clone() for b in expected.buffers()]
+        expected(x).square().sum().backward()
+        with torch.no_grad():
+            for p, w in zip([*perturbed, *expected.buffers()], [*old, *buffers], strict=True):
+                p.copy_(w)
+        plain.step()
+        plain.zero_grad()
+    assert furthest(model.parameters(), expected.parameters()) < 1e-8
+    assert furthest(model.buffers(), expected.buffers()) < 1e-8
+    if base is torch.optim.SGD:
+        assert optimizer.second_step_path == "fused"
+    norms, others = buckets_of(optimizer)
+    assert "backup" in vars(norms)
+    assert "backup" not in vars(others)
+
+
+def test_perturb_may_change_from_step_to_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = SAM(norm_layers_only(model, rho=0.5), lr=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for perturb in (False, True, False):
+        optimizer.param_groups[1]["perturb"] = perturb
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.first_step(zero_grad=True)
+        moved = not torch.equal(model[0].weight, before[0])
+        assert moved == perturb
+        optimizer.second_step()
+        assert furthest(model.parameters(), before) == 0.0

@@ -1,0 +1,240 @@
+"""TrainStep against the loop written by hand, clipping, and unwrap."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from plain_sam import furthest
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from sam_fast import SAM, Schedule, TrainStep, norm_layers_only, unwrap
+
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "rho": 0.1}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3))
+
+
+def batches(number: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    return [(torch.randn(12, 5, generator=generator), torch.randint(0, 3, (12,), generator=generator))] * number
+
+
+def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(model(x), y)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_it_is_the_loop_written_by_hand(every: int, autocast: Any, scaled: bool, flatten: bool) -> None:
+    by_hand, by_step = network(), network()
+    optimizer = SAM(by_hand.parameters(), flatten=flatten, **OPTIONS)
+    sam = SAM(by_step.parameters(), flatten=flatten, **OPTIONS)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled) for _ in range(2)]
+    replay = every == 1
+    step = TrainStep(
+        by_step, sam, loss_of, ascent=1 / every, autocast=autocast, scaler=scalers[0] if scaled else None,
+        replay_rng=replay,
+    )  # fmt: skip
+
+    def loss_by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            return loss_of(by_hand, x, y)
+
+    for x, y in batches():
+        state = torch.get_rng_state()
+        with optimizer.first_pass(by_hand, replay_rng=replay):
+            first = loss_by_hand(x[::every], y[::every])
+            scalers[1].scale(first).backward()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(by_hand):
+            second = loss_by_hand(x, y)
+            scalers[1].scale(second).backward()
+        scalers[1].step(optimizer)
+        scalers[1].update()
+        optimizer.zero_grad()
+        torch.set_rng_state(state)
+        result = step(x, y)
+        assert same(by_hand, by_step)
+        assert torch.equal(result.loss, first if every == 1 else second)
+        if every == 1:
+            assert result.sharpness is not None
+            assert torch.equal(result.sharpness, (second - first).detach())
+        else:
+            assert result.sharpness is None
+        assert result.grad_norm is not None
+        assert torch.equal(result.grad_norm, optimizer.grad_norm)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 5, 12, 40])
+@pytest.mark.parametrize("ascent", [1.0, 0.25])
+def test_micro_batches_accumulate_the_whole_batch(micro_batches: int, ascent: float) -> None:
+    whole, parts = (nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    steps = [
+        TrainStep(model, SAM(model.parameters(), **OPTIONS), loss_of, ascent=ascent, micro_batches=n)
+        for model, n in ((whole, 1), (parts, micro_batches))
+    ]
+    for x, y in batches():
+        results = [step(x.double(), y) for step in steps]
+        torch.testing.assert_close(results[0].loss, results[1].loss)
+    assert furthest(whole.parameters(), parts.parameters()) < 1e-12
+
+
+def test_unperturbed_steps_make_one_pass() -> None:
+    model, rows = network(), []
+
+    def counted(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return loss_of(model, x, y)
+
+    step = TrainStep(model, SAM(model.parameters(), schedule=Schedule(every=3), **OPTIONS), counted, ascent=0.5)
+    results = [step(x, y) for x, y in batches(4)]
+    assert rows == [6, 12, 12, 12, 6, 12]
+    assert [r.grad_norm is None for r in results] == [False, True, True, False]
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    extra: Any
+
+
+def test_nested_batches_are_thinned_where_the_rows_are() -> None:
+    model, seen = nn.Linear(5, 1), []
+
+    def loss(model: nn.Module, batch: Any, names: str) -> torch.Tensor:
+        seen.append(
+            (len(batch["pair"].x), len(batch["pair"].extra[0]), len(batch["table"]), batch["scale"].dim(), names)
+        )
+        return model(batch["pair"].x).square().mean()
+
+    x = torch.randn(8, 5)
+    batch = {"pair": Pair(x, [torch.ones(8)]), "table": torch.ones(3, 2), "scale": torch.tensor(2.0)}
+    TrainStep(model, SAM(model.parameters(), **OPTIONS), loss, ascent=0.25)(batch, "abc")
+    assert seen == [(2, 2, 3, 0, "abc"), (8, 8, 3, 0, "abc")]
+
+
+@pytest.mark.parametrize("fails_in", [1, 2])
+def test_whatever_raises_the_weights_come_back_and_no_gradient_stays(fails_in: int, flatten: bool) -> None:
+    model, calls = network(), []
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+
+    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == fails_in:
+            loss_of(model, x, y).backward()
+            raise ZeroDivisionError
+        return loss_of(model, x, y)
+
+    sam = SAM(model.parameters(), flatten=flatten, **OPTIONS)
+    step = TrainStep(model, sam, loss)
+    (x, y), *_ = batches()
+    with pytest.raises(ZeroDivisionError):
+        step(x, y)
+    assert furthest(model.parameters(), before) == 0.0
+    assert not sam.perturbed
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    step(x, y)
+    assert furthest(model.parameters(), before) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ascent": 0.0}, "ascent"),
+        ({"ascent": 1.5}, "ascent"),
+        ({"micro_batches": 0}, "micro_batches"),
+        ({"clip_grad_norm": -1.0}, "clip_grad_norm"),
+        ({"ascent": 0.25, "replay_rng": True}, "replay_rng"),
+        ({"scaler": torch.amp.GradScaler("cpu"), "backward": torch.Tensor.backward}, "scaler and backward"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=text):
+        TrainStep(model, SAM(model.parameters()), loss_of, **options)
+    with pytest.raises(ValueError, match="rows"):
+        TrainStep(model, SAM(model.parameters()), loss_of)("no tensor")
+    with pytest.raises(TypeError, match="SAM"):
+        TrainStep(model, torch.optim.SGD(model.parameters()), loss_of)
+
+
+# ---- Clipping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_norm", [1e-3, 1e6])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_is_that_of_clip_grad_norm(
+    backend: str, flatten: bool, base: Any, dtype: torch.dtype, max_norm: float, scaled: bool
+) -> None:
+    start = nn.Sequential(nn.Linear(30, 20), nn.LayerNorm(20), nn.Linear(20, 2)).to(dtype)
+    models = [copy.deepcopy(start) for _ in range(2)]
+    made = [SAM(norm_layers_only(model), base, rho=0.1, lr=0.1, backend=backend, flatten=flatten) for model in models]
+    x, y = torch.randn(9, 30).to(dtype), torch.randn(9, 2).to(dtype)
+
+    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return mse_loss(model(x).float(), y.float())
+
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=64.0) if scaled else None
+    TrainStep(models[0], made[0], loss, clip_grad_norm=max_norm, scaler=scaler)(x, y)
+    with made[1].first_pass(models[1]):
+        loss(models[1], x, y).backward()
+    made[1].first_step(zero_grad=True)
+    loss(models[1], x, y).backward()
+    torch.nn.utils.clip_grad_norm_(models[1].parameters(), max_norm)
+    made[1].second_step()
+    # One rounding of the factor to float32, and of the scaled gradients in the second pass.
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b, w in zip(models[0].parameters(), models[1].parameters(), start.parameters(), strict=True):
+        moved = (b.double() - w.double()).norm()
+        assert float((a.double() - b.double()).norm()) <= tolerance * max(float(moved), float(w.double().norm()))
+
+
+def test_clipping_reads_the_gradients_and_leaves_them(flatten: bool) -> None:
+    model = network()
+    optimizer = SAM(model.parameters(), flatten=flatten, **OPTIONS)
+    (x, y), *_ = batches()
+    loss_of(model, x, y).backward()
+    optimizer.first_step(zero_grad=True)
+    loss_of(model, x, y).backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer._step.clip_grad_norm = 1e-3
+    optimizer.second_step()
+    assert optimizer.second_step_path == "fused"
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None)
+
+
+# ---- unwrap ----------------------------------------------------------------------------------------------------------
+
+
+class Wrapper:
+    def __init__(self, optimizer: Any, name: str) -> None:
+        setattr(self, name, optimizer)
+
+
+def test_unwrap_finds_the_sam_inside() -> None:
+    sam = SAM(network().parameters())
+    assert unwrap(sam) is sam
+    for name in ("optimizer", "_optimizer"):
+        wrapped = Wrapper(Wrapper(sam, name), "optimizer")
+        assert unwrap(wrapped) is sam
+        assert unwrap([wrapped]) is sam
+    with pytest.raises(TypeError, match="list with 2"):
+        unwrap([sam, sam])
+    with pytest.raises(TypeError, match="SGD"):
+        unwrap(torch.optim.SGD(network().parameters()))
+    with pytest.raises(TypeError, match="NoneType"):
+        unwrap(None)
