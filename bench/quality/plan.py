@@ -42,6 +42,11 @@ def seeds_of(task: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ..
 # ---- Tuning ----------------------------------------------------------------------------------------------------------
 
 
+def radii(task: str, contender: str) -> tuple[float, ...]:
+    """The radii that tuning tries."""
+    return tuple(round(TASKS[task].radius * rho, 6) for rho in CONTENDERS[contender].rhos)
+
+
 def grids(task: str, contender: str, results: Results) -> list[list[Setting]]:
     """The settings that tuning tries, one list after the other, as far as earlier searches have determined them.
 
@@ -49,14 +54,13 @@ def grids(task: str, contender: str, results: Results) -> list[list[Setting]]:
     searches radii. The others take SAM's learning rate and weight decay, and search radii.
     """
     pairs = [(lr, decay) for lr in TASKS[task].lrs for decay in TASKS[task].decays]
-    rhos = CONTENDERS[contender].rhos
+    rhos, sam_rhos = radii(task, contender), radii(task, "sam")
     if CONTENDERS[contender].along is None:
         return [[Setting(*pair, 0.0) for pair in pairs]]
-    middle = CONTENDERS["sam"].rhos[len(CONTENDERS["sam"].rhos) // 2]
-    base = [Setting(*pair, middle) for pair in pairs]
+    base = [Setting(*pair, sam_rhos[len(sam_rhos) // 2]) for pair in pairs]
     found = best(task, "sam", base, results)
-    radii = [[found._replace(rho=rho) for rho in rhos]] if found else []
-    return [base, *radii] if contender == "sam" else radii
+    searched = [[found._replace(rho=rho) for rho in rhos]] if found else []
+    return [base, *searched] if contender == "sam" else searched
 
 
 def accuracy(task: str, contender: str, setting: Setting, seeds: tuple[int, ...], results: Results) -> float | None:
