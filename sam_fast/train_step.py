@@ -71,17 +71,13 @@ class TrainStep:
         sync: bool = True,
         backward: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        if not 0.0 < ascent <= 1.0:
-            raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
+        self.every = stride_of(ascent, replay_rng)
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ValueError(f"micro_batches must be an int of at least 1, got {micro_batches!r}")
         if clip_grad_norm is not None:
             check_at_least_zero("clip_grad_norm", clip_grad_norm)
         if scaler is not None and backward is not None:
             raise ValueError("scaler and backward were both given: backward has to scale the loss itself")
-        self.every = round(1 / ascent)
-        if replay_rng and self.every > 1:
-            raise ValueError("replay_rng=True needs ascent=1: masks of fewer rows are others")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.sam = unwrap(optimizer)
         self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
@@ -184,6 +180,20 @@ def accumulating(model: nn.Module) -> Iterator[None]:
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def stride_of(ascent: float, replay_rng: bool) -> int:
+    """The first pass sees every so many-th row.
+
+    Raises:
+        ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``.
+    """
+    if not 0.0 < ascent <= 1.0:
+        raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
+    every = round(1 / ascent)
+    if replay_rng and every > 1:
+        raise ValueError("replay_rng=True needs ascent=1: masks of fewer rows are others")
+    return every
 
 
 def number_of_rows(batch: Any) -> int:
