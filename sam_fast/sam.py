@@ -386,7 +386,7 @@ class SAM(Passes, OptimizerWrapper):
         if not self._step.active and self.will_perturb:
             raise RuntimeError(
                 f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
-                "second_step()"
+                "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, SAMCallback"
             )
 
     def _require_restored(self, what: str) -> None:
