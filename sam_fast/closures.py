@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -39,6 +40,12 @@ ACCUMULATED = (
     "Lightning has accumulated gradients over several batches before step(closure), and the closure computes the last "
     f"batch only: SAM cannot take its second gradient on the same data. Use {LIGHTNING_CALLBACK}, which keeps the "
     "batches for the second pass"
+)
+
+ACCUMULATED_BY_ACCELERATE = (
+    "Accelerate accumulates gradients over several batches (gradient_accumulation_steps) before step(closure), and the "
+    "closure computes one of them: SAM cannot take its second gradient on the same data. Use Accelerator() without "
+    "gradient_accumulation_steps, and sam_fast.TrainStep(..., micro_batches=, backward=accelerator.backward)"
 )
 
 LOGGED_TWICE = (
@@ -205,7 +212,15 @@ def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) ->
             optimizer._step.warned_of_gradients = True
             warnings.warn(LOGGED_TWICE, UserWarning, stacklevel=6)
         return False
-    return passes == AUTO and are_new(optimizer._gradients())
+    there_are_some = passes == AUTO and are_new(optimizer._gradients())
+    if there_are_some and _accelerate_accumulates():
+        raise RuntimeError(ACCUMULATED_BY_ACCELERATE)
+    return there_are_some
+
+
+def _accelerate_accumulates() -> bool:
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    return bool(state is not None and state._shared_state.get("plugin_kwargs", {}).get("num_steps", 1) > 1)
 
 
 def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:

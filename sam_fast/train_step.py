@@ -52,8 +52,8 @@ class TrainStep:
 
     Raises:
         TypeError: ``optimizer`` leads to no SAM.
-        ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, or ``scaler`` with
-            ``backward``.
+        ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, ``scaler`` with
+            ``backward``, or ``backward`` of an Accelerator that accumulates.
     """
 
     def __init__(
@@ -72,6 +72,11 @@ class TrainStep:
         backward: Callable[[Tensor], Any] | None = None,
     ) -> None:
         self.every = stride_of(ascent, replay_rng)
+        if getattr(getattr(backward, "__self__", None), "gradient_accumulation_steps", 1) != 1:
+            raise ValueError(
+                "this Accelerator divides every loss by its gradient_accumulation_steps: make it with "
+                "gradient_accumulation_steps=1, and let TrainStep(micro_batches=) accumulate"
+            )
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ValueError(f"micro_batches must be an int of at least 1, got {micro_batches!r}")
         if clip_grad_norm is not None:
@@ -162,6 +167,11 @@ class TrainStep:
                 self.sam.second_step()
             else:
                 self.optimizer.step()
+                if self.sam._step.active:
+                    raise RuntimeError(
+                        f"{type(self.optimizer).__name__}.step() made no step, as inside accelerator.accumulate(): "
+                        "TrainStep is a whole step, with TrainStep(micro_batches=) parts of it; leave accumulate() out"
+                    )
         finally:
             step.clip_grad_norm = None
 
