@@ -104,11 +104,12 @@ def plain_run(
     made: list[dict[str, Tensor]] | None = None,
     base: Any = torch.optim.AdamW,
     constant: bool = False,
+    rho: float = RHO,
 ) -> Record:
     """Train ``model`` as the Trainer does, with SAM: the loss of a step is the mean over all its tokens."""
     record = Record()
     model.train()
-    sam = PlainSAM(groups_of(model), base, rho=RHO, lr=LR)
+    sam = PlainSAM(groups_of(model), base, rho=rho, lr=LR)
     if hasattr(sam.base, "train"):
         sam.base.train()
     made = batches(rows) if made is None else made
