@@ -15,6 +15,7 @@ from .base_step import BaseStep
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
 from .closures import AUTO, are_new, check_closure_option, closure_step, mark_used, step_without_closure
+from .compiling import leave_uncompiled
 from .directions import GRADIENT, direction
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
@@ -126,6 +127,7 @@ class SAM(Passes, OptimizerWrapper):
 
     def _begin(self) -> None:
         """Build what is not copied."""
+        leave_uncompiled()
         self._base_step = BaseStep(self.base_optimizer)
         self._step = StepState()
         self._direction = direction(self._along)

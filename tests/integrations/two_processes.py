@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import environment  # noqa: E402, F401
 import oracle  # noqa: E402
 import torch  # noqa: E402
 
