@@ -8,8 +8,8 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-TRACED = ("batchnorm", "closure_stats", "module_hooks", "running_stats")
-"""Modules that TorchDynamo has to see: they put hooks into models, and a hook it may not see breaks a model's graph."""
+TRACED = ("module_hooks",)
+"""What TorchDynamo has to see: hooks of models, whose graph a hook that it may not see would break."""
 
 _done = False
 

@@ -69,4 +69,4 @@ def test_a_compiled_step(step: Step, base: type[torch.optim.Optimizer]) -> None:
         assert torch.equal(compiled(models[1], optimizers[1], x, y), loss)
     assert same_bits(*(values([*model.parameters(), *model.buffers()]) for model in models))
     breaks = sum(counters["graph_break"].values())
-    assert breaks <= 8, counters["graph_break"]
+    assert breaks <= 12, counters["graph_break"]
