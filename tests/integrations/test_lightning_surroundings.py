@@ -11,6 +11,7 @@ from lightning_runs import CLOSE, LR, RHO, Module, fit, half_precision, loader, 
 from oracle import batches, furthest, plain_step, small_net, windows
 from plain_sam import PlainSAM
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sam_fast import Schedule
@@ -184,6 +185,23 @@ def test_refusals():
         trainer(SAMCallback(), SAMCallback()).fit(Module(), loader())
     with pytest.raises(ValueError, match="ascent=1"):
         SAMCallback(ascent=0.5, replay_rng=True)
+
+
+def test_fsdp1_is_refused():
+    class Sharded(FullyShardedDataParallel):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+    module = Module()
+    module.part = Sharded()
+    with pytest.raises(ValueError, match="FSDP2"):
+        fit(module)
+
+
+def test_clipping_in_float16_is_an_error_of_lightnings():
+    made = trainer(SAMCallback(), plugins=[half_precision(2.0)], gradient_clip_val=0.1)
+    with pytest.raises(RuntimeError, match="gradient clipping"):
+        made.fit(Module(dtype=torch.float32), loader(dtype=torch.float32))
 
 
 def test_strategies_with_an_engine_are_refused():
