@@ -54,6 +54,8 @@ class SAMTrainerMixin:
         self._sam_options = {"rho": sam_rho, "adaptive": sam_adaptive, **(sam_options or {})}
         self._sam_replay_rng = sam_replay_rng
         self._sam_window: Window | None = None
+        self._sam_prepared: Any = None
+        self._sam_second_pass = False
         self._sam_values: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
@@ -104,8 +106,9 @@ class SAMTrainerMixin:
                 'SAMTrainerMixin: along="previous" would leave the weights perturbed between accumulated batches: use '
                 'gradient_accumulation_steps=1, or along="gradient"'
             )
-        loss: Tensor = window.first(step, (model, copy.copy(inputs), num_items_in_batch), {})
+        loss: Tensor = window.first(step, (model, inputs, num_items_in_batch), {})
         if sam.needs_first_pass:
+            window.forwards[-1].args = (model, self._sam_prepared, num_items_in_batch)
             window.forwards[-1].loss = loss.detach()
             if self.accelerator.sync_gradients:
                 with self._sam_unnoticed():
@@ -118,6 +121,14 @@ class SAMTrainerMixin:
             self._sam_values["sam/grad_norm"] = norm if scaler is None else norm / scaler.scale(norm.new_ones(()))
         return loss
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """What was prepared for the first pass serves the second: trainers that generate text generate it once."""
+        if self._sam_second_pass:
+            return copy.copy(inputs)
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        self._sam_prepared = copy.copy(prepared)
+        return prepared
+
     @contextmanager
     def _sam_unnoticed(self) -> Iterator[None]:
         """Inside, what TRL's trainers count does not change, and optimizers that are told in which mode they are, such
@@ -126,10 +137,10 @@ class SAMTrainerMixin:
         counted = {name: copy.deepcopy(vars(self)[name]) for name in COUNTED_IN_COMPUTE_LOSS if name in vars(self)}
         optimizer = self.optimizer
         try:
-            self.optimizer = None
+            self.optimizer, self._sam_second_pass = None, True
             yield
         finally:
-            self.optimizer = optimizer
+            self.optimizer, self._sam_second_pass = optimizer, False
             vars(self).update(counted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

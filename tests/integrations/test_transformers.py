@@ -167,6 +167,31 @@ def test_a_failing_second_pass_leaves_w(tmp_path: Any):
     assert furthest(model, language_model()) == 0.0
 
 
+def test_inputs_are_prepared_once_and_may_be_changed(tmp_path: Any):
+    drawn: list[float] = []
+
+    class Prepares(transformers.Trainer):
+        _get_train_sampler = SAMTrainer._get_train_sampler
+
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {**super()._prepare_inputs(inputs), "drawn": torch.rand(1)}
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            drawn.append(float(inputs.pop("drawn")))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class WithSAM(trainer_runs.SAMTrainerMixin, Prepares):
+        pass
+
+    model, plain = language_model(), language_model()
+    train(tmp_path, model, cls=WithSAM, gradient_accumulation_steps=2, num_train_epochs=1)
+    plain_run(plain, 2, epochs=1)
+    assert furthest(model, plain) < CLOSE
+    assert [drawn[i] for i in (0, 1)] == [drawn[i] for i in (2, 3)]
+    assert len(drawn) == 14
+    assert len(set(drawn)) == 7
+
+
 def test_trl_counts_tokens_and_metrics_once(tmp_path: Any):
     trl = pytest.importorskip("trl")
     counted = {}
