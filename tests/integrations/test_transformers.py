@@ -192,6 +192,24 @@ def test_inputs_are_prepared_once_and_may_be_changed(tmp_path: Any):
     assert len(set(drawn)) == 7
 
 
+def test_a_retry_with_smaller_batches_begins_anew(tmp_path: Any):
+    class RunsOut(SAMTrainer):
+        calls = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == 2:  # half-way through the first window
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(*args, **kwargs)
+
+    model, plain = language_model(), language_model()
+    options = {"auto_find_batch_size": True, "gradient_accumulation_steps": 2}
+    trainer = train(tmp_path, model, cls=RunsOut, **options)
+    assert trainer._train_batch_size == 1
+    plain_run(plain, 2, made=batches(size=1))
+    assert furthest(model, plain) < CLOSE
+
+
 def test_trl_counts_tokens_and_metrics_once(tmp_path: Any):
     trl = pytest.importorskip("trl")
     counted = {}
