@@ -62,6 +62,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the recording of batches, and the second pass, into the strategy."""
+        self._end()
         sam = self._checked(trainer, pl_module)
         strategy, window = trainer.strategy, Window(sam, self.ascent, self.replay_rng)
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step

@@ -61,8 +61,8 @@ class SAMTrainerMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, or the one it was given, inside a SAM."""
-        super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         self._check_sam()
+        super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         try:
             unwrap(self.optimizer)
         except TypeError:

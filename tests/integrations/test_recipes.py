@@ -160,16 +160,14 @@ def test_fastai():
 def test_skorch():
     skorch = framework("skorch")
 
-    class Classifier(skorch.NeuralNet):
-        pass
-
     options = {"batch_size": 4, "max_epochs": 2, "train_split": None, "verbose": 0, "criterion": nn.CrossEntropyLoss}
     x, y = oracle.data()
-    net = run("skorch", NeuralNetClassifier=Classifier, module=small_net(), options=options, x=x, y=y)["net"]
+    net = run("skorch", NeuralNetClassifier=skorch.NeuralNet, module=small_net(), options=options, x=x, y=y)["net"]
     plain = plain_run(epochs=2)
     assert furthest(net.module_, plain) < CLOSE
-    net.module_.eval(), plain.eval()
     assert type(net.optimizer_) is SAM
+    copied = pickle.loads(pickle.dumps(net)).partial_fit(x, y, epochs=1)
+    assert furthest(copied.module_, net.partial_fit(x, y, epochs=1).module_) == 0.0
 
 
 def test_ignite():
