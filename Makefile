@@ -1,6 +1,7 @@
 # Every target makes its own virtual environment; nothing needs to be installed by hand but Python, make and a C++17 compiler.
 #   make demo    train a small network on Fashion-MNIST with SGD and with SAM, and compare them
 #   make test    all tests: those of the CPU, those that execute the CUDA kernels without a GPU, and the Triton kernels in Triton's interpreter
+#   make test-integrations  the tests of tests/integrations, with the frameworks they are about (docs/integrations.md)
 #   make bench   the benchmarks (under 10 minutes on two cores); make bench-again a second run, make bench-report the report of both
 #   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, benchmarks, sanitizers; no network (docs/gpu.md)
 #   make quality  trains a row of docs/quality.md again (QUALITY="A quarter --seeds 0 1") and compares; make quality-report makes that page
@@ -16,7 +17,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c $(VENV)/constraints.
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report quality quality-report lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-integrations nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report quality quality-report lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -64,6 +65,18 @@ versions: $(VENV)/installed
 # Files share out over three processes: many tests wait for others.
 test-main: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile
+
+# Frameworks pin many things: they have an environment of their own. CPUs only. In `make test` these tests are skipped.
+INTEGRATIONS = .venv-integrations
+$(INTEGRATIONS)/installed: $(SOURCES) tests/integrations/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch
+	SAM_FAST_CUDA=0 $(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+		-r tests/integrations/requirements.txt -e '.[lightning,transformers]'
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/installed
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
 # The CUDA kernels, compiled by the C++ compiler and executed on the CPU (tests/cuda_emulation).
 EMULATION = $(VENV)/emulation

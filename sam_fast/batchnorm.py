@@ -290,8 +290,6 @@ _pass = _UncountedPass()
 
 def _before_forward(module: nn.Module, args: Any) -> None:
     """Save what the layers in ``module`` hold if it is right and they are about to change it."""
-    if torch.compiler.is_compiling():
-        return
     if _pass.module is not None:
         _pass.depth += _pass.module() is module
         return
@@ -325,7 +323,7 @@ def _before_forward(module: nn.Module, args: Any) -> None:
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    if _pass.module is not None and _pass.module() is module and not torch.compiler.is_compiling():
+    if _pass.module is not None and _pass.module() is module:
         if _pass.depth:
             _pass.depth -= 1
         else:

@@ -13,7 +13,6 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakSet, finalize, ref
 
-import torch
 from torch import nn
 from torch.nn.utils import stateless
 from torch.optim import Optimizer
@@ -108,8 +107,6 @@ class _Uncounted:
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
     for second in list(_active):
         if _is_functional_call():
             second.save_in_place(module)
@@ -119,7 +116,7 @@ def _before_forward(module: nn.Module, args: Any) -> None:
 
 def _is_functional_call() -> bool:
     try:
-        return sys._getframe(5).f_code is _FUNCTIONAL_CALL  # behind this one, the hook and three functions of nn.Module
+        return sys._getframe(6).f_code is _FUNCTIONAL_CALL  # behind this one, two of the hook and three of nn.Module
     except ValueError:  # a thread that began with the module
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -33,13 +34,38 @@ TAKEN = (
     "step(closure, passes=...) does the same for one call."
 )
 
+LIGHTNING_CALLBACK = "Trainer(callbacks=[sam_fast.integrations.lightning.SAMCallback()])"
+
 ACCUMULATED = (
     "Lightning has accumulated gradients over several batches before step(closure), and the closure computes the last "
-    "batch only: SAM cannot take "
-    "its second gradient on the same data. Use accumulate_grad_batches=1, or manual optimization: accumulate the first "
-    "pass over all batches, "
-    "first_step(), accumulate the second pass over the same batches, second_step()"
+    f"batch only: SAM cannot take its second gradient on the same data. Use {LIGHTNING_CALLBACK}, which keeps the "
+    "batches for the second pass"
 )
+
+ACCUMULATED_BY_ACCELERATE = (
+    "Accelerate accumulates gradients over several batches (gradient_accumulation_steps) before step(closure), and the "
+    "closure computes one of them: SAM cannot take its second gradient on the same data. Use Accelerator() without "
+    "gradient_accumulation_steps, and sam_fast.TrainStep(..., micro_batches=, backward=accelerator.backward)"
+)
+
+LOGGED_TWICE = (
+    "Lightning's automatic optimization calls training_step for both passes of SAM: the weights are right, but what it "
+    f"logs is the mean of both, and metrics count batches twice. Use {LIGHTNING_CALLBACK}"
+)
+
+
+class WholeStep:
+    """A closure that makes both passes itself: it calls ``first_step`` and ends with the second gradients at ``w + e``.
+
+    Integrations hand it to ``step`` where a framework wants a closure. It may leave ``first_step`` out in steps that do
+    not perturb.
+    """
+
+    def __init__(self, closure: Callable[[], Any]) -> None:
+        self.closure = closure
+
+    def __call__(self) -> Any:
+        return self.closure()
 
 
 def check_closure_option(name: str, value: Any) -> None:
@@ -77,6 +103,8 @@ def closure_step(
             "GradScaler.step with a closure would not check the second gradient: use first_step() and "
             "scaler.step(optimizer)"
         )
+    if isinstance(innermost(closure), WholeStep):
+        return _whole_step(optimizer, closure)
     step = optimizer._step
     begun = step.active
     first_pass_done = begun or _takes_gradients(optimizer, closure, passes)
@@ -118,6 +146,18 @@ def closure_step(
     return loss if computes_first else second_loss
 
 
+def _whole_step(optimizer: Any, closure: Callable[[], Any]) -> Any:
+    try:
+        with torch.enable_grad():
+            loss = closure()
+    except BaseException:
+        optimizer.restore()
+        mark_used(optimizer._gradients())
+        raise
+    step_without_closure(optimizer, None, False)
+    return loss
+
+
 def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -> None:
     """A second step of ``optimizer``, a SAM; see :meth:`sam_fast.SAM.step`."""
     if replay_rng:
@@ -133,10 +173,8 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
     if optimizer._step.found_inf is not None and not optimizer._step.active and optimizer.will_perturb:
         raise RuntimeError(
             "a GradScaler has called step() without first_step() before it. A framework that calls the closure "
-            "itself under float16, as "
-            "Lightning's automatic optimization does, computes one pass only: use manual optimization, with "
-            "first_step() after the first pass, "
-            "or bfloat16"
+            "itself under float16, as Lightning's automatic optimization does, computes one pass only: use "
+            f"{LIGHTNING_CALLBACK}, or manual optimization with first_step() after the first pass"
         )
     optimizer._require_first_step("step() without a closure")
     optimizer._update()
@@ -170,8 +208,19 @@ def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) ->
     if by_lightning is not None:
         if by_lightning._zero_grad_fn is None and are_new(optimizer._gradients()):
             raise RuntimeError(ACCUMULATED)
+        if not optimizer._step.warned_of_gradients:
+            optimizer._step.warned_of_gradients = True
+            warnings.warn(LOGGED_TWICE, UserWarning, stacklevel=6)
         return False
-    return passes == AUTO and are_new(optimizer._gradients())
+    there_are_some = passes == AUTO and are_new(optimizer._gradients())
+    if there_are_some and _accelerate_accumulates():
+        raise RuntimeError(ACCUMULATED_BY_ACCELERATE)
+    return there_are_some
+
+
+def _accelerate_accumulates() -> bool:
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    return bool(state is not None and state._shared_state.get("plugin_kwargs", {}).get("num_steps", 1) > 1)
 
 
 def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
@@ -201,6 +250,12 @@ def lightning_closure(closure: Callable[[], Any]) -> Any:
 
     It zeroes gradients itself where it does not add to those of earlier batches; then its ``_zero_grad_fn`` is None.
     """
+    closure = innermost(closure)
+    return closure if hasattr(closure, "_zero_grad_fn") and hasattr(closure, "_step_fn") else None
+
+
+def innermost(closure: Callable[[], Any]) -> Callable[[], Any]:
+    """What the partial functions around a closure lead to: Lightning puts some around it."""
     while isinstance(closure, partial) and closure.args:
         closure = closure.args[-1]
-    return closure if hasattr(closure, "_zero_grad_fn") and hasattr(closure, "_step_fn") else None
+    return closure

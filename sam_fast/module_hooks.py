@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +27,16 @@ def _others_have_hooks() -> bool:
     )
 
 
+def _unless_compiling(hook: Callable[..., None]) -> Callable[..., None]:
+    """What TorchDynamo traces of a hook: the rest of the package it must not see (compiling.py)."""
+
+    def call(*args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            hook(*args)
+
+    return call
+
+
 class ModuleHooks:
     """A pair of global module hooks that can be put in and taken out again.
 
@@ -42,8 +53,8 @@ class ModuleHooks:
         before: Callable[[nn.Module, Any], None],
         after: Callable[[nn.Module, Any, Any], None] | None = None,
     ) -> None:
-        self._before = before
-        self._after = after
+        self._before = _unless_compiling(before)
+        self._after = None if after is None else _unless_compiling(after)
         self._key = RemovableHandle(OrderedDict()).id
         _our_keys.add(self._key)
         self._installed = False

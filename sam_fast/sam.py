@@ -15,6 +15,7 @@ from .base_step import BaseStep
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
 from .closures import AUTO, are_new, check_closure_option, closure_step, mark_used, step_without_closure
+from .compiling import leave_uncompiled
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
 from .passes import Passes
@@ -126,6 +127,7 @@ class SAM(Passes, OptimizerWrapper):
 
     def _begin(self) -> None:
         """Build what is not copied."""
+        leave_uncompiled()
         self._base_step = BaseStep(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
@@ -378,7 +380,7 @@ class SAM(Passes, OptimizerWrapper):
         if not self._step.active and self.will_perturb:
             raise RuntimeError(
                 f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
-                "second_step()"
+                "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, SAMCallback"
             )
 
     def _require_restored(self, what: str) -> None:

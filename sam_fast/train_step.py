@@ -52,8 +52,8 @@ class TrainStep:
 
     Raises:
         TypeError: ``optimizer`` leads to no SAM.
-        ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, or ``scaler`` with
-            ``backward``.
+        ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, ``scaler`` with
+            ``backward``, or ``backward`` of an Accelerator that accumulates.
     """
 
     def __init__(
@@ -71,17 +71,18 @@ class TrainStep:
         sync: bool = True,
         backward: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        if not 0.0 < ascent <= 1.0:
-            raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
+        self.every = stride_of(ascent, replay_rng)
+        if getattr(getattr(backward, "__self__", None), "gradient_accumulation_steps", 1) != 1:
+            raise ValueError(
+                "this Accelerator divides every loss by its gradient_accumulation_steps: make it with "
+                "gradient_accumulation_steps=1, and let TrainStep(micro_batches=) accumulate"
+            )
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ValueError(f"micro_batches must be an int of at least 1, got {micro_batches!r}")
         if clip_grad_norm is not None:
             check_at_least_zero("clip_grad_norm", clip_grad_norm)
         if scaler is not None and backward is not None:
             raise ValueError("scaler and backward were both given: backward has to scale the loss itself")
-        self.every = round(1 / ascent)
-        if replay_rng and self.every > 1:
-            raise ValueError("replay_rng=True needs ascent=1: masks of fewer rows are others")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.sam = unwrap(optimizer)
         self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
@@ -166,6 +167,11 @@ class TrainStep:
                 self.sam.second_step()
             else:
                 self.optimizer.step()
+                if self.sam._step.active:
+                    raise RuntimeError(
+                        f"{type(self.optimizer).__name__}.step() made no step, as inside accelerator.accumulate(): "
+                        "TrainStep is a whole step, with TrainStep(micro_batches=) parts of it; leave accumulate() out"
+                    )
         finally:
             step.clip_grad_norm = None
 
@@ -184,6 +190,20 @@ def accumulating(model: nn.Module) -> Iterator[None]:
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def stride_of(ascent: float, replay_rng: bool) -> int:
+    """The first pass sees every so many-th row.
+
+    Raises:
+        ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``.
+    """
+    if not 0.0 < ascent <= 1.0:
+        raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
+    every = round(1 / ascent)
+    if replay_rng and every > 1:
+        raise ValueError("replay_rng=True needs ascent=1: masks of fewer rows are others")
+    return every
 
 
 def number_of_rows(batch: Any) -> int:

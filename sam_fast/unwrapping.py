@@ -6,16 +6,16 @@ from typing import Any
 
 from .sam import SAM
 
-INNER = ("_optimizer", "optimizer")
-"""Attributes under which Lightning, Fabric, Accelerate and others keep the optimizer that they wrap."""
+INNER = ("_optimizer", "optimizer", "opt")
+"""Attributes under which Lightning, Fabric, Accelerate, fastai and others keep the optimizer that they wrap."""
 
 
 def unwrap(optimizer: Any) -> SAM:
     """The SAM optimizer inside a wrapper such as Accelerate's, Lightning's or Fabric's, or in a list.
 
     Args:
-        optimizer: a SAM, an object that keeps one in ``optimizer`` or ``_optimizer``, or a list or tuple with one of
-            these.
+        optimizer: a SAM, an object that keeps one in ``optimizer``, ``_optimizer`` or ``opt``, or a list or tuple with
+            one of these.
 
     Raises:
         TypeError: there is no SAM, or there are several in a list.

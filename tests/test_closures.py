@@ -228,6 +228,7 @@ def wrapped(model: Any, optimizer: Any, closure: Any) -> Any:
     return closure()
 
 
+@pytest.mark.filterwarnings("ignore:Lightning's automatic optimization calls training_step for both")
 def test_a_lightning_closure_is_called_for_both_whatever_is_left_over():
     loop = Loop()
     for step in range(4):
@@ -244,7 +245,7 @@ def test_accumulation_in_lightning_is_an_error(mode):
     loop = Loop(closure=mode)
     before = values(list(loop.model.parameters()))
     loop.closure(0)()  # the first micro-batch
-    with pytest.raises(RuntimeError, match="accumulate_grad_batches=1"):
+    with pytest.raises(RuntimeError, match=r"SAMCallback\(\)"):
         loop.optimizer.step(partial(wrapped, loop.model, loop.optimizer, LightningLike(loop.closure(1), None)))
     assert not loop.optimizer.perturbed
     assert same_bits(values(list(loop.model.parameters())), before)

@@ -166,7 +166,7 @@ def small_plan(monkeypatch, tmp_path) -> Callable[[], list[Run]]:
 
     def run() -> list[Run]:
         done.clear()
-        command.run(1.0)
+        command.run(1.0, list(tasks.TASKS))
         return list(done)
 
     run.path = path  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""What integrations share: the forward passes since gradients were zeroed, and how to run them again at ``w + e``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..devices import devices_of
+from ..random_state import RandomState
+from ..sam import SAM
+from ..train_step import accumulating, every_row, number_of_rows, stride_of
+
+
+@dataclass
+class Forward:
+    """A call of the framework's forward pass: its arguments, and what it drew and returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState | None
+    loss: Tensor | None = None
+
+
+class Window:
+    """The forward passes whose gradients are accumulated for one step.
+
+    Args:
+        sam: the optimizer.
+        ascent: share of each batch that the first pass sees.
+        replay_rng: the second pass draws what the first one drew.
+    """
+
+    def __init__(self, sam: SAM, ascent: float, replay_rng: bool) -> None:
+        self.sam, self.every, self.replay_rng = sam, stride_of(ascent, replay_rng), replay_rng
+        self.forwards: list[Forward] = []
+
+    def first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``forward(*args, **kwargs)`` as a part of the first pass and remember it. The caller sets its loss.
+
+        Where the direction is known beforehand, this is the only pass: the weights are moved before it.
+        """
+        sam = self.sam
+        if not sam.needs_first_pass:
+            if sam.will_perturb and not sam._step.active:
+                sam.first_step()
+            return forward(*args, **kwargs)
+        random_state = RandomState.capture(devices_of(sam.param_groups)) if self.replay_rng else None
+        self.forwards.append(Forward(args, kwargs, random_state))
+        if self.every > 1:
+            if not number_of_rows([args, kwargs]):
+                raise ValueError("ascent below 1 takes rows of the batch's tensors, but there is no tensor with rows")
+            args, kwargs = every_row((args, kwargs), number_of_rows([args, kwargs]), self.every)
+        return forward(*args, **kwargs)
+
+    def keep_last(self) -> None:
+        """Gradients are zeroed between the last forward pass and its backward pass."""
+        del self.forwards[:-1]
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self.forwards.clear()
+
+    def second(self, model: Any, forward: Callable[..., Tensor | None]) -> tuple[Tensor, Tensor] | None:
+        """Climb along the gradients that are there, and run all forward passes again.
+
+        Does nothing in steps that need no first pass. The weights are then at ``w + e``, with the second gradients.
+
+        Args:
+            model: as it is called, for BatchNorm statistics and synchronisation.
+            forward: runs a forward and a backward pass; returns the loss, or None if there was none.
+
+        Returns:
+            The loss of both passes, where they saw the same rows.
+        """
+        sam = self.sam
+        if not sam.needs_first_pass:
+            return None
+        forwards = [f for f in self.forwards if f.loss is not None]
+        sam.first_step(zero_grad=True)
+        losses = []
+        with sam.second_pass(model):
+            for number, again in enumerate(forwards, 1):
+                synced = nullcontext() if number == len(forwards) else accumulating(model)
+                drawn = nullcontext() if again.random_state is None else again.random_state.replayed()
+                with synced, drawn:
+                    losses.append(forward(*again.args, **again.kwargs))
+        firsts = [f.loss for f in forwards]
+        self.clear()
+        if self.every > 1 or not losses or any(loss is None for loss in losses):
+            return None
+        return sum(firsts), sum(losses)  # type: ignore[arg-type,return-value]

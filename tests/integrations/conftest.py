@@ -1,0 +1,3 @@
+"""Frameworks are imported after this."""
+
+import environment  # noqa: F401

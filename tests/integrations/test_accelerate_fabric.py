@@ -1,0 +1,164 @@
+"""TrainStep in loops of Accelerate and Fabric; several processes in them and in Transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import batches, furthest, plain_step, small_net
+from plain_sam import PlainSAM
+from processes import launch
+from two_processes import LR, RHO, layer_norm_net
+
+from sam_fast import SAM, TrainStep, unwrap
+
+CLOSE = 1e-8
+"""TrainStep's clipping has its factor in float32."""
+
+
+def plain_run(model: Any = None, made: Any = None, clip: float | None = 0.2) -> Any:
+    model = small_net() if model is None else model
+    sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    for batch in batches() if made is None else made:
+        plain_step(model, sam, [batch], oracle.cross_entropy, 1, clip)
+    return model
+
+
+def accelerated(**options: Any) -> tuple[Any, Any, Any]:
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: make test-integrations")
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerate.state.GradientState._reset_state()
+    accelerator = accelerate.Accelerator(cpu=True, **options)
+    model = small_net()
+    return accelerator, *accelerator.prepare(model, SAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_accelerate(inside: bool):
+    accelerator, model, optimizer = accelerated()
+    step = TrainStep(model, optimizer, oracle.cross_entropy, clip_grad_norm=0.2, backward=accelerator.backward)
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(unwrap(optimizer), lambda step: 1.0))
+    for batch in batches():
+        if inside:
+            with accelerator.accumulate(model):
+                step(batch)
+        else:
+            step(batch)
+        schedule.step()
+    assert furthest(accelerator.unwrap_model(model), plain_run()) < CLOSE
+    assert schedule.scheduler.last_epoch == 7
+
+
+def test_accelerate_resumes_with_the_same_bits(tmp_path: Path):
+    accelerator, model, optimizer = accelerated()
+    step = TrainStep(model, optimizer, oracle.cross_entropy, backward=accelerator.backward)
+    for number, batch in enumerate(batches()):
+        if number == 4:
+            accelerator.save_state(str(tmp_path))
+        step(batch)
+    whole = oracle.state_of(accelerator.unwrap_model(model))
+    accelerator, model, optimizer = accelerated()
+    step = TrainStep(model, optimizer, oracle.cross_entropy, backward=accelerator.backward)
+    accelerator.load_state(str(tmp_path))
+    for batch in batches()[4:]:
+        step(batch)
+    assert furthest(accelerator.unwrap_model(model), whole) == 0.0
+
+
+def test_accumulation_by_accelerate_is_an_error():
+    accelerator, model, optimizer = accelerated(gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="micro_batches="):
+        TrainStep(model, optimizer, oracle.cross_entropy, backward=accelerator.backward)
+    step = TrainStep(model, optimizer, oracle.cross_entropy, backward=lambda loss: loss.backward())
+    before = [p.detach().clone() for p in model.parameters()]
+    with accelerator.accumulate(model), pytest.raises(RuntimeError, match="leave accumulate"):
+        step(batches()[0])
+    assert all(p.equal(w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+def test_closures_in_accumulate_are_an_error():
+    accelerator, model, optimizer = accelerated(gradient_accumulation_steps=2)
+
+    def train() -> None:
+        for batch in batches():
+            with accelerator.accumulate(model):
+                accelerator.backward(oracle.cross_entropy(model, batch))
+                optimizer.step(lambda batch=batch: accelerator.backward(oracle.cross_entropy(model, batch)))
+                optimizer.zero_grad()
+
+    with pytest.raises(RuntimeError, match="micro_batches="):
+        train()
+
+
+def test_accelerates_scheduler_sees_a_skipped_step():
+    _, model, optimizer = accelerated()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    optimizer = type(optimizer)(unwrap(optimizer), scaler=scaler)  # Accelerator makes none on the CPU
+    scaled = {"scale": float("inf")}
+    step = TrainStep(
+        model, optimizer, oracle.cross_entropy, backward=lambda loss: (scaler.scale(loss) * scaled["scale"]).backward()
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    step(batches()[0])
+    assert optimizer.step_was_skipped
+    assert all(p.equal(w) for p, w in zip(model.parameters(), before, strict=True))
+    scaled["scale"] = 1.0
+    step(batches()[1])
+    assert not optimizer.step_was_skipped
+
+
+def test_fabric():
+    fabric = pytest.importorskip("lightning.fabric", reason="Lightning is not installed: make test-integrations")
+    engine = fabric.Fabric(accelerator="cpu", devices=1)
+    model = small_net()
+    model, optimizer = engine.setup(model, SAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9))
+    step = TrainStep(model, optimizer, oracle.cross_entropy, clip_grad_norm=0.2, backward=engine.backward)
+    for batch in batches():
+        step(batch)
+    assert furthest(model.module, plain_run()) < CLOSE
+
+
+def test_fabric_resumes_with_the_same_bits(tmp_path: Path):
+    fabric = pytest.importorskip("lightning.fabric", reason="Lightning is not installed: make test-integrations")
+    engine = fabric.Fabric(accelerator="cpu", devices=1)
+    found = []
+    for resumed in (False, True):
+        model = small_net()
+        model, optimizer = engine.setup(model, SAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9))
+        step = TrainStep(model, optimizer, oracle.cross_entropy, backward=engine.backward)
+        if resumed:
+            engine.load(tmp_path / "state", {"model": model, "optimizer": optimizer})
+        for number, batch in enumerate(batches()):
+            if number == 4 and not resumed:
+                engine.save(tmp_path / "state", {"model": model, "optimizer": optimizer})
+            if number >= 4 or not resumed:
+                step(batch)
+        found.append(model.module)
+    assert furthest(*found) == 0.0
+
+
+def trained_by_two(framework: str, folder: Path) -> dict[str, Any]:
+    launch(Path(__file__).with_name("two_processes.py"), [framework, str(folder / "model")], 2, folder)
+    state: dict[str, Any] = torch.load(folder / "model")
+    return state
+
+
+@pytest.mark.parametrize("framework", ["accelerate", "fabric"])
+def test_two_processes(framework: str, tmp_path: Path):
+    pytest.importorskip({"fabric": "lightning"}.get(framework, framework))
+    x, y = oracle.data(24)
+    made = list(zip(x.split(8), y.split(8), strict=True))
+    assert furthest(trained_by_two(framework, tmp_path), plain_run(layer_norm_net(), made)) < CLOSE
+
+
+def test_two_processes_in_transformers(tmp_path: Path):
+    """Every process accumulates two batches: four are a step, and the last has two."""
+    pytest.importorskip("transformers", reason="Transformers is not installed: make test-integrations")
+    import trainer_runs
+
+    plain = trainer_runs.language_model()
+    trainer_runs.plain_run(plain, 4, rows=12)
+    assert furthest(trained_by_two("transformers", tmp_path), plain) < 1e-6

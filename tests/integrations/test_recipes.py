@@ -1,0 +1,244 @@
+"""docs/integrations.md: every recipe is executed as it stands there, and compared with a plain loop."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import batches, furthest, plain_step, small_net
+from plain_sam import PlainSAM
+from torch import nn
+
+from sam_fast import SAM, Schedule, TrainStep, unwrap
+
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+RHO, LR, CLOSE = 0.05, 0.1, 1e-12
+
+pytestmark = [
+    pytest.mark.skipif(not PAGE.is_file(), reason="runs from a checkout"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+
+def recipes(heading: str, language: str = "python") -> list[str]:
+    """The blocks of code under a heading of the page."""
+    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def run(heading: str, number: int = 0, **names: Any) -> dict[str, Any]:
+    """Execute a block and return the names that it has made."""
+    namespace = {"torch": torch, "SAM": SAM, "TrainStep": TrainStep, "unwrap": unwrap, "partial": partial, **names}
+    code = recipes(heading)[number]
+    assert len(code.splitlines()) <= 15
+    exec(compile(code, f"{PAGE.name}, {heading}", "exec"), namespace)
+    return namespace
+
+
+def framework(name: str) -> Any:
+    return pytest.importorskip(name, reason=f"{name} is not installed: make test-integrations", exc_type=ImportError)
+
+
+def plain_run(model: Any = None, clip: float | None = None, epochs: int = 1, made: Any = None, momentum: float = 0.0):
+    model = small_net() if model is None else model
+    sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=momentum)
+    for _ in range(epochs):
+        for batch in batches() if made is None else made:
+            plain_step(model, sam, [batch], oracle.cross_entropy, 1, clip)
+    return model
+
+
+def test_the_pages_list_of_blocks_is_complete():
+    headings = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
+    tested = re.findall(r'run\("(\w+)"', Path(__file__).read_text())
+    assert set(headings) == set(tested)
+
+
+def test_lightning():
+    framework("lightning")
+    from lightning_runs import LR as LIGHTNING_LR
+    from lightning_runs import Module, loader, pl
+
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    module = Module(rho=RHO)
+    run("Lightning", Trainer=pl.Trainer, options=options, module=module, loader=loader())
+    assert LIGHTNING_LR == LR
+    assert furthest(module.net, plain_run(momentum=0.9)) < CLOSE
+
+    training_step = run("Lightning", 1)["training_step"]
+    loss = {"loss": lambda self, batch: oracle.cross_entropy(self.net, batch), "automatic_optimization": False}
+    manual = type("Manual", (Module,), {"training_step": training_step, **loss})(rho=RHO)
+    pl.Trainer(max_epochs=1, **options).fit(manual, loader())
+    assert furthest(manual.net, plain_run(momentum=0.9)) < CLOSE
+
+
+def test_transformers(tmp_path: Path):
+    transformers = framework("transformers")
+    import trainer_runs
+
+    class Sequential(transformers.Trainer):
+        _get_train_sampler = trainer_runs.SAMTrainer._get_train_sampler
+
+    model, plain = trainer_runs.language_model(), trainer_runs.language_model()
+    args = trainer_runs.arguments(tmp_path)
+    run("Transformers", Trainer=Sequential, model=model, args=args, dataset=trainer_runs.text())
+    trainer_runs.plain_run(plain, rho=RHO)
+    assert furthest(model, plain) < trainer_runs.CLOSE
+
+
+def test_accelerate():
+    accelerate = framework("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerate.state.GradientState._reset_state()
+    names = {"accelerator": accelerate.Accelerator(cpu=True), "model": small_net(), "loader": batches()}
+    made = run("Accelerate", loss_fn=oracle.cross_entropy, **names)
+    assert furthest(made["model"], plain_run(clip=1.0)) < 1e-8
+
+
+def test_fabric():
+    fabric = framework("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    made = run("Fabric", fabric=fabric, model=small_net(), loader=batches(), loss_fn=oracle.cross_entropy)
+    assert furthest(made["model"].module, plain_run(clip=1.0)) < 1e-8
+
+
+def test_timm():
+    timm = framework("timm")
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 2, "num_classes": 3}
+
+    def small_vit() -> Any:
+        torch.manual_seed(1)
+        return timm.models.VisionTransformer(**sizes).double()
+
+    generator = torch.Generator().manual_seed(2)
+    loader = [
+        (torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, number % 3]))
+        for number in range(5)
+    ]
+    made = run("timm", model=small_vit(), loader=loader, loss_fn=oracle.cross_entropy)
+    plain = small_vit()
+    groups = timm.optim.param_groups_layer_decay(plain, 0.05, plain.no_weight_decay(), layer_decay=0.75)
+    for group in groups:
+        group["lr"] = 1e-2 * group["lr_scale"]
+    assert len({group["lr"] for group in groups}) >= 4
+    sam = PlainSAM(groups, torch.optim.AdamW, rho=RHO)
+    average = [p.detach().clone() for p in plain.parameters()]
+    for batch in loader:
+        plain_step(plain, sam, [batch], oracle.cross_entropy, 1, 1.0)
+        average = [0.9 * a + 0.1 * p.detach() for a, p in zip(average, plain.parameters(), strict=True)]
+    assert furthest(made["model"], plain) < 1e-6
+    assert furthest(dict(enumerate(made["ema"].module.parameters())), dict(enumerate(average))) < 1e-6
+
+
+def test_fastai():
+    framework("fastai")
+    from fastai.basics import DataLoader, DataLoaders, Learner, OptimWrapper
+    from fastai.callback.core import Callback
+    from fastai.callback.training import GradientAccumulation, GradientClip
+
+    made = run("fastai", Callback=Callback, OptimWrapper=OptimWrapper)
+    model = small_net(torch.float32)
+    rows = list(zip(*oracle.data(24, torch.float32), strict=True))
+    data = DataLoaders(DataLoader(rows, bs=4), DataLoader(rows[:4], bs=4))
+    callbacks = [made["SAMCallback"](), GradientAccumulation(8), GradientClip(0.2)]
+    learner = Learner(data, model, nn.functional.cross_entropy, opt_func=made["opt_func"], cbs=callbacks)
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(2, LR)
+    plain = small_net(torch.float32)
+    sam = PlainSAM(plain.parameters(), rho=RHO, lr=LR)
+    for _ in range(2):
+        for window in oracle.windows(batches(24, dtype=torch.float32), 2):
+            plain_step(plain, sam, window, oracle.cross_entropy, 2, 0.2)
+    assert furthest(model, plain) < 1e-5
+
+
+def test_skorch():
+    skorch = framework("skorch")
+
+    options = {"batch_size": 4, "max_epochs": 2, "train_split": None, "verbose": 0, "criterion": nn.CrossEntropyLoss}
+    x, y = oracle.data()
+    net = run("skorch", NeuralNetClassifier=skorch.NeuralNet, module=small_net(), options=options, x=x, y=y)["net"]
+    plain = plain_run(epochs=2)
+    assert furthest(net.module_, plain) < CLOSE
+    assert type(net.optimizer_) is SAM
+    copied = pickle.loads(pickle.dumps(net)).partial_fit(x, y, epochs=1)
+    assert furthest(copied.module_, net.partial_fit(x, y, epochs=1).module_) == 0.0
+
+
+def test_ignite():
+    framework("ignite")
+    from ignite.engine import Engine
+
+    model = small_net()
+    run("Ignite", Engine=Engine, model=model, loader=batches(), loss_fn=oracle.cross_entropy)
+    assert furthest(model, plain_run()) < CLOSE
+
+
+def test_keras():
+    keras = framework("keras")
+    assert keras.backend.backend() == "torch"
+    made = run("Keras", keras=keras)
+
+    def model(cls: Any) -> Any:
+        keras.utils.set_random_seed(1)
+        layers = [keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Dense(3)]
+        return cls([keras.Input((6,)), *layers])
+
+    x, y = oracle.data(dtype=torch.float32)
+    trained, plain = model(made["SAMModel"]), model(keras.Sequential)
+    trained.sam = SAM([v.value for v in trained.trainable_variables], torch.optim.SGD, lr=LR, rho=RHO)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trained.compile(loss=loss, metrics=["accuracy"], jit_compile=False)
+    history = trained.fit(x, y, batch_size=4, shuffle=False, verbose=0).history
+    statistics = [v.value for v in plain.non_trainable_variables if "moving" in v.path]
+    sam = PlainSAM([v.value for v in plain.trainable_variables], rho=RHO, lr=LR)
+    losses, right = [], 0
+    for batch, labels in batches(dtype=torch.float32):
+        out = plain(batch, training=True)
+        first = nn.functional.cross_entropy(out, labels)
+        first.backward()
+        losses.append(float(first.detach()))
+        right += int((out.argmax(1) == labels).sum())
+        old = [s.detach().clone() for s in statistics]
+        sam.first_step()
+        nn.functional.cross_entropy(plain(batch, training=True), labels).backward()
+        with torch.no_grad():
+            for statistic, value in zip(statistics, old, strict=True):
+                statistic.copy_(value)
+        sam.second_step()
+    for a, b in zip(trained.variables, plain.variables, strict=False):
+        assert float((a.value - b.value).detach().abs().max()) < 1e-5, a.path
+    assert history["loss"] == pytest.approx([sum(losses) / 7], rel=1e-5)
+    assert history["accuracy"] == pytest.approx([right / 28], rel=1e-5)
+
+
+def test_schedulefree():
+    schedulefree = framework("schedulefree")
+    model, plain = small_net(), small_net()
+    run("schedulefree", schedulefree=schedulefree, model=model, loader=batches(), loss_fn=oracle.cross_entropy)
+    sam = PlainSAM(plain.parameters(), schedulefree.SGDScheduleFree, rho=RHO, lr=LR)
+    sam.base.train()
+    for batch in batches():
+        plain_step(plain, sam, [batch], oracle.cross_entropy, 1)
+    sam.base.eval()
+    assert furthest(model, plain) < CLOSE
+
+
+def test_hydra():
+    hydra = framework("hydra")
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(recipes("Hydra", "yaml")[0])
+    optimizer = run("Hydra", hydra=hydra, config=config, model=small_net())["optimizer"]
+    assert type(optimizer) is SAM
+    assert type(optimizer.base_optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["rho"], optimizer.defaults["lr"]) == (0.05, 0.1)
+    assert optimizer._schedule == Schedule(every=2)
+    copied = pickle.loads(pickle.dumps(optimizer))  # as Optuna and Ray send what they train
+    assert copied._schedule == Schedule(every=2)
+    assert len(copied.param_groups[0]["params"]) == 6
