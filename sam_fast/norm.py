@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,8 +19,12 @@ class NormSum:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.own = own
         self.partials = torch.zeros(own + others, dtype=dtype, device=device)
-        self.total = self.partials[0]  # where the sum over all processes goes
         self.norm = torch.zeros((), dtype=dtype, device=device)
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Where the sum over all processes goes."""
+        return self.partials[0]
 
     def own_sum(self) -> Tensor:
         return self.partials[: self.own].sum()

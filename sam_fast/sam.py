@@ -322,7 +322,7 @@ class SAM(Passes, OptimizerWrapper):
                 step_base(base, applied, self._base_step)
         finally:
             if not perturbation.active:
-                step.end()
+                step.active = step.first_pass_done = step.perturbs = False
         step.path = "fused" if reason is None else reason
         if self._schedule is not None or rounds:
             self._count_step(perturbed)

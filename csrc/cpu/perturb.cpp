@@ -2,6 +2,7 @@
 #include "../sam_math.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "ends.h"
 #include "simd.h"
 
 namespace sam {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "ends.h"
 #include "simd.h"
 
 namespace sam {
