@@ -49,7 +49,8 @@ def test_no_private_function_of_torch_is_asked_about_devices():
     # torch.func has no public way to tell a wrapped tensor, and PyTorch's guide to subclasses names
     # DisableTorchFunctionSubclass; neither has to do with devices.
     private = re.compile(
-        r"torch\.(?:_C(?!\._functorch| import DisableTorch)|cuda\._|xpu\._|mps\._|accelerator\._)\w*|_graph_capture_health_check|_getCurrentRawStream"
+        r"torch\.(?:_C(?!\._functorch| import DisableTorch)|cuda\._|xpu\._|mps\._|accelerator\._)\w*"
+        r"|_graph_capture_health_check|_getCurrentRawStream"
     )
     found = {f"{path.name}: {hit}" for path in PACKAGE.rglob("*.py") for hit in private.findall(path.read_text())}
     assert not found

@@ -68,11 +68,6 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:
-            if trainer.accumulate_grad_batches > 1 and not sam.needs_first_pass and sam.will_perturb:
-                raise ValueError(
-                    'SAMCallback: along="previous" would leave the weights perturbed between accumulated batches: use '
-                    'accumulate_grad_batches=1, or along="gradient"'
-                )
             output = window.first(training_step, args, kwargs)
             if sam.needs_first_pass:
                 loss = _loss_of(output, trainer)

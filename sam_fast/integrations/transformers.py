@@ -101,11 +101,6 @@ class SAMTrainerMixin:
         window, sam = self._sam_window, self._sam_window.sam
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step
-        if self.args.gradient_accumulation_steps > 1 and sam.will_perturb and not sam.needs_first_pass:
-            raise ValueError(
-                'SAMTrainerMixin: along="previous" would leave the weights perturbed between accumulated batches: use '
-                'gradient_accumulation_steps=1, or along="gradient"'
-            )
         loss: Tensor = window.first(step, (model, inputs, num_items_in_batch), {})
         if sam.needs_first_pass:
             window.forwards[-1].args = (model, self._sam_prepared, num_items_in_batch)

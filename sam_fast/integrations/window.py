@@ -41,12 +41,10 @@ class Window:
     def first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``forward(*args, **kwargs)`` as a part of the first pass and remember it. The caller sets its loss.
 
-        Where the direction is known beforehand, this is the only pass: the weights are moved before it.
+        Where none is needed, this is the only pass.
         """
         sam = self.sam
         if not sam.needs_first_pass:
-            if sam.will_perturb and not sam._step.active:
-                sam.first_step()
             return forward(*args, **kwargs)
         random_state = RandomState.capture(devices_of(sam.param_groups)) if self.replay_rng else None
         self.forwards.append(Forward(args, kwargs, random_state))

@@ -152,35 +152,6 @@ def test_a_schedule():
     assert len(set(norms)) == 4
 
 
-def test_along_the_previous_gradient():
-    """One pass, at w + e with the gradient of the step before."""
-    module = Module(along="previous")
-    fit(module, max_epochs=1)
-    model = small_net()
-    base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-    before: list[Tensor] = []
-    for batch in batches():
-        w = [p.detach().clone() for p in model.parameters()]
-        if before:
-            norm = torch.stack([g.square().sum() for g in before]).sum().sqrt()
-            with torch.no_grad():
-                for p, g in zip(model.parameters(), before, strict=True):
-                    p.add_(g * (RHO / norm))
-        base.zero_grad()
-        oracle.cross_entropy(model, batch).backward()
-        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        with torch.no_grad():
-            for p, old in zip(model.parameters(), w, strict=True):
-                p.copy_(old)
-        base.step()
-    assert furthest(module.net, model) < CLOSE
-
-
-def test_along_the_previous_gradient_does_not_accumulate():
-    with pytest.raises(ValueError, match="accumulate_grad_batches=1"):
-        fit(Module(along="previous"), accumulate_grad_batches=2)
-
-
 def test_batches_without_a_loss_are_left_out():
     class Skips(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
