@@ -1,0 +1,83 @@
+"""Schedules, TrainStep and clipping in two processes, under DDP and FSDP2, against one process with the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import same_bits
+from parallel import RHO, SGD, STEPS, TOLERANCE, batches, my_share, network, weights
+from processes import Group
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+from sam_fast import SAM, Schedule, TrainStep
+
+SCHEDULE = Schedule(every=3, start=2)
+MAX_NORM = 0.05
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return mse_loss(model(x), y)
+
+
+def trained(kind: str, ascent: float, clip: float | None, micro_batches: int) -> tuple[list[Tensor], list[bool]]:
+    if kind == "ddp":
+        model: nn.Module = DistributedDataParallel(network())
+    else:
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        model = network()
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = SAM(model.parameters(), rho=RHO, schedule=SCHEDULE, **SGD)
+    options: dict[str, Any] = {"ascent": ascent, "clip_grad_norm": clip, "micro_batches": micro_batches}
+    step = TrainStep(model, optimizer, loss_of, **options)
+    perturbed = []
+    for batch in batches(STEPS):
+        perturbed.append(optimizer.will_perturb)
+        step(*my_share(batch))
+    return weights(model), perturbed
+
+
+def one_process(processes: int, every: int, clip: float | None) -> list[Tensor]:
+    model = network()
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, **SGD)
+    for step, (x, y) in enumerate(batches(STEPS)):
+        old = [p.detach().clone() for p in params]
+        if step >= 2 and (step - 2) % 3 == 0:
+            # Every process takes every k-th row of its own share.
+            rows = torch.cat([part[::every] for part in torch.arange(len(x)).chunk(processes)])
+            grads = torch.autograd.grad(loss_of(model, x[rows], y[rows]), params)
+            norm = torch.stack([g.norm() for g in grads]).norm()
+            with torch.no_grad():
+                for p, g in zip(params, grads, strict=True):
+                    p += RHO * g / norm
+        loss_of(model, x, y).backward()
+        with torch.no_grad():
+            for p, w in zip(params, old, strict=True):
+                p.copy_(w)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("ascent", "clip", "micro_batches"), [(1.0, None, 1), (0.25, None, 2), (0.5, MAX_NORM, 1)])
+def test_two_processes_are_one_with_the_whole_batch(
+    two: Group, kind: str, ascent: float, clip: float | None, micro_batches: int
+) -> None:
+    found = two.run(trained, kind, ascent, clip, micro_batches)
+    assert all(same_bits(of_rank, found[0][0]) for of_rank, _ in found)
+    assert all(perturbed == [SCHEDULE.perturbs(n) for n in range(STEPS)] for _, perturbed in found)
+    # The clipping factor is rounded to float32.
+    tolerance = TOLERANCE if clip is None else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **tolerance)
