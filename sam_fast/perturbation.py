@@ -179,12 +179,11 @@ class Perturbation:
         self._measured(options)
         self.active = True
         try:
-            measured = {id(home) for bucket, _, home in self.norm.parts if bucket in perturbed}
+            for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
+                home.measure()  # a bucket of the same device that perturbs writes it anew
             for bucket, _, home in self.norm.parts:
                 if bucket in perturbed:
                     bucket.perturb(options, home.partials, self.eps, home.norm)
-                elif id(home) not in measured:
-                    home.measure()
             self._mark_written(self._saved_params())
         except BaseException:
             self.restore()
