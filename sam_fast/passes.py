@@ -94,6 +94,8 @@ class Passes:
                 pass with a static graph.
         """
         self._require_restored("first_pass")
+        if self._step.active:
+            raise RuntimeError("first_pass comes before first_step(): finish the step with second_step(), or restore()")
         models = as_models(model, "first_pass(model)")
         self._step.random_state = RandomState.capture(devices_of(self.param_groups)) if replay_rng else None
         self._step.own_gradient = not sync
@@ -145,6 +147,10 @@ class Passes:
 @contextmanager
 def without_unused_gradients(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> Iterator[None]:
     """Inside, parameters that are not perturbed require no gradient."""
+    param_groups = list(param_groups)
+    if all(group.get("perturb", True) for group in param_groups):
+        yield
+        return
     by_perturb: dict[bool, list[Tensor]] = {True: [], False: []}
     for group in param_groups:
         by_perturb[bool(group.get("perturb", True))] += [p for p in group["params"] if p.requires_grad]

@@ -196,7 +196,7 @@ class SAM(Passes, OptimizerWrapper):
             ValueError: an option of a group is out of range.
         """
         step = self._step
-        if step.active:
+        if step.active or self._perturbation.active:
             raise RuntimeError(
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
@@ -343,12 +343,14 @@ class SAM(Passes, OptimizerWrapper):
     def restore(self) -> None:
         """Give the current step up: put w back, bit for bit, without a step.
 
-        Does nothing if the weights are not perturbed.
+        Does nothing if no step is under way.
         """
         self._step.forget_first_pass()
+        under_way = self._step.active or self._perturbation.active
         try:
             if self._perturbation.active:
                 self._perturbation.restore()
+            if under_way:
                 self._perturbation.storage.give_up_pass()
         finally:
             if not self._perturbation.active:
@@ -384,7 +386,7 @@ class SAM(Passes, OptimizerWrapper):
             )
 
     def _require_restored(self, what: str) -> None:
-        if self._perturbation.active or (what == "first_pass" and self._step.active):
+        if self._perturbation.active:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this "
                 "step up"

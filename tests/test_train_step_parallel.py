@@ -81,3 +81,44 @@ def test_two_processes_are_one_with_the_whole_batch(
     # The clipping factor is rounded to float32.
     tolerance = TOLERANCE if clip is None else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **tolerance)
+
+
+def after_a_pass_that_raised(place: str) -> list[Tensor]:
+    """Steps after one that does not perturb, and whose pass raises in the middle of a backward."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    model = network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = SAM(model.parameters(), rho=RHO, schedule=SCHEDULE, **SGD)
+    x, y = my_share(batches(1)[0])
+
+    def fails(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if place == "forward":
+            raise ZeroDivisionError
+
+        def raises(grad: Tensor) -> None:
+            raise ZeroDivisionError
+
+        output.register_hook(raises)
+        return output
+
+    handle = model[2].register_forward_hook(fails)
+    optimizer.first_step()
+    try:
+        with optimizer.second_pass(model):
+            loss_of(model, x, y).backward()
+    except ZeroDivisionError:
+        handle.remove()
+    optimizer.zero_grad()
+    step = TrainStep(model, optimizer, loss_of)
+    for batch in batches(STEPS):
+        step(*my_share(batch))
+    return weights(model)
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_a_pass_that_raises_in_a_step_that_does_not_perturb_leaves_nothing_behind(two: Group, place: str) -> None:
+    found = two.run(after_a_pass_that_raised, place)
+    torch.testing.assert_close(found[0], one_process(2, 1, None), **TOLERANCE)
