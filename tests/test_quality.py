@@ -41,6 +41,7 @@ STEPS_OF = {
     "late-half": "----ffff",
     "late-quarter": "------ff",
     "quarter-late-half": "----ffff",
+    "quarter-late-quarter": "------ff",
     "norms": "ffffffff",
     "norms-quarter": "ffffffff",
     "previous": "-ppppppp",
@@ -49,7 +50,8 @@ STEPS_OF = {
     "momentum-": "-mmmmmmm",
     "friendly": "ffffffff",
 }
-ROWS = {"half": 2, "quarter": 4, "quarter-second-counts": 4, "eighth": 8, "quarter-late-half": 4, "norms-quarter": 4}
+QUARTERS = ("quarter", "quarter-second-counts", "quarter-late-half", "quarter-late-quarter", "norms-quarter")
+ROWS = {"half": 2, "eighth": 8} | dict.fromkeys(QUARTERS, 4)
 
 
 def small_model() -> nn.Sequential:

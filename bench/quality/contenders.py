@@ -69,6 +69,7 @@ CONTENDERS: dict[str, Contender] = {
     "eighth": Contender(rhos=around(0.05), rows=8),
     "every4+previous": Contender(rhos=around(0.1), every=4, between="previous"),
     "quarter-late-half": Contender(rhos=around(0.1), rows=4, start=0.5),
+    "quarter-late-quarter": Contender(rhos=around(0.1), rows=4, start=0.75),
     "sgd-1.25x": Contender(None, epochs=1.25),
     "sgd-2x": Contender(None, epochs=2.0),
     "momentum+": Contender("momentum", rhos=around(0.3, 3.0)),

@@ -36,6 +36,7 @@ TITLES = {
     "eighth": "first pass on 1/8",
     "every4+previous": "every 4th step, previous gradient in between",
     "quarter-late-half": "first pass on 1/4, the last half of the steps",
+    "quarter-late-quarter": "first pass on 1/4, the last quarter of the steps",
     "sgd-1.25x": "SGD, 1.25 times the epochs",
     "sgd-2x": "SGD, twice the epochs",
     "momentum+": "along the momentum",
