@@ -306,12 +306,12 @@ def test_the_page_of_an_unfinished_experiment_says_so(small_plan, monkeypatch, t
     lines = small_plan.path.read_bytes().splitlines(keepends=True)
     small_plan.path.write_bytes(b"".join(lines[:40]))
     monkeypatch.setattr(report, "TIMES", tmp_path / "none.json")
-    report.write(tmp_path / "page.md", tmp_path / "pictures")
+    report.write(tmp_path / "page.md", tmp_path / "pictures", None)
     text = (tmp_path / "page.md").read_text()
     assert "**40 of some " in text
     assert "not measured yet" in text
     assert "nothing is accepted or rejected" in text
-    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"cost.png", "tuning.png"}
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"cost.png", "price.png", "tuning.png"}
 
 
 def test_times_are_taken_and_reported(small_plan, digits, monkeypatch, tmp_path):

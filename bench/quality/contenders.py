@@ -83,6 +83,30 @@ CONTENDERS: dict[str, Contender] = {
 }
 """In the order in which they run: what is most worth knowing comes first."""
 
+TITLES = {
+    "sgd": "SGD",
+    "sam": "SAM",
+    "quarter": "first pass on 1/4 of the batch",
+    "every4": "every 4th step",
+    "previous": "along the previous gradient",
+    "late-half": "the last half of the steps",
+    "late-quarter": "the last quarter of the steps",
+    "eighth": "first pass on 1/8",
+    "every4+previous": "every 4th step, previous gradient in between",
+    "quarter-late-half": "first pass on 1/4, the last half of the steps",
+    "quarter-late-quarter": "first pass on 1/4, the last quarter of the steps",
+    "sgd-1.25x": "SGD, 1.25 times the epochs",
+    "sgd-2x": "SGD, twice the epochs",
+    "momentum+": "along the momentum",
+    "momentum-": "against the momentum",
+    "quarter-second-counts": "first pass on 1/4, the second counts in BatchNorm",
+    "every2": "every 2nd step",
+    "half": "first pass on 1/2",
+    "norms": "normalization layers only",
+    "norms-quarter": "normalization layers only, first pass on 1/4",
+    "friendly": "Friendly-SAM",
+}
+
 
 class Trainer:
     """Trains a model with SGD and a contender's perturbations.

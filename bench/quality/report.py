@@ -9,46 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from scipy.stats import bootstrap
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
 from bench.machine import ROOT
 from bench.quality import plan
-from bench.quality.contenders import CONTENDERS
-from bench.quality.tasks import TASKS
+from bench.quality.contenders import CONTENDERS, TITLES
+from bench.quality.pictures import cost_picture, price_picture, save, tuning_picture
+from bench.quality.tasks import SUBJECTS, TASKS
 from bench.quality.timing import TIMES
 from bench.records import Estimate, median
 from bench.report import table
 
 PAGE, PICTURES = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
-TITLES = {
-    "sgd": "SGD",
-    "sam": "SAM",
-    "quarter": "first pass on 1/4 of the batch",
-    "every4": "every 4th step",
-    "previous": "along the previous gradient",
-    "late-half": "the last half of the steps",
-    "late-quarter": "the last quarter of the steps",
-    "eighth": "first pass on 1/8",
-    "every4+previous": "every 4th step, previous gradient in between",
-    "quarter-late-half": "first pass on 1/4, the last half of the steps",
-    "quarter-late-quarter": "first pass on 1/4, the last quarter of the steps",
-    "sgd-1.25x": "SGD, 1.25 times the epochs",
-    "sgd-2x": "SGD, twice the epochs",
-    "momentum+": "along the momentum",
-    "momentum-": "against the momentum",
-    "quarter-second-counts": "first pass on 1/4, the second counts in BatchNorm",
-    "every2": "every 2nd step",
-    "half": "first pass on 1/2",
-    "norms": "normalization layers only",
-    "norms-quarter": "normalization layers only, first pass on 1/4",
-    "friendly": "Friendly-SAM",
-}
 RESAMPLES = 9999
+BEGIN, END = "<!-- accuracy per cost: made by bench.quality -->", "<!-- end of accuracy per cost -->"
 
 
 def resampled(statistic: Any, *samples: list[float]) -> Estimate:
@@ -322,52 +297,44 @@ The contender whose first pass sees a quarter of the batch runs twice: its first
 where the second counts, less accuracy where the first does:"""
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- The README ------------------------------------------------------------------------------------------------------
+
+LINES = {
+    "late-quarter": "`Schedule(start=0.75, total=steps)`",
+    "quarter-late-half": "`Schedule(start=0.5, total=steps)`, `TrainStep(ascent=1 / 4)`",
+    "quarter-late-quarter": "`Schedule(start=0.75, total=steps)`, `TrainStep(ascent=1 / 4)`",
+}
+"""What an accepted contender is with sam_fast."""
 
 
-def cost_picture(by_task: dict[str, list[Row]]) -> Any:
-    figure, axes = plt.subplots(1, len(by_task), figsize=(6.5 * len(by_task), 5.5), layout="constrained", squeeze=False)
-    for axis, (task, found) in zip(axes[0], by_task.items(), strict=True):
-        for row in (r for r in found if len(r.runs) > 2):
-            y, colour = row.gain, "#d62728" if row.contender in ("sgd", "sam") else "#1f77b4"
-            bounds = [[y.value - y.low], [y.high - y.value]]
-            axis.errorbar(row.cost, y.value, yerr=bounds, fmt="o", ms=4, lw=0.8, color=colour)
-            axis.annotate(row.contender, (row.cost, y.value), fontsize=7, xytext=(4, 3), textcoords="offset points")
-        axis.set(xlabel="passes, SGD = 1", ylabel="test accuracy less SGD's, points", title=f"task {task}")
-        axis.grid(alpha=0.3)
-    return figure
+def contrasted(by_task: dict[str, list[Row]]) -> list[list[Row]]:
+    """SGD, also with more epochs, SAM, and what is accepted on all tasks, the cheapest last; a row of each task."""
+    each = [list(same) for same in zip(*by_task.values(), strict=True)]
+    accepted = [same for same in each if all(r.complete and r.verdict.startswith("accepted") for r in same)]
+    basis = [next(same for same in each if same[0].contender == name) for name in ("sgd", "sgd-1.25x", "sgd-2x", "sam")]
+    return [same for same in basis if all(r.runs for r in same)] + sorted(accepted, key=lambda same: -same[0].cost)
 
 
-def tuning_picture(results: plan.Results) -> Any:
-    names = [name for name in CONTENDERS if CONTENDERS[name].along]
-    figure, axes = plt.subplots(3, 6, figsize=(15, 7), layout="constrained", sharey=True)
-    for axis, name in zip(axes.flat, names, strict=False):
-        for task in TASKS:
-            first = plan.seeds_of(task)[0]
-            sgd = plan.chosen(task, "sgd", results)
-            base = plan.accuracy(task, "sgd", sgd, first, results) if sgd else None
-            radii = [tried for tried in plan.grids(task, name, results) if len({s.rho for s in tried}) > 1]
-            points = [(s.rho, plan.accuracy(task, name, s, first, results)) for tried in radii for s in tried]
-            done = [(rho, score - base) for rho, score in points if score is not None and base is not None]
-            axis.plot([rho for rho, _ in done], [gain for _, gain in done], "o-", ms=3, label=f"task {task}")
-        axis.set_xscale("log")
-        axis.set_title(name, fontsize=9)
-        axis.axhline(0, color="black", lw=0.6)
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
-    axes[0, 0].legend(fontsize=8)
-    figure.supxlabel("rho")
-    figure.supylabel("gain over SGD on the tuning seeds, points")
-    return figure
+def readme_table(by_task: dict[str, list[Row]]) -> list[str]:
+    lines = []
+    for same in contrasted(by_task):
+        name = same[0].contender
+        title = TITLES[name] if name not in LINES else f"SAM, {TITLES[name]}: {LINES[name]}"
+        accuracies = [np.mean(r.accuracies[0]) for r in same]
+        times = [r.time.value for r in same if r.time is not None]
+        time = f"{np.mean(times):.2f}" if times else ""
+        lines.append([title, f"{same[0].cost:.2f}", time, *(f"{a:.1f} %" for a in accuracies)])
+    return table(["trained with", "passes", "time", *(SUBJECTS[task] for task in by_task)], lines)
 
 
-def write(page_path: Path = PAGE, pictures: Path = PICTURES) -> None:
-    """Make the page and its pictures."""
+def write(page_path: Path = PAGE, pictures: Path = PICTURES, readme: Path | None = ROOT / "README.md") -> None:
+    """Make the page, its pictures, and the README's table."""
     results = plan.load()
     times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     page_path.write_text(page(results, times))
-    pictures.mkdir(exist_ok=True)
     by_task = {task: rows(task, results, times) for task in TASKS}
-    for name, figure in (("cost", cost_picture(by_task)), ("tuning", tuning_picture(results))):
-        figure.savefig(pictures / f"{name}.png", dpi=90, metadata={"Software": None})
-        plt.close(figure)
+    if readme is not None:
+        text = readme.read_text()
+        before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+        readme.write_text("\n".join([text[:before], *readme_table(by_task), text[after:]]))
+    save(pictures, cost=cost_picture(by_task), tuning=tuning_picture(results), price=price_picture(contrasted(by_task)))

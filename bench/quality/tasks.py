@@ -52,6 +52,9 @@ TASKS = {
     ),
 }
 
+SUBJECTS = {"A": "wrong labels", "B": "noisy pixels"}
+"""What there is to overfit."""
+
 
 @cache
 def fashion_mnist() -> Dataset:
