@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("scipy")
 
 from bench.quality import __main__ as command
-from bench.quality import plan, report, tasks, timing, train
+from bench.quality import pictures, plan, report, tasks, timing, train
 from bench.quality.contenders import CONTENDERS, Trainer
 from bench.quality.train import Run
 from sam_fast.demo.data import load
@@ -143,7 +143,7 @@ def test_a_first_pass_for_normalization_layers_computes_no_other_gradient():
 def small_plan(monkeypatch, tmp_path) -> Callable[[], list[Run]]:
     """Four contenders whose results are made up. Calling it does the runs that the file lacks, and returns them."""
     few = {name: CONTENDERS[name] for name in ("sgd", "sam", "quarter", "quarter-second-counts")}
-    for module in (plan, report):
+    for module in (plan, report, pictures):
         monkeypatch.setattr(module, "CONTENDERS", few)
     monkeypatch.setattr(plan, "URGENT", ("sgd", "sam"))
     monkeypatch.setattr(report, "RESAMPLES", 499)

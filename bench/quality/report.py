@@ -307,12 +307,16 @@ LINES = {
 """What an accepted contender is with sam_fast."""
 
 
+BASIS = ("sgd", "sgd-1.25x", "sgd-2x", "sam")
+
+
 def contrasted(by_task: dict[str, list[Row]]) -> list[list[Row]]:
     """SGD, also with more epochs, SAM, and what is accepted on all tasks, the cheapest last; a row of each task."""
     each = [list(same) for same in zip(*by_task.values(), strict=True)]
     accepted = [same for same in each if all(r.complete and r.verdict.startswith("accepted") for r in same)]
-    basis = [next(same for same in each if same[0].contender == name) for name in ("sgd", "sgd-1.25x", "sgd-2x", "sam")]
-    return [same for same in basis if all(r.runs for r in same)] + sorted(accepted, key=lambda same: -same[0].cost)
+    basis = [same for same in each if same[0].contender in BASIS and all(r.runs for r in same)]
+    basis.sort(key=lambda same: BASIS.index(same[0].contender))
+    return basis + sorted(accepted, key=lambda same: -same[0].cost)
 
 
 def readme_table(by_task: dict[str, list[Row]]) -> list[str]:
