@@ -11,7 +11,7 @@ from .snapshot import BatchNormSnapshot
 from .train_step import StepResult, TrainStep
 from .unwrapping import unwrap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SAM",
