@@ -17,23 +17,26 @@ def shown_by() -> dict[str, list[str]]:
     """Id of each guarantee -> its tests, as pytest names them."""
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for name, function in functions(ast.parse(path.read_text())):
+        file = path.relative_to(ROOT).as_posix()
+        for name, function in functions_of(file).items():
             for decorator in reversed(function.decorator_list):
                 identity = guarantee_of(decorator)
                 if identity is not None:
-                    found.setdefault(identity, []).append(f"{path.relative_to(ROOT).as_posix()}::{name}")
+                    found.setdefault(identity, []).append(f"{file}::{name}")
     return found
 
 
-def functions(module: ast.Module) -> list[tuple[str, ast.FunctionDef]]:
-    found = []
-    for node in module.body:
+@cache
+def functions_of(file: str) -> dict[str, ast.FunctionDef]:
+    """The functions of a file, and the methods of its classes as ``Class::method``."""
+    found = {}
+    for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef):
-            found.append((node.name, node))
+            found[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            found += [
-                (f"{node.name}::{method.name}", method) for method in node.body if isinstance(method, ast.FunctionDef)
-            ]
+            found |= {
+                f"{node.name}::{method.name}": method for method in node.body if isinstance(method, ast.FunctionDef)
+            }
     return found
 
 

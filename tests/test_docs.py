@@ -69,9 +69,9 @@ def test_the_costs_of_variants_are_those_of_the_report() -> None:
 
 
 def test_the_price_of_an_iteration_is_that_of_the_report() -> None:
-    (quoted,) = [table for table in tables(page("cost.md")) if "network" in table[0]]
-    (measured,) = [table for table in tables(page("benchmarks.md")) if "network" in table[0]]
-    names = {"sam_fast": "sam_fast / 2 x SGD", "reference": "SAM reference / 2 x SGD"}
-    assert [row["network"] for row in quoted] == [row["network"] for row in measured]
-    for column, name in names.items():
-        assert [row[column] for row in quoted] == [row[name] for row in measured]
+    quoted = re.findall(r"^\| ([^|]*, batch \d+) \| ([^|]+) \| ([\d.]+) \|$", page("cost.md"), re.MULTILINE)
+    assert len(quoted) >= 4
+    for network, own, reference in quoted:
+        (row,) = re.findall(rf"^\| {re.escape(network)} \|.*$", page("benchmarks.md"), re.MULTILINE)
+        assert f"| {own} |" in row
+        assert f"| {reference} (" in row
