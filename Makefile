@@ -2,6 +2,7 @@
 #   make demo    train a small network on Fashion-MNIST with SGD and with SAM, and compare them
 #   make test    all tests: those of the CPU, those that execute the CUDA kernels without a GPU, and the Triton kernels in Triton's interpreter
 #   make test-integrations  the tests of tests/integrations, with the frameworks they are about (docs/integrations.md)
+#   make docs    the documentation site, in build/site; what it links to or refers to and is not there is an error
 #   make bench   the benchmarks (under 10 minutes on two cores); make bench-again a second run, make bench-report the report of both
 #   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, benchmarks, sanitizers; no network (docs/gpu.md)
 #   make quality  trains a row of docs/quality.md again (QUALITY="A quarter --seeds 0 1") and compares; make quality-report makes that page
@@ -17,7 +18,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c $(VENV)/constraints.
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test test-integrations nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report quality quality-report lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-integrations nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report quality quality-report docs lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -121,6 +122,16 @@ quality: $(VENV)/installed
 
 quality-report: $(VENV)/installed
 	$(BIN)/python -m bench.quality report
+
+# The API is read from the sources, so neither PyTorch nor the package is in this environment.
+DOCS = .venv-docs
+$(DOCS)/installed: docs/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	touch $@
+
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --strict
 
 # On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have PyTorch for it: builds, tests, measures and watches.
 # GPU_CHECK takes options: make gpu-check GPU_CHECK="--only build,tests --minutes 8".

@@ -27,7 +27,7 @@ from .step_state import StepState, set_by_scaler
 from .wrapper import OptimizerWrapper
 
 STOCHASTIC_ROUNDING_DEFAULT = False
-"""What ``stochastic_rounding=None`` means; docs/guide.md has the measurement."""
+"""What ``stochastic_rounding=None`` means; docs/mixed_precision.md has the measurement."""
 
 
 class SAM(Passes, OptimizerWrapper):
@@ -61,8 +61,8 @@ class SAM(Passes, OptimizerWrapper):
             parameter.
         closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass,
             and the closure is called for the second, as in the reference implementation. "both": they are discarded and
-            the closure is called for both, as with any torch optimizer. "auto": "second" if they are new and not all
-            zero, else "both"; this looks at the norm on the host.
+            the closure is called for both, as with any torch optimizer. "auto", the default: "second" if they are new
+            and not all zero, else "both"; this looks at the norm on the host.
         stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e``
             right on average, and with a fused second step the new weights too; False rounds to nearest, which loses
             most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.

@@ -176,6 +176,7 @@ def test_several_dtypes_are_unscaled(backend: str) -> None:
 INF, NAN = float("inf"), float("nan")
 
 
+@pytest.mark.guarantee(id="grad-scaler")
 @pytest.mark.parametrize("clip", [False, True], ids=["", "clip"])
 @pytest.mark.parametrize(
     ("first", "second"),
@@ -448,6 +449,7 @@ def test_a_step_without_first_step_says_so_and_leaves_no_scale_behind(make: Make
     assert same_bits(run.weights, plain.weights)
 
 
+@pytest.mark.guarantee(id="grad-scaler")
 def test_unscale_before_first_step_and_again_is_refused_by_torch() -> None:
     run = Run(BASES["sgd"], scaler_with(), clip=True)
     run.backward(*batch_of(0), None)
@@ -526,6 +528,7 @@ def test_autocast_follows_float32(make: Make, base: dict[str, Any], dtype: torch
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
+@pytest.mark.guarantee(id="stale-graph")
 def test_both_passes_in_one_autocast_region_see_their_own_weights(make: Make) -> None:
     """Autocast keeps the casts of weights until its region ends: the second pass would be at w, and the step after it
     at w + e.

@@ -77,6 +77,7 @@ def test_forced_backend_that_does_not_take_a_parameter_is_an_error(tensor):
         SAM([p], lr=0.1, backend="cpu")
 
 
+@pytest.mark.guarantee(id="pure-python")
 def test_missing_backend_is_reported_once_with_the_reason(monkeypatch):
     monkeypatch.setattr(backends.cpu, "_cpu", None)
     monkeypatch.setattr(backends, "_warned", set())

@@ -38,6 +38,7 @@ def model() -> nn.Module:
 # ---- Every layer that keeps statistics -------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="statistics-layers")
 @every_kind
 def test_a_frozen_pass_leaves_the_statistics_bit_for_bit(kind: Kind) -> None:
     model = nn.Sequential(kind.make())
@@ -62,6 +63,7 @@ def test_training_goes_on_as_if_the_frozen_pass_had_not_been(kind: Kind) -> None
     assert unchanged(model, expected)
 
 
+@pytest.mark.guarantee(id="statistics-after-errors")
 @every_kind
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_leaves_no_trace(kind: Kind, poison: float) -> None:
@@ -82,6 +84,7 @@ def test_a_frozen_pass_computes_what_a_training_pass_computes(kind: Kind) -> Non
         assert same_bits([layer(kind.batch(1))], [expected])
 
 
+@pytest.mark.guarantee(id="statistics")
 def test_the_cumulative_average_by_hand() -> None:
     """momentum=None: the mean of the batch means of the counted passes, 1 and 3; half-counted passes would give
     something else.
@@ -154,6 +157,7 @@ def test_a_scripted_model() -> None:
 # ---- Layers and models to leave alone --------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="statistics-layers")
 def test_a_layer_in_eval_mode_is_left_as_it_is(model: nn.Module) -> None:
     """A frozen backbone: the layer in the middle is in eval mode, the model is not."""
     frozen = model[1].eval()  # type: ignore[index]
@@ -165,6 +169,7 @@ def test_a_layer_in_eval_mode_is_left_as_it_is(model: nn.Module) -> None:
     assert not frozen.training
 
 
+@pytest.mark.guarantee(id="statistics-layers")
 @pytest.mark.parametrize(
     "make",
     [

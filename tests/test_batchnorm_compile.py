@@ -139,6 +139,7 @@ def assert_right_and_compiled_once(model: nn.Module, backend: str, style: Step, 
     assert not same_bits(after, [initial[name] for name, _ in model.named_buffers()])
 
 
+@pytest.mark.guarantee(id="statistics-compiled")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
 def test_right_statistics_and_no_recompilation(style: Step, compiler: str) -> None:
@@ -204,6 +205,7 @@ def first_passes_alone(
     return same_bits(after, statistics(model))
 
 
+@pytest.mark.guarantee(id="statistics-in-closures")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("outside", [False, True], ids=["both-calls", "first-gradients-from-outside"])
 def test_a_compiled_function_that_the_closure_leads_to(outside: bool, compiler: str) -> None:
@@ -237,6 +239,7 @@ def test_a_model_that_is_given(as_list: bool) -> None:
     assert first_passes_alone(model, Registry.function, step, batches(3))
 
 
+@pytest.mark.guarantee(id="statistics-in-closures")
 def test_a_model_that_cannot_be_found_is_asked_for_once() -> None:
     Registry.model = model = SmallNet()
     function = torch.compile(lambda x: Registry.model(x), backend="eager")

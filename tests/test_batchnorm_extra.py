@@ -155,6 +155,7 @@ def frozen_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
+@pytest.mark.guarantee(id="statistics-named")
 @every_style
 def test_frozen_parameters_called_by_their_paths(style: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), KerasNorm(), nn.Linear(4, 2))
@@ -195,6 +196,7 @@ def test_a_parameter_that_is_trained_is_no_statistic() -> None:
     assert model.running_scale.tolist() == [2.0, 2.0]
 
 
+@pytest.mark.guarantee(id="statistics-named")
 @every_style
 @pytest.mark.parametrize("extra", [EXTRA, list(EXTRA), by_function], ids=["tuple", "list", "function"])
 def test_buffers_that_are_named(style: Any, extra: Any) -> None:
@@ -288,6 +290,7 @@ def test_a_wrong_extra_buffers_is_refused(wrong: Any) -> None:
             call(model, extra_buffers=wrong)
 
 
+@pytest.mark.guarantee(id="statistics-named")
 @pytest.mark.parametrize("where", ["second_pass", "closure", "disable"])
 def test_a_name_that_fits_nothing_is_refused_before_anything_is_changed(where: str) -> None:
     model = ExtraNet()
@@ -318,6 +321,7 @@ def test_a_name_that_fits_nothing_is_refused_before_anything_is_changed(where: s
 # ---- Lists of models -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="statistics-models")
 @every_style
 @pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList])
 def test_lists_of_models(style: Any, kind: Callable[[list[nn.Module]], Any]) -> None:
@@ -351,6 +355,7 @@ def test_first_pass_takes_a_list() -> None:
     optimizer.second_step()
 
 
+@pytest.mark.guarantee(id="statistics-models")
 @pytest.mark.parametrize(
     "wrong",
     [None, 3, "model", [nn.Linear(1, 1), None], {"a": nn.Linear(1, 1)}, nn.Linear],

@@ -96,6 +96,7 @@ def trained(
 # ---- Right when a step has ended -------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="statistics-between-steps")
 @every_net
 @pytest.mark.parametrize("end", ["second_step", "step", "restore"])
 def test_the_model_holds_the_first_passes_when_a_step_has_ended(make: Callable[[], nn.Module], end: str) -> None:
@@ -103,6 +104,7 @@ def test_the_model_holds_the_first_passes_when_a_step_has_ended(make: Callable[[
     assert unchanged(model, expected)
 
 
+@pytest.mark.guarantee(id="statistics-between-steps")
 @every_net
 def test_all_copies_see_the_first_passes(make: Callable[[], nn.Module]) -> None:
     """A state dict, a deep copy, a pickle, an average of buffers, evaluation: all made after second_step, before
@@ -176,6 +178,7 @@ def plain_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
     optimizer.second_step(zero_grad=True)
 
 
+@pytest.mark.guarantee(id="statistics-between-steps")
 @every_net
 def test_enable_is_never_called(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -324,6 +327,7 @@ CHANGES = [load, load_assigned, reset, copy_in, copy_in_data, replace, reestimat
 every_change = pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 
 
+@pytest.mark.guarantee(id="statistics-changed")
 @every_net
 @every_change
 def test_what_somebody_changes_stands(make: Callable[[], nn.Module], change: Callable[[nn.Module], None]) -> None:
@@ -343,6 +347,7 @@ def test_what_somebody_changes_stands(make: Callable[[], nn.Module], change: Cal
     assert unchanged(model, expected)
 
 
+@pytest.mark.guarantee(id="statistics-changed")
 @every_net
 @every_change
 def test_what_somebody_changes_stands_where_enable_is_never_called(
@@ -463,6 +468,7 @@ def test_the_end_of_one_optimizers_step_leaves_another_models_step_right() -> No
             assert unchanged(a, record_a.replay()), (moment, step)
 
 
+@pytest.mark.guarantee(id="statistics-changed")
 def test_what_is_loaded_into_one_model_stands_when_the_others_step_ends() -> None:
     a, of_a, _ = trained(SmallNet)
     b, _, _ = trained(SmallNet)

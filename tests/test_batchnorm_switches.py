@@ -63,6 +63,7 @@ def test_after_enable_batches_count_again(model: nn.Module) -> None:
     assert unchanged(model, expected)
 
 
+@pytest.mark.guarantee(id="statistics-disabled-twice")
 def test_disabling_twice_is_like_once(model: nn.Module) -> None:
     """In the reference the second call saves momentum 0 over the real one, and the statistics never move again."""
     before, expected = statistics(model), forward_only(model, batch(3))
@@ -285,6 +286,7 @@ def test_frozen_wrapper_and_wrapped_nest(model: nn.Module, wrapper_outside: bool
     assert unchanged(model, before)
 
 
+@pytest.mark.guarantee(id="statistics-after-errors")
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, SystemExit])
 def test_frozen_ends_however_the_body_ends(model: nn.Module, error: type[BaseException]) -> None:
     before = statistics(model)

@@ -140,6 +140,7 @@ def train(model: nn.Module, step: Step, **options: Any) -> Recorder:
     return recorder
 
 
+@pytest.mark.guarantee(id="statistics")
 @every_style
 @pytest.mark.parametrize("make", [SmallNet, MixedNet])
 def test_statistics_are_those_of_the_first_passes_alone(
@@ -155,6 +156,7 @@ def test_the_careless_loop_would_have_been_noticed() -> None:
     assert not unchanged(model, train(model, careless).replay())
 
 
+@pytest.mark.guarantee(id="statistics")
 @every_style
 def test_each_batch_counts_once(style: Step) -> None:
     model = SmallNet()

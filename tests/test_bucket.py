@@ -72,6 +72,7 @@ def test_dense_means_without_gaps_or_overlaps(tensor, dense):
     assert is_dense(tensor) is dense
 
 
+@pytest.mark.guarantee(id="one-norm")
 def test_mixed_dtypes_and_layouts_share_one_norm():
     params = [p for i, dtype in enumerate(DTYPES) for p in make_params([100, 40_000], dtype, seed=i)]
     strided = torch.nn.Parameter(torch.randn(60)[::2])
@@ -84,6 +85,7 @@ def test_mixed_dtypes_and_layouts_share_one_norm():
     assert float(optimizer.grad_norm) == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.guarantee(id="one-norm")
 def test_sums_are_exchanged_between_devices():
     """Three stand-ins for devices: each must end with its own partial sums and the others' totals."""
     sums = [NormSum(torch.device("cpu"), own, 2) for own in (3, 1, 2)]
@@ -106,6 +108,7 @@ def test_ten_thousand_parameters():
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
+@pytest.mark.guarantee(id="no-allocation")
 def test_no_allocation_after_the_first_step():
     """The backup and all tables are the same memory in every step."""
     params = make_params([1000, 20_000])

@@ -138,6 +138,7 @@ class Trial:
 outside_or_not = pytest.mark.parametrize("outside", [False, True], ids=["both-calls", "first-gradients-from-outside"])
 
 
+@pytest.mark.guarantee(id="statistics-in-closures")
 @outside_or_not
 @every_call
 def test_the_second_call_does_not_count(call: Callable[[Any, Tensor], Tensor], outside: bool) -> None:
@@ -170,6 +171,7 @@ def test_every_kind_of_layer(kind: Kind, outside: bool) -> None:
         assert unchanged(model, statistics(expected))
 
 
+@pytest.mark.guarantee(id="statistics-in-closures")
 def test_two_models_and_one_that_the_optimizer_does_not_have(flatten: bool) -> None:
     """A generator's step runs the discriminator too."""
 

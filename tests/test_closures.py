@@ -67,6 +67,7 @@ LEFT_OVER = {
 }
 
 
+@pytest.mark.guarantee(id="closure-passes")
 @pytest.mark.parametrize("left", LEFT_OVER)
 @pytest.mark.parametrize("mode", ["auto", "both"])
 def test_gradients_of_zeros_are_no_first_pass(flatten, left, mode):
@@ -81,6 +82,7 @@ def test_gradients_of_zeros_are_no_first_pass(flatten, left, mode):
     assert loop.calls == 12
 
 
+@pytest.mark.guarantee(id="closure-passes")
 @pytest.mark.parametrize("where", ["constructor", "call"])
 def test_both_discards_what_is_left_over(flatten, where):
     """Saliency maps, FGSM, logged gradients: of other data, and not zero."""
@@ -95,6 +97,7 @@ def test_both_discards_what_is_left_over(flatten, where):
     assert loop.off() < CLOSE
 
 
+@pytest.mark.guarantee(id="closure-passes")
 @pytest.mark.parametrize("where", ["constructor", "call", "first_pass"])
 def test_second_takes_the_gradients_that_are_there_without_a_word(flatten, where):
     loop = Loop(flatten=flatten, **({"closure": "second"} if where == "constructor" else {}))
@@ -114,6 +117,7 @@ def test_second_takes_the_gradients_that_are_there_without_a_word(flatten, where
     assert loop.calls == 8
 
 
+@pytest.mark.guarantee(id="closure-passes")
 def test_auto_warns_once_when_it_takes_gradients_that_were_there(flatten):
     loop = Loop(flatten=flatten)
     with warnings.catch_warnings(record=True) as caught:
@@ -139,6 +143,7 @@ def test_a_zero_gradient_counts_no_step_of_stochastic_rounding():
         assert optimizer.param_groups[0]["sam_step"] == count
 
 
+@pytest.mark.guarantee(id="closure-passes")
 @pytest.mark.parametrize("zero_grad", [False, True])
 def test_a_closure_while_perturbed_is_the_second_pass(flatten, zero_grad):
     """Frameworks turn second_step into step(closure) with a closure of their own, which may do nothing."""
@@ -240,6 +245,7 @@ def test_a_lightning_closure_is_called_for_both_whatever_is_left_over():
     assert loop.off() < CLOSE
 
 
+@pytest.mark.guarantee(id="closure-passes")
 @pytest.mark.parametrize("mode", ["auto", "both"])
 def test_accumulation_in_lightning_is_an_error(mode):
     loop = Loop(closure=mode)

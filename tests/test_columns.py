@@ -75,6 +75,7 @@ def test_a_direction_is_any_list_of_tensors(gather: Any) -> None:
         found.read(along[:3], table)
 
 
+@pytest.mark.guarantee(id="wrong-arguments")
 @pytest.mark.parametrize("change", ["dtype", "shape", "strides", "sparse", "negated"])
 def test_a_changed_tensor_has_no_address(gather: Any, change: str) -> None:
     params = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(2))]

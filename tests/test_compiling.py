@@ -56,6 +56,7 @@ def net(norm: bool) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.Tanh(), nn.Linear(8, 3))
 
 
+@pytest.mark.guarantee(id="compiled-step")
 @pytest.mark.parametrize("step", [two_calls, contexts, closure])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_compiled_step(step: Step, base: type[torch.optim.Optimizer]) -> None:

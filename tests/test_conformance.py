@@ -35,6 +35,7 @@ def info(index: int) -> Any:
     return optimizer_infos()[index]
 
 
+@pytest.mark.guarantee(id="every-optimizer")
 def test_every_optimizer_of_torch_is_covered() -> None:
     """A new optimizer in torch must be tested, or refused with a reason."""
     known = {
@@ -74,6 +75,7 @@ def plain_step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], see
 # ---- Constructor -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="torch-errors")
 @each_optimizer
 def test_constructor_errors_are_torchs(info: Any) -> None:
     for case in info.optim_error_inputs_func("cpu", torch.float32):
@@ -98,6 +100,7 @@ def leaf() -> nn.Parameter:
     return nn.Parameter(torch.ones(3))
 
 
+@pytest.mark.guarantee(id="torch-errors")
 @bases
 @pytest.mark.parametrize(
     "entry",
@@ -130,6 +133,7 @@ def test_a_group_that_torch_refuses_is_refused_alike(
 # ---- Every optimizer with every option -------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="every-optimizer")
 @each_optimizer
 def test_every_option_steps_as_torchs_own(info: Any, flatten: bool) -> None:
     """Learning rates in tensors, weight decay, maximize, momentum...: restored weights and the second gradient give the
@@ -147,6 +151,7 @@ def test_every_option_steps_as_torchs_own(info: Any, flatten: bool) -> None:
         assert same_step(info.optim_cls, params, own), case.desc
 
 
+@pytest.mark.guarantee(id="state-dict")
 @each_optimizer
 def test_a_state_dict_determines_what_follows(info: Any, flatten: bool) -> None:
     """Saved with weights_only=True, loaded into a new optimizer: the same state dict, and the same bits from there
@@ -172,6 +177,7 @@ def test_a_state_dict_determines_what_follows(info: Any, flatten: bool) -> None:
         assert same_bits(params, twins), case.desc
 
 
+@pytest.mark.guarantee(id="older-state-dicts")
 @each_optimizer
 def test_an_older_state_dict_loads(info: Any) -> None:
     """One from before the optimizer had some of its options, and before it was SAM's: they take the constructor's
@@ -193,6 +199,7 @@ def test_an_older_state_dict_loads(info: Any) -> None:
     assert same_bits(params, twins)
 
 
+@pytest.mark.guarantee(id="older-state-dicts")
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])
 def test_step_counters_that_are_numbers_load(base: type[torch.optim.Optimizer]) -> None:
     """As state dicts of PyTorch before 1.12 have them.
@@ -213,6 +220,7 @@ def test_step_counters_that_are_numbers_load(base: type[torch.optim.Optimizer]) 
     assert same_bits(params, twins)
 
 
+@pytest.mark.guarantee(id="zero-gradients")
 @each_optimizer
 def test_zero_gradients_move_what_torch_moves(info: Any, flatten: bool) -> None:
     """Nothing, unless the base optimizer itself does (weight decay, momentum)."""
@@ -258,6 +266,7 @@ def test_gradients_that_are_none_at_some_steps(info: Any) -> None:
     assert same_step(info.optim_cls, params, own)
 
 
+@pytest.mark.guarantee(id="hooks")
 def test_schedulers_of_torch_give_the_same_learning_rates() -> None:
     for info in optimizer_infos():
         for makers in info.scheduler_inputs:
@@ -281,6 +290,7 @@ def test_schedulers_of_torch_give_the_same_learning_rates() -> None:
 # ---- Parameters of every kind ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="copies")
 @bases
 def test_learning_rate_and_weight_decay_of_each_group(base: type[torch.optim.Optimizer], flatten: bool) -> None:
     """Also of a group that is added in mid-training, whose state begins there."""
@@ -305,6 +315,7 @@ def test_learning_rate_and_weight_decay_of_each_group(base: type[torch.optim.Opt
     assert same_step(base, params, own)
 
 
+@pytest.mark.guarantee(id="layouts")
 @bases
 def test_a_parameter_without_dimensions(base: type[torch.optim.Optimizer], backend: str, flatten: bool) -> None:
     params = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(3))]
@@ -325,6 +336,7 @@ def test_a_parameter_without_dimensions(base: type[torch.optim.Optimizer], backe
     assert params[0].shape == ()
 
 
+@pytest.mark.guarantee(id="layouts")
 @bases
 def test_parameters_that_are_not_contiguous(base: type[torch.optim.Optimizer], backend: str, flatten: bool) -> None:
     """Transposed, channels_last, with gaps (the torch backend's), a slice: trained as their contiguous copies are."""
@@ -356,6 +368,7 @@ def test_parameters_that_are_not_contiguous(base: type[torch.optim.Optimizer], b
     assert same_step(base, params, own)
 
 
+@pytest.mark.guarantee(id="layouts")
 def test_more_than_two_to_the_31_elements_on_the_meta_device() -> None:
     """Sizes, slots and chunks are 64-bit numbers."""
     size = 2**31 + 5
@@ -373,6 +386,7 @@ def test_more_than_two_to_the_31_elements_on_the_meta_device() -> None:
     optimizer.second_step()
 
 
+@pytest.mark.guarantee(id="layouts")
 def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
     """The memory is not there until it is used: only the last two chunks are worked on."""
     _cpu = pytest.importorskip("sam_fast._cpu")
@@ -442,6 +456,7 @@ def with_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
     return seen
 
 
+@pytest.mark.guarantee(id="hooks")
 @bases
 def test_hooks_run_in_torchs_order(base: type[torch.optim.Optimizer], flatten: bool) -> None:
     params, own = make_params([5]), make_params([5])
@@ -479,6 +494,7 @@ def test_a_hook_that_returns_another_state_dict_is_obeyed() -> None:
     assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"] == 0.2
 
 
+@pytest.mark.guarantee(id="copies")
 @bases
 def test_repr_has_every_line_of_the_base_optimizers(base: type[torch.optim.Optimizer]) -> None:
     lines = set(
@@ -497,6 +513,7 @@ def test_duplicate_parameters_in_a_group_warn_as_in_torch_and_count_once() -> No
     optimizer.restore()
 
 
+@pytest.mark.guarantee(id="copies")
 @bases
 def test_frozen_then_unfrozen(base: type[torch.optim.Optimizer], backend: str, flatten: bool) -> None:
     """A frozen layer neither moves nor counts; unfrozen it goes on with the state that it had."""

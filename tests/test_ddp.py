@@ -69,11 +69,13 @@ def trained(sync: bool, flatten: bool = False, micro_batches: int = 1, steps: in
 WITH_TWO_AND_FOUR = [("two", name) for name in OPTIONS] + [("four", "plain"), ("four", "small-buckets")]
 
 
+@pytest.mark.guarantee(id="ddp")
 @pytest.mark.parametrize(("processes", "options"), WITH_TWO_AND_FOUR)
 def test_synchronised_is_one_process_with_the_whole_batch(request, processes, options):
     equal(request.getfixturevalue(processes).run(trained, True, **OPTIONS[options]), one_process())
 
 
+@pytest.mark.guarantee(id="ddp")
 @pytest.mark.parametrize(("processes", "options"), WITH_TWO_AND_FOUR)
 def test_local_is_each_process_perturbed_along_its_own_gradient(request, processes, options):
     group = request.getfixturevalue(processes)
@@ -99,6 +101,7 @@ def many_local_steps() -> list[Tensor]:
     return weights(model)
 
 
+@pytest.mark.guarantee(id="replicas")
 def test_after_200_local_steps_all_processes_hold_the_same_bits(four):
     found = four.run(many_local_steps)
     assert all(w.isfinite().all() for w in found[0])
@@ -286,6 +289,7 @@ def fails_in_the_second_pass(sync: bool) -> tuple[bool, bool, str, float]:
     return same_bits(values(list(model.parameters())), before), optimizer.perturbed, text, time.monotonic() - start
 
 
+@pytest.mark.guarantee(id="failing-process")
 def test_a_process_that_raises_in_its_second_pass_leaves_none_perturbed():
     timeout = 2.0
     with group_of(2, timeout) as group:
@@ -319,6 +323,7 @@ def overflows(first: bool) -> tuple[bool, float, list[Tensor]]:
     return same_bits(after, before), scaler.get_scale(), after
 
 
+@pytest.mark.guarantee(id="failing-process")
 @pytest.mark.parametrize("first", [True, False], ids=["first-pass", "second-pass"])
 def test_processes_agree_on_an_overflow_of_one_of_them(two, first):
     found = two.run(overflows, first)

@@ -186,6 +186,7 @@ def test_idx_file_is_read(packed, tmp_path):
     assert torch.equal(read_idx(path), IMAGES)
 
 
+@pytest.mark.guarantee(id="downloads")
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -207,6 +208,7 @@ def test_bad_idx_file_is_refused_by_name(content, words, tmp_path):
     assert "images" in str(raised.value)
 
 
+@pytest.mark.guarantee(id="downloads")
 def test_wrong_checksum_is_refused(tmp_path):
     path = tmp_path / "images"
     path.write_bytes(idx_bytes(IMAGES))
@@ -227,6 +229,7 @@ class Endless(io.RawIOBase):
         return bytes(size)
 
 
+@pytest.mark.guarantee(id="downloads")
 @pytest.mark.parametrize(
     ("declared", "size", "words"),
     [

@@ -78,6 +78,7 @@ def resumed(folder: str, kind: str, base: str, last: int = STEPS) -> list[Tensor
     return weights(model)
 
 
+@pytest.mark.guarantee(id="distributed-checkpoints")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_saved_by_four_and_resumed_by_four_two_and_one(four, two, tmp_path, kind, base):
@@ -108,6 +109,7 @@ def killed(folder: str) -> None:
         checkpoint.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{i + 1}")
 
 
+@pytest.mark.guarantee(id="distributed-checkpoints")
 def test_killed_in_the_middle_of_a_step(two, tmp_path):
     with group_of(2, timeout=5.0) as group:
         outcomes = group.outcomes(killed, str(tmp_path))

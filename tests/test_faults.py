@@ -92,6 +92,7 @@ class Case:
         assert same_step(base, self.params, own)
 
 
+@pytest.mark.guarantee(id="first-step-interrupted")
 @pytest.mark.parametrize(("backend", "flatten"), [("cpu", False), ("cpu", True), ("torch", False)])
 def test_first_step_interrupted_anywhere(backend: str, flatten: bool) -> None:
     def fresh() -> Case:
@@ -114,6 +115,7 @@ def test_first_step_interrupted_anywhere(backend: str, flatten: bool) -> None:
         case.goes_on()
 
 
+@pytest.mark.guarantee(id="second-step-interrupted")
 @pytest.mark.parametrize(
     ("base", "options", "backend", "flatten", "began"),
     [
@@ -155,6 +157,7 @@ def test_second_step_interrupted_anywhere(
         case.goes_on()
 
 
+@pytest.mark.guarantee(id="restore-interrupted")
 def test_restore_interrupted_anywhere(flatten: bool) -> None:
     for backend in ("cpu", "torch"):
 
@@ -171,6 +174,7 @@ def test_restore_interrupted_anywhere(flatten: bool) -> None:
             assert same_bits(case.params, case.began), boundary.failed
 
 
+@pytest.mark.guarantee(id="restore-after-errors")
 def test_second_pass_interrupted_anywhere() -> None:
     """On the way in, in the model, on the way out: the weights come back.
 
@@ -208,6 +212,7 @@ def test_second_pass_interrupted_anywhere() -> None:
             assert same_bits(list(model.buffers()), statistics), boundary.failed
 
 
+@pytest.mark.guarantee(id="restore-after-errors")
 def test_closure_interrupted_anywhere() -> None:
     def closure(case: Case) -> Callable[[], float]:
         def call() -> float:
@@ -233,6 +238,7 @@ def test_closure_interrupted_anywhere() -> None:
 # ---- Planted values, and weights moved behind the optimizer's back ---------------------------------------------------
 
 
+@pytest.mark.guarantee(id="non-finite-gradients")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_bad_element_anywhere(value: float, backend: str, flatten: bool) -> None:
     """In the first, middle or last element of the first, middle or last parameter: w stays, and the step is the base
@@ -267,6 +273,7 @@ class TestStorageResizedToNothing:
         params = make_params([100, 33])
         return params, SAM(params, lr=0.1, backend=backend)
 
+    @pytest.mark.guarantee(id="resized-storage")
     def test_a_weight_before_first_step(self, resized: tuple[list[nn.Parameter], SAM]) -> None:
         params, optimizer = resized
         before = values(params)
@@ -276,6 +283,7 @@ class TestStorageResizedToNothing:
         assert not optimizer.perturbed
         assert same_bits(params[:1], before[:1])
 
+    @pytest.mark.guarantee(id="resized-storage")
     def test_a_gradient(self, resized: tuple[list[nn.Parameter], SAM]) -> None:
         params, optimizer = resized
         before = values(params)
@@ -284,6 +292,7 @@ class TestStorageResizedToNothing:
             optimizer.first_step()
         assert same_bits(params, before)
 
+    @pytest.mark.guarantee(id="resized-storage")
     def test_a_weight_between_the_passes(self, resized: tuple[list[nn.Parameter], SAM]) -> None:
         """The others come back at once, this one when it has memory again."""
         params, optimizer = resized
@@ -300,6 +309,7 @@ class TestStorageResizedToNothing:
         assert not optimizer.perturbed
 
 
+@pytest.mark.guarantee(id="moved-weights")
 @pytest.mark.parametrize("how", ["set_", "data", "numpy"])
 def test_a_weight_that_shares_other_memory_between_the_passes_comes_back(how: str, backend: str) -> None:
     params = make_params([100])

@@ -72,6 +72,7 @@ def fsdp_trained(
     return weights(model)
 
 
+@pytest.mark.guarantee(id="sharded")
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"frozen": (0, 3)}, {"grouped": True, "base": "adamw"}],

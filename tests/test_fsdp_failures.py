@@ -131,6 +131,7 @@ def raises(place: str, reshard: bool | int | None) -> bool:
 RESHARD = {"default": None, "reshard": True, "keep": False}
 
 
+@pytest.mark.guarantee(id="fsdp-given-up")
 @pytest.mark.parametrize("reshard", RESHARD.values(), ids=RESHARD.keys())
 @pytest.mark.parametrize("place", PLACES)
 def test_after_a_pass_that_raises_the_model_holds_w(two, place, reshard):
@@ -169,6 +170,7 @@ def stopped(after: str, style: str) -> bool:
     return True
 
 
+@pytest.mark.guarantee(id="fsdp-given-up")
 @pytest.mark.parametrize("style", ["second_pass", "restore", "closure"])
 @pytest.mark.parametrize("after", ["forward", "backward"])
 def test_a_pass_that_stops_halfway(two, after, style):

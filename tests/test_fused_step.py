@@ -184,6 +184,7 @@ def test_a_resumed_run_continues_with_the_same_bits(base, taken):
     assert same_bits(values(parts), values(whole))
 
 
+@pytest.mark.guarantee(id="restore-vanishing-gradients")
 def test_a_gradient_that_vanishes_or_appears_between_the_passes(taken):
     params = make_params([100, 40_000, 300, 50])
     before = values(params)
@@ -250,6 +251,7 @@ def test_options_are_read_anew_in_every_step(taken):
     assert taken == [True, True, True]
 
 
+@pytest.mark.guarantee(id="stale-graph")
 def test_writing_weights_is_visible_to_autograd():
     p = make_params([10])[0]
     optimizer = SAM([p], torch.optim.SGD, lr=0.1)
@@ -402,6 +404,7 @@ def test_flattened_parameters_that_moved_take_the_base_optimizers_step(taken):
     assert not optimizer.perturbed
 
 
+@pytest.mark.guarantee(id="copies")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
     results = []

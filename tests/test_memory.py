@@ -38,6 +38,7 @@ def negated(x: Tensor) -> Tensor:
 # ---- Lazy signs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="lazy-sign")
 @pytest.mark.parametrize("which", ["first", "second", "both"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_a_gradient_with_a_lazy_sign_from_a_complex_model(make):
     assert furthest(*pairs) < CLOSE
 
 
+@pytest.mark.guarantee(id="lazy-sign")
 @pytest.mark.parametrize("when", ["before", "between the steps", "between the passes"])
 def test_a_weight_with_a_lazy_sign_is_perturbed_and_comes_back(backend, when):
     """Left to the torch backend, whose operations respect the sign."""
@@ -117,6 +119,7 @@ def test_a_weight_with_a_lazy_sign_is_perturbed_and_comes_back(backend, when):
         assert furthest(params, twin) < CLOSE
 
 
+@pytest.mark.guarantee(id="lazy-sign")
 def test_state_with_a_lazy_sign(make):
     results = []
     for lazy in (False, True):
@@ -184,6 +187,7 @@ def give(own: list[nn.Parameter], step: int) -> None:
         p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(10 * step + index))
 
 
+@pytest.mark.guarantee(id="shared-memory")
 @pytest.mark.parametrize("how", ["transposed", "the same", "overlapping"])
 @pytest.mark.parametrize("when", ["before", "after the optimizer was made", "in mid-training"])
 @pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
@@ -239,6 +243,7 @@ def test_adaptive_parameters_that_share_memory_take_t_of_w():
     assert furthest(params, twin) < CLOSE
 
 
+@pytest.mark.guarantee(id="shared-memory")
 def test_parameters_of_different_dtypes_that_share_memory_come_back():
     whole = torch.randn(64, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     params = [nn.Parameter(whole), nn.Parameter(torch.view_as_real(whole))]
@@ -252,6 +257,7 @@ def test_parameters_of_different_dtypes_that_share_memory_come_back():
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="shared-memory")
 def test_parameters_tied_between_the_passes_lose_no_update():
     params, twin = tied("not yet"), tied("not yet")
     optimizer = SAM(params, torch.optim.SGD, lr=0.1)
@@ -295,6 +301,7 @@ def odd_parameters() -> dict[str, Any]:
     }
 
 
+@pytest.mark.guarantee(id="no-gradient")
 @pytest.mark.parametrize("kind", odd_parameters())
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 def test_an_odd_parameter_without_a_gradient_is_left_alone(flatten, kind, base):
@@ -315,6 +322,7 @@ def test_an_odd_parameter_without_a_gradient_is_left_alone(flatten, kind, base):
     assert sum(bucket.numel for bucket in buckets_of(optimizer)) < 64
 
 
+@pytest.mark.guarantee(id="no-gradient")
 def test_a_lazy_parameter_takes_part_once_it_is_there(flatten):
     model = nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 1))
     optimizer = SAM(model.parameters(), lr=0.1, rho=0.5, flatten=flatten)
@@ -331,6 +339,7 @@ def test_a_lazy_parameter_takes_part_once_it_is_there(flatten):
     assert furthest(model.parameters(), twin.parameters()) < 1e-6
 
 
+@pytest.mark.guarantee(id="no-gradient")
 def test_frozen_weights_cost_no_memory_until_they_have_a_gradient(flatten):
     frozen = nn.Parameter(torch.randn(100_000), requires_grad=False)
     address, trainable = frozen.data_ptr(), make_params([30])
@@ -380,6 +389,7 @@ MOVES = {
 }
 
 
+@pytest.mark.guarantee(id="flat-zero")
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("when", ["before the first pass", "between the passes"])
 def test_a_gradient_that_was_zeroed_is_zero_whatever_moved(move, when):
@@ -412,6 +422,7 @@ def test_a_gradient_that_was_zeroed_is_zero_whatever_moved(move, when):
 # ---- Freed without the garbage collector -----------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="freed")
 def test_deleting_the_optimizer_frees_everything(make):
     gc.collect()
     gc.disable()

@@ -52,6 +52,7 @@ def gather(tensors: Any) -> Any:
 REFUSED = (TypeError, RuntimeError, ValueError, BufferError)
 
 
+@pytest.mark.guarantee(id="wrong-arguments")
 def test_nothing_but_tensors_is_taken_for_one() -> None:
     """Whatever is passed where tensors belong is an exception, never a crash."""
     one = [torch.ones(2)]
@@ -101,6 +102,7 @@ def test_a_column_of_another_size_is_refused(size: int) -> None:
 NO_ADDRESSES = [(), (0,), ("f32",) * 4, (None,) * 4, (0, -1, 1, 1), (0, 2**64, 1, 1), (0, 1.5, 1, 1)]
 
 
+@pytest.mark.guarantee(id="wrong-arguments")
 @pytest.mark.parametrize("arguments", NO_ADDRESSES)
 def test_arguments_that_are_no_addresses_are_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError):
@@ -165,6 +167,7 @@ def mutations(rng: random.Random) -> list[Any]:
     ]
 
 
+@pytest.mark.guarantee(id="gradient-layout")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_parameters_changed_at_random_are_served_or_refused(base: type[torch.optim.Optimizer]) -> None:
     """Before first_step, between the passes and before second_step.
@@ -215,6 +218,7 @@ def test_parameters_changed_at_random_are_served_or_refused(base: type[torch.opt
         assert not optimizer.perturbed
 
 
+@pytest.mark.guarantee(id="taken-memory")
 def test_memory_of_a_deleted_parameter_is_not_used() -> None:
     """The optimizer keeps its parameters alive; their gradients and old memory are looked up anew in every step."""
     params = make_params([1000, 1000], grads=False)
@@ -272,6 +276,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.guarantee(id="fork")
 def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: Path) -> None:
     """A forked child has none of OpenMP's threads: a kernel that asked for them would wait forever."""
     script = tmp_path / "processes.py"
@@ -288,6 +293,7 @@ def test_forked_workers_and_spawned_processes_after_threads_were_used(tmp_path: 
 KERNELS = ["grad_norm", "perturb", "copy", "step"]
 
 
+@pytest.mark.guarantee(id="no-allocation")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_do_not_know_python(kernel: str) -> None:
@@ -349,6 +355,7 @@ print("fine")
 """
 
 
+@pytest.mark.guarantee(id="no-allocation")
 @pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and Linux")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="a sanitizer counts allocations itself")
 def test_no_kernel_allocates_in_its_loop(tmp_path: Path) -> None:
@@ -404,6 +411,7 @@ print("fine")
 """
 
 
+@pytest.mark.guarantee(id="no-files")
 def test_importing_and_stepping_writes_nothing(tmp_path: Path) -> None:
     """No file, no folder, no connection, no process. (Python's own byte code is switched off here.)"""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}

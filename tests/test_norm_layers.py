@@ -53,6 +53,7 @@ def test_errors() -> None:
         norm_layers_only(network(), perturb=True)
 
 
+@pytest.mark.guarantee(id="norm-layers-only")
 def test_the_first_pass_computes_no_other_gradient_whatever_happens() -> None:
     model = network()
     optimizer = SAM(norm_layers_only(model, rho=0.5), lr=0.1)
@@ -68,6 +69,7 @@ def test_the_first_pass_computes_no_other_gradient_whatever_happens() -> None:
     assert [p.requires_grad for p in others] == [False, True, True, True]
 
 
+@pytest.mark.guarantee(id="norm-layers-only")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
 def test_a_step_equals_plain_pytorch_and_backs_up_norm_layers_only(
     backend: str, flatten: bool, base: type[torch.optim.Optimizer]

@@ -135,6 +135,7 @@ def test_the_oldest_torch_that_is_declared_is_the_one_that_is_tested():
     assert tested == f"{declared}.0"
 
 
+@pytest.mark.guarantee(id="no-files")
 @pytest.mark.slow
 def test_a_build_writes_nothing_outside_its_folders(built, checkout, home):
     # pip asks rustc for its version, and rustup, where it is installed, writes a file
@@ -238,6 +239,7 @@ def test_installed_wheel_works_and_explains_itself(built, tmp_path):
     assert "cpu" in run(python, "-m", "sam_fast", "info", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 
+@pytest.mark.guarantee(id="pure-python")
 @pytest.mark.nightly
 def test_without_a_compiler_the_package_runs_on_torch_and_says_why(checkout, tmp_path):
     """SAM_FAST_NATIVE=0 on a machine without compilers: a pure-Python wheel, one warning, and correct results."""

@@ -34,6 +34,7 @@ class Counter:
         return self.calls
 
 
+@pytest.mark.guarantee(id="closure-conventions")
 def test_closure_after_a_backward_is_the_second_pass(flatten):
     params = make_params([3, 4])
     optimizer = SAM(params, lr=0.1, flatten=flatten)
@@ -46,6 +47,7 @@ def test_closure_after_a_backward_is_the_second_pass(flatten):
         optimizer.zero_grad()
 
 
+@pytest.mark.guarantee(id="closure-conventions")
 @pytest.mark.parametrize("zeroes", ["never", "in-closure", "in-closure-to-zero", "after"])
 def test_closure_alone_is_both_passes(flatten, zeroes):
     params = make_params([3, 4], grads=False)
@@ -110,6 +112,7 @@ def dropout_masks(replay: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return masks[0], masks[1], torch.rand(3)
 
 
+@pytest.mark.guarantee(id="replay-rng")
 def test_replay_draws_the_same_masks_and_the_stream_goes_on_as_if_nothing_had_been_drawn():
     first, second, after = dropout_masks(replay=True)
     assert torch.equal(first, second)
@@ -151,6 +154,7 @@ def after_passes(passes: int) -> torch.Tensor:
         return torch.get_rng_state()
 
 
+@pytest.mark.guarantee(id="replay-rng")
 def test_replay_in_a_closure_draws_the_same_masks_in_both_passes_and_others_in_the_next_step():
     dropping = Dropping()
     for steps in range(1, 4):
@@ -263,6 +267,7 @@ def test_a_random_state_that_nobody_replayed_ends_with_its_step(end):
     assert torch.equal(drawn, torch.rand(1))
 
 
+@pytest.mark.guarantee(id="first-pass-sync")
 def test_first_pass_without_sync_covers_forward_and_backward():
     events = []
 

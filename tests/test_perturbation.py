@@ -25,6 +25,7 @@ def make(backend, flatten):
     )
 
 
+@pytest.mark.guarantee(id="addresses")
 def test_addresses_never_change(make):
     model = SmallNet()
     optimizer = make(model.parameters(), momentum=0.9)
@@ -42,6 +43,7 @@ class Interrupted(BaseException):
     """Like KeyboardInterrupt: not an Exception."""
 
 
+@pytest.mark.guarantee(id="restore-after-errors")
 @pytest.mark.parametrize(
     "error", [RuntimeError("out of memory"), Interrupted(), KeyboardInterrupt()], ids=["error", "base", "ctrl-c"]
 )
@@ -59,6 +61,7 @@ def test_weights_come_back_when_the_second_pass_raises(make, error):
     assert same_bits(values(list(model.parameters())), before)
 
 
+@pytest.mark.guarantee(id="restore-after-errors")
 def test_weights_come_back_when_the_closure_raises(make):
     params = make_params([10, 20])
     optimizer = make(params)
@@ -86,6 +89,7 @@ def test_restore_gives_the_step_up(make):
     optimizer.second_step()
 
 
+@pytest.mark.guarantee(id="restore-vanishing-gradients")
 @pytest.mark.parametrize("zero", [False, True], ids=["kept", "vanished"])
 def test_gradient_that_vanishes_between_the_passes(make, zero):
     params = make_params([10, 20])
@@ -98,6 +102,7 @@ def test_gradient_that_vanishes_between_the_passes(make, zero):
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="restore-vanishing-gradients")
 def test_gradient_that_appears_between_the_passes(make):
     params = make_params([10, 20])
     params[0].grad = None
@@ -109,6 +114,7 @@ def test_gradient_that_appears_between_the_passes(make):
     torch.testing.assert_close(params[0].detach(), before[0] - 1.0)
 
 
+@pytest.mark.guarantee(id="zero-gradients")
 def test_no_gradient_at_all(make):
     params = make_params([10, 20], grads=False)
     optimizer = make(params)
@@ -120,6 +126,7 @@ def test_no_gradient_at_all(make):
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="non-finite-gradients")
 @pytest.mark.parametrize("where", [0, 1, 2])
 @pytest.mark.parametrize("index", [0, 500, 999])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -135,6 +142,7 @@ def test_non_finite_gradient_moves_nothing(make, where, index, value):
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="zero-gradients")
 @each_dtype
 def test_zero_gradient_moves_nothing(make, dtype):
     params = make_params([100, 7], dtype)
@@ -159,6 +167,7 @@ def test_zero_gradient_moves_nothing_without_perturb_eps_either(make, dtype):
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="norm-precision")
 @pytest.mark.float16
 def test_large_float16_gradients_do_not_overflow_the_norm(make):
     params = make_params([1000], torch.float16)
@@ -168,6 +177,7 @@ def test_large_float16_gradients_do_not_overflow_the_norm(make):
     assert float(optimizer.grad_norm) == pytest.approx(1000.0 * math.sqrt(1000), rel=1e-6)
 
 
+@pytest.mark.guarantee(id="maximize")
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_maximize_descends(make, adaptive):
     up, down = make_params([100]), make_params([100])
@@ -179,6 +189,7 @@ def test_maximize_descends(make, adaptive):
     assert along[0] > 0 > along[1]
 
 
+@pytest.mark.guarantee(id="maximize")
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_complex_parameters(flatten, adaptive):
     """T = |w| + eta, and |e| = rho for SAM."""
@@ -197,6 +208,7 @@ def test_complex_parameters(flatten, adaptive):
     assert torch.equal(p, w)
 
 
+@pytest.mark.guarantee(id="one-norm")
 def test_the_norm_is_one_number_over_all_groups(make, backend):
     """A group with rho=0 still lowers the others' e, as in the reference; one with perturb=False does not exist for
     SAM.
@@ -229,6 +241,7 @@ def test_options_are_read_anew_in_every_step(make):
     assert moved == pytest.approx([0.1, 0.3, 0.0], rel=1e-5)
 
 
+@pytest.mark.guarantee(id="stale-graph")
 def test_a_stale_graph_is_an_error(make):
     """Version counters: backward through a graph that was built before the weights moved must not give a gradient."""
     layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
@@ -254,6 +267,7 @@ def test_parameters_without_a_gradient_keep_their_version(backend):
     assert params[0]._version == version
 
 
+@pytest.mark.guarantee(id="misuse")
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_sparse_gradient_is_refused_and_nothing_has_moved(make, bad):
     params = [*make_params([30, 40]), *make_params([50], torch.float64)]
@@ -272,6 +286,7 @@ def test_sparse_gradient_is_refused_and_nothing_has_moved(make, bad):
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="layouts")
 @pytest.mark.parametrize(
     "weight",
     [
@@ -305,6 +320,7 @@ def test_layouts_of_weights_and_gradients(flatten, weight, layout):
     assert torch.equal(p, weight)
 
 
+@pytest.mark.guarantee(id="gradient-layout")
 def test_gradient_of_another_dtype_is_brought_to_its_parameters(backend):
     p = make_params([100], torch.bfloat16)[0]
     if not hasattr(p, "grad_dtype"):
@@ -321,6 +337,7 @@ def test_gradient_of_another_dtype_is_brought_to_its_parameters(backend):
     assert same_bits(values([p]), before)
 
 
+@pytest.mark.guarantee(id="gradient-layout")
 def test_gradient_of_another_shape_is_refused_and_nothing_has_moved(make):
     """Autograd never makes one, but ``grad.data = ...`` can, and PyTorch would broadcast it."""
     params = make_params([6, 5])
@@ -361,6 +378,7 @@ def test_freezing_and_unfreezing_during_training(make):
         assert same_bits(values(list(model.features.parameters())), before) is frozen
 
 
+@pytest.mark.guarantee(id="moved-weights")
 def test_weights_given_other_memory_between_the_steps(make):
     params = make_params([100, 20_000])
     optimizer = make(params, lr=0.0)
@@ -394,6 +412,7 @@ def test_model_converted_after_construction(make, change):
         change(model)
 
 
+@pytest.mark.guarantee(id="first-step-interrupted")
 def test_a_first_step_that_fails_half_way_leaves_no_trace(make, monkeypatch):
     """Two buckets; the second one's perturb raises after the first one has moved."""
     params = [*make_params([100]), *make_params([100], torch.float64)]

@@ -82,6 +82,7 @@ def broken_sources(tmp_path: Path, file: str, original: str, broken: str) -> Pat
     return csrc
 
 
+@pytest.mark.guarantee(id="sanitizers")
 @pytest.mark.parametrize(
     ("sanitizer", "file", "original", "broken", "report"),
     [
@@ -117,6 +118,7 @@ def test_a_planted_bug_in_the_cuda_kernels_is_caught(tmp_path, sanitizer, file, 
     assert report in done.stdout + done.stderr
 
 
+@pytest.mark.guarantee(id="sanitizers")
 @pytest.mark.parametrize(
     ("sanitizer", "file", "original", "broken", "report"),
     [

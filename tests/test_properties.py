@@ -432,6 +432,9 @@ class Run:
         return None
 
 
+@pytest.mark.guarantee(id="restore")
+@pytest.mark.guarantee(id="addresses")
+@pytest.mark.guarantee(id="one-state")
 @profile
 @given(made=optimizers(), sequence=st.lists(calls, min_size=6, max_size=20))
 def test_every_call_does_what_the_model_does(

@@ -41,6 +41,8 @@ def test_signature_is_the_contract():
     assert isinstance(optimizer, torch.optim.Optimizer)
 
 
+@pytest.mark.guarantee(id="torch-errors")
+@pytest.mark.guarantee(id="colliding-names")
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -69,6 +71,7 @@ def test_bad_arguments_are_named(arguments, error, words):
         SAM(**{"params": make_params([3]), "lr": 0.1, **arguments})
 
 
+@pytest.mark.guarantee(id="colliding-names")
 def test_kwargs_go_to_the_base_optimizer():
     optimizer = SAM(make_params([3]), torch.optim.AdamW, lr=0.1, eps=1e-6, betas=(0.8, 0.9))
     assert optimizer.param_groups[0]["eps"] == 1e-6
@@ -106,6 +109,7 @@ def assert_one(optimizer: SAM) -> None:
     assert optimizer.param_groups is optimizer.base_optimizer.param_groups
 
 
+@pytest.mark.guarantee(id="one-state")
 def test_state_and_groups_are_the_base_optimizers_at_all_times(flatten):
     params = make_params([3, 4])
     optimizer = SAM(params, lr=0.1, momentum=0.9, flatten=flatten)
@@ -122,6 +126,7 @@ def test_state_and_groups_are_the_base_optimizers_at_all_times(flatten):
         assert twin.defaults == optimizer.defaults
 
 
+@pytest.mark.guarantee(id="state-dict")
 def test_state_dict_is_the_base_optimizers_own_and_holds_no_weights():
     params = make_params([300, 40])
     optimizer = SAM(params, torch.optim.AdamW, lr=0.1)
@@ -203,6 +208,7 @@ def test_schedulers_move_the_base_optimizers_learning_rate_without_a_warning(mak
                 assert optimizer.base_optimizer.param_groups[0][name] == plain.param_groups[0][name]
 
 
+@pytest.mark.guarantee(id="hooks")
 def test_step_hooks_run_once_per_step_in_every_style():
     params = make_params([3])
     optimizer, seen = SAM(params, lr=0.1), []
@@ -225,6 +231,7 @@ def test_the_profiler_sees_the_step():
 # ---- Misuse ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="misuse")
 @pytest.mark.parametrize(
     ("perturbed", "call", "words"),
     [

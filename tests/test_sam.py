@@ -35,6 +35,7 @@ def with_gradients(params: list[nn.Parameter]) -> list[nn.Parameter]:
 # ---- Weights that get other memory between the passes ----------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="moved-weights")
 def test_weights_given_other_memory_between_the_passes_come_back(make: Make) -> None:
     params = make_params([100, 20_000])
     optimizer = make(params, rho=0.1)
@@ -46,6 +47,7 @@ def test_weights_given_other_memory_between_the_passes_come_back(make: Make) -> 
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="taken-memory")
 def test_memory_taken_from_a_parameter_between_the_passes_is_not_written(backend: str) -> None:
     """It may be in use elsewhere by now. (With flatten=True it is the optimizer's own.)"""
     params = make_params([100, 20_000])
@@ -59,6 +61,7 @@ def test_memory_taken_from_a_parameter_between_the_passes_is_not_written(backend
     assert same_bits(old, kept)
 
 
+@pytest.mark.guarantee(id="moved-weights")
 def test_a_model_made_double_between_the_passes_comes_back(make: Make) -> None:
     """Every float32 is a float64, so this conversion loses no bit."""
     model = SmallNet()
@@ -81,6 +84,7 @@ def test_a_layout_changed_between_the_passes_comes_back(make: Make) -> None:
     assert same_bits(values([p]), before)
 
 
+@pytest.mark.guarantee(id="changed-shape")
 def test_a_shape_changed_between_the_passes_is_an_error_and_the_others_come_back(make: Make) -> None:
     params = make_params([10, 20])
     optimizer = make(params)
@@ -93,6 +97,7 @@ def test_a_shape_changed_between_the_passes_is_an_error_and_the_others_come_back
     assert same_bits(values(params[1:]), before[1:])
 
 
+@pytest.mark.guarantee(id="shared-memory")
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", [None, "torch"])
@@ -142,6 +147,7 @@ def test_the_perturbation_is_rho_long_however_large_the_gradient(make: Make, siz
     assert float(p.detach().double().norm()) == pytest.approx(0.05, rel=1e-6)
 
 
+@pytest.mark.guarantee(id="non-finite-gradients")
 @pytest.mark.parametrize("index", [0, 1])
 def test_non_finite_in_one_dtype_moves_no_other_dtype(make: Make, index: int) -> None:
     params = [*make_params([100, 50]), *make_params([100], torch.float64), *make_params([100], torch.bfloat16)]
@@ -154,6 +160,7 @@ def test_non_finite_in_one_dtype_moves_no_other_dtype(make: Make, index: int) ->
     assert same_bits(values(params[1:3]), before[1:3])
 
 
+@pytest.mark.guarantee(id="perturb-false")
 def test_non_finite_in_an_unperturbed_group_does_not_matter(make: Make) -> None:
     params = make_params([10, 20])
     params[1].grad.fill_(float("nan"))  # type: ignore[union-attr]
@@ -178,6 +185,7 @@ def test_sparse_gradients_in_an_unperturbed_group_work_as_the_error_message_prom
 # ---- Interruptions ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="restore-interrupted")
 def test_a_restore_that_was_interrupted_is_finished_by_the_next(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [*make_params([100]), *make_params([100], torch.float64)]
     optimizer = make(params)

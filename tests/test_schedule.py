@@ -172,6 +172,7 @@ def test_sam_refuses_what_is_no_schedule_and_other_directions() -> None:
 # ---- Against plain PyTorch -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="schedule")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_thirty_steps_equal_plain_pytorch(backend: str, flatten: bool, schedule: Schedule, base: str) -> None:
@@ -187,6 +188,7 @@ def test_thirty_steps_equal_plain_pytorch(backend: str, flatten: bool, schedule:
     assert optimizer.param_groups[0][STEP] == 30
 
 
+@pytest.mark.guarantee(id="one-pass-counts")
 @pytest.mark.parametrize("schedule", [Schedule(every=3), Schedule(start=0.5, total=30)], ids=repr)
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda f: f.__name__)
 def test_every_loop_counts_statistics_once(loop: Any, schedule: Schedule, flatten: bool) -> None:
@@ -226,6 +228,7 @@ def test_perturbing_always_has_the_bits_of_no_schedule(base: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
+@pytest.mark.guarantee(id="schedule")
 def test_a_step_that_does_not_perturb_is_fused_and_moves_nothing_before() -> None:
     model = network()
     optimizer = SAM(model.parameters(), schedule=Schedule(start=2), lr=0.1)
@@ -317,6 +320,7 @@ def test_a_scaler_steps_what_does_not_perturb(overflow: bool) -> None:
     assert optimizer.param_groups[0][STEP] == 1
 
 
+@pytest.mark.guarantee(id="schedule-resume")
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
 def test_resuming_anywhere_goes_on_with_the_same_bits(base: str, flatten: bool) -> None:
     cls, options = BASES[base]

@@ -118,6 +118,7 @@ def weights_of(params: list[Any]) -> list[Tensor]:
     return [p.full_tensor().detach().clone() for p in params]
 
 
+@pytest.mark.guarantee(id="sharded")
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("case", PLACEMENTS)
 def test_a_step_is_that_of_whole_tensors(four, case, backend):

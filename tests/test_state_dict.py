@@ -70,6 +70,7 @@ def optimizers_with_variants() -> list[Any]:
 # ---- The base optimizer's format -------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="state-dict")
 @pytest.mark.parametrize(("base", "variant"), optimizers_with_variants())
 def test_a_run_resumed_from_a_file_goes_on_with_the_same_bits(
     base: Any, variant: dict[str, bool], flatten: bool, tmp_path: Path
@@ -99,6 +100,7 @@ def test_a_run_resumed_from_a_file_goes_on_with_the_same_bits(
     assert same_bits(others, params)
 
 
+@pytest.mark.guarantee(id="older-state-dicts")
 @pytest.mark.parametrize(
     ("base", "options"),
     [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.1, "amsgrad": True})],
@@ -194,6 +196,7 @@ def test_a_run_with_cycled_momentum_resumes_with_the_same_bits(flatten: bool, tm
 # ---- What cannot be loaded -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="wrong-state-dict")
 def test_a_state_dict_that_does_not_fit_changes_nothing(flatten: bool) -> None:
     params = make_params([3, 4])
     optimizer = SAM(params, lr=0.1, momentum=0.9, flatten=flatten)
@@ -215,6 +218,7 @@ def test_a_state_dict_with_a_bad_option_changes_nothing() -> None:
     assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.05, 0.1)
 
 
+@pytest.mark.guarantee(id="older-state-dicts")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_checkpoint_of_the_reference_implementation_loads_without_its_copy_of_the_weights(base: Any) -> None:
     """Its state dict holds {"old_p": weights} per parameter and nothing of the base optimizer."""
@@ -231,6 +235,7 @@ def test_a_checkpoint_of_the_reference_implementation_loads_without_its_copy_of_
 # ---- Copies ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="copies")
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_made_in_mid_training_goes_on_with_the_same_bits(how: str, flatten: bool, tmp_path: Path) -> None:
     params = make_params([30, 7])

@@ -46,6 +46,7 @@ def run(optimizer: SAM, params: list[nn.Parameter], steps: range) -> list[torch.
     return perturbed
 
 
+@pytest.mark.guarantee(id="stochastic-rounding")
 @dtypes
 def test_e_is_unbiased_and_restore_is_exact(dtype):
     optimizer, params = make(dtype, rho=1e-3)

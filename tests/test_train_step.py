@@ -34,6 +34,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.guarantee(id="train-step")
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16)])
 @pytest.mark.parametrize("scaled", [False, True])
@@ -173,6 +174,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
 # ---- Clipping --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="clip-grad-norm")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_norm", [1e-3, 1e6])

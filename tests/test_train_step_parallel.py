@@ -70,6 +70,7 @@ def one_process(processes: int, every: int, clip: float | None) -> list[Tensor]:
     return weights(model)
 
 
+@pytest.mark.guarantee(id="train-step")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("ascent", "clip", "micro_batches"), [(1.0, None, 1), (0.25, None, 2), (0.5, MAX_NORM, 1)])
 def test_two_processes_are_one_with_the_whole_batch(

@@ -109,6 +109,7 @@ def dense_optimizers() -> list[Any]:
     return found
 
 
+@pytest.mark.guarantee(id="every-optimizer")
 @pytest.mark.parametrize(("base", "options"), dense_optimizers())
 def test_every_base_optimizer_steps_as_it_does_alone(base, options, flatten):
     """SAM's update is the base optimizer's, at w, with the gradient found at w + e, as stepping it by hand."""
@@ -145,6 +146,7 @@ def test_every_base_optimizer_steps_as_it_does_alone(base, options, flatten):
 # ---- Accumulation and long runs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="accumulation")
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_equal_the_big_batch(parts, backend, flatten):
     """In float64, so that only the order of sums differs; in eval mode, since BatchNorm sees micro-batches."""
@@ -163,6 +165,7 @@ def test_micro_batches_equal_the_big_batch(parts, backend, flatten):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.guarantee(id="restore")
 def test_a_thousand_steps_without_a_learning_rate_change_no_bit(backend, flatten):
     model = SmallNet()
     optimizer = SAM(model.parameters(), lr=0.0, rho=0.3, backend=backend, flatten=flatten)

@@ -57,6 +57,7 @@ def wrap(optimizer: Optimizer) -> Any:
     return Wrapper(optimizer)
 
 
+@pytest.mark.guarantee(id="wrappers")
 def test_either_object_may_make_any_call():
     params, twin = make_params([5, 30], torch.float64), make_params([5, 30], torch.float64)
     optimizer = SAM(params, lr=0.1, rho=0.5, momentum=0.9)
@@ -81,6 +82,7 @@ def test_either_object_may_make_any_call():
     assert float(wrapper.grad_norm) == float(optimizer.grad_norm)
 
 
+@pytest.mark.guarantee(id="wrappers")
 @pytest.mark.parametrize("sets", ["wrapper", "optimizer"])
 def test_what_first_pass_was_told_reaches_the_step(sets):
     """Without synchronisation an overflow of one rank must not make it skip alone, whichever object was told."""
@@ -130,6 +132,7 @@ class Averaging(torch.optim.SGD):
         self._switch("train", -1.0)
 
 
+@pytest.mark.guarantee(id="train-eval")
 def test_train_and_eval_reach_the_base_optimizer_between_steps():
     params = make_params([4])
     before = values(params)
@@ -160,6 +163,7 @@ def test_a_base_optimizer_without_train_has_none():
 # ---- Where the base optimizer comes from -----------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="base-optimizer")
 @pytest.mark.parametrize(
     "base", ["torch.optim.SGD", "torch.optim.sgd.SGD", functools.partial(torch.optim.SGD, momentum=0.9)]
 )
@@ -173,6 +177,7 @@ def test_a_base_optimizer_by_name_or_partial(base):
     assert furthest(params, twin) < CLOSE
 
 
+@pytest.mark.guarantee(id="base-optimizer")
 def test_an_optimizer_that_is_there_already():
     """In mid-training, with a scheduler on it: one state, one list of groups."""
     params, twin = make_params([5, 8], torch.float64), make_params([5, 8], torch.float64)
@@ -216,6 +221,7 @@ def decay_groups(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
     return torch.optim.AdamW(own, **options)
 
 
+@pytest.mark.guarantee(id="base-optimizer")
 def test_groups_of_the_base_optimizers_own_take_sams_options():
     params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
     optimizer = SAM(params, decay_groups, lr=0.1, rho=0.3, adaptive=True)
@@ -263,6 +269,7 @@ class Outer(Optimizer):
         self.inner.zero_grad(set_to_none)
 
 
+@pytest.mark.guarantee(id="base-optimizer")
 def test_a_wrapper_of_an_optimizer_as_base_saves_and_loads_in_its_own_format():
     def make(params: Any) -> SAM:
         return SAM(params, lambda groups, **options: Outer(torch.optim.SGD(groups, **options)), lr=0.1, momentum=0.9)
@@ -314,6 +321,7 @@ def test_hessian_based_optimizers_of_pytorch_optimizer_are_refused(name):
 # ---- Entries of others in the state ----------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="others-state")
 @pytest.mark.parametrize(
     "base", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad]
 )
@@ -342,6 +350,7 @@ def test_entries_of_a_variant_of_sam_in_the_state(base, when):
 # ---- Hooks, schedulers, counters -------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="hooks")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
 def test_global_hooks_run_once_per_step(base):
     params, seen = make_params([5]), []
@@ -359,6 +368,7 @@ def test_global_hooks_run_once_per_step(base):
     assert seen == [("pre", SAM), ("post", SAM)] * 2
 
 
+@pytest.mark.guarantee(id="fused-step")
 @pytest.mark.parametrize("on", ["base_optimizer", "SAM", "both"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_scheduler_on_the_base_optimizer_keeps_the_fused_step(base, on, recwarn):
@@ -388,6 +398,7 @@ def double_by_default():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.guarantee(id="fused-step")
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_counters_in_float64_keep_the_fused_step(double_by_default, backend, resumed):
@@ -413,6 +424,7 @@ def test_counters_in_float64_keep_the_fused_step(double_by_default, backend, res
     assert furthest(params[3:], twin[3:]) < 1e-5
 
 
+@pytest.mark.guarantee(id="fused-step")
 def test_the_reason_why_a_step_is_not_fused_can_be_read():
     params = make_params([5])
     optimizer = SAM(params, torch.optim.RMSprop, lr=0.1)
@@ -442,6 +454,7 @@ def test_an_option_that_became_bad_later_is_noticed(option, value):
 # ---- PyTorch's fused steps on the CPU --------------------------------------------------------------------------------
 
 
+@pytest.mark.guarantee(id="fused-cpu-bugs")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("hooked", [False, True], ids=["ours", "the base's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))

@@ -128,6 +128,7 @@ def test_a_bucket_for_every_dtype_takes_its_own_launches():
     assert count(optimizer.restore) == 2
 
 
+@pytest.mark.guarantee(id="first-step-interrupted")
 @pytest.mark.parametrize("failing", range(6))
 def test_a_launch_that_fails_is_an_exception_and_leaves_the_weights_as_they_were(failing):
     """2 x 3 launches: for the norm, and for the perturbation, some of whose tensors have moved when one fails."""
@@ -145,6 +146,7 @@ def test_a_launch_that_fails_is_an_exception_and_leaves_the_weights_as_they_were
     assert same_bits(values(params), before)
 
 
+@pytest.mark.guarantee(id="restore-interrupted")
 @pytest.mark.parametrize("failing", range(3))
 def test_a_restore_that_fails_can_be_repeated(failing):
     optimizer, params = make([7] * 2000)

@@ -46,6 +46,7 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
+@pytest.mark.guarantee(id="no-waiting")
 @pytest.mark.parametrize("flatten", [False, True], ids=["", "flatten"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_neither_step_waits_for_the_device(gpu_backend_or_torch, flatten, base):
@@ -61,6 +62,7 @@ def test_neither_step_waits_for_the_device(gpu_backend_or_torch, flatten, base):
         optimizer.second_step()
 
 
+@pytest.mark.guarantee(id="no-waiting")
 def test_a_norm_that_is_not_finite_is_decided_upon_without_waiting(gpu_backend):
     params = on_gpu([100, 70_000])
     optimizer = SAM(params, lr=0.0, backend=gpu_backend)

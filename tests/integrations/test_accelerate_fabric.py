@@ -36,6 +36,7 @@ def accelerated(**options: Any) -> tuple[Any, Any, Any]:
     return accelerator, *accelerator.prepare(model, SAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9))
 
 
+@pytest.mark.guarantee(id="frameworks")
 @pytest.mark.parametrize("inside", [False, True])
 def test_accelerate(inside: bool):
     accelerator, model, optimizer = accelerated()
@@ -146,6 +147,7 @@ def trained_by_two(framework: str, folder: Path) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.guarantee(id="frameworks")
 @pytest.mark.parametrize("framework", ["accelerate", "fabric"])
 def test_two_processes(framework: str, tmp_path: Path):
     pytest.importorskip({"fabric": "lightning"}.get(framework, framework))

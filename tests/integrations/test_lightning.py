@@ -19,6 +19,7 @@ from sam_fast.integrations.lightning import SAMCallback
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
+@pytest.mark.guarantee(id="frameworks")
 @pytest.mark.parametrize("accumulate", [1, 2, 3])  # 7 batches: the last windows of 2 and 3 are ragged
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_training(accumulate: int, clip: float | None):
@@ -33,6 +34,7 @@ def test_training(accumulate: int, clip: float | None):
     assert module.seen.count("after_backward") == 14
 
 
+@pytest.mark.guarantee(id="framework-logs")
 def test_what_is_logged_is_the_first_passs():
     module, logger = Module(), Values()
     fit(module, logger=logger, max_epochs=1)

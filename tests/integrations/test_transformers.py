@@ -30,6 +30,7 @@ def logged(trainer: Any, name: str) -> list[float]:
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
+@pytest.mark.guarantee(id="frameworks")
 @pytest.mark.parametrize("accumulate", [1, 2, 3])  # 7 batches: the last windows of 2 and 3 are ragged
 def test_training(accumulate: int, tmp_path: Any):
     """Losses over unequal numbers of tokens, weight decay by groups, clipping, a schedule of the learning rate."""
@@ -210,6 +211,7 @@ def test_a_retry_with_smaller_batches_begins_anew(tmp_path: Any):
     assert furthest(model, plain) < CLOSE
 
 
+@pytest.mark.guarantee(id="framework-logs")
 def test_trl_counts_tokens_and_metrics_once(tmp_path: Any):
     trl = pytest.importorskip("trl")
     counted = {}

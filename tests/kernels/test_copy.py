@@ -32,6 +32,7 @@ def scramble(tensors) -> None:
         tensor.copy_(torch.zeros_like(tensor))
 
 
+@pytest.mark.guarantee(id="restore")
 @pytest.mark.parametrize("dtype", ANY_DTYPE, ids=lambda d: str(d).removeprefix("torch."))
 def test_round_trip(kernels, dtype):
     tensors = random_tensors(dtype)

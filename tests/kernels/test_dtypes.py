@@ -14,6 +14,7 @@ def every_value(dtype: torch.dtype) -> torch.Tensor:
     return values[values.isfinite()]
 
 
+@pytest.mark.guarantee(id="restore")
 @FORMATS
 def test_every_finite_value_survives_a_perturbation_of_zero(step, dtype):
     """w + 0 widens and narrows w: the same bits must come out (but for -0.0 + 0.0 = 0.0)."""

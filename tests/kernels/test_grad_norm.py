@@ -52,6 +52,7 @@ def test_groups_are_looked_up_per_tensor(step, kernels):
     )
 
 
+@pytest.mark.guarantee(id="perturb-false")
 def test_group_with_perturb_false_is_not_counted(step, kernels):
     params = make_params([100, 200, 300])
     norm = step(params, [0, 1, 1], [{"perturb": False}, {}]).grad_norm()
@@ -75,6 +76,7 @@ def test_ten_thousand_tensors(step, kernels):
     assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
 
 
+@pytest.mark.guarantee(id="non-finite-gradients")
 @pytest.mark.no_race
 @pytest.mark.parametrize("position", ["first", "middle", "last"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -85,6 +87,7 @@ def test_non_finite_gradient_is_noticed_wherever_it_is(step, position, value, si
     assert not math.isfinite(step(params).grad_norm())
 
 
+@pytest.mark.guarantee(id="norm-precision")
 @pytest.mark.no_race
 def test_float32_squares_do_not_overflow_or_underflow(step, kernels):
     for scale in (1e30, 1e-30, 1e22, 1e-22):
@@ -94,6 +97,7 @@ def test_float32_squares_do_not_overflow_or_underflow(step, kernels):
         assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name))
 
 
+@pytest.mark.guarantee(id="same-bits")
 @pytest.mark.no_race
 def test_same_bits_whatever_the_number_of_threads(step, kernels):
     if kernels.name == "torch":
@@ -106,6 +110,7 @@ def test_same_bits_whatever_the_number_of_threads(step, kernels):
     assert len(set(results)) == 1
 
 
+@pytest.mark.guarantee(id="same-bits")
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_same_bits_on_every_instruction_set(dtype, adaptive):
@@ -134,6 +139,7 @@ def test_same_bits_on_every_instruction_set(dtype, adaptive):
         assert all(torch.equal(a, b) for a, b in zip(moved, other_moved, strict=True))
 
 
+@pytest.mark.guarantee(id="norm-precision")
 @pytest.mark.slow
 def test_relative_error_at_100_million_elements(kernels):
     from conftest import Step

@@ -125,6 +125,7 @@ def test_tensors_without_gradient_are_neither_moved_nor_saved(step, kernels):
     assert not s.bucket.saved()
 
 
+@pytest.mark.guarantee(id="bounds")
 @pytest.mark.no_race
 @dtypes
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 16_384, 16_385, 33_001])
@@ -192,6 +193,7 @@ def perturbed(step, w: float, g: float, size: int, dtype=torch.float32, eps: flo
     return p, before, s.perturb(eps)
 
 
+@pytest.mark.guarantee(id="asam-range")
 @pytest.mark.no_race
 @pytest.mark.parametrize(("w", "g"), [(1e3, 1e33), (1e-15, 1e-15), (-1e3, 1e33), (1e15, 1e-15), (1e-30, 1e5)], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-12])
@@ -209,6 +211,7 @@ def test_asams_products_neither_overflow_nor_underflow(step, w, g, eps, size, dt
     assert eps > 0.0 or not torch.equal(p, before)
 
 
+@pytest.mark.guarantee(id="asam-range")
 @pytest.mark.parametrize("rho", [0.05, -0.05])
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_a_tiny_norm_does_not_make_the_scale_infinite(step, rho, adaptive):

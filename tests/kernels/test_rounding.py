@@ -206,6 +206,7 @@ def test_the_update_has_the_bits_of_the_formula(step, kernels, operation, dtype)
         slot += -(-x.numel() // 32) * 32
 
 
+@pytest.mark.guarantee(id="stochastic-rounding")
 @pytest.mark.skipif(INTERPRETED or EMULATED, reason="too large to be interpreted or emulated")
 def test_most_of_e_survives(step):
     """11 million weights of sd 0.02, rho 0.05.

@@ -108,6 +108,7 @@ def test_against_float64(step, operation, name, dtype):
                 assert_stepped(state[key][i], tensor, dtype, 0.01)
 
 
+@pytest.mark.guarantee(id="bounds")
 @pytest.mark.no_race
 @cases
 @pytest.mark.parametrize("shift", [0, 1, 3])
@@ -316,6 +317,7 @@ def test_the_bits_of_the_cpu_kernels(kernels, operation, name, dtype):
             assert same_bits(got, run(backends.BACKENDS["cpu"], key))
 
 
+@pytest.mark.guarantee(id="same-bits")
 @dtypes
 @cases
 def test_same_bits_whatever_the_number_of_threads_and_the_instruction_set(operation, name, dtype):
