@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +27,6 @@ from sam_fast.sharpness import (
     rho_sharpness,
 )
 
-NOTEBOOK = Path(__file__).parent.parent / "examples" / "sharpness.ipynb"
 ROWS = [torch.zeros(2, 1), torch.zeros(3, 1)]
 """Two batches of five rows together, for losses that do not depend on them."""
 
@@ -69,8 +66,8 @@ class Net(nn.Module):
         self.unused, self.scale = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layers(x + self.layers[0](x))[None]
-        return scaled_dot_product_attention(x, x, x)[0] * self.scale
+        x = self.layers(x + self.layers[0](x))[None, None]
+        return scaled_dot_product_attention(x, x, x)[0, 0] * self.scale
 
 
 @pytest.fixture
@@ -265,7 +262,7 @@ MEASURES: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("measure", MEASURES)
 def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dtype, flatten: bool, data: Any) -> None:
     model = Net().to(dtype)
-    optimizer = SAM(model.parameters(), lr=0.1, flatten=flatten)
+    _optimizer = SAM(model.parameters(), flatten=flatten)  # gradients are views where it says so
     data = [(x.to(dtype), y) for x, y in data]
     loss_of(model, *data[0]).backward()
     grads = [p.grad for p in model.parameters()]
@@ -284,8 +281,6 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
     assert same_bits(before, values(everything))
     assert torch.equal(torch.get_rng_state(), random_state)
-    optimizer.first_step()
-    optimizer.restore()
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
@@ -353,18 +348,3 @@ def test_progress_is_shown_where_it_is_wanted(capfd: Any, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match="progress=True needs tqdm"):
         sharp(Quadratic(EIGENVALUES), progress=True)
-
-
-# ---- The notebook ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not NOTEBOOK.is_file(), reason="runs from a checkout")
-def test_the_notebook_runs() -> None:
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib").use("agg")
-    namespace: dict[str, Any] = {}
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == []
-            exec("".join(cell["source"]), namespace)
-    assert [row["name"] for row in namespace["history"]] == ["SGD"] * 4 + ["SAM"] * 4

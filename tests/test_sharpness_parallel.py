@@ -30,6 +30,8 @@ def measured_by_ddp() -> list[Any]:
     mine = [my_share(batch) for batch in batches(4)]
     mine = mine[: 4 - distributed.get_rank()]  # a batch less
     along, steps = random_direction(model), [0.0, 0.5]
+    with pytest.raises(ValueError, match="model has a DistributedDataParallel inside"):
+        rho_sharpness(nn.Sequential(model), mean_loss, mine, rho=0.1)
     return [
         rho_sharpness(model, mean_loss, mine, rho=0.1, m=4),
         loss_along(model, mean_loss, mine, along, steps),
@@ -52,11 +54,13 @@ def test_ddp(two: Group) -> None:
     assert vars(trace) == close(vars(hessian_trace(model, mean_loss, first, samples=4)))
 
 
-def failing(model: nn.Module, x: Tensor, y: Tensor, first: bool) -> Tensor:
-    loss = mean_loss(model, x, y)
-    if torch.is_grad_enabled() == first:
-        raise KeyboardInterrupt
-    return loss
+def failing(model: nn.Sequential, x: Tensor, y: Tensor, first: bool) -> Tensor:
+    def hook(*_: Any) -> None:
+        if torch.is_grad_enabled() == first:
+            raise KeyboardInterrupt
+
+    with model[2].register_forward_hook(hook):  # in the middle of the first pass, or of the second
+        return mean_loss(model, x, y)
 
 
 def trained_with_fsdp(measuring: bool) -> tuple[Any, list[Tensor]]:
@@ -74,6 +78,9 @@ def trained_with_fsdp(measuring: bool) -> tuple[Any, list[Tensor]]:
                 rho_sharpness(model, partial(failing, first=first), mine, rho=0.1)
         if measuring:
             found = rho_sharpness(model, mean_loss, mine, rho=0.1, adaptive=True)
+            model.set_reshard_after_backward(False)  # the root keeps the weights it has gathered
+            assert found == rho_sharpness(model, mean_loss, mine, rho=0.1, adaptive=True)
+            model.set_reshard_after_backward(True)
         step(*batch)
     for call in (hessian_trace, hessian_eigenvalue, partial(loss_along, direction={}, steps=[1.0])):
         with pytest.raises(ValueError, match=r"spread over processes: gather them .*get_model_state_dict"):
