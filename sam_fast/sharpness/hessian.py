@@ -60,7 +60,7 @@ def hessian_eigenvalue(
 
     Power iteration finds the eigenvalue of largest magnitude. If that is negative, it goes on with ``H - value``, whose
     largest magnitude belongs to the largest eigenvalue. An iteration costs a forward pass, a backward pass and a
-    backward pass through that, over all batches, and memory for about three vectors of all parameters and the graph of
+    backward pass through that, over all batches, and memory for about four vectors of all parameters and the graph of
     one batch's gradient. Scaled dot-product attention uses PyTorch's plain ("math") implementation, the one that can be
     differentiated twice.
 
