@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +59,17 @@ def test_example_that_needs_a_gpu_says_so(name: str) -> None:
 
 def test_resume_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert output_of("resume", tmp_path).splitlines()[-1] == "the same bits"
+
+
+def test_the_notebook_measures_sharpness_while_it_trains() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib").use("agg")
+    namespace: dict[str, Any] = {}
+    for cell in json.loads((FOLDER / "sharpness.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec("".join(cell["source"]), namespace)
+    assert [row["name"] for row in namespace["history"]] == ["SGD"] * 4 + ["SAM"] * 4
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)

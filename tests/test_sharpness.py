@@ -1,0 +1,351 @@
+"""sam_fast.sharpness, against closed forms on quadratics and against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import norm_tolerance, same_bits, values
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from sam_fast import SAM
+from sam_fast.sharpness import (
+    filter_normalized,
+    hessian_eigenvalue,
+    hessian_trace,
+    landscape,
+    loss_along,
+    random_direction,
+    rho_sharpness,
+)
+
+ROWS = [torch.zeros(2, 1), torch.zeros(3, 1)]
+"""Two batches of five rows together, for losses that do not depend on them."""
+
+
+class Quadratic(nn.Module):
+    """``w'Hw / 2 + b'w`` with eigenvalues as given, in two parameters."""
+
+    def __init__(self, eigenvalues: list[float]) -> None:
+        super().__init__()
+        n = len(eigenvalues)
+        basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+        self.h = basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
+        self.b = torch.randn(n, dtype=torch.float64)
+        self.matrix = nn.Parameter(torch.randn(2, 2, dtype=torch.float64))
+        self.vector = nn.Parameter(torch.randn(n - 4, dtype=torch.float64))
+
+    def w(self) -> Tensor:
+        return torch.cat([self.matrix.flatten(), self.vector])
+
+    def at(self, w: Tensor) -> Tensor:
+        return w @ self.h @ w / 2 + self.b @ w
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.at(self.w())
+
+
+def loss_of(model: nn.Module, x: Tensor, *y: Tensor) -> Tensor:
+    return cross_entropy(model(x), *y) if y else model(x)
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout, attention, a parameter that nothing uses, a frozen one, and two that are used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 3))
+        self.unused, self.scale = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x + self.layers[0](x))[None, None]
+        return scaled_dot_product_attention(x, x, x)[0, 0] * self.scale
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net().double()
+
+
+@pytest.fixture
+def data() -> list[tuple[Tensor, Tensor]]:
+    """The last batch is a smaller one."""
+    return [(torch.randn(rows, 6, dtype=torch.float64), torch.randint(3, (rows,))) for rows in (8, 8, 5)]
+
+
+def stateless(model: nn.Module) -> tuple[dict[str, Tensor], Callable[..., Tensor]]:
+    """The trainable parameters, and the loss at others; it changes nothing but the random state."""
+
+    def loss(at: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        return cross_entropy(functional_call(model, at | buffers, (x,)), y)
+
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}, loss
+
+
+def rises(model: nn.Module, parts: Any, rho: float, adaptive: bool = False, eta: float = 0.0) -> Tensor:
+    """For each part its rows, L(w) and L(w + e) - L(w)."""
+    params, loss_at = stateless(model)
+    found = []
+    for x, y in parts:
+        state = torch.get_rng_state()
+        loss = loss_at(params, x, y)
+        grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+        t = [p.abs() + eta if adaptive else torch.ones_like(p) for p in params.values()]
+        norm = torch.cat([(a * g).flatten() for a, g in zip(t, grads, strict=True)]).norm()
+        moved = {n: p + rho * a * a * g / norm for (n, p), a, g in zip(params.items(), t, grads, strict=True)}
+        torch.set_rng_state(state)
+        found.append([len(x), loss.item(), loss_at(moved, x, y).item() - loss.item()])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def hessian(model: nn.Module, data: Any) -> Tensor:
+    """The whole matrix, of the mean loss over all rows; masks are drawn from the random state as it is."""
+    params, loss_at = stateless(model)
+    state = torch.get_rng_state()
+
+    def mean(w: Tensor) -> Tensor:
+        parts = w.split([p.numel() for p in params.values()])
+        at = {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}
+        with sdpa_kernel(SDPBackend.MATH):
+            return sum(len(x) * loss_at(at, x, y) for x, y in data) / sum(len(x) for x, _ in data)
+
+    w = torch.cat([p.detach().flatten() for p in params.values()])
+    found: Tensor = torch.autograd.functional.hessian(mean, w)  # type: ignore[no-untyped-call]
+    torch.set_rng_state(state)
+    return found
+
+
+# ---- Closed forms ----------------------------------------------------------------------------------------------------
+
+EIGENVALUES = [5.0, 3.0, 1.0, 0.5, -2.0, 0.1, 0.0]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sharpness_of_a_quadratic(adaptive: bool, backend: str) -> None:
+    model = Quadratic(EIGENVALUES)  # on the backend's device
+    w = model.w().detach()
+    g = model.h @ w + model.b
+    t = w.abs() + 0.01 if adaptive else torch.ones_like(w)
+    e = 0.1 * t * t * g / (t * g).norm()
+    found = rho_sharpness(model, loss_of, ROWS, rho=0.1, adaptive=adaptive, eta=0.01, backend=backend)
+    tolerance = norm_tolerance(backend, torch.float64) + 1e-11
+    assert found.value == pytest.approx(float(e @ g + e @ model.h @ e / 2), rel=tolerance)
+    if not adaptive:
+        assert found.value == pytest.approx(float(0.1 * g.norm() + 0.005 * g @ model.h @ g / (g @ g)), rel=tolerance)
+    assert (found.standard_error, found.loss, found.batches) == (0.0, pytest.approx(float(model.at(w))), 2)
+
+
+@pytest.mark.parametrize("eigenvalues", [EIGENVALUES, [-9.0, 4.0, 1.0, 0.0, -1.0, 2.0], [-5.0, -4.0, -3.0, -2.0, -1.0]])
+def test_largest_eigenvalue_of_a_quadratic(eigenvalues: list[float]) -> None:
+    model = Quadratic(eigenvalues)
+    found = hessian_eigenvalue(model, loss_of, ROWS, tolerance=1e-6, max_iterations=1000)
+    assert found.converged
+    assert found.error_bound <= 1e-6 * abs(found.value)
+    assert abs(found.value - max(eigenvalues)) <= found.error_bound
+    for iterations in (1, 2, 5, 10):
+        early = hessian_eigenvalue(model, loss_of, ROWS, tolerance=1e-6, max_iterations=iterations)
+        assert (early.iterations, early.converged) == (iterations, False)
+        assert min(abs(early.value - of_h) for of_h in eigenvalues) <= early.error_bound
+
+
+def test_trace_of_a_quadratic() -> None:
+    model = Quadratic(EIGENVALUES)
+    found = hessian_trace(model, loss_of, ROWS, samples=400)
+    assert abs(found.value - sum(EIGENVALUES)) < 4 * found.standard_error
+    # The variance of z'Hz is twice the sum of squares off the diagonal. Two batches of 2 and 3 rows have draws of
+    # their own. The standard deviation of 400 samples is right to about 4 %.
+    variance = 2 * (model.h.square().sum() - model.h.diagonal().square().sum()) * (0.4**2 + 0.6**2)
+    assert found.standard_error == pytest.approx(float(variance / 400) ** 0.5, rel=0.2)
+    model.h = torch.diag(torch.arange(7.0, dtype=torch.float64))
+    exact = hessian_trace(model, loss_of, ROWS, samples=2)
+    assert (exact.value, exact.standard_error, exact.samples) == (pytest.approx(21.0), pytest.approx(0.0, abs=1e-12), 2)
+
+
+def test_a_linear_loss_has_no_curvature() -> None:
+    model = Quadratic([0.0] * 6)
+
+    def linear(model: Any, x: Tensor) -> Tensor:
+        return model.b @ model.w()
+
+    assert hessian_eigenvalue(model, linear, ROWS).value == hessian_trace(model, linear, ROWS).value == 0.0
+
+
+def test_line_and_plane_of_a_quadratic() -> None:
+    model = Quadratic(EIGENVALUES)
+    first, second = random_direction(model, 0), {"vector": torch.ones(3), "matrix": torch.zeros(2, 2)}
+    assert set(first) == {"matrix"}  # no biases
+    flat = [torch.cat([first["matrix"].flatten(), torch.zeros(3)]), torch.cat([torch.zeros(4), torch.ones(3)])]
+    w, steps, others = model.w().detach(), [-1.5, 0.0, 0.25], [0.0, 3.0]
+    line = loss_along(model, loss_of, iter(ROWS), first, steps)
+    assert line.steps == tuple(steps)
+    assert line.losses == pytest.approx([float(model.at(w + a * flat[0])) for a in steps], rel=1e-9)  # perturb_eps
+    plane = landscape(model, loss_of, ROWS, first, second, steps, others)
+    for a, row in zip(plane.steps, plane.losses, strict=True):
+        assert row == pytest.approx([float(model.at(w + a * flat[0] + b * flat[1])) for b in others], rel=1e-9)
+
+
+def test_each_filter_has_the_norm_of_the_models_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[3].weight[1] = 0.0
+    direction = random_direction(model, 0)
+    assert set(direction) == {"0.weight", "3.weight"}
+    for name, p in (("0.weight", model[0].weight), ("3.weight", model[3].weight)):
+        torch.testing.assert_close(direction[name].flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
+    same, other = random_direction(model, 0), random_direction(model, 1)
+    assert same_bits(list(direction.values()), list(same.values()))
+    assert not torch.equal(direction["0.weight"], other["0.weight"])
+    assert not filter_normalized(model, {"0.weight": torch.zeros(4, 3, 2, 2)})["0.weight"].any()
+
+
+# ---- A network, against plain PyTorch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("m", [None, 3])
+@pytest.mark.parametrize("options", [{"rho": 0.05}, {"rho": 0.5, "adaptive": True, "eta": 0.01}])
+def test_sharpness_of_a_network(net: Net, data: Any, options: Any, m: int | None, training: bool) -> None:
+    net.train(training)
+    with torch.no_grad():  # wherever it is called
+        found = rho_sharpness(net, loss_of, iter(data), m=m, **options)
+    by_batch = []
+    for x, y in data:
+        shards = rises(net, zip(x.split(m or 99), y.split(m or 99), strict=True), **options)
+        by_batch.append(shards[:, 0] @ shards[:, 1:] / len(x))
+    losses, of_batch = torch.stack(by_batch, dim=1)
+    share = torch.tensor([8 / 21, 8 / 21, 5 / 21], dtype=torch.float64)
+    mean = share @ of_batch
+    error = (share.square() @ (of_batch - mean).square() * 3 / 2) ** 0.5  # of equal batches: their sd / sqrt(3)
+    expected = {"value": float(mean), "standard_error": float(error), "loss": float(share @ losses), "batches": 3}
+    assert vars(found) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hessian_of_a_network(net: Net, data: Any, training: bool) -> None:
+    net.train(training)
+    whole = hessian(net, data)
+    largest = hessian_eigenvalue(net, loss_of, data, tolerance=1e-4, max_iterations=500)
+    assert largest.converged
+    assert abs(largest.value - float(torch.linalg.eigvalsh(whole)[-1])) <= largest.error_bound
+    found = hessian_trace(net, loss_of, data, samples=50)
+    assert abs(found.value - float(whole.trace())) < 4 * found.standard_error
+
+
+def test_every_step_of_a_line_draws_the_same_masks(net: Net, data: Any) -> None:
+    line = loss_along(net, loss_of, data, random_direction(net), [0.0, 0.5, 0.0])
+    assert line.losses[0] == line.losses[2] != line.losses[1]
+
+
+# ---- No trace --------------------------------------------------------------------------------------------------------
+
+MEASURES: dict[str, Callable[..., Any]] = {
+    "sharpness": partial(rho_sharpness, rho=0.1, m=3),
+    "adaptive": partial(rho_sharpness, rho=0.5, adaptive=True),
+    "line": lambda model, *a: loss_along(model, *a, random_direction(model), [-1.0, 0.0, 1.0]),
+    "plane": lambda model, *a: landscape(model, *a, random_direction(model), random_direction(model, 1), [0.0, 1.0]),
+    "eigenvalue": partial(hessian_eigenvalue, max_iterations=3),
+    "trace": partial(hessian_trace, samples=2),
+}
+
+
+@pytest.mark.guarantee(id="sharpness")
+@pytest.mark.parametrize(("dtype", "flatten"), [(torch.float32, True), (torch.float64, False), (torch.bfloat16, False)])
+@pytest.mark.parametrize("fails_at", [None, 1, 2, 3])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dtype, flatten: bool, data: Any) -> None:
+    model = Net().to(dtype)
+    _optimizer = SAM(model.parameters(), flatten=flatten)  # gradients are views where it says so
+    data = [(x.to(dtype), y) for x, y in data]
+    loss_of(model, *data[0]).backward()
+    grads = [p.grad for p in model.parameters()]
+    everything = [*model.parameters(), *model.buffers(), *(grad for grad in grads if grad is not None)]
+    before, random_state, calls = values(everything), torch.get_rng_state(), 0
+
+    def failing(model: nn.Module, *batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise KeyboardInterrupt
+        return loss_of(model, *batch)
+
+    with nullcontext() if fails_at is None else pytest.raises(KeyboardInterrupt):
+        MEASURES[measure](model, failing, data)
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+    assert same_bits(before, values(everything))
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+def sharp(model: nn.Module, loss_fn: Any = loss_of, batches: Any = ROWS, **options: Any) -> Any:
+    return rho_sharpness(model, loss_fn, batches, **({"rho": 0.1} | options))
+
+
+def kink(model: Any, x: Tensor) -> Tensor:
+    """A gradient of zero, and no second derivative."""
+    return (model.vector - model.vector.detach()).abs().pow(1.5).sum()
+
+
+ALONG = {"vector": torch.ones(3)}
+BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "rho": (lambda q: sharp(q, rho=0.0), ValueError, "rho must be above 0"),
+    "eta": (lambda q: sharp(q, eta=-1.0), ValueError, "eta must be"),
+    "m": (lambda q: sharp(q, m=0), ValueError, "m must be an int of at least 1"),
+    "m of one batch": (lambda q: sharp(q, m=3), ValueError, "m=3 is more than the 2 rows"),
+    "backend": (lambda q: sharp(q, backend="fast"), ValueError, "fast"),
+    "model": (lambda q: sharp([q]), TypeError, "model must be a torch.nn.Module, got a list"),
+    "frozen": (lambda q: sharp(q.requires_grad_(False)), ValueError, "model has no trainable parameters"),
+    "loss_fn": (lambda q: sharp(q, "loss"), TypeError, "loss_fn must be called as"),
+    "a batch": (lambda q: sharp(q, batches=ROWS[0]), TypeError, "batches must be an iterable"),
+    "no batches": (lambda q: sharp(q, batches=[]), ValueError, "batches is empty"),
+    "no rows": (lambda q: sharp(q, batches=[3.0]), ValueError, "no tensor that has rows"),
+    "no tensor": (lambda q: sharp(q, lambda model, x: 3.0), TypeError, "loss_fn must return a tensor, got a float"),
+    "no scalar": (lambda q: sharp(q, lambda model, x: model(x) + x), ValueError, r"a scalar.* got shape \(2, 1\)"),
+    "constant": (lambda q: sharp(q, lambda model, x: x.sum()), ValueError, "depends on no trainable parameter"),
+    "infinite": (lambda q: sharp(q, lambda q, x: q.w().sum() / 0), ValueError, "loss_fn returned -?inf at w:"),
+    "infinite later": (lambda q: sharp(q, lambda q, x: q.vector.exp().sum(), rho=2e3), ValueError, r"inf at w \+ e"),
+    "gradient": (lambda q: sharp(q, lambda q, x: (q.vector * 0).sqrt().sum()), ValueError, "not finite"),
+    "inference": (lambda q: torch.inference_mode()(sharp)(q), RuntimeError, "outside torch.inference_mode"),
+    "tolerance": (lambda q: hessian_eigenvalue(q, loss_of, ROWS, tolerance=0.0), ValueError, "tolerance must be above"),
+    "iterations": (lambda q: hessian_eigenvalue(q, loss_of, ROWS, max_iterations=0), ValueError, "max_iterations"),
+    "iterator": (lambda q: hessian_eigenvalue(q, loss_of, iter(ROWS)), ValueError, "batches is an iterator"),
+    "no eigenvalue": (lambda q: hessian_eigenvalue(q, loss_of, []), ValueError, "batches is empty"),
+    "complex": (lambda q: hessian_trace(nn.Linear(1, 1, dtype=torch.cfloat), loss_of, ROWS), ValueError, "complex"),
+    "samples": (lambda q: hessian_trace(q, loss_of, ROWS, samples=1), ValueError, "samples must be an int of at least"),
+    "curvature": (lambda q: hessian_trace(q, kink, ROWS), ValueError, "Hessian .* is not finite"),
+    "direction": (lambda q: loss_along(q, loss_of, ROWS, [1.0], [1.0]), TypeError, "direction must map names"),
+    "name": (lambda q: landscape(q, loss_of, ROWS, ALONG, {"b": q.b}, [1.0]), ValueError, "second has 'b'"),
+    "shape": (lambda q: landscape(q, loss_of, ROWS, {"vector": q.b}, ALONG, [1.0]), ValueError, r"first\['vector'\]"),
+    "zero": (lambda q: loss_along(q, loss_of, ROWS, {"vector": torch.zeros(3)}, [1.0]), ValueError, "leads nowhere"),
+    "steps": (lambda q: loss_along(q, loss_of, ROWS, ALONG, []), ValueError, "steps must be finite numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name(case: str) -> None:
+    call, error, message = BAD[case]
+    model = Quadratic(EIGENVALUES)
+    before = values(list(model.parameters()))
+    with pytest.raises(error, match=message):
+        call(model)
+    assert same_bits(before, values(list(model.parameters())))
+
+
+def test_progress_is_shown_where_it_is_wanted(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharp(Quadratic(EIGENVALUES))
+    assert capfd.readouterr().err == ""
+    sharp(Quadratic(EIGENVALUES), progress=True)
+    assert "sharpness: 100%" in capfd.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+        sharp(Quadratic(EIGENVALUES), progress=True)
