@@ -92,7 +92,8 @@ def loss_along(
     All steps draw the same dropout masks; for the rest see :func:`sam_fast.sharpness.rho_sharpness`. With
     DistributedDataParallel each process passes batches of its own.
 
-    ``model``, ``loss_fn``, ``batches``, ``backend`` and ``progress`` are as in :func:`sam_fast.sharpness.rho_sharpness`.
+    ``model``, ``loss_fn``, ``batches``, ``backend`` and ``progress`` are as in
+    :func:`sam_fast.sharpness.rho_sharpness`.
 
     Args:
         direction: :func:`random_direction`, or any other, such as the difference to another model's weights.
@@ -124,7 +125,8 @@ def landscape(
 ) -> Plane:
     """The mean loss at ``w + step * first + other_step * second``: one forward pass for each pair.
 
-    ``model``, ``loss_fn``, ``batches``, ``backend`` and ``progress`` are as in :func:`sam_fast.sharpness.rho_sharpness`.
+    ``model``, ``loss_fn``, ``batches``, ``backend`` and ``progress`` are as in
+    :func:`sam_fast.sharpness.rho_sharpness`.
 
     Args:
         first, second: two directions, such as ``random_direction(model, 0)`` and ``random_direction(model, 1)``.
