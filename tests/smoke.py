@@ -29,7 +29,7 @@ def main() -> None:
     import sam_fast
 
     installed = Path(sam_fast.__file__)
-    assert Path(__file__).parent.parent not in installed.parents, f"{installed} is a checkout, not an installation"
+    assert installed.parents[1] != Path(__file__).parents[1], f"{installed} is a checkout, not an installation"
     torch.set_num_threads(2)
     usable = sam_fast.backends.available()
     assert set(arguments.need) <= set(usable), sam_fast.backends.why_not()
@@ -39,9 +39,7 @@ def main() -> None:
     runtimes = [pool["filepath"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "openmp"]
     print("OpenMP runtimes:", *runtimes)
     assert len(runtimes) == 1
-    print(
-        f"fine: sam_fast {sam_fast.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, {installed}"
-    )
+    print(f"fine: sam_fast {sam_fast.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}")
 
 
 def compare(backend: str, device: str) -> float:
