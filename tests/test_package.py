@@ -111,6 +111,16 @@ def test_wheel_has_the_native_module_types_and_licence(built):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf (Debian: binutils)")
+def test_the_native_module_links_nothing_of_torch(built, tmp_path):
+    with zipfile.ZipFile(built[1]) as archive:
+        (module,) = (archive.extract(name, tmp_path) for name in archive.namelist() if name.endswith(".so"))
+    needed = set(re.findall(r"NEEDED.*\[(\w[\w+-]*)\.so", run("readelf", "-d", module)))
+    assert "libc" in needed
+    assert needed <= {"libgomp", "libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64"}
+
+
+@pytest.mark.slow
 def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -127,6 +137,7 @@ def test_sdist_has_everything_that_is_needed_to_build_and_test(built):
         "Makefile",
     ]
     assert not set(needed) - names
+    assert not [name for name in names if name.startswith((".", "bench")) or name.endswith((".so", ".png", ".jsonl"))]
 
 
 def test_the_oldest_torch_that_is_declared_is_the_one_that_is_tested():
@@ -219,13 +230,53 @@ def test_an_nvcc_that_does_not_work_is_left_out_with_a_warning(tmp_path, monkeyp
     monkeypatch.setitem(setup["CMakeBuild"].run.__globals__, "NVCC", "/somewhere/nvcc")
     command.run()
     output = capsys.readouterr().out
-    assert "WARNING: /somewhere/nvcc was found, but building with it failed" in output
-    assert "sam_fast._cpu: built; sam_fast._cuda: not built: the build with /somewhere/nvcc failed" in output
+    assert output.count("WARNING") == 1
+    assert "sam_fast._cpu: built; sam_fast._cuda: not built: with /somewhere/nvcc: " in output
     assert "-DSAM_FAST_CUDA=ON" in calls[0]
     assert calls[1] == []
     monkeypatch.setitem(setup["CMakeBuild"].run.__globals__, "CUDA", "1")
     with pytest.raises(SystemExit, match="SAM_FAST_CUDA=0 leaves the CUDA kernels out"):
         command.run()
+
+
+CMAKE_SAYS = """\
+-- The CXX compiler identification is unknown
+CMake Error at CMakeLists.txt:3 (project):
+  The C++ compiler
+
+    "/bin/false"
+
+  is not able to compile a simple test program.
+
+  It fails with the following output:
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (CMAKE_SAYS, 'The C++ compiler "/bin/false" is not able to compile a simple test program'),
+        ("[1/9] ...\na.cpp:3:1: error: no such type\na.cpp:4:1: error: more", "no such type"),
+        (None, "Command 'cmake' returned non-zero exit status 1."),
+    ],
+    ids=["CMake", "compiler", "silent"],
+)
+def test_the_reason_for_a_failed_build_is_in_the_words_of_the_one_that_failed(monkeypatch, output, reason):
+    assert setup_py(monkeypatch)["reason"](subprocess.CalledProcessError(1, "cmake", output)) == reason
+
+
+def test_a_package_index_gets_no_link_that_leads_nowhere(monkeypatch, tmp_path):
+    setup = setup_py(monkeypatch)
+    monkeypatch.setitem(setup["readme"].__globals__, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(
+        "![a picture](docs/a.png)\n\nSee [the guide](docs/guide.md), [SAM](https://arxiv.org/abs/2010.01412), [it](#x)."
+    )
+    assert setup["readme"]() == "See the guide, [SAM](https://arxiv.org/abs/2010.01412), [it](#x)."
+
+
+def test_an_unknown_choice_of_native_modules_is_an_error(monkeypatch):
+    with pytest.raises(SystemExit, match=r"SAM_FAST_NATIVE=.no. is unknown: use 0, 1 or auto"):
+        setup_py(monkeypatch, SAM_FAST_NATIVE="no")
 
 
 @pytest.mark.slow
@@ -284,17 +335,30 @@ print("fine")
 
 
 @pytest.mark.nightly
-def test_a_build_without_a_compiler_says_what_to_do(checkout, tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-w", str(tmp_path)]
-    done = subprocess.run(
-        command,
-        cwd=checkout,
-        env={**os.environ, "CXX": "/nonexistent/c++", "SAM_FAST_CUDA": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert "SAM_FAST_NATIVE=0" in done.stdout + done.stderr
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_compiler_that_fails_leaves_the_pure_package_unless_the_kernels_were_asked_for(checkout, tmp_path, forced):
+    environment = {
+        **os.environ,
+        "CXX": "/bin/false",
+        "SAM_FAST_CUDA": "0",
+        "SAM_FAST_NATIVE": "1" if forced else "auto",
+    }
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-v", "-w", str(tmp_path)]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert 'The C++ compiler "/bin/false" is not able to compile' in output
+    if forced:
+        assert done.returncode != 0
+        assert "SAM_FAST_NATIVE=0 installs the package without native kernels" in output
+        return
+    assert output.count("sam_fast: WARNING") == 1
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"sam_fast-{sam_fast.__version__}-py3-none-any.whl"
+    python = fresh_python(tmp_path / "env")
+    install(python, wheel, tmp_path / "site")
+    info = run(python, "-m", "sam_fast", "info", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert 'not built: The C++ compiler "/bin/false"' in info
+    assert re.search(r"torch +usable", info)
 
 
 @pytest.mark.skipif(

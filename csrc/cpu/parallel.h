@@ -9,7 +9,12 @@
 #include <thread>
 #include <vector>
 #elif defined(_OPENMP)
-#include <omp.h>
+// What <omp.h> declares. Apple's clang comes without that header.
+extern "C" {
+int omp_get_num_threads();
+int omp_get_thread_num();
+int omp_in_parallel();
+}
 #endif
 
 namespace sam {

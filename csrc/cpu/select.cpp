@@ -1,6 +1,10 @@
 // Chooses the instruction set at run time. Compiled for the baseline.
 #include <cstring>
 
+#ifdef SAM_X86_64
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace sam {
@@ -17,7 +21,10 @@ const Kernels* select_kernels(const char* isa) {
   auto chosen = [&](const Kernels& kernels) { return isa == nullptr || std::strcmp(isa, kernels.isa) == 0; };
 #ifdef SAM_X86_64
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+  // Clang before 17 does not know "f16c".
+  unsigned a, b, c = 0, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  const bool avx2 = __builtin_cpu_supports("avx2") && f16c && __builtin_cpu_supports("fma");
 #ifdef SAM_AVX512
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -5,16 +5,15 @@ A backend is one module with a ``BACKEND``; adding one is that file and a line i
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from pathlib import Path
 
 import torch as pytorch
 from torch import Tensor, device, version
 
 from . import cpu, cuda, torch, triton
 from .bucket import Backend, Bucket, GroupOptions, StepOptions
+from .native import build_note
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, torch.BACKEND)
@@ -29,9 +28,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 
 BACKEND_VARIABLE = "SAM_FAST_BACKEND"
 """Environment variable that forces a backend where the ``backend`` argument does not."""
-
-BUILD_NOTE = Path(__file__).parent.parent / "_build_info.json"
-"""What setup.py built and what not, by module."""
 
 _warned: set[tuple[str, str]] = set()
 
@@ -61,8 +57,7 @@ def _count(kind: str) -> int:
 
 def build_info() -> dict[str, str]:
     """How the native modules were built and which instruction set is in use."""
-    info = json.loads(BUILD_NOTE.read_text()) if BUILD_NOTE.is_file() else {}
-    return info | {
+    return build_note() | {
         f"{name}: {what}": value for name, backend in BACKENDS.items() for what, value in backend.build_info().items()
     }
 

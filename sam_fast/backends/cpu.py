@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..amp import Scaling
 from .bucket import Bucket, GroupOptions, StepOptions
-from .native import NativeBackend, NativeBucket
+from .native import NativeBackend, NativeBucket, why_missing
 
 try:
     from .. import _cpu
@@ -73,10 +73,8 @@ class CpuBackend(NativeBackend):
 
     def unavailable(self) -> str | None:
         if _cpu is None:
-            return (
-                f"the native module sam_fast._cpu is missing ({_import_error}): "
-                "install sam_fast with a C++17 compiler and SAM_FAST_NATIVE=1"
-            )
+            reason = why_missing("sam_fast._cpu", _import_error)
+            return f"{reason}: install sam_fast with a C++17 compiler and SAM_FAST_NATIVE=1"
         if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
             return f"PyTorch {torch.__version__} has no DLPack C exchange interface: PyTorch 2.10 or newer is needed"
         return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..amp import Scaling
 from .bucket import Bucket, GroupOptions, StepOptions
-from .native import DTYPE_CODES, NativeBackend, NativeBucket
+from .native import DTYPE_CODES, NativeBackend, NativeBucket, why_missing
 
 try:
     from .. import _cuda
@@ -135,10 +135,8 @@ class CudaBackend(NativeBackend):
         if torch.version.hip:
             return "this PyTorch is built for ROCm; the triton backend serves it"
         if _cuda is None:
-            return (
-                f"the native module sam_fast._cuda is missing ({_import_error}): "
-                "install sam_fast where nvcc is (CUDA_HOME or PATH)"
-            )
+            reason = why_missing("sam_fast._cuda", _import_error)
+            return f"{reason}: install sam_fast where nvcc is (CUDA_HOME or PATH)"
         if _cuda.device_type == "cuda" and not torch.cuda.is_available():
             return "PyTorch finds no usable CUDA device" if torch.version.cuda else "this PyTorch is built without CUDA"
         return None

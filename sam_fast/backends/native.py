@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,9 @@ from .memory import has_memory, is_dense, is_plain, is_wrapper, rejects_memory, 
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Matches ``enum class DType`` in csrc/table.h."""
+
+BUILD_NOTE = Path(__file__).parent.parent / "_build_info.json"
+"""What setup.py built and what not, by module."""
 
 MAX_STATES = 3
 
@@ -327,6 +332,17 @@ class NativeBackend(Backend):
             where = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             return f"a tensor with gaps or overlaps in memory ({where})"
         return None
+
+
+def build_note() -> dict[str, str]:
+    """Native module -> "built", or why it is not; empty where setup.py left no note."""
+    return json.loads(BUILD_NOTE.read_text()) if BUILD_NOTE.is_file() else {}
+
+
+def why_missing(module: str, error: ImportError | None) -> str:
+    """Why a native module cannot be imported: what setup.py noted, or if that says that it was built, the error."""
+    noted = build_note().get(module, "built")
+    return f"the native module {module} is missing ({error if noted == 'built' else noted})"
 
 
 def _address(numbers: array[Any]) -> int:
