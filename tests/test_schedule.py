@@ -237,7 +237,7 @@ def test_a_step_that_does_not_perturb_is_fused_and_moves_nothing_before() -> Non
     assert not optimizer.perturbed
     with pytest.raises(RuntimeError, match="twice"):
         optimizer.first_step()
-    with pytest.raises(RuntimeError, match="before first_step"), optimizer.first_pass(model):
+    with pytest.raises(RuntimeError, match=r"between first_step"), optimizer.first_pass(model):
         raise AssertionError("not reached")
     assert furthest(model.parameters(), before) == 0.0
     cross_entropy(model(x), y).backward()
