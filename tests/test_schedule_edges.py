@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,31 @@ def test_training_goes_on_after_a_checkpoint_without_a_counter() -> None:
     assert optimizer.will_perturb
     guarded(model, optimizer, *batches(1)[0])
     assert optimizer.param_groups[0][STEP] == 11
+
+
+# ---- Warnings --------------------------------------------------------------------------------------------------------
+
+
+def run(schedule: Schedule, steps: int, counter: int = 0) -> list[str]:
+    """The warnings of a few steps, and of the optimizer's end."""
+    p = nn.Parameter(torch.ones(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = SAM([p], schedule=schedule, lr=0.0)
+        optimizer.param_groups[0][STEP] = counter
+        for _ in range(steps):
+            p.grad = torch.ones(3)
+            optimizer.first_step()
+            optimizer.second_step()
+        del optimizer
+        gc.collect()
+    return [str(w.message) for w in caught]
+
+
+def test_a_schedule_that_never_perturbs_is_one_warning() -> None:
+    assert len(run(Schedule(start=50, total=20), 25)) == 1
+    (text,) = run(Schedule(start=0.9, total=1000), 101)
+    assert "101" in text
+    assert run(Schedule(start=0.9, total=1000), 100) == []
+    assert run(Schedule(every=7), 120) == []
+    assert run(Schedule(stop=10), 110, counter=20) == []  # resumed: the run before has perturbed
