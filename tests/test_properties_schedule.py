@@ -1,6 +1,6 @@
 """Random sequences of calls as in test_properties.py, with schedules, first_pass and TrainStep.
 
-The model keeps the number of steps and says by itself which of them perturb.
+The model keeps the number of steps and says by itself which of them perturb. The profile ``ci`` tries 100 sequences.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from cases import same_bits, values
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_of_sam import perturbed
-from test_properties import EPS, Raised, Run, optimizers, profile, specs
+from test_properties import EPS, PROFILE, Raised, Run, optimizers, profile, specs
 from torch import Tensor, nn
 
 from sam_fast import SAM, Schedule, TrainStep
@@ -237,7 +237,7 @@ class ScheduledRun(Run):
         return super().replaced(copied)
 
 
-@profile
+@settings(profile, max_examples=100 if PROFILE == "ci" else profile.max_examples)
 @given(made=optimizers(schedules), sequence=st.lists(calls, min_size=8, max_size=24))
 def test_every_call_does_what_the_model_does(
     made: tuple[SAM, list[nn.Parameter]], sequence: list[tuple[Any, ...]]
