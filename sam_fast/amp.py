@@ -90,7 +90,7 @@ def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], Non
         step(base)
         return
     # On the CPU a fused step may be replaced by one that does not decide, see base_step.FUSED_ON_CPU.
-    decides = getattr(base, "_step_supports_amp_scaling", False) and not _is_on_host(scaling.found_inf)
+    decides = getattr(base, "_step_supports_amp_scaling", False) and not _is_on_host(scaling)
     # A fused step that is skipped while it makes its state would leave one behind; SGD's momentum would be memory that
     # nobody has written.
     on_host = not decides or _lacks_state(base)
@@ -109,8 +109,8 @@ def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], Non
         clear_scaling(base)
 
 
-def _is_on_host(found_inf: Tensor | None) -> bool:
-    return found_inf is not None and found_inf.device.type == "cpu"
+def _is_on_host(scaling: Scaling) -> bool:
+    return any(t is not None and t.device.type == "cpu" for t in (scaling.grad_scale, scaling.found_inf))
 
 
 def inverse_scale(grad_scale: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ def clipped(perturbation: Perturbation, base: Optimizer, scaling: Scaling, max_n
         return Scaling(None, scaling.found_inf)
     scale = torch.ones_like(norm) if scaling.grad_scale is None else scaling.grad_scale.to(norm)
     factor = (max_norm / (norm / scale + EPS)).clamp(max=1.0)
-    found_inf = torch.zeros_like(norm, dtype=torch.float32) if scaling.found_inf is None else scaling.found_inf
-    return Scaling((scale / factor).float(), found_inf)
+    return Scaling((scale / factor).float(), scaling.found_inf)
 
 
 def with_gradient(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:

@@ -85,6 +85,14 @@ def are_new(gradients: Iterable[Tensor]) -> bool:
     return any(getattr(grad, USED, None) != grad._version for grad in gradients)
 
 
+def left_by_a_pass(gradients: Iterable[Tensor]) -> bool:
+    """Whether there are gradients that are new and not all zero, as after ``model.zero_grad(set_to_none=False)``. Where
+    there are new ones, this looks at their values on the host.
+    """
+    gradients = list(gradients)
+    return are_new(gradients) and any(grad.any() for grad in gradients)
+
+
 def closure_step(
     optimizer: Any,
     closure: Callable[[], Any],
@@ -128,7 +136,8 @@ def closure_step(
             if first_pass_done:
                 random_state, step.random_state = step.random_state, None
             else:
-                random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replay_rng else None
+                replays = replay_rng and computes_first
+                random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replays else None
                 optimizer.zero_grad()
                 if computes_first:
                     loss = closure()

@@ -20,8 +20,13 @@ NAMES = ("BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm")
 
 
 def is_norm_layer(module: nn.Module) -> bool:
-    """Whether a module normalizes: by its class, or its class's name."""
-    return isinstance(module, NORM_LAYERS) or any(name in type(module).__name__ for name in NAMES)
+    """Whether a module normalizes: by its class, or its class's name. One of that name that has matrices, as a
+    LayerNormLinear, does more.
+    """
+    named = any(name in type(module).__name__ for name in NAMES)
+    return isinstance(module, NORM_LAYERS) or (
+        named and all(p.numel() == max(p.shape, default=1) for p in module.parameters(recurse=False))
+    )
 
 
 def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:

@@ -62,6 +62,10 @@ class Passes:
         """
         return self._step.path
 
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Begin a step."""
+        raise NotImplementedError
+
     def restore(self) -> None:
         """Give the current step up."""
         raise NotImplementedError
@@ -94,8 +98,6 @@ class Passes:
                 pass with a static graph.
         """
         self._require_restored("first_pass")
-        if self._step.active:
-            raise RuntimeError("first_pass comes before first_step(): finish the step with second_step(), or restore()")
         models = as_models(model, "first_pass(model)")
         self._step.random_state = RandomState.capture(devices_of(self.param_groups)) if replay_rng else None
         self._step.own_gradient = not sync
@@ -104,10 +106,14 @@ class Passes:
             with ExitStack() as stack:
                 for module in () if sync else models:
                     stack.enter_context(without_gradient_sync(module))
-                stack.enter_context(without_unused_gradients(models, self.param_groups))
+                self._step.unused = unused_weights(models, self.param_groups)
+                for p in self._step.unused:
+                    p.requires_grad = False
                 yield
+            self._step.train_unused()
         except BaseException:
             self._step.forget_first_pass()
+            self._perturbation.storage.give_up_pass()
             raise
 
     @contextmanager
@@ -131,6 +137,8 @@ class Passes:
         """
         self._require_first_step("second_pass")
         models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
+        if not self._step.active:  # a step that does not perturb may do without
+            self.first_step()
         random_state, self._step.random_state = self._step.random_state, None
         try:
             if self._perturbation.storage.process_wide:
@@ -144,26 +152,26 @@ class Passes:
             raise
 
 
-@contextmanager
-def without_unused_gradients(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Inside, parameters that are not perturbed require no gradient."""
-    param_groups = list(param_groups)
-    if all(group.get("perturb", True) for group in param_groups):
-        yield
-        return
+def unused_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The weights whose gradient a first pass has no use for: those that are not perturbed, where others are. None in
+    DDP and FSDP2, which wait for every gradient.
+    """
     by_perturb: dict[bool, list[Tensor]] = {True: [], False: []}
     for group in param_groups:
-        by_perturb[bool(group.get("perturb", True))] += [p for p in group["params"] if p.requires_grad]
-    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    spread = any(hasattr(type(m), "no_sync") or is_fsdp_module(m) for m in modules)
-    unused = [p for p in by_perturb[False] if p.is_leaf] if by_perturb[True] and not spread else []
-    try:
-        for p in unused:
-            p.requires_grad = False
-        yield
-    finally:
-        for p in unused:
-            p.requires_grad = True
+        by_perturb[bool(group.get("perturb", True))] += group["params"]
+    unused = [p for p in by_perturb[False] if p.requires_grad and p.is_leaf]
+    if not unused or not any(p.requires_grad for p in by_perturb[True]):
+        return []
+    modules = [type(m) for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    waits = any(hasattr(m, name) for m in modules for name in ("no_sync", "set_requires_gradient_sync"))
+    return [] if waits else unused
+
+
+def learns_graph(module: Any) -> bool:
+    """Whether a DDP module has a static graph that it has yet to see in a backward pass with synchronisation."""
+    return getattr(module, "static_graph", False) and not getattr(
+        module, "_static_graph_delay_allreduce_enqueued", True
+    )
 
 
 @contextmanager
@@ -180,9 +188,7 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
         modules: Iterable[Any] = model.modules() if isinstance(model, nn.Module) else [model]
         for module in modules:
             if hasattr(type(module), "no_sync"):
-                if getattr(module, "static_graph", False) and not getattr(
-                    module, "_static_graph_delay_allreduce_enqueued", True
-                ):
+                if learns_graph(module):
                     raise ValueError(
                         "first_pass(model, sync=False) cannot be the first pass of "
                         "DistributedDataParallel(static_graph=True), which learns the "

@@ -14,7 +14,7 @@ from .backends import forced
 from .base_step import BaseStep
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
-from .closures import AUTO, are_new, check_closure_option, closure_step, mark_used, step_without_closure
+from .closures import AUTO, check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
@@ -22,7 +22,7 @@ from .passes import Passes
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 from .running_stats import ExtraBuffers, Models
-from .schedule import Schedule, ScheduleWatch, check_schedule, count_step, steps_taken
+from .schedule import STEP, Schedule, ScheduleWatch, check_schedule, count_step, start_counter, steps_taken
 from .step_state import StepState, set_by_scaler
 from .wrapper import OptimizerWrapper
 
@@ -175,6 +175,8 @@ class SAM(Passes, OptimizerWrapper):
         without = [p for group in self.param_groups for p in group["params"] if p.grad is None]
         self._perturbation.prepare(self.param_groups)
         mark_used(p.grad for p in without if p.grad is not None)
+        if self._schedule is not None or self._rounds_stochastically():
+            start_counter(self.param_groups)
 
     # ---- The two steps -----------------------------------------------------------------------------------------------
 
@@ -206,7 +208,7 @@ class SAM(Passes, OptimizerWrapper):
                 self._fill_in_options(groups)
                 break
         perturbs = self.will_perturb
-        first_pass_done = perturbs or step.first_pass_entered or are_new(self._gradients())
+        first_pass_done = perturbs or step.first_pass_entered or left_by_a_pass(self._gradients())
         if perturbs:
             rounds = self._rounds and self._rounds_stochastically()
             key = rounding_key(steps_taken(groups), PERTURB) if rounds else None
@@ -300,6 +302,7 @@ class SAM(Passes, OptimizerWrapper):
 
     def _update(self) -> None:
         base, step, perturbation = self.base_optimizer, self._step, self._perturbation
+        step.zeroed = False
         settle_running_stats(base.param_groups, counts=not step.first_pass_done)
         scaling = UNSCALED
         if step.grad_scale is not None or step.found_inf is not None:
@@ -320,22 +323,21 @@ class SAM(Passes, OptimizerWrapper):
                 if perturbed:
                     perturbation.restore()
                 step_base(base, applied, self._base_step)
+                torch.clear_autocast_cache()
         finally:
             if not perturbation.active:
                 step.active = step.first_pass_done = step.perturbs = False
         step.path = "fused" if reason is None else reason
-        if self._schedule is not None or rounds:
-            self._count_step(perturbed)
         if scaling is not UNSCALED:
             report_overflow(self, scaling)
+        if self._schedule is not None or rounds or STEP in base.param_groups[0]:
+            self._count_step(perturbed)
 
     def _count_step(self, perturbed: bool) -> None:
-        groups = self.base_optimizer.param_groups
+        count_step(self.base_optimizer.param_groups)
         if self._schedule_watch is not None:
-            self._schedule_watch.count(steps_taken(groups), perturbed)
-        count_step(groups)
-        if self._schedule is not None:
             mark_used(self._gradients())  # they must not look like a first pass of the next step
+            self._schedule_watch.count(steps_taken(self.base_optimizer.param_groups) - 1, perturbed)
 
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)
@@ -368,6 +370,7 @@ class SAM(Passes, OptimizerWrapper):
             self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # one of somebody's own may take nothing
         if self._perturbation.flatten or not set_to_none:
             mark_used(self._gradients())
+        self._step.zeroed = True
 
     def _gradients(self) -> Iterator[Tensor]:
         """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
@@ -386,8 +389,8 @@ class SAM(Passes, OptimizerWrapper):
             )
 
     def _require_restored(self, what: str) -> None:
-        if self._perturbation.active:
+        if self._step.active or self._perturbation.active:
             raise RuntimeError(
-                f"{what} while the weights are perturbed: finish with second_step(), or call restore() to give this "
-                "step up"
+                f"{what} between first_step() and second_step(): finish with second_step(), or call restore() to give "
+                "this step up"
             )

@@ -91,7 +91,14 @@ def check_schedule(schedule: Any) -> None:
 
 def steps_taken(param_groups: Sequence[dict[str, Any]]) -> int:
     """The number of second steps so far. It is in the groups: a run that resumes goes on as it would have."""
-    return int(param_groups[0].get(STEP, 0))
+    return max((int(group.get(STEP, 0)) for group in param_groups), default=0)
+
+
+def start_counter(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Have the counter in all groups: torch.distributed.checkpoint loads only entries that are there."""
+    steps = steps_taken(param_groups)
+    for group in param_groups:
+        group.setdefault(STEP, steps)
 
 
 def count_step(param_groups: Sequence[dict[str, Any]]) -> None:
@@ -134,8 +141,8 @@ class _Record:
         if not self.quiet:
             self.quiet = True
             warnings.warn(
-                f"{self.schedule} has perturbed {which}: this was training with the base optimizer alone. Check start, "
-                "total, rho and perturb",
+                f"{self.schedule} has perturbed {which}: this was training with the base optimizer alone. Check start "
+                "and total",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -20,15 +20,18 @@ class StepState:
         active: ``first_step`` was called, whether it perturbed or not, and the step is not over.
         first_pass_done: there was a first pass, whose batch has counted in the running statistics.
         perturbs: the norm is that of this step's first gradient.
+        zeroed: there was no step since ``zero_grad``: gradients that are not new are zero.
     """
 
     active: bool = False
     first_pass_done: bool = False
     perturbs: bool = False
+    zeroed: bool = False
 
     random_state: RandomState | None = None
     own_gradient: bool = False  # the gradient of this rank alone
     first_pass_entered: bool = False
+    unused: list[Tensor] = field(default_factory=list)  # require no gradient while there is a first_pass
     path: str = NOT_STEPPED
     clip_grad_norm: float | None = None  # of the second gradient, for one step
     grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
@@ -37,7 +40,14 @@ class StepState:
 
     def forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step."""
+        self.train_unused()
         self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
+
+    def train_unused(self) -> None:
+        """What needed no gradient in ``first_pass`` requires one again. After an interruption: what is left of it."""
+        for p in self.unused:
+            p.requires_grad = True
+        self.unused = []
 
     def end(self) -> None:
         """The step is over, or was given up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .closures import are_new
 from .options import check_at_least_zero
+from .passes import learns_graph
 from .unwrapping import unwrap
 
 
@@ -19,7 +22,7 @@ class StepResult(NamedTuple):
     Attributes:
         loss: mean over the whole batch; at w where the first pass saw all of it, else the second pass's.
         sharpness: L(w + e) - L(w), where both passes saw the same samples, else None.
-        grad_norm: ``||T g||`` of the direction, unscaled or not as in :attr:`sam_fast.SAM.grad_norm`; None where the
+        grad_norm: ``||T g||`` of the direction, times what ``backward`` may have scaled the loss by; None where the
             step did not perturb.
     """
 
@@ -102,17 +105,20 @@ class TrainStep:
         if not rows:
             raise ValueError("the batch has no tensor with rows: pass what loss_fn takes after the model")
         sam = self.sam
-        sam.zero_grad()
+        if not sam._step.zeroed or are_new(sam._gradients()):
+            sam.zero_grad()
         try:
             first = None
             if sam.needs_first_pass:
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
                     part = batch if self.every == 1 else every_row(batch, rows, self.every)
                     first = self._pass(part, number_of_rows(part), -(-rows // self.micro_batches), self.sync)
-            sam.first_step(zero_grad=True)
+            sam.first_step(zero_grad=first is not None)
             with sam.second_pass(self.model):
                 second = self._pass(batch, rows, -(-rows // self.micro_batches), True)
             grad_norm = sam.grad_norm if sam.perturbed else None
+            if grad_norm is not None and self.scaler is not None:
+                grad_norm /= self.scaler.scale(torch.ones_like(grad_norm))
             self._second_step()
         except BaseException:
             sam.restore()
@@ -134,6 +140,8 @@ class TrainStep:
                     stack.enter_context(accumulating(self.model))
                 with self._autocast():
                     loss = self.loss_fn(self.model, *part)
+                    if not isinstance(loss, Tensor):
+                        raise TypeError(f"loss_fn must return the loss, a tensor, got {type(loss).__name__}")
                     if end - begin < rows:
                         loss = loss * ((end - begin) / rows)
                 self._backward(loss)
@@ -147,7 +155,9 @@ class TrainStep:
         if isinstance(self.autocast, torch.dtype):
             device = next(p.device.type for group in self.sam.param_groups for p in group["params"])
             return torch.autocast(device, self.autocast)
-        made: AbstractContextManager[Any] = self.autocast if hasattr(self.autocast, "__enter__") else self.autocast()
+        made: AbstractContextManager[Any] = (
+            self.autocast if hasattr(type(self.autocast), "__enter__") else self.autocast()
+        )
         return made
 
     def _backward(self, loss: Tensor) -> None:
@@ -180,11 +190,12 @@ class TrainStep:
 def accumulating(model: nn.Module) -> Iterator[None]:
     """Gradients are not exchanged by DDP inside: a later micro-batch of the same pass exchanges their sum.
 
-    FSDP2 goes on to exchange them, which is right and costs communication.
+    FSDP2 goes on to exchange them, which is right and costs communication; so does DDP with a static graph until it
+    has seen that.
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if hasattr(type(module), "no_sync"):
+            if hasattr(type(module), "no_sync") and not learns_graph(module):
                 stack.enter_context(module.no_sync())  # type: ignore[operator]
         yield
 
@@ -237,7 +248,10 @@ def _mapped(value: Any, rows: int, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return f(value) if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):
-        return type(value)({key: _mapped(item, rows, f) for key, item in value.items()})  # type: ignore[call-arg]
+        named = {key: _mapped(item, rows, f) for key, item in value.items()}
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, named)
+        return type(value)(named)  # type: ignore[call-arg]
     if isinstance(value, (list, tuple)):
         items = [_mapped(item, rows, f) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

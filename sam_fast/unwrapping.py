@@ -33,9 +33,11 @@ def unwrap(optimizer: Any) -> SAM:
 
 def _inner(optimizer: Any) -> SAM | None:
     """What the wrappers lead to. A wrapper may itself be of a class derived from SAM, as Lightning's is."""
+    seen: list[Any] = []
     while True:
+        seen.append(optimizer)
         attributes = getattr(optimizer, "__dict__", {})
         inner = next((attributes[name] for name in INNER if attributes.get(name) is not None), None)
-        if inner is None or inner is optimizer:
+        if inner is None or any(inner is known for known in seen):
             return optimizer if isinstance(optimizer, SAM) else None
         optimizer = inner

@@ -24,7 +24,7 @@ from cases import SmallNet, batches, make_params, normal, same_bits, same_step, 
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sam_fast import SAM
+from sam_fast import SAM, Schedule, TrainStep, norm_layers_only
 
 STRIDE = 1 if os.environ.get("SAM_FAST_HYPOTHESIS") == "nightly" else 13
 
@@ -233,6 +233,49 @@ def test_closure_interrupted_anywhere() -> None:
         case.optimizer.restore()
         for p, w, new in zip(case.params, case.began, values(undisturbed.params), strict=True):
             assert same_bits([p], [w]) or same_bits([p], [new]), boundary.failed
+
+
+@pytest.mark.parametrize(
+    ("base", "perturbs"), [(torch.optim.SGD, True), (torch.optim.SGD, False), (torch.optim.RMSprop, False)]
+)
+@pytest.mark.guarantee(id="train-step-interrupted")
+def test_train_step_interrupted_anywhere(base: type[torch.optim.Optimizer], perturbs: bool) -> None:
+    """w or what the step makes of it, no gradients, every parameter trained as before, and the next step goes on."""
+
+    class Training:
+        def __init__(self) -> None:
+            torch.manual_seed(1)
+            self.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+            self.params = list(self.model.parameters())
+            self.params[-1].requires_grad_(False)
+            groups = norm_layers_only(self.model, rho=0.5, lr=0.1)
+            self.sam = SAM(groups, base, schedule=None if perturbs else Schedule(start=9))
+            self.step = TrainStep(
+                self.model, self.sam, lambda m, x, y: cross_entropy(m(x), y), ascent=0.5, clip_grad_norm=1.0
+            )
+            self.step(*batch)
+
+    batch = torch.randn(8, 4), torch.randint(0, 2, (8,))
+    undisturbed = Training()
+    undisturbed.step(*batch)
+    after = values(undisturbed.params)
+    trained = [p.requires_grad for p in undisturbed.params]
+
+    def counted(boundary: Boundaries) -> None:
+        training = Training()
+        boundary.run(lambda: training.step(*batch))
+
+    for boundary in interruptions(counted):
+        training = Training()
+        began = values(training.params)
+        done = boundary.run(lambda training=training: training.step(*batch))
+        assert not training.sam.perturbed, boundary.failed
+        assert done or all(p.grad is None for p in training.params), boundary.failed
+        assert [p.requires_grad for p in training.params] == trained, boundary.failed
+        for p, w, new in zip(training.params, began, after, strict=True):
+            assert same_bits([p], [w]) or same_bits([p], [new]), boundary.failed
+        training.step(*batch)
+        assert not same_bits(training.params, began)
 
 
 # ---- Planted values, and weights moved behind the optimizer's back ---------------------------------------------------

@@ -44,6 +44,19 @@ def test_a_shared_weight_is_in_one_group() -> None:
     assert len(others["params"]) == 1
 
 
+def test_a_layer_that_normalizes_and_multiplies_is_none() -> None:
+    class LayerNormLinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer_norm_weight = nn.Parameter(torch.ones(4))
+            self.weight = nn.Parameter(torch.ones(3, 4))
+
+    model = nn.Sequential(LayerNormLinear(), nn.LayerNorm((3, 4)))
+    norms, others = norm_layers_only(model)
+    assert {id(p) for p in norms["params"]} == {id(p) for p in model[1].parameters()}
+    assert len(others["params"]) == 2
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="no normalization layer"):
         norm_layers_only(nn.Linear(3, 3))

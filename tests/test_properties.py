@@ -97,7 +97,7 @@ BASES: list[tuple[Any, dict[str, Any]]] = [
 
 
 @st.composite
-def optimizers(draw: Callable[..., Any]) -> tuple[SAM, list[nn.Parameter]]:
+def optimizers(draw: Callable[..., Any], schedules: Any = None) -> tuple[SAM, list[nn.Parameter]]:
     base, options = draw(st.sampled_from(BASES))
     groups = []
     for _ in range(draw(st.integers(1, 3))):
@@ -108,7 +108,8 @@ def optimizers(draw: Callable[..., Any]) -> tuple[SAM, list[nn.Parameter]]:
         p.stride() == nn.Parameter(p.detach().clone()).stride() for group in groups for p in group["params"]
     )
     backend = draw(st.sampled_from([None, None, "torch", "cpu"])) if dense else None
-    optimizer = SAM(groups, base, rho=0.1, lr=0.05, flatten=flatten, backend=backend, **options)
+    schedule = None if schedules is None else draw(schedules)
+    optimizer = SAM(groups, base, rho=0.1, lr=0.05, flatten=flatten, backend=backend, schedule=schedule, **options)
     return optimizer, params_of(optimizer)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from sam_fast import SAM, Schedule, TrainStep, norm_layers_only, unwrap
+from sam_fast.amp import UNSCALED
+from sam_fast.clipping import clipped
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "rho": 0.1}
 
@@ -36,7 +41,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.guarantee(id="train-step")
 @pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16), nullcontext])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_it_is_the_loop_written_by_hand(every: int, autocast: Any, scaled: bool, flatten: bool) -> None:
     by_hand, by_step = network(), network()
@@ -50,7 +55,7 @@ def test_it_is_the_loop_written_by_hand(every: int, autocast: Any, scaled: bool,
     )  # fmt: skip
 
     def loss_by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast not in (None, nullcontext)):
             return loss_of(by_hand, x, y)
 
     for x, y in batches():
@@ -75,7 +80,7 @@ def test_it_is_the_loop_written_by_hand(every: int, autocast: Any, scaled: bool,
         else:
             assert result.sharpness is None
         assert result.grad_norm is not None
-        assert torch.equal(result.grad_norm, optimizer.grad_norm)
+        assert torch.equal(result.grad_norm * (8.0 if scaled else 1.0), optimizer.grad_norm)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 5, 12, 40])
@@ -126,6 +131,60 @@ def test_nested_batches_are_thinned_where_the_rows_are() -> None:
     assert seen == [(2, 2, 3, 0, "abc"), (8, 8, 3, 0, "abc")]
 
 
+def test_what_a_batch_is_in_stays_what_it_is() -> None:
+    model, seen = nn.Linear(5, 1), []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append((type(batch), batch["missing"]))
+        return model(batch["x"]).square().mean()
+
+    batch = defaultdict(int, x=torch.randn(8, 5))
+    TrainStep(model, SAM(model.parameters(), **OPTIONS), loss, ascent=0.25)(batch)
+    assert seen == [(defaultdict, 0)] * 2
+
+
+@pytest.mark.parametrize("perturbs", [True, False])
+def test_gradients_are_zeroed_once_per_pass(perturbs: bool) -> None:
+    """With flatten=True each time is a memset. What somebody left behind between steps costs another."""
+    model = network()
+    schedule = None if perturbs else Schedule(start=100)
+    sam = SAM(model.parameters(), flatten=True, schedule=schedule, **OPTIONS)
+    step = TrainStep(model, sam, loss_of)
+    (x, y), *_ = batches()
+    step(x, y)
+    with mock.patch.object(sam._perturbation, "zero_grad", wraps=sam._perturbation.zero_grad) as zeroed:
+        step(x, y)
+        assert zeroed.call_count == (2 if perturbs else 1)
+        loss_of(model, x, y).backward()
+        step(x, y)
+        assert zeroed.call_count == (5 if perturbs else 3)
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_steps_of_another_loop_leave_no_gradients_behind(flatten: bool) -> None:
+    """Those of a step with a closure are not zero, and not new."""
+    found = []
+    for leaves in (False, True):
+        model = network()
+        sam = SAM(model.parameters(), flatten=flatten, closure="both", lr=0.0, rho=0.1)
+        (x, y), *_ = batches()
+        step = TrainStep(model, sam, loss_of)
+        step(x, y)
+
+        def closure(model: nn.Module = model, x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+            loss = loss_of(model, x, y)
+            loss.backward()
+            return loss
+
+        if leaves:
+            sam.step(closure)
+        model[3].eval()
+        result = step(x, y)
+        assert result.grad_norm is not None
+        found.append(result.grad_norm)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("fails_in", [1, 2])
 def test_whatever_raises_the_weights_come_back_and_no_gradient_stays(fails_in: int, flatten: bool) -> None:
     model, calls = network(), []
@@ -169,6 +228,8 @@ def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
         TrainStep(model, SAM(model.parameters()), loss_of)("no tensor")
     with pytest.raises(TypeError, match="SAM"):
         TrainStep(model, torch.optim.SGD(model.parameters()), loss_of)
+    with pytest.raises(TypeError, match="tuple"):
+        TrainStep(model, SAM(model.parameters()), lambda m, x, y: (loss_of(m, x, y), x))(*batches()[0])
 
 
 # ---- Clipping --------------------------------------------------------------------------------------------------------
@@ -219,6 +280,39 @@ def test_clipping_reads_the_gradients_and_leaves_them(flatten: bool) -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None)
 
 
+def test_clipping_asks_nothing_of_the_host() -> None:
+    """Without a scaler there is no overflow to be known beforehand, and a first step makes its state in one pass."""
+    model = network()
+    optimizer = SAM(model.parameters(), **OPTIONS)
+    loss_of(model, *batches()[0]).backward()
+    optimizer.first_step()
+    applied = clipped(optimizer._perturbation, optimizer.base_optimizer, UNSCALED, 1.0)
+    assert applied.found_inf is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_of_fused_optimizers_that_step_by_themselves(dtype: torch.dtype) -> None:
+    """On the CPU ``fused=True`` may be taken back for a step (sam_fast/base_step.py)."""
+    models = [nn.Linear(4, 3).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, clips in zip(models, (True, False), strict=True):
+        sam = SAM(model.parameters(), lr=1.0, fused=True)
+        sam.base_optimizer.register_step_pre_hook(lambda *_: None)
+        model(torch.ones(2, 4, dtype=dtype)).sum().backward()
+        sam.first_step(zero_grad=True)
+        model(torch.ones(2, 4, dtype=dtype)).sum().backward()
+        if clips:
+            sam._step.clip_grad_norm = 0.25
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        sam.second_step()
+        assert sam.second_step_path != "fused"
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        list(models[0].parameters()), list(models[1].parameters()), rtol=tolerance, atol=tolerance
+    )
+
+
 # ---- unwrap ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,3 +334,7 @@ def test_unwrap_finds_the_sam_inside() -> None:
         unwrap(torch.optim.SGD(network().parameters()))
     with pytest.raises(TypeError, match="NoneType"):
         unwrap(None)
+    one = Wrapper(Wrapper(None, "opt"), "optimizer")
+    one.optimizer.opt = one
+    with pytest.raises(TypeError, match="Wrapper"):
+        unwrap(one)

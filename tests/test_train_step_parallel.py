@@ -25,16 +25,19 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return mse_loss(model(x), y)
 
 
+def parallel(kind: str) -> nn.Module:
+    model = network()
+    if kind != "fsdp":
+        return DistributedDataParallel(model, static_graph=kind == "static graph")
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def trained(kind: str, ascent: float, clip: float | None, micro_batches: int) -> tuple[list[Tensor], list[bool]]:
-    if kind == "ddp":
-        model: nn.Module = DistributedDataParallel(network())
-    else:
-        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-        model = network()
-        for layer in model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    model = parallel(kind)
     optimizer = SAM(model.parameters(), rho=RHO, schedule=SCHEDULE, **SGD)
     options: dict[str, Any] = {"ascent": ascent, "clip_grad_norm": clip, "micro_batches": micro_batches}
     step = TrainStep(model, optimizer, loss_of, **options)
@@ -71,7 +74,7 @@ def one_process(processes: int, every: int, clip: float | None) -> list[Tensor]:
 
 
 @pytest.mark.guarantee(id="train-step")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "static graph", "fsdp"])
 @pytest.mark.parametrize(("ascent", "clip", "micro_batches"), [(1.0, None, 1), (0.25, None, 2), (0.5, MAX_NORM, 1)])
 def test_two_processes_are_one_with_the_whole_batch(
     two: Group, kind: str, ascent: float, clip: float | None, micro_batches: int
@@ -84,15 +87,14 @@ def test_two_processes_are_one_with_the_whole_batch(
     torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **tolerance)
 
 
-def after_a_pass_that_raised(place: str) -> list[Tensor]:
-    """Steps after one that does not perturb, and whose pass raises in the middle of a backward."""
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    model = network()
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = SAM(model.parameters(), rho=RHO, schedule=SCHEDULE, **SGD)
+def after_a_pass_that_raised(place: str, style: str) -> list[Tensor]:
+    """Steps after one that raises in the middle of a pass: the only one of a step that does not perturb, with and
+    without first_step, or the first one of a TrainStep that does.
+    """
+    model = parallel("fsdp")
+    perturbs = style == "TrainStep"
+    optimizer = SAM(model.parameters(), rho=RHO, schedule=Schedule() if perturbs else SCHEDULE, **SGD)
+    step = TrainStep(model, optimizer, loss_of)
     x, y = my_share(batches(1)[0])
 
     def fails(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -105,21 +107,26 @@ def after_a_pass_that_raised(place: str) -> list[Tensor]:
         output.register_hook(raises)
         return output
 
-    handle = model[2].register_forward_hook(fails)
-    optimizer.first_step()
+    handle = model[0 if place == "backward" else 2].register_forward_hook(fails)
     try:
+        if perturbs:
+            step(x, y)
+        if style == "first_step":
+            optimizer.first_step()
         with optimizer.second_pass(model):
             loss_of(model, x, y).backward()
     except ZeroDivisionError:
         handle.remove()
     optimizer.zero_grad()
-    step = TrainStep(model, optimizer, loss_of)
+    optimizer._schedule = SCHEDULE
     for batch in batches(STEPS):
         step(*my_share(batch))
     return weights(model)
 
 
+@pytest.mark.guarantee(id="train-step-interrupted")
+@pytest.mark.parametrize("style", ["first_step", "second_pass alone", "TrainStep"])
 @pytest.mark.parametrize("place", ["forward", "backward"])
-def test_a_pass_that_raises_in_a_step_that_does_not_perturb_leaves_nothing_behind(two: Group, place: str) -> None:
-    found = two.run(after_a_pass_that_raised, place)
+def test_a_pass_that_raises_leaves_nothing_behind(two: Group, place: str, style: str) -> None:
+    found = two.run(after_a_pass_that_raised, place, style)
     torch.testing.assert_close(found[0], one_process(2, 1, None), **TOLERANCE)

@@ -372,8 +372,15 @@ BREAKAGES = [
         ("test_schedule.py",),
     ),
     Breakage(
+        "a distributed checkpoint loses the counter",
+        "sam_fast/sam.py",
+        "            start_counter(self.param_groups)\n",
+        "            pass\n",
+        ("test_schedule_edges.py",),
+    ),
+    Breakage(
         "weights that are not perturbed stay without gradients",
-        "sam_fast/passes.py",
+        "sam_fast/step_state.py",
         "            p.requires_grad = True\n",
         "            pass\n",
         ("test_norm_layers.py",),
