@@ -17,12 +17,13 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
 
 from bench.quality import __main__ as command
 from bench.quality import plan, report, tasks, timing, train
 from bench.quality.contenders import CONTENDERS, Trainer
 from bench.quality.train import Run
-from sam_fast.demo.data import load
+from examples.fashion_mnist.data import load
 
 STEPS, BATCH, LR, DECAY, RHO = 8, 16, 0.1, 0.02, 0.3
 
@@ -224,7 +225,7 @@ def test_tuning_chooses_among_settings_by_the_tuning_seeds_alone(small_plan):
 @pytest.fixture
 def digits(monkeypatch) -> None:
     """Another data set in place of Fashion-MNIST, which may have to be downloaded: digits with a margin."""
-    raw = load("digits", None, print)
+    raw = load("digits")
     train_images, test_images = (nn.functional.pad(x, [3, 3, 3, 3]) for x in (raw.train_images, raw.test_images))
     padded = dataclasses.replace(raw, train_images=train_images, test_images=test_images)
     monkeypatch.setattr(tasks, "fashion_mnist", lambda: padded)
