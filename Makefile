@@ -103,12 +103,12 @@ test-triton: $(VENV)/installed
 
 # Fashion-MNIST out of Debian's package, which is not installed: no root needed. Where apt knows no packages, lists of our own are fetched.
 FASHION_MNIST = build/fashion-mnist
-APT = apt-get -q -o Dir::State::Lists=lists -o Dir::Cache=cache -o APT::Sandbox::User=root
+APT = apt-get -q -o Dir::State::Lists=$$PWD/lists -o Dir::Cache=$$PWD/cache -o APT::Sandbox::User=root
 data: $(FASHION_MNIST)
 $(FASHION_MNIST):
 	rm -rf $@.new && mkdir -p $@.new/lists/partial $@.new/cache/archives/partial
 	cd $@.new && { apt-get -q download dataset-fashion-mnist || { $(APT) update && $(APT) download dataset-fashion-mnist; }; }
-	dpkg -x $@.new/*.deb $@.new && mv $@.new $@
+	dpkg -x $@.new/*.deb $@.new/unpacked && mv $@.new/unpacked $@ && rm -rf $@.new
 
 # DEMO takes options: make demo DEMO="--seeds 5 6", DEMO="--data DIR", DEMO=--tune. Without Debian's package OpenML is asked, and the demo says so.
 demo: $(VENV)/installed

@@ -8,34 +8,29 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tabulate")
 pytest.importorskip("tqdm")
 
-from sklearn.utils import Bunch
-
 from bench.quality import plan
 from bench.quality.contenders import CONTENDERS
 from bench.quality.report import PAGE, TITLES
 from examples.fashion_mnist import __main__ as command
-from examples.fashion_mnist import data, model
+from examples.fashion_mnist import data
 from examples.fashion_mnist.train import ROWS, train
 
-ROOT = Path(__file__).parent.parent
 FEW_STEPS = ["--data", "digits", "--epochs", "1", "--seeds", "0", "1"]
 
 
 def test_the_command_trains_all_rows_and_saves_what_it_prints(tmp_path):
     arguments = [sys.executable, "-m", "examples.fashion_mnist", *FEW_STEPS, "--output", str(tmp_path)]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(arguments, cwd=plan.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
@@ -60,8 +55,7 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "train", interrupted)
     assert command.main([*FEW_STEPS, "--output", str(tmp_path)]) == 130
     assert [run["row"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == ["sgd", "sgd-2x"]
-    assert "\nSGD, twice the steps" in (printed := capsys.readouterr().out)
-    assert "\nSAM" not in printed
+    assert re.findall(r"^S[^ ]+", capsys.readouterr().out, re.MULTILINE) == ["SGD", "SGD,", "SGD,"]
 
 
 def write_set(folder: Path, last: bytes = b"") -> None:
@@ -75,7 +69,7 @@ def write_set(folder: Path, last: bytes = b"") -> None:
 
 REFUSED = {
     "--epochs 0": "argument --epochs: 0 is less than 1",
-    "--seeds 1 100": "argument --seeds: (100, 101, 102) chose rho",
+    "--seeds 1 100": "argument --seeds: seeds 100 to 104 chose the settings",
     "--data short": "argument --data: short: 2 training images, 256 are needed",
     "--data digits --output longer/train-images-idx3-ubyte": "argument --output:",
     "--data nowhere": "argument --data: [Errno 2] No such file",
@@ -97,29 +91,19 @@ def test_fashion_mnist_that_is_missing_or_another_is_no_fashion_mnist(tmp_path, 
     monkeypatch.setattr(data, "FETCHED", tmp_path / "set")
     monkeypatch.setattr(data, "PACKAGE", Path("nonexistent"))
     pixels, labels = np.full((10_002, 784), 7.0), np.array(["1", "0"] * 5001)
-    monkeypatch.setattr(data, "fetch_openml", lambda **_: Bunch(data=pixels, target=labels))
+    monkeypatch.setattr(data, "fetch_openml", lambda **_: Namespace(data=pixels, target=labels))
     with pytest.warns(UserWarning, match=r"scikit-learn's digits.*OpenML.*make data.*SHA-256"):
         assert data.load("auto").source == "scikit-learn's digits"
-    content = b"".join(a.astype(np.uint8).tobytes() for a in (pixels[:2], labels[:2], pixels[2:], labels[2:]))
+    content = b"\7" * 784 * 2 + b"\1\0" + b"\7" * 7_840_000 + b"\1\0" * 5000
     monkeypatch.setattr(data, "SHA256", hashlib.sha256(content).hexdigest())
     with pytest.warns(UserWarning, match="Fashion-MNIST is OpenML's"):
         assert data.load("auto").test_images.shape == (10_000, 28, 28)
     write_set(tmp_path / "set")
     given = data.load(str(tmp_path / "set"))
-    assert torch.equal(given.train_images, torch.arange(8, dtype=torch.uint8).view(2, 2, 2))
+    assert given.train_images.flatten().tolist() == list(range(8))
     assert (given.test_labels.tolist(), given.classes) == ([1, 0], 2)
     with pytest.raises(RuntimeError, match=f"could not be had from {tmp_path}/set: SHA-256"):
         data.fashion_mnist()
-
-
-def test_the_sharpness_is_the_rise_to_moved_weights():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
-    x, y = torch.rand(20, 1, 8, 8, dtype=torch.float64), torch.randint(0, 3, (20,))
-    loss = cross_entropy(net(x), y)
-    w, b = torch.autograd.grad(loss, list(net.parameters()))
-    e = 0.1 / torch.cat([w.flatten(), b]).norm()
-    moved = cross_entropy(x.flatten(1) @ (net[1].weight + e * w).T + net[1].bias + e * b, y)
-    assert model.sharpness(net, x, y, rho=0.1) == pytest.approx((moved - loss).item(), rel=1e-9)
 
 
 def test_the_rows_are_those_that_bench_quality_chose_and_accepts():
@@ -131,4 +115,3 @@ def test_the_rows_are_those_that_bench_quality_chose_and_accepts():
     for name, row in ROWS.items():
         setting = plan.chosen("A", name, plan.load())
         assert (row.lr, row.weight_decay) == (setting.lr, setting.weight_decay)
-        assert (row.rho > 0, row.epochs) == (CONTENDERS[name].along is not None, CONTENDERS[name].epochs)
