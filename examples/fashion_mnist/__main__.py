@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -50,7 +51,8 @@ def options(arguments: Sequence[str] | None) -> tuple[Any, Dataset]:
         parser.error(f"argument --data: {error}")
     try:
         chosen.output.mkdir(parents=True, exist_ok=True)
-        (chosen.output / "results.json").touch()
+        if not os.access(chosen.output, os.W_OK):
+            raise PermissionError(f"{chosen.output} is not writable")
     except OSError as error:
         parser.error(f"argument --output: {error}")
     chosen.images = min(3000, 3 * len(data.train_images) // 4)
