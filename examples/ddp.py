@@ -1,7 +1,7 @@
 """Handwritten digits with DistributedDataParallel.
 
 With --own-gradient each process perturbs along the gradient of its own share of the batch (m-sharpness). Needs
-sam_fast[demo], for the data.
+scikit-learn, for the data.
 
 Run: torchrun --nproc-per-node 2 examples/ddp.py
      torchrun --nproc-per-node 2 examples/ddp.py --own-gradient --checkpoint digits.pt
@@ -12,13 +12,13 @@ import argparse
 import os
 
 import torch
+from sklearn.datasets import load_digits
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sam_fast import SAM
-from sam_fast.demo import data
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--own-gradient", action="store_true", help="the first pass without gradient synchronisation")
@@ -32,11 +32,13 @@ distributed.init_process_group("nccl" if on_gpu else "gloo")
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
 first = distributed.get_rank() == 0
 
-split = data.split_for_seed(data.load("digits", None, print), train_size=1200, label_noise=0.0, seed=0)
-train = TensorDataset(split.train_images, split.train_labels)
+digits = load_digits()
+images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+train = TensorDataset(images[order[:1200]], labels[order[:1200]])
 sampler = DistributedSampler(train, seed=0)
 loader = DataLoader(train, batch_size=64 // distributed.get_world_size(), sampler=sampler)
-test_images, test_labels = split.test_images.to(device), split.test_labels.to(device)
+test_images, test_labels = images[order[1200:]].to(device), labels[order[1200:]].to(device)
 
 torch.manual_seed(0)
 inner = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)).to(

@@ -1,7 +1,7 @@
 """Handwritten digits with FSDP2: weights, gradients and SAM's backup are sharded, the norm is that of all processes
 together.
 
-The checkpoint may be resumed by any number of processes. Needs sam_fast[demo], for the data.
+The checkpoint may be resumed by any number of processes. Needs scikit-learn, for the data.
 
 Run: torchrun --nproc-per-node 2 examples/fsdp.py --checkpoint digits
      torchrun --nproc-per-node 1 examples/fsdp.py --checkpoint digits --resume --epochs 10
@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import torch
+from sklearn.datasets import load_digits
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -20,7 +21,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sam_fast import SAM
-from sam_fast.demo import data
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=5)
@@ -34,11 +34,13 @@ if on_gpu:
     torch.cuda.set_device(device)
 distributed.init_process_group("nccl" if on_gpu else "gloo")
 
-split = data.split_for_seed(data.load("digits", None, print), train_size=1200, label_noise=0.0, seed=0)
-train = TensorDataset(split.train_images, split.train_labels)
+digits = load_digits()
+images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+train = TensorDataset(images[order[:1200]], labels[order[:1200]])
 sampler = DistributedSampler(train, seed=0)
 loader = DataLoader(train, batch_size=64 // distributed.get_world_size(), sampler=sampler)
-test_images, test_labels = split.test_images.to(device), split.test_labels.to(device)
+test_images, test_labels = images[order[1200:]].to(device), labels[order[1200:]].to(device)
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)).to(

@@ -1,4 +1,4 @@
-"""``python -m sam_fast info`` and ``python -m sam_fast demo``."""
+"""``python -m sam_fast info``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 import sam_fast
 from sam_fast import backends
-from sam_fast.demo import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,15 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, usable backends, how the native modules were built")
-    cli.add_arguments(
-        commands.add_parser(
-            "demo",
-            help="train a small network with SGD and with SAM and compare them",
-            description="Train a small network with SGD and with SAM at the same seeds on the CPU, and compare them.",
-        )
-    )
-    arguments = parser.parse_args(argv)
-    return info() if arguments.command == "info" else cli.main(arguments)
+    parser.parse_args(argv)
+    return info()
 
 
 def info() -> int:

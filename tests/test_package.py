@@ -397,6 +397,15 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not {"numpy", "matplotlib", "sklearn", "tqdm", "triton"} & set(eval(output)) - set(sys.stdlib_module_names)
 
 
+def test_info_names_versions_backends_and_the_build(capsys):
+    from sam_fast.__main__ import main
+
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("sam_fast", "torch", "triton", "usable", "instruction set in use"):
+        assert word in printed
+
+
 def test_versions_agree():
     from importlib.metadata import version
 

@@ -17,12 +17,14 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
 
 from bench.quality import __main__ as command
 from bench.quality import pictures, plan, report, tasks, timing, train
 from bench.quality.contenders import CONTENDERS, Trainer
 from bench.quality.train import Run
-from sam_fast.demo.data import load
+from examples.fashion_mnist.data import load
+from examples.fashion_mnist.model import sharpness
 
 STEPS, BATCH, LR, DECAY, RHO = 8, 16, 0.1, 0.02, 0.3
 
@@ -226,7 +228,7 @@ def test_tuning_chooses_among_settings_by_the_tuning_seeds_alone(small_plan):
 @pytest.fixture
 def digits(monkeypatch) -> None:
     """Another data set in place of Fashion-MNIST, which may have to be downloaded: digits with a margin."""
-    raw = load("digits", None, print)
+    raw = load("digits")
     train_images, test_images = (nn.functional.pad(x, [3, 3, 3, 3]) for x in (raw.train_images, raw.test_images))
     padded = dataclasses.replace(raw, train_images=train_images, test_images=test_images)
     monkeypatch.setattr(tasks, "fashion_mnist", lambda: padded)
@@ -245,6 +247,16 @@ def test_a_run_measures_and_a_second_time_the_same(digits):
     lost = train.train(Run("B", "sgd", 1e30, 0.0, 0.0, 3))
     assert (lost["diverged"], lost["accuracy"], lost["sharpness"]) == (True, 10.0, None)
     assert json.loads(json.dumps(lost, allow_nan=False)) == lost
+
+
+def test_the_sharpness_is_the_rise_to_moved_weights():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
+    x, y = torch.rand(20, 1, 8, 8, dtype=torch.float64), torch.randint(0, 3, (20,))
+    loss = cross_entropy(net(x), y)
+    w, b = torch.autograd.grad(loss, list(net.parameters()))
+    e = 0.1 / torch.cat([w.flatten(), b]).norm()
+    moved = cross_entropy(x.flatten(1) @ (net[1].weight + e * w).T + net[1].bias + e * b, y)
+    assert sharpness(net, x, y, rho=0.1) == pytest.approx((moved - loss).item(), rel=1e-9)
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------

@@ -283,9 +283,9 @@ R is the share of SAM's gain over SGD that a contender keeps: mean(accuracy - SG
 DESCRIPTIONS = {
     "A": """\
 3,000 images of Fashion-MNIST, half of the labels drawn anew at random, 20 epochs, batches of 128. The images are
-averaged to 14 x 14 pixels, the network is the demo's (98,682 weights, BatchNorm) without its last pooling, and all
-10,000 test images are tested on. With 30 % of the labels, as in the demo, a well chosen weight decay seemed to
-leave SAM little to gain (one seed of a search before the experiment).""",
+averaged to 14 x 14 pixels, the network is the demo's (98,682 weights, BatchNorm), and all 10,000 test images
+are tested on. With 30 % of the labels a well chosen weight decay seemed to leave SAM little to gain (one seed of a
+search before the experiment).""",
     "B": """\
 2,000 images with their right labels, 20 epochs, batches of 64, otherwise as task A. What there is to overfit here is
 noise in the pixels: Gaussian, of standard deviation 0.5 where white is 1, in the test images too; an image keeps its

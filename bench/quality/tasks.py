@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
+from torch import Tensor
 
-from sam_fast.demo.data import Dataset, Split, load, split_for_seed
-from sam_fast.demo.model import WIDTHS, Standardise
+from examples.fashion_mnist import data
+from examples.fashion_mnist.data import Dataset, Split, halved, split_for_seed
 
 
 @dataclass(frozen=True)
@@ -59,44 +58,20 @@ SUBJECTS = {"A": "wrong labels", "B": "noisy pixels"}
 @cache
 def fashion_mnist() -> Dataset:
     """Fashion-MNIST at half its resolution: uint8 images (n, 14, 14)."""
-    raw = load("fashion-mnist", None, print)
-
-    def halved(images: Tensor) -> Tensor:
-        return avg_pool2d(images[:, None].float(), 2).round().to(torch.uint8)[:, 0]
-
-    train, test = halved(raw.train_images), halved(raw.test_images)
-    return Dataset(train, raw.train_labels, test, raw.test_labels, raw.white, raw.classes, raw.source)
+    return halved(data.fashion_mnist())
 
 
 def split(task: Task, seed: int) -> Split:
     """What a seed trains and tests on: images (n, 1, 14, 14). The test images and their noise are the same for
     all seeds."""
-    data = split_for_seed(fashion_mnist(), task.images, task.noise, seed)
+    clean = split_for_seed(fashion_mnist(), task.images, task.noise, seed)
     if not task.pixel_noise:
-        return data
+        return clean
 
     def noisy(images: Tensor, noise_seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(noise_seed)
         return images + task.pixel_noise * torch.randn(images.shape, generator=generator)
 
-    train = noisy(data.train_images, 1_000_003 + seed)
-    test = noisy(data.test_images, 1_000_000)
-    return replace(data, train_images=train, test_images=test, mean=float(train.mean()), std=float(train.std()))
-
-
-def network(data: Split, seed: int) -> nn.Sequential:
-    """The demo's network of 98,682 weights, without its last pooling: the images are small. Same seed, same weights.
-
-    Returns:
-        A network from images (n, 1, height, width) to logits (n, classes).
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = [Standardise(data.mean, data.std)]
-        for i, (inputs, width) in enumerate(zip((1, *WIDTHS), WIDTHS, strict=False)):
-            if i in (1, 2):
-                layers.append(nn.MaxPool2d(2))
-            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], data.classes)]
-        model: nn.Sequential = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-        return model
+    train = noisy(clean.train_images, 1_000_003 + seed)
+    test = noisy(clean.test_images, 1_000_000)
+    return replace(clean, train_images=train, test_images=test, mean=float(train.mean()), std=float(train.std()))

@@ -12,7 +12,8 @@ import torch
 
 from bench.machine import ROOT, commit_and_date, processor
 from bench.quality.contenders import CONTENDERS, Trainer
-from bench.quality.tasks import TASKS, network, split
+from bench.quality.tasks import TASKS, split
+from examples.fashion_mnist.model import network
 
 TIMES = ROOT / "bench" / "results" / "quality-time.json"
 STEPS = 16

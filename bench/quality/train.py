@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from bench.quality.contenders import CONTENDERS, Trainer
-from bench.quality.tasks import TASKS, network, split
-from sam_fast.demo.metrics import evaluate, sharpness
+from bench.quality.tasks import TASKS, split
+from examples.fashion_mnist.model import evaluate, network, sharpness
 
 SHARPNESS_RHO = 0.05
 

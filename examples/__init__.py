@@ -1,0 +1,1 @@
+"""A package so that ``python -m examples.fashion_mnist`` finds this folder and no other of its name."""

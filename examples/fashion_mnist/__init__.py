@@ -1,0 +1,1 @@
+"""Is SAM worth its time? ``python -m examples.fashion_mnist`` trains a small network with and without it."""

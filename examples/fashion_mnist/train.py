@@ -1,0 +1,134 @@
+"""The rows of the table, and the training of one of them with one seed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from sam_fast import SAM, Schedule, TrainStep
+
+from .data import Split
+from .model import evaluate, network, noisy, sharpness
+
+BATCH = 128
+POINTS = 8  # of the curve of accuracy over time
+NOISE = 0.25  # standard deviation of the noise in the test images' pixels; white is 1
+SHARPNESS_RHO = 0.05  # the same ball for all rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a row trains. ``rho`` 0 is SGD alone; ``start`` and ``ascent`` are Schedule's and TrainStep's.
+
+    Learning rates and weight decays are those that bench/quality chose for task A, rho is ``--tune``'s.
+    """
+
+    title: str
+    lr: float
+    weight_decay: float
+    rho: float = 0.0
+    epochs: int = 1  # times those of the others
+    start: float = 0.0
+    ascent: float = 1.0
+
+
+ROWS = {
+    "sgd": Row("SGD", 0.1, 0.02),
+    "sgd-2x": Row("SGD, twice the steps", 0.1, 0.02, epochs=2),
+    "sam": Row("SAM", 0.05, 0.02, rho=0.05),
+    "quarter-late-half": Row(
+        "SAM, first pass on 1/4, the last half of the steps", 0.05, 0.02, rho=0.2, start=0.5, ascent=1 / 4
+    ),
+}
+"""By their names in bench/quality/contenders.py. The last one is the cheapest that docs/quality.md accepts."""
+
+
+@dataclass
+class Run:
+    """What came out of one training: accuracies from 0 to 1, sharpness in nats.
+
+    ``seconds`` are the processor's, of training alone; ``curve`` has (seconds, test accuracy) every so many steps.
+    """
+
+    row: str
+    seed: int
+    rho: float
+    steps: int
+    seconds: float = 0.0
+    accuracy: float = 0.0
+    noisy: float = 0.0
+    sharpness: float = 0.0
+    curve: list[tuple[float, float]] = field(default_factory=list)
+
+
+def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of a batch."""
+    return cross_entropy(model(x), y)
+
+
+def training_step(row: Row, model: nn.Module, steps: int) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
+    """The row's optimizer, and a function that makes one of its ``steps`` on a batch and returns the loss."""
+    options = {"lr": row.lr, "momentum": 0.9, "weight_decay": row.weight_decay}
+    if row.rho:
+        schedule = Schedule(start=row.start, total=steps)
+        sam = SAM(model.parameters(), torch.optim.SGD, rho=row.rho, schedule=schedule, **options)
+        step = TrainStep(model, sam, loss_fn, ascent=row.ascent)
+        return sam, lambda x, y: step(x, y).loss
+    sgd = torch.optim.SGD(model.parameters(), **options)
+
+    def sgd_step(x: Tensor, y: Tensor) -> Tensor:
+        sgd.zero_grad()
+        loss = loss_fn(model, x, y)
+        loss.backward()
+        sgd.step()
+        return loss.detach()
+
+    return sgd, sgd_step
+
+
+def batches(images: int, seed: int) -> Iterator[Tensor]:
+    """Indices of full batches, epoch after epoch; what is left over at the end of an epoch sits out."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(images, generator=generator)[: images // BATCH * BATCH].split(BATCH)
+
+
+def train(name: str, row: Row, data: Split, seed: int, epochs: int) -> Run:
+    """Train and measure. A seed has the same weights and batches in all rows; the learning rate follows half a cosine.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    images, labels = data.train_images, data.train_labels
+    steps = row.epochs * epochs * (len(labels) // BATCH)
+    model = network(data, seed)
+    optimizer, step = training_step(row, model, steps)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    run = Run(name, seed, row.rho, steps)
+    marks = {math.ceil(steps * i / POINTS) for i in range(1, POINTS + 1)}
+    chosen = batches(len(labels), seed)
+    with tqdm(total=steps, desc=f"seed {seed}, {row.title}", unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+        for done in range(1, steps + 1):
+            begin = time.process_time()
+            rows = next(chosen)
+            loss = float(step(images[rows], labels[rows]))
+            scheduler.step()
+            run.seconds += time.process_time() - begin
+            if done in marks:
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"{row.title}, seed {seed}: the loss is {loss} after {done} steps")
+                run.accuracy = evaluate(model, data.test_images, data.test_labels)[1]
+                run.curve.append((run.seconds, run.accuracy))
+                bar.set_postfix_str(f"loss {loss:.3f}, test accuracy {run.accuracy:.1%}", refresh=False)
+            bar.update()
+    run.noisy = evaluate(model, noisy(data.test_images, NOISE), data.test_labels)[1]
+    run.sharpness = sharpness(model, images, labels, rho=SHARPNESS_RHO, batch_size=BATCH)
+    return run
