@@ -68,6 +68,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:
+            if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for BatchNorm statistics
+                return training_step(*args, **kwargs)
             output = window.first(training_step, args, kwargs)
             if sam.needs_first_pass:
                 loss = _loss_of(output, trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from processes import launch
 from two_processes import LR, RHO, layer_norm_net
 
 from sam_fast import SAM, TrainStep, unwrap
+
+ByTwo = Callable[[str], dict[str, Any]]
 
 CLOSE = 1e-8
 """TrainStep's clipping has its factor in float32."""
@@ -140,25 +143,41 @@ def test_fabric_resumes_with_the_same_bits(tmp_path: Path):
     assert furthest(*found) == 0.0
 
 
-def trained_by_two(framework: str, folder: Path) -> dict[str, Any]:
-    launch(Path(__file__).with_name("two_processes.py"), [framework, str(folder / "model")], 2, folder)
-    state: dict[str, Any] = torch.load(folder / "model")
-    return state
+# ---- Two processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("framework", ["accelerate", "fabric"])
-def test_two_processes(framework: str, tmp_path: Path):
-    pytest.importorskip({"fabric": "lightning"}.get(framework, framework))
+FAMILIES = [("accelerate", "accelerate_fsdp2"), ("transformers", "transformers_fsdp2"), ("fabric", "lightning_fsdp2")]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> ByTwo:
+    """What two processes have trained. They start slowly, so they do all frameworks of a family."""
+    folder = tmp_path_factory.mktemp("two")
+
+    def trained(framework: str) -> dict[str, Any]:
+        family = next(family for family in FAMILIES if framework in family)
+        if not (folder / family[0]).exists():
+            launch(Path(__file__).with_name("two_processes.py"), [str(folder), *family], 2, folder)
+        state: dict[str, Any] = torch.load(folder / framework)
+        return state
+
+    return trained
+
+
+@pytest.mark.parametrize("framework", ["accelerate", "accelerate_fsdp2", "fabric", "lightning_fsdp2"])
+def test_two_processes(framework: str, by_two: ByTwo):
+    pytest.importorskip("accelerate" if "accelerate" in framework else "lightning")
     x, y = oracle.data(24)
     made = list(zip(x.split(8), y.split(8), strict=True))
-    assert furthest(trained_by_two(framework, tmp_path), plain_run(layer_norm_net(), made)) < CLOSE
+    assert furthest(by_two(framework), plain_run(layer_norm_net(), made)) < CLOSE
 
 
-def test_two_processes_in_transformers(tmp_path: Path):
+@pytest.mark.parametrize("framework", ["transformers", "transformers_fsdp2"])
+def test_two_processes_in_transformers(framework: str, by_two: ByTwo):
     """Every process accumulates two batches: four are a step, and the last has two."""
     pytest.importorskip("transformers", reason="Transformers is not installed: make test-integrations")
     import trainer_runs
 
     plain = trainer_runs.language_model()
     trainer_runs.plain_run(plain, 4, rows=12)
-    assert furthest(trained_by_two("transformers", tmp_path), plain) < 1e-6
+    assert furthest(by_two(framework), plain) < 1e-6
