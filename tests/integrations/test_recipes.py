@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,17 @@ import pytest
 import torch
 from oracle import batches, furthest, plain_step, small_net
 from plain_sam import PlainSAM
+from recipes import PAGE, framework, recipes, run
 from torch import nn
 
-from sam_fast import SAM, Schedule, TrainStep, unwrap
+from sam_fast import SAM, Schedule
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 RHO, LR, CLOSE = 0.05, 0.1, 1e-12
 
 pytestmark = [
     pytest.mark.skipif(not PAGE.is_file(), reason="runs from a checkout"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
-
-
-def recipes(heading: str, language: str = "python") -> list[str]:
-    """The blocks of code under a heading of the page."""
-    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
-
-
-def run(heading: str, number: int = 0, **names: Any) -> dict[str, Any]:
-    """Execute a block and return the names that it has made."""
-    namespace = {"torch": torch, "SAM": SAM, "TrainStep": TrainStep, "unwrap": unwrap, "partial": partial, **names}
-    code = recipes(heading)[number]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15  # formatting adds empty ones
-    exec(compile(code, f"{PAGE.name}, {heading}", "exec"), namespace)
-    return namespace
-
-
-def framework(name: str) -> Any:
-    return pytest.importorskip(name, reason=f"{name} is not installed: make test-integrations", exc_type=ImportError)
 
 
 def plain_run(model: Any = None, clip: float | None = None, epochs: int = 1, made: Any = None, momentum: float = 0.0):
@@ -56,7 +36,8 @@ def plain_run(model: Any = None, clip: float | None = None, epochs: int = 1, mad
 
 def test_the_pages_list_of_blocks_is_complete():
     headings = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
-    tested = re.findall(r'run\("(\w+)"', Path(__file__).read_text())
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tested = re.findall(r'(?:run|recipes)\("(\w+)"', tests)
     assert set(headings) == set(tested)
 
 
