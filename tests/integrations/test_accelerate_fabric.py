@@ -97,20 +97,27 @@ def test_closures_in_accumulate_are_an_error():
 
 
 def test_accelerates_scheduler_sees_a_skipped_step():
+    accelerate = pytest.importorskip("accelerate")
     _, model, optimizer = accelerated()
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     optimizer = type(optimizer)(unwrap(optimizer), scaler=scaler)  # Accelerator makes none on the CPU
+    schedule = torch.optim.lr_scheduler.LambdaLR(unwrap(optimizer), lambda step: 1.0)
+    seen = accelerate.scheduler.AcceleratedScheduler(schedule, [optimizer])
     scaled = {"scale": float("inf")}
     step = TrainStep(
         model, optimizer, oracle.cross_entropy, backward=lambda loss: (scaler.scale(loss) * scaled["scale"]).backward()
     )
     before = [p.detach().clone() for p in model.parameters()]
     step(batches()[0])
+    seen.step()
     assert optimizer.step_was_skipped
+    assert schedule.last_epoch == 0
     assert all(p.equal(w) for p, w in zip(model.parameters(), before, strict=True))
     scaled["scale"] = 1.0
     step(batches()[1])
+    seen.step()
     assert not optimizer.step_was_skipped
+    assert schedule.last_epoch == 1
 
 
 def test_fabric():
@@ -122,6 +129,36 @@ def test_fabric():
     for batch in batches():
         step(batch)
     assert furthest(model.module, plain_run()) < CLOSE
+
+
+def test_fabric_in_float16_with_a_scaler():
+    """Clipping sees unscaled gradients, and a step that overflows is skipped."""
+    fabric = pytest.importorskip("lightning.fabric", reason="Lightning is not installed: make test-integrations")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    plugin = fabric.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    engine = fabric.Fabric(accelerator="cpu", devices=1, plugins=[plugin])
+    model, plain = small_net(torch.float32), small_net(torch.float32)
+    model, optimizer = engine.setup(model, SAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9))
+    step = TrainStep(model, optimizer, oracle.cross_entropy, clip_grad_norm=0.2, backward=engine.backward)
+    made = batches(dtype=torch.float32)
+    step(made[0])
+    assert scaler.get_scale() == 2.0**39
+    assert all(p.equal(q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    scaler.update(2.0**10)
+    for batch in made[1:]:
+        step(batch)
+
+    def loss_fn(model: Any, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16):
+            out = model(batch[0])
+        return torch.nn.functional.cross_entropy(out.float(), batch[1])
+
+    sam = PlainSAM(plain.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    plain(made[0][0])  # the statistics have seen it
+    for batch in made[1:]:
+        plain_step(plain, sam, [batch], loss_fn, 1, 0.2)
+    assert scaler.get_scale() == 2.0**10  # no further step was skipped
+    assert furthest(model.module, plain) < 2e-3
 
 
 def test_fabric_resumes_with_the_same_bits(tmp_path: Path):

@@ -25,12 +25,11 @@ pytestmark = [
 ]
 
 
-def plain_run(model: Any = None, clip: float | None = None, epochs: int = 1, made: Any = None, momentum: float = 0.0):
-    model = small_net() if model is None else model
+def plain_run(clip: float | None = None, momentum: float = 0.0) -> nn.Module:
+    model = small_net()
     sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=momentum)
-    for _ in range(epochs):
-        for batch in batches() if made is None else made:
-            plain_step(model, sam, [batch], oracle.cross_entropy, 1, clip)
+    for batch in batches():
+        plain_step(model, sam, [batch], oracle.cross_entropy, 1, clip)
     return model
 
 
@@ -120,6 +119,7 @@ def test_fastai():
     framework("fastai")
     from fastai.basics import DataLoader, DataLoaders, Learner, OptimWrapper
     from fastai.callback.core import Callback
+    from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.training import GradientAccumulation, GradientClip
 
     made = run("fastai", Callback=Callback, OptimWrapper=OptimWrapper)
@@ -136,6 +136,9 @@ def test_fastai():
         for window in oracle.windows(batches(24, dtype=torch.float32), 2):
             plain_step(plain, sam, window, oracle.cross_entropy, 2, 0.2)
     assert furthest(model, plain) < 1e-5
+    learner.add_cb(MixedPrecision())
+    with learner.no_bar(), learner.no_logging(), pytest.raises(AssertionError, match="to_fp16"):
+        learner.fit(1, LR)
 
 
 def test_skorch():
@@ -144,9 +147,14 @@ def test_skorch():
     options = {"batch_size": 4, "max_epochs": 2, "train_split": None, "verbose": 0, "criterion": nn.CrossEntropyLoss}
     x, y = oracle.data()
     net = run("skorch", NeuralNetClassifier=skorch.NeuralNet, module=small_net(), options=options, x=x, y=y)["net"]
-    plain = plain_run(epochs=2)
+    plain, record = small_net(), oracle.Record()
+    sam = PlainSAM(plain.parameters(), rho=RHO, lr=LR)
+    for batch in batches() * 2:
+        plain_step(plain, sam, [batch], oracle.cross_entropy, 1, record=record)
+    losses = [sum(record.losses[:7]) / 7, sum(record.losses[7:]) / 7]
     assert furthest(net.module_, plain) < CLOSE
     assert type(net.optimizer_) is SAM
+    assert net.history[:, "train_loss"] == pytest.approx(losses, rel=1e-6)  # the first passes'
     copied = pickle.loads(pickle.dumps(net)).partial_fit(x, y, epochs=1)
     assert furthest(copied.module_, net.partial_fit(x, y, epochs=1).module_) == 0.0
 
