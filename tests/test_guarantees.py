@@ -1,4 +1,4 @@
-"""docs/guarantees.md names tests that exist."""
+"""docs/guarantees.md and docs/integrations.md name tests that exist."""
 
 from __future__ import annotations
 
@@ -35,3 +35,26 @@ def test_every_row_names_a_test() -> None:
     rows = [line for line in TEXT.splitlines() if line.startswith("|") and not re.match(r"\|(---|\s*guarantee)", line)]
     assert len(rows) > 50
     assert [row for row in rows if "::test_" not in row] == []
+
+
+# ---- docs/integrations.md --------------------------------------------------------------------------------------------
+
+INTEGRATIONS = (ROOT / "docs" / "integrations.md").read_text()
+NAMES = re.compile(r"`(tests/)?(test_\w+\.py)::(test_\w+)`")
+
+
+def test_every_row_of_integrations_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\|.*\|$", INTEGRATIONS.split("\n## What shows it\n")[1], re.MULTILINE)[2:]
+    assert len(rows) > 50
+    for row in rows:
+        named = NAMES.findall(row)
+        assert named, row
+        for folder, file, name in named:
+            assert name in functions_of(f"{folder or 'tests/integrations/'}{file}"), row
+
+
+def test_integrations_names_the_versions_that_are_tested() -> None:
+    lines = (ROOT / "tests" / "integrations" / "requirements.txt").read_text().splitlines()
+    pins = [re.sub(r"\[.*\]", "", line).replace("==", " ") for line in lines if "==" in line]
+    beside = {"datasets", "torchmetrics"}  # needed by another one's tests
+    assert [pin for pin in pins if pin not in INTEGRATIONS and pin.split()[0] not in beside] == []

@@ -152,6 +152,19 @@ def test_a_schedule():
     assert len(set(norms)) == 4
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_was_measured_last_is_logged_every_so_many_steps(every: int):
+    module, logger = Module(schedule=Schedule(every=every)), Values()
+    fit(module, accumulate_grad_batches=2, logger=logger, log_every_n_steps=2)
+    if every == 1:
+        assert logger.of("sam/grad_norm") == pytest.approx(plain_run(accumulate=2)[1].norms[1::2], rel=1e-6)
+    else:
+        every_step = Values()
+        fit(Module(schedule=Schedule(every=2)), accumulate_grad_batches=2, logger=every_step)
+        assert logger.of("sam/grad_norm") == every_step.of("sam/grad_norm")[::2]
+    assert len(logger.of("sam/sharpness")) == 4
+
+
 def test_batches_without_a_loss_are_left_out():
     class Skips(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,43 @@ def test_the_pages_list_of_blocks_is_complete():
     headings = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     tested = re.findall(r'(?:run|recipes)\("(\w+)"', tests)
-    assert set(headings) == set(tested)
+    assert set(headings) == {*tested, "What shows it"}
+
+
+@pytest.mark.parametrize("loop", ["accelerate", "lightning.fabric", "ignite.engine", "fastai.basics"])
+def test_step_without_first_step_is_an_error(loop: str):
+    """The loop that one would write, or that the framework has, with any other optimizer."""
+    made, model = framework(loop), small_net(torch.float32)
+    optimizer, data = SAM(model.parameters(), rho=RHO, lr=LR), batches(dtype=torch.float32)
+
+    def by_hand(model: Any, optimizer: Any, backward: Any) -> None:
+        backward(oracle.cross_entropy(model, data[0]))
+        optimizer.step()
+
+    def accelerate() -> None:
+        made.state.AcceleratorState._reset_state(True)
+        made.state.GradientState._reset_state()
+        accelerator = made.Accelerator(cpu=True)
+        by_hand(*accelerator.prepare(model, optimizer), accelerator.backward)
+
+    def fabric() -> None:
+        engine = made.Fabric(accelerator="cpu", devices=1)
+        by_hand(*engine.setup(model, optimizer), engine.backward)
+
+    def engine() -> None:
+        made.create_supervised_trainer(model, optimizer, nn.functional.cross_entropy).run(data)
+
+    def basics() -> None:
+        framework("fastai.callback.progress")
+        loader = made.DataLoader(list(zip(*oracle.data(dtype=torch.float32), strict=True)), bs=4)
+        opt_func = partial(made.OptimWrapper, opt=partial(SAM, rho=RHO))
+        learner = made.Learner(made.DataLoaders(loader, loader), model, nn.functional.cross_entropy, opt_func=opt_func)
+        with learner.no_bar(), learner.no_logging():
+            learner.fit(1, LR)
+
+    with pytest.raises(RuntimeError, match=r"first_step\(\).*docs/integrations.md"):
+        locals()[loop.rpartition(".")[2]]()
+    assert all(p.equal(q) for p, q in zip(model.parameters(), small_net(torch.float32).parameters(), strict=True))
 
 
 def test_lightning():
