@@ -82,6 +82,23 @@ def test_the_same_masks_in_both_passes():
     assert furthest(module.net, model) < CLOSE
 
 
+def test_a_compiled_module():
+    class Plain(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return oracle.cross_entropy(self.net, batch)
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    module = Plain()
+    trainer(SAMCallback(), accumulate_grad_batches=2).fit(torch.compile(module, backend=backend), loader())
+    assert graphs
+    assert furthest(module.net, plain_run(accumulate=2)[0]) < CLOSE
+
+
 # ---- Precision -------------------------------------------------------------------------------------------------------
 
 
