@@ -45,10 +45,11 @@ test: $(VENV)/installed
 	$(foreach target,$(EMULATED_TESTS),$(MAKE) --no-print-directory $(target))
 	$(MAKE) --no-print-directory test-triton
 
-# What takes minutes and seldom breaks: mistakes planted in the CUDA kernels, builds without a compiler.
+# What takes minutes and seldom breaks: mistakes planted in the CUDA kernels, builds without a compiler, the wheel,
+# frameworks, older PyTorch.
 nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
-	$(MAKE) --no-print-directory -k wheel test-oldest test-next-oldest
+	$(MAKE) --no-print-directory -k wheel test-integrations test-oldest test-next-oldest
 
 # With the oldest PyTorch that pyproject.toml allows, and with the next: all tests but those of the emulated CUDA kernels,
 # which know nothing of PyTorch. pip takes the builds that its indexes offer. PyPI's are for CUDA: 3 GB to download, 7 GB on
@@ -68,7 +69,8 @@ versions: $(VENV)/installed
 test-main: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-# Frameworks pin many things: they have an environment of their own. CPUs only. In `make test` these tests are skipped.
+# Frameworks pin many things: they have an environment of their own, which takes minutes to install, so that CI leaves
+# them out. CPUs only. In `make test` these tests are skipped.
 INTEGRATIONS = .venv-integrations
 $(INTEGRATIONS)/installed: $(SOURCES) tests/integrations/requirements.txt
 	$(PYTHON) -m venv $(@D)

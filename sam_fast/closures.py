@@ -34,6 +34,12 @@ TAKEN = (
     "step(closure, passes=...) does the same for one call."
 )
 
+NO_SECOND_GRADIENT = (
+    "step(closure) took the gradients that were there for the first pass, and the closure computed none for the "
+    "second, as that of step() in Lightning's manual optimization: call first_step(zero_grad=True) after the first "
+    "backward pass, then backward() once more at w + e, then second_step()"
+)
+
 LIGHTNING_CALLBACK = "Trainer(callbacks=[sam_fast.integrations.lightning.SAMCallback()])"
 
 ACCUMULATED = (
@@ -146,6 +152,8 @@ def closure_step(
             uncounted = uncounted_forwards(model, extra_buffers, closure) if step.first_pass_done else nullcontext()
             with uncounted, replayed:
                 second_loss = closure()
+            if first_pass_done and not begun and not are_new(optimizer._gradients()):
+                raise RuntimeError(NO_SECOND_GRADIENT)
     except BaseException:
         optimizer.restore()
         mark_used(optimizer._gradients())  # they belong to a step that was given up
@@ -181,9 +189,10 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
         return
     if optimizer._step.found_inf is not None and not optimizer._step.active and optimizer.will_perturb:
         raise RuntimeError(
-            "a GradScaler has called step() without first_step() before it. A framework that calls the closure "
-            "itself under float16, as Lightning's automatic optimization does, computes one pass only: use "
-            f"{LIGHTNING_CALLBACK}, or manual optimization with first_step() after the first pass"
+            "a GradScaler has called step() without first_step() before it: there was one pass only. Use "
+            "sam_fast.TrainStep(..., scaler=scaler), or call first_step() between two backward passes, of which timm's "
+            "NativeScaler does the first with need_update=False. For Lightning's automatic optimization under float16 "
+            f"use {LIGHTNING_CALLBACK}"
         )
     optimizer._require_first_step("step() without a closure")
     optimizer._update()

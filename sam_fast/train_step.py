@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -56,7 +57,7 @@ class TrainStep:
     Raises:
         TypeError: ``optimizer`` leads to no SAM.
         ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, ``scaler`` with
-            ``backward``, or ``backward`` of an Accelerator that accumulates.
+            ``backward``, ``backward`` of an Accelerator that accumulates, or a model in FSDP1.
     """
 
     def __init__(
@@ -86,6 +87,9 @@ class TrainStep:
             check_at_least_zero("clip_grad_norm", clip_grad_norm)
         if scaler is not None and backward is not None:
             raise ValueError("scaler and backward were both given: backward has to scale the loss itself")
+        fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+        if any(isinstance(module, fsdp1) for module in model.modules()):
+            raise ValueError("TrainStep does not work with FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2)")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.sam = unwrap(optimizer)
         self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler

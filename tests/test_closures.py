@@ -161,6 +161,20 @@ def test_a_closure_while_perturbed_is_the_second_pass(flatten, zero_grad):
     assert loop.off() < CLOSE
 
 
+@pytest.mark.guarantee(id="closure-passes")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("mode", ["auto", "second"])
+def test_gradients_and_a_closure_that_computes_none_are_an_error(flatten, mode):
+    """As in Lightning's manual optimization, where step() without first_step would do nothing."""
+    loop = Loop(flatten=flatten, closure=mode)
+    before = values(list(loop.model.parameters()))
+    loop.closure(0)()
+    with pytest.raises(RuntimeError, match=r"first_step\(zero_grad=True\) after the first"):
+        loop.optimizer.step(lambda: None)
+    assert not loop.optimizer.perturbed
+    assert same_bits(values(list(loop.model.parameters())), before)
+
+
 def test_a_closure_while_perturbed_that_raises_restores(flatten):
     loop = Loop(flatten=flatten)
     before = values(list(loop.model.parameters()))

@@ -1,10 +1,10 @@
-"""docs/guarantees.md and the tests that are marked with its ids."""
+"""docs/guarantees.md and the tests that are marked with its ids; the tests that docs/integrations.md names."""
 
 from __future__ import annotations
 
 import re
 
-from guarantees import ROOT, shown_by
+from guarantees import ROOT, functions_of, shown_by
 
 PAGE = (ROOT / "docs" / "guarantees.md").read_text()
 IDS = re.findall(r"^\| `([\w-]+)` \|", PAGE, re.MULTILINE)
@@ -26,3 +26,26 @@ def test_every_row_has_an_id_and_names_no_test_by_hand() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("|") and not re.match(r"\| id |\|---", line)]
     assert len(rows) == len(IDS)
     assert ".py::" not in PAGE
+
+
+# ---- docs/integrations.md --------------------------------------------------------------------------------------------
+
+INTEGRATIONS = (ROOT / "docs" / "integrations.md").read_text()
+NAMES = re.compile(r"`(tests/)?(test_\w+\.py)::(test_\w+)`")
+
+
+def test_every_row_of_integrations_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\|.*\|$", INTEGRATIONS.split("\n## What shows it\n")[1], re.MULTILINE)[2:]
+    assert len(rows) > 50
+    for row in rows:
+        named = NAMES.findall(row)
+        assert named, row
+        for folder, file, name in named:
+            assert name in functions_of(f"{folder or 'tests/integrations/'}{file}"), row
+
+
+def test_integrations_names_the_versions_that_are_tested() -> None:
+    lines = (ROOT / "tests" / "integrations" / "requirements.txt").read_text().splitlines()
+    pins = [re.sub(r"\[.*\]", "", line).replace("==", " ") for line in lines if "==" in line]
+    beside = {"datasets", "torchmetrics"}  # needed by another one's tests
+    assert [pin for pin in pins if pin not in INTEGRATIONS and pin.split()[0] not in beside] == []

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from sam_fast import SAM
+from sam_fast import SAM, TrainStep
 from sam_fast.reference import ReferenceSAM
 
 # ---- Placements ------------------------------------------------------------------------------------------------------
@@ -260,6 +260,12 @@ def refused() -> list[str]:
             SAM(params, lr=0.1, **kwargs)
         except ValueError as error:
             texts.append(str(error))
+    late = network()
+    optimizer = SAM(late.parameters(), lr=0.1)  # parameters that get no gradients, once FSDP1 has replaced them
+    try:
+        TrainStep(FullyShardedDataParallel(late, device_id=torch.device("cpu")), optimizer, lambda model, x: model(x))
+    except ValueError as error:
+        texts.append(str(error))
     optimizer = SAM([sharded], rho=RHO, lr=0.1)
     with optimizer.first_pass(nn.Module(), sync=False):
         sharded.grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
@@ -277,8 +283,9 @@ def test_another_local_tensor(two):
 
 
 def test_what_cannot_be_is_refused(two):
-    for flat, partial, old, own in two.run(refused):
+    for flat, partial, old, late, own in two.run(refused):
         assert "flatten=True cannot move DTensor parameters" in flat
         assert "partial sums are no parameter" in partial
         assert "use fully_shard" in old
+        assert "use fully_shard" in late
         assert "no process has a gradient of its own" in own

@@ -40,8 +40,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
     the second ones. ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with the second
     gradient.
 
-    Logs ``sam/grad_norm``, and ``sam/sharpness`` (loss at ``w + e`` minus loss at w, this process's) where
-    ``ascent`` is 1.
+    Logs ``sam/grad_norm``, and ``sam/sharpness`` (loss at ``w + e`` minus loss at w, this process's) where ``ascent``
+    is 1: the last step's that perturbed, every ``log_every_n_steps`` steps.
 
     Args:
         ascent: share of each batch's rows that the first pass sees, see :class:`sam_fast.TrainStep`. What
@@ -68,6 +68,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:
+            if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for BatchNorm statistics
+                return training_step(*args, **kwargs)
             output = window.first(training_step, args, kwargs)
             if sam.needs_first_pass:
                 loss = _loss_of(output, trainer)
@@ -147,10 +149,12 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
             self._window.keep_last()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the step has measured, as tensors: nothing waits for the device."""
-        if self._values and not trainer.barebones:
+        """Log what has been measured, as tensors: nothing waits for the device. Logging takes Lightning half a
+        millisecond, so it is left out in steps whose values no logger would get (``log_every_n_steps``).
+        """
+        if self._values and trainer._logger_connector.should_update_logs:
             pl_module.log_dict(self._values, on_step=True, on_epoch=False, batch_size=1)
-        self._values = {}
+            self._values = {}
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the strategy as it was."""
@@ -178,7 +182,7 @@ def _loss_of(output: Any, trainer: Any) -> Tensor | None:
 def _unnoticed(trainer: Any, pl_module: Any) -> Iterator[None]:
     """Inside, nothing is logged, and metrics end as they were."""
     loggers = trainer.loggers
-    states = [state for module in pl_module.modules() if hasattr(module, "_defaults") for state in _states_of(module)]
+    states = [state for module in pl_module.modules() if "_defaults" in vars(module) for state in _states_of(module)]
     try:
         pl_module.log = _log_nothing
         trainer.loggers = [DummyLogger() for _ in loggers]

@@ -70,11 +70,12 @@ class SAMTrainerMixin:
         return self.optimizer
 
     def _check_sam(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+        fsdp1 = self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1
+        if self.is_deepspeed_enabled or fsdp1:
+            engine = "FSDP1" if fsdp1 else "DeepSpeed"
             raise ValueError(
                 f"SAMTrainerMixin does not work with {engine}, whose parameters are not those that the optimizer was "
-                "made with: use several processes without it (DDP)"
+                'made with: use FSDP2 (fsdp_config={"version": 2}), or several processes without either (DDP)'
             )
         optim = str(self.args.optim)
         if any(name in optim for name in ("layerwise", "lomo")):

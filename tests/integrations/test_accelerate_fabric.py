@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from processes import launch
 from two_processes import LR, RHO, layer_norm_net
 
 from sam_fast import SAM, TrainStep, unwrap
+
+ByTwo = Callable[[str], dict[str, Any]]
 
 CLOSE = 1e-8
 """TrainStep's clipping has its factor in float32."""
@@ -95,20 +98,27 @@ def test_closures_in_accumulate_are_an_error():
 
 
 def test_accelerates_scheduler_sees_a_skipped_step():
+    accelerate = pytest.importorskip("accelerate")
     _, model, optimizer = accelerated()
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     optimizer = type(optimizer)(unwrap(optimizer), scaler=scaler)  # Accelerator makes none on the CPU
+    schedule = torch.optim.lr_scheduler.LambdaLR(unwrap(optimizer), lambda step: 1.0)
+    seen = accelerate.scheduler.AcceleratedScheduler(schedule, [optimizer])
     scaled = {"scale": float("inf")}
     step = TrainStep(
         model, optimizer, oracle.cross_entropy, backward=lambda loss: (scaler.scale(loss) * scaled["scale"]).backward()
     )
     before = [p.detach().clone() for p in model.parameters()]
     step(batches()[0])
+    seen.step()
     assert optimizer.step_was_skipped
+    assert schedule.last_epoch == 0
     assert all(p.equal(w) for p, w in zip(model.parameters(), before, strict=True))
     scaled["scale"] = 1.0
     step(batches()[1])
+    seen.step()
     assert not optimizer.step_was_skipped
+    assert schedule.last_epoch == 1
 
 
 def test_fabric():
@@ -120,6 +130,36 @@ def test_fabric():
     for batch in batches():
         step(batch)
     assert furthest(model.module, plain_run()) < CLOSE
+
+
+def test_fabric_in_float16_with_a_scaler():
+    """Clipping sees unscaled gradients, and a step that overflows is skipped."""
+    fabric = pytest.importorskip("lightning.fabric", reason="Lightning is not installed: make test-integrations")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    plugin = fabric.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    engine = fabric.Fabric(accelerator="cpu", devices=1, plugins=[plugin])
+    model, plain = small_net(torch.float32), small_net(torch.float32)
+    model, optimizer = engine.setup(model, SAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9))
+    step = TrainStep(model, optimizer, oracle.cross_entropy, clip_grad_norm=0.2, backward=engine.backward)
+    made = batches(dtype=torch.float32)
+    step(made[0])
+    assert scaler.get_scale() == 2.0**39
+    assert all(p.equal(q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    scaler.update(2.0**10)
+    for batch in made[1:]:
+        step(batch)
+
+    def loss_fn(model: Any, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16):
+            out = model(batch[0])
+        return torch.nn.functional.cross_entropy(out.float(), batch[1])
+
+    sam = PlainSAM(plain.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    plain(made[0][0])  # the statistics have seen it
+    for batch in made[1:]:
+        plain_step(plain, sam, [batch], loss_fn, 1, 0.2)
+    assert scaler.get_scale() == 2.0**10  # no further step was skipped
+    assert furthest(model.module, plain) < 2e-3
 
 
 def test_fabric_resumes_with_the_same_bits(tmp_path: Path):
@@ -141,26 +181,42 @@ def test_fabric_resumes_with_the_same_bits(tmp_path: Path):
     assert furthest(*found) == 0.0
 
 
-def trained_by_two(framework: str, folder: Path) -> dict[str, Any]:
-    launch(Path(__file__).with_name("two_processes.py"), [framework, str(folder / "model")], 2, folder)
-    state: dict[str, Any] = torch.load(folder / "model")
-    return state
+# ---- Two processes ---------------------------------------------------------------------------------------------------
+
+
+FAMILIES = [("accelerate", "accelerate_fsdp2"), ("transformers", "transformers_fsdp2"), ("fabric", "lightning_fsdp2")]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> ByTwo:
+    """What two processes have trained. They start slowly, so they do all frameworks of a family."""
+    folder = tmp_path_factory.mktemp("two")
+
+    def trained(framework: str) -> dict[str, Any]:
+        family = next(family for family in FAMILIES if framework in family)
+        if not (folder / family[0]).exists():
+            launch(Path(__file__).with_name("two_processes.py"), [str(folder), *family], 2, folder)
+        state: dict[str, Any] = torch.load(folder / framework)
+        return state
+
+    return trained
 
 
 @pytest.mark.guarantee(id="frameworks")
-@pytest.mark.parametrize("framework", ["accelerate", "fabric"])
-def test_two_processes(framework: str, tmp_path: Path):
-    pytest.importorskip({"fabric": "lightning"}.get(framework, framework))
+@pytest.mark.parametrize("framework", ["accelerate", "accelerate_fsdp2", "fabric", "lightning_fsdp2"])
+def test_two_processes(framework: str, by_two: ByTwo):
+    pytest.importorskip("accelerate" if "accelerate" in framework else "lightning")
     x, y = oracle.data(24)
     made = list(zip(x.split(8), y.split(8), strict=True))
-    assert furthest(trained_by_two(framework, tmp_path), plain_run(layer_norm_net(), made)) < CLOSE
+    assert furthest(by_two(framework), plain_run(layer_norm_net(), made)) < CLOSE
 
 
-def test_two_processes_in_transformers(tmp_path: Path):
+@pytest.mark.parametrize("framework", ["transformers", "transformers_fsdp2"])
+def test_two_processes_in_transformers(framework: str, by_two: ByTwo):
     """Every process accumulates two batches: four are a step, and the last has two."""
     pytest.importorskip("transformers", reason="Transformers is not installed: make test-integrations")
     import trainer_runs
 
     plain = trainer_runs.language_model()
     trainer_runs.plain_run(plain, 4, rows=12)
-    assert furthest(trained_by_two("transformers", tmp_path), plain) < 1e-6
+    assert furthest(by_two(framework), plain) < 1e-6

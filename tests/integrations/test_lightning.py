@@ -84,6 +84,23 @@ def test_the_same_masks_in_both_passes():
     assert furthest(module.net, model) < CLOSE
 
 
+def test_a_compiled_module():
+    class Plain(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return oracle.cross_entropy(self.net, batch)
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    module = Plain()
+    trainer(SAMCallback(), accumulate_grad_batches=2).fit(torch.compile(module, backend=backend), loader())
+    assert graphs
+    assert furthest(module.net, plain_run(accumulate=2)[0]) < CLOSE
+
+
 # ---- Precision -------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +169,19 @@ def test_a_schedule():
     norms = logger.of("sam/grad_norm")
     assert norms[::2] == norms[1::2]  # Lightning repeats what a step does not log
     assert len(set(norms)) == 4
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_was_measured_last_is_logged_every_so_many_steps(every: int):
+    module, logger = Module(schedule=Schedule(every=every)), Values()
+    fit(module, accumulate_grad_batches=2, logger=logger, log_every_n_steps=2)
+    if every == 1:
+        assert logger.of("sam/grad_norm") == pytest.approx(plain_run(accumulate=2)[1].norms[1::2], rel=1e-6)
+    else:
+        every_step = Values()
+        fit(Module(schedule=Schedule(every=2)), accumulate_grad_batches=2, logger=every_step)
+        assert logger.of("sam/grad_norm") == every_step.of("sam/grad_norm")[::2]
+    assert len(logger.of("sam/sharpness")) == 4
 
 
 def test_batches_without_a_loss_are_left_out():

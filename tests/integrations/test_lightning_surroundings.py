@@ -101,6 +101,21 @@ def test_an_average_of_the_weights_sees_w():
     assert max(float((a - p).detach().abs().max()) for a, p in zip(average, found, strict=True)) < 1e-7
 
 
+@pytest.mark.parametrize("ascent", [1.0, 0.5])
+def test_stochastic_weight_averaging_sees_w(ascent: float):
+    """Lightning averages what epochs begin with, then has one more epoch for the statistics, on whole batches."""
+    averaging = pl.callbacks.StochasticWeightAveraging(LR, swa_epoch_start=2, annealing_epochs=1)
+    module = Module()
+    trainer(SAMCallback(ascent), averaging, max_epochs=3).fit(module, loader())
+    begins = [plain_run(epochs, ascent=round(1 / ascent))[0] for epochs in (1, 2)]
+    average = small_net()
+    with torch.no_grad():
+        for p, first, second in zip(average.parameters(), *(m.parameters() for m in begins), strict=True):
+            p.copy_((first + second) / 2)
+    torch.optim.swa_utils.update_bn([x for x, _ in batches()], average)
+    assert furthest(module.net, average) < CLOSE
+
+
 def test_an_exception_leaves_w(monkeypatch: pytest.MonkeyPatch):
     class Fails(Module):
         calls = 0
@@ -209,25 +224,6 @@ def test_strategies_with_an_engine_are_refused():
     made.strategy.__class__ = DeepSpeedStrategy
     with pytest.raises(ValueError, match="DeepSpeedStrategy"):
         made.fit(Module(), loader())
-
-
-def test_manual_optimization_without_the_callback():
-    class Manual(Module):
-        automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-            opt = self.optimizers()
-            self.manual_backward(oracle.cross_entropy(self.net, batch))
-            opt.first_step(zero_grad=True)
-            with opt.second_pass(self):
-                self.manual_backward(oracle.cross_entropy(self.net, batch))
-            opt.second_step(zero_grad=True)
-
-    module = Manual()
-    made = trainer()
-    made.fit(module, loader())
-    assert furthest(module.net, plain_run()[0]) < CLOSE
-    assert made.global_step == 14
 
 
 @pytest.mark.filterwarnings("default")

@@ -13,11 +13,11 @@ import pytest
 import torch
 from oracle import batches, furthest, plain_step, small_net
 from plain_sam import PlainSAM
+from recipes import PAGE, framework, recipes, run
 from torch import nn
 
-from sam_fast import SAM, Schedule, TrainStep, unwrap
+from sam_fast import SAM, Schedule
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 RHO, LR, CLOSE = 0.05, 0.1, 1e-12
 
 pytestmark = [
@@ -26,38 +26,55 @@ pytestmark = [
 ]
 
 
-def recipes(heading: str, language: str = "python") -> list[str]:
-    """The blocks of code under a heading of the page."""
-    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
-
-
-def run(heading: str, number: int = 0, **names: Any) -> dict[str, Any]:
-    """Execute a block and return the names that it has made."""
-    namespace = {"torch": torch, "SAM": SAM, "TrainStep": TrainStep, "unwrap": unwrap, "partial": partial, **names}
-    code = recipes(heading)[number]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15  # formatting adds empty ones
-    exec(compile(code, f"{PAGE.name}, {heading}", "exec"), namespace)
-    return namespace
-
-
-def framework(name: str) -> Any:
-    return pytest.importorskip(name, reason=f"{name} is not installed: make test-integrations", exc_type=ImportError)
-
-
-def plain_run(model: Any = None, clip: float | None = None, epochs: int = 1, made: Any = None, momentum: float = 0.0):
-    model = small_net() if model is None else model
+def plain_run(clip: float | None = None, momentum: float = 0.0) -> nn.Module:
+    model = small_net()
     sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=momentum)
-    for _ in range(epochs):
-        for batch in batches() if made is None else made:
-            plain_step(model, sam, [batch], oracle.cross_entropy, 1, clip)
+    for batch in batches():
+        plain_step(model, sam, [batch], oracle.cross_entropy, 1, clip)
     return model
 
 
 def test_the_pages_list_of_blocks_is_complete():
     headings = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
-    tested = re.findall(r'run\("(\w+)"', Path(__file__).read_text())
-    assert set(headings) == set(tested)
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tested = re.findall(r'(?:run|recipes)\("(\w+)"', tests)
+    assert set(headings) == {*tested, "What shows it"}
+
+
+@pytest.mark.parametrize("loop", ["accelerate", "lightning.fabric", "ignite.engine", "fastai.basics"])
+def test_step_without_first_step_is_an_error(loop: str):
+    """The loop that one would write, or that the framework has, with any other optimizer."""
+    made, model = framework(loop), small_net(torch.float32)
+    optimizer, data = SAM(model.parameters(), rho=RHO, lr=LR), batches(dtype=torch.float32)
+
+    def by_hand(model: Any, optimizer: Any, backward: Any) -> None:
+        backward(oracle.cross_entropy(model, data[0]))
+        optimizer.step()
+
+    def accelerate() -> None:
+        made.state.AcceleratorState._reset_state(True)
+        made.state.GradientState._reset_state()
+        accelerator = made.Accelerator(cpu=True)
+        by_hand(*accelerator.prepare(model, optimizer), accelerator.backward)
+
+    def fabric() -> None:
+        engine = made.Fabric(accelerator="cpu", devices=1)
+        by_hand(*engine.setup(model, optimizer), engine.backward)
+
+    def engine() -> None:
+        made.create_supervised_trainer(model, optimizer, nn.functional.cross_entropy).run(data)
+
+    def basics() -> None:
+        framework("fastai.callback.progress")
+        loader = made.DataLoader(list(zip(*oracle.data(dtype=torch.float32), strict=True)), bs=4)
+        opt_func = partial(made.OptimWrapper, opt=partial(SAM, rho=RHO))
+        learner = made.Learner(made.DataLoaders(loader, loader), model, nn.functional.cross_entropy, opt_func=opt_func)
+        with learner.no_bar(), learner.no_logging():
+            learner.fit(1, LR)
+
+    with pytest.raises(RuntimeError, match=r"first_step\(\).*docs/integrations.md"):
+        locals()[loop.rpartition(".")[2]]()
+    assert all(p.equal(q) for p, q in zip(model.parameters(), small_net(torch.float32).parameters(), strict=True))
 
 
 def test_lightning():
@@ -139,6 +156,7 @@ def test_fastai():
     framework("fastai")
     from fastai.basics import DataLoader, DataLoaders, Learner, OptimWrapper
     from fastai.callback.core import Callback
+    from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.training import GradientAccumulation, GradientClip
 
     made = run("fastai", Callback=Callback, OptimWrapper=OptimWrapper)
@@ -155,6 +173,9 @@ def test_fastai():
         for window in oracle.windows(batches(24, dtype=torch.float32), 2):
             plain_step(plain, sam, window, oracle.cross_entropy, 2, 0.2)
     assert furthest(model, plain) < 1e-5
+    learner.add_cb(MixedPrecision())
+    with learner.no_bar(), learner.no_logging(), pytest.raises(AssertionError, match="to_fp16"):
+        learner.fit(1, LR)
 
 
 def test_skorch():
@@ -163,9 +184,14 @@ def test_skorch():
     options = {"batch_size": 4, "max_epochs": 2, "train_split": None, "verbose": 0, "criterion": nn.CrossEntropyLoss}
     x, y = oracle.data()
     net = run("skorch", NeuralNetClassifier=skorch.NeuralNet, module=small_net(), options=options, x=x, y=y)["net"]
-    plain = plain_run(epochs=2)
+    plain, record = small_net(), oracle.Record()
+    sam = PlainSAM(plain.parameters(), rho=RHO, lr=LR)
+    for batch in batches() * 2:
+        plain_step(plain, sam, [batch], oracle.cross_entropy, 1, record=record)
+    losses = [sum(record.losses[:7]) / 7, sum(record.losses[7:]) / 7]
     assert furthest(net.module_, plain) < CLOSE
     assert type(net.optimizer_) is SAM
+    assert net.history[:, "train_loss"] == pytest.approx(losses, rel=1e-6)  # the first passes'
     copied = pickle.loads(pickle.dumps(net)).partial_fit(x, y, epochs=1)
     assert furthest(copied.module_, net.partial_fit(x, y, epochs=1).module_) == 0.0
 

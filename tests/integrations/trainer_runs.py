@@ -72,6 +72,10 @@ def train(folder: Any, model: Any, rows: int = 14, cls: Any = SAMTrainer, data: 
     return trainer
 
 
+def logged(trainer: Any, name: str) -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     """The Trainer's: no weight decay for biases and norms."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
