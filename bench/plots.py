@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,189 +11,134 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 
-from bench import peers
-from bench.records import TORCH_COPY, Record, Run
-from bench.shapes import MODELS
-from bench.test_scaling import BY_ELEMENTS, BY_TENSORS
-from bench.test_training import GRAPH, REFERENCE, SGD_TWICE
+from bench.models import MODELS
+from bench.peers import OURS, REFERENCE
+from bench.records import TORCH_COPY, Estimate, Record, Run
+from bench.test_processes import MEMORY
+from bench.test_steps import BY_ELEMENTS, BY_TENSORS
+from bench.test_training import ITERATION, SGD_ONCE, SGD_TWICE
 
-COLOURS = {"sam_fast": "#d62728", peers.REFERENCE: "#7f7f7f"}
+COLOURS = {OURS: "#d62728", REFERENCE: "#7f7f7f", "SAM reference": "#7f7f7f"}
 
 
 def draw_all(run: Run, folder: Path) -> list[str]:
-    """Draw what the run has figures for; returns the files' names."""
+    """Draw what the run has figures for; returns the pictures' names."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, draw in (
-        ("step", steps),
-        ("roofline", roofline),
-        ("scaling", scaling),
-        ("training", training),
-        ("memory", memory),
-    ):
+    for draw in (step, roofline, scaling, training, memory):
         figure = draw(run)
         if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
+            figure.savefig(folder / f"{draw.__name__}.png", dpi=100, metadata={"Software": None})
             plt.close(figure)
-            drawn.append(f"{name}.png")
+            drawn.append(draw.__name__)
     return drawn
 
 
-def steps(run: Run) -> Any:
+def bars(axis: Any, estimates: dict[str, dict[str, Estimate]], **settings: Any) -> None:
+    """Bars with intervals: case -> name -> estimate. Names that not every case has are left out."""
+    frame = pd.DataFrame(estimates).T.dropna(axis="columns")
+    value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in ("value", "low", "high"))
+    errors = [[value[name] - low[name], high[name] - value[name]] for name in value]
+    colours = {"color": [COLOURS[n] for n in value]} if COLOURS.keys() >= set(value) else {}
+    value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, **colours)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set(**settings)
+    axis.legend(fontsize=7, ncols=3)
+
+
+def step(run: Run) -> Any:
     """How many times faster the whole step is than each baseline, by model."""
     groups = [g for g in ("optimizer step, SGD", "optimizer step, AdamW") if run.find(g)]
     if not groups:
         return None
     figure, axes = plt.subplots(len(groups), 1, figsize=(9, 3.6 * len(groups)), layout="constrained", squeeze=False)
     for axis, group in zip(axes[:, 0], groups, strict=True):
-        records = [r for name in MODELS if (r := run.get(group, name)) is not None]
-        names = [b for b in records[0].baselines if all(b in r.rounds for r in records)]
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            estimates = [r.faster_than(name) for r in records]
-            middle = [e.value for e in estimates]
-            bounds = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-            axis.bar(
-                [x + i * width for x in range(len(records))],
-                middle,
-                width,
-                yerr=bounds,
-                label=name,
-                error_kw={"lw": 0.8},
-            )
-        axis.set_xticks(
-            [x + 0.4 - width / 2 for x in range(len(records))], [r.case for r in records], rotation=15, fontsize=8
-        )
-        axis.axhline(1, color="black", lw=0.8)
-        axis.set(ylabel="times faster than", title=group)
-        axis.legend(fontsize=7, ncols=3)
+        records = [r for r in run.find(group) if r.case in MODELS]
+        ratios = {r.case: {name: r.faster_than(name) for name in r.baselines} for r in records}
+        bars(axis, ratios, ylabel="times faster than", title=group)
     return figure
 
 
 def roofline(run: Run) -> Any:
-    """Bandwidth of the bytes that must move, as a share of the streaming copy's."""
-    records = [r for r in run.records if r.group.startswith("op ") and r.copy_rounds and r.case == "resnet50 float32"]
-    records += [
-        r for g in ("optimizer step, SGD", "optimizer step, AdamW") if (r := run.get(g, "resnet50")) is not None
-    ]
+    """Bandwidth of the bytes that must move, as a share of the measured one."""
+    records = [r for r in run.records if r.group.startswith("op ") and r.case == "resnet50 float32"]
+    records += filter(None, (run.get(f"optimizer step, {base}", "resnet50") for base in ("SGD", "AdamW")))
+    records = [r for r in records if r.copy_rounds and r.bytes_moved]
     if not records:
         return None
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for x, record in enumerate(records):
-        for name in record.rounds:
-            rate, share = record.bandwidth(name), record.share_of_copy(name)
-            if rate is None or share is None or name == TORCH_COPY:
-                continue
-            ours = name == record.target
-            axis.plot(
-                [x],
-                [100 * share.value],
-                "D" if ours else "o",
-                color=COLOURS["sam_fast"] if ours else "#bbbbbb",
-                ms=7 if ours else 4,
-            )
-            if ours:
-                axis.annotate(
-                    f"{rate / 1e9:.0f} GB/s",
-                    (x, 100 * share.value),
-                    textcoords="offset points",
-                    xytext=(7, -3),
-                    fontsize=7,
-                )
-    axis.axhline(100, color="black", lw=1, label="streaming copy in the same rounds")
-    axis.plot([], [], "D", color=COLOURS["sam_fast"], label="sam_fast")
-    axis.plot([], [], "o", color="#bbbbbb", label="baselines and the torch backend")
-    axis.set_xticks(range(len(records)), [r.group.removeprefix("op ") for r in records], rotation=20, fontsize=8)
-    axis.set(
-        ylabel="% of the copy's bandwidth",
-        title="Bytes that must move per second, resnet50 shapes, float32",
-        ylim=(0, None),
-    )
+    names = [r.group.removeprefix("op ") for r in records]
+    axis.axhline(100, color="black", lw=1, label="measured in the same rounds")
+    others = [(x, n) for x, r in zip(names, records, strict=True) for n in _shares(r, r.baselines)]
+    axis.plot(*zip(*others, strict=True), "o", color="#bbbbbb", ms=4, label="baselines") if others else None
+    ours = [_shares(r, [r.target])[0] for r in records]
+    axis.plot(names, ours, "D", color=COLOURS[OURS], label=OURS)
+    for x, y, record in zip(names, ours, records, strict=True):
+        rate = f"{(record.bandwidth() or 0) / 1e9:.0f} GB/s"
+        axis.annotate(rate, (x, y), textcoords="offset points", xytext=(7, -3), fontsize=7)
+    axis.tick_params(axis="x", rotation=20, labelsize=8)
+    title = "Bytes that must move per second, resnet50 shapes, float32"
+    axis.set(ylabel="% of the measured bandwidth", title=title, ylim=(0, None))
     axis.legend(fontsize=8)
     return figure
+
+
+def _shares(record: Record, names: Iterable[str]) -> list[float]:
+    shares = [record.share_of_copy(name) for name in names if name != TORCH_COPY]
+    return [100 * share.value for share in shares if share is not None]
 
 
 def scaling(run: Run) -> Any:
     """Log-log: cost against the number of parameters and of tensors, with the floor."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in run.records:
-        match = re.fullmatch(r"optimizer step, scaling with the (.*), (\d+ threads?)", record.group)
-        if match:
+        if match := re.fullmatch(r"optimizer step, scaling with the (.*), (\d+ threads?)", record.group):
             found.setdefault((match[1], match[2]), []).append(record)
+    rows, columns = [g for g in (BY_ELEMENTS, BY_TENSORS) if g in {k for k, _ in found}], sorted({t for _, t in found})
     if not found:
         return None
-    rows = [g for g in (BY_ELEMENTS, BY_TENSORS) if any(k[0] == g for k in found)]
-    columns = sorted({threads for _, threads in found})
+    size = (5 * len(columns), 3.8 * len(rows))
     figure, axes = plt.subplots(
-        len(rows),
-        len(columns),
-        figsize=(5 * len(columns), 3.8 * len(rows)),
-        layout="constrained",
-        squeeze=False,
-        sharey="row",
+        *map(len, (rows, columns)), figsize=size, layout="constrained", squeeze=False, sharey="row"
     )
-    for i, group in enumerate(rows):
-        for j, threads in enumerate(columns):
-            axis, records = axes[i][j], found.get((group, threads), [])
-            xs = [r.elements if group == BY_ELEMENTS else r.facts["tensors"] for r in records]
-            for name in records[0].rounds if records else ():
-                axis.loglog(
-                    xs, [1e3 * r.seconds(name).value for r in records], "o-", color=COLOURS.get(name), label=name, ms=4
-                )
-            axis.loglog(
-                xs,
-                [1e3 * (r.floor() or 0) for r in records],
-                "--",
-                color="black",
-                lw=1,
-                label="floor: bytes at the copy's bandwidth",
-            )
-            axis.set(title=f"whole step with SGD, {threads}", xlabel=group, ylabel="ms" if j == 0 else None)
-            axis.grid(alpha=0.3, which="both")
-            axis.legend(fontsize=7)
+    for (group, threads), records in found.items():
+        axis = axes[rows.index(group)][columns.index(threads)]
+        costs = {
+            (r.elements if group == BY_ELEMENTS else r.facts["tensors"]): {
+                **{name: 1e3 * r.seconds(name).value for name in r.rounds},
+                "floor": 1e3 * floor if (floor := r.floor()) else float("nan"),
+            }
+            for r in records
+        }
+        frame = pd.DataFrame(costs).T.sort_index()
+        frame.plot(ax=axis, loglog=True, style={"floor": ":"}, marker="o", ms=3, color={**COLOURS, "floor": "black"})
+        axis.set(title=f"whole step with SGD, {threads}", xlabel=group, ylabel="ms")
+        axis.grid(alpha=0.3, which="both")
     return figure
 
 
 def training(run: Run) -> Any:
     """A SAM iteration over twice SGD's."""
-    records = run.find("training iteration")
+    records = run.find(ITERATION)
     if not records:
         return None
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    names = [n for n in (REFERENCE, "sam_fast", GRAPH) if all(n in r.rounds for r in records)]
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        estimates = [r.faster_than(name, SGD_TWICE) for r in records]
-        bounds = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-        colour = COLOURS.get(name, COLOURS[peers.REFERENCE] if name == REFERENCE else "#1f77b4")
-        axis.bar(
-            [x + i * width for x in range(len(records))],
-            [e.value for e in estimates],
-            width,
-            yerr=bounds,
-            label=name,
-            color=colour,
-            error_kw={"lw": 0.8},
-        )
-    axis.axhline(1, color="black", lw=0.8)
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(records))], [r.case for r in records], fontsize=8)
-    axis.set(ylabel="SAM's iteration / two of SGD's", title="Whole training iteration", ylim=(0.8, None))
-    axis.legend(fontsize=8)
+    names = [name for name in records[0].rounds if name not in (SGD_ONCE, SGD_TWICE)]
+    costs = {r.case: {name: r.faster_than(name, SGD_TWICE) for name in names if name in r.rounds} for r in records}
+    label, title = "SAM's iteration / two of SGD's", "Whole training iteration"
+    bars(axis, costs, ylabel=label, title=title, ylim=(0.8, None))
     return figure
 
 
 def memory(run: Run) -> Any:
     """Peak memory of a training step."""
-    if not run.memory:
+    record = next(iter(run.find(MEMORY)), None)
+    if record is None:
         return None
     figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    names = [m.contender for m in run.memory]
-    axis.barh(
-        names,
-        [m.bytes_peak / 1e6 for m in run.memory],
-        color=[COLOURS["sam_fast"] if n.startswith("sam_fast") else "#999999" for n in names],
-    )
-    axis.invert_yaxis()
-    axis.set(xlabel="MB", title=f"Peak memory of a training step, {run.memory[0].case}")
+    peaks = pd.Series({name: record.seconds(name).value / 1e6 for name in reversed(record.rounds)})
+    peaks.plot.barh(ax=axis, color=[COLOURS.get(name.partition(",")[0], "#999999") for name in peaks.index])
+    axis.set(xlabel="MB", title=f"Peak memory of a training step, {record.case}")
     return figure

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 WARMUP = 2
 """Rounds that are not counted. On a GPU the first counts launches, the second decides between events and kernels."""
-
 OURS, BASELINE = 3e-3, 20e-3
-"""Head starts in seconds: longer than the host needs to launch a step of ours, or several kernels for each parameter.
-"""
+"""Head starts in seconds: longer than the host needs to launch our step, or several kernels for each parameter."""
 WITH_LAUNCHES = 0.0
 """No head start: the device is idle when the work begins, and launching counts."""
 HOST_ALONE = None
 """Only until the call returns: the device's work is waited for untimed."""
-
-CYCLES_PER_SECOND = 2e9
-"""Of a GPU, about."""
-
-
-class Timer(Protocol):
-    """Times the rounds of one piece of work."""
-
-    method: str
-    launches: int | None
-
-    def __call__(self, run: Callable[[], object]) -> float: ...
 
 
 class HostTimer:
@@ -61,7 +47,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def sleep(self, seconds: float) -> None:
-        torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
+        torch.cuda._sleep(int(seconds * 2e9))  # cycles per second, about
 
     def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
         """How long each kernel, copy and memset that ``run`` launches takes; empty where the profiler may not look."""
@@ -121,13 +107,10 @@ class DeviceTimer:
     def method(self) -> str:
         if not self.head_start:
             return "events, with launches"
-        if self.late:
-            return (
-                "sum of the kernels' durations"
-                if self.launches
-                else "events; the head start was too short and there is no profiler"
-            )
-        return f"events, {1e3 * self.head_start:g} ms head start"
+        if not self.late:
+            return f"events, {1e3 * self.head_start:g} ms head start"
+        too_short = "events; the head start was too short and there is no profiler"
+        return "sum of the kernels' durations" if self.launches else too_short
 
     def __call__(self, run: Callable[[], object]) -> float:
         self.rounds += 1
