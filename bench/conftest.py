@@ -22,18 +22,14 @@ BENCH, RUN, BEGIN = pytest.StashKey[Bench](), pytest.StashKey[Run](), pytest.Sta
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("sam_fast")
-    group.addoption(
-        "--device",
-        default="cpu",
-        choices=["cpu", "cuda", "rehearsal"],
-        help="where to measure; rehearsal: as on a GPU, but on the CPU with tiny shapes, to see that it runs",
-    )
-    group.addoption("--full", action="store_true", help="all combinations, not only the default selection (hours)")
-    group.addoption("--minutes", type=float, default=math.inf, help="start no further benchmark after so long")
-    group.addoption("--smoke", action="store_true", help="tiny shapes and a few rounds: does it run at all?")
-    group.addoption("--save", type=Path, help="write the run to this file after each case, for report and compare")
-    group.addoption("--commit", default="", help="of the files, where they came without git")
+    add, devices = parser.getgroup("sam_fast").addoption, ["cpu", "cuda", "rehearsal"]
+    rehearsal = "rehearsal: as on a GPU, but on the CPU with tiny shapes, to see that it runs"
+    add("--device", default="cpu", choices=devices, help=f"where to measure; {rehearsal}")
+    add("--full", action="store_true", help="all combinations, not only the default selection (hours)")
+    add("--minutes", type=float, default=math.inf, help="start no further benchmark after so long")
+    add("--smoke", action="store_true", help="tiny shapes and a few rounds: does it run at all?")
+    add("--save", type=Path, help="write the run to this file after each case, for bench.report and bench.compare")
+    add("--commit", default="", help="of the files, where they came without git")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,20 +56,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     bench = config.stash[BENCH]
-    left = [item for item in items if _left_out(item, bench)]
+    full, kind = config.getoption("--full"), bench.machine.kind
+    left = []
+    for item in items:
+        mark = item.get_closest_marker("full")
+        unwanted = mark is not None and not full and kind in (mark.args or ("cpu", "cuda"))
+        if unwanted or (item.get_closest_marker("gpu") is not None and not bench.machine.gpu):
+            left.append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
     # The parts of a case far from each other. On a GPU what launching takes comes first: the profiler, which the others
     # use, may leave every launch a little slower.
     launching = ("host_overhead", "training", "with_launches") if bench.machine.gpu else ()
     items.sort(key=lambda item: (item.callspec.params["part"], not any(name in item.nodeid for name in launching)))
-
-
-def _left_out(item: pytest.Item, bench: Bench) -> bool:
-    full = item.get_closest_marker("full")
-    if full is not None and not bench.full and bench.machine.kind in (full.args or ("cpu", "cuda")):
-        return True
-    return item.get_closest_marker("gpu") is not None and not bench.machine.gpu
 
 
 def pytest_collection_finish() -> None:

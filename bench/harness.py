@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.problem import Method, Problem
+from bench.problem import Method, Problem, backward
 from bench.records import COPY, Record
 from bench.timers import BASELINE, OURS, WARMUP, DeviceTimer, Gpu, HostTimer, Rehearsal
 from sam_fast import SAM, backends
@@ -58,7 +58,7 @@ def steps_of(method: Method, gradients: Sequence[torch.Tensor], **timing: float 
     stages = {"first_step": method.optimizer.first_step, "second_step": method.optimizer.second_step}
     head_start = OURS if isinstance(method.optimizer, SAM) else BASELINE
     timing = {"head_start": head_start, **timing}
-    return Contender(stages, method.backward(gradients), method.optimizer.zero_grad, **timing)
+    return Contender(stages, backward(method.params, gradients), method.optimizer.zero_grad, **timing)
 
 
 @dataclass

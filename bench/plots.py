@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import pandas as pd
 
 from bench.models import MODELS
 from bench.peers import OURS, REFERENCE
-from bench.records import TORCH_COPY, Estimate, Record, Run
-from bench.test_processes import MEMORY
+from bench.records import Estimate, Record, Run
 from bench.test_steps import BY_ELEMENTS, BY_TENSORS
 from bench.test_training import ITERATION, SGD_ONCE, SGD_TWICE
 
@@ -27,7 +25,7 @@ def draw_all(run: Run, folder: Path) -> list[str]:
     """Draw what the run has figures for; returns the pictures' names."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for draw in (step, roofline, scaling, training, memory):
+    for draw in (step, scaling, training):
         figure = draw(run)
         if figure is not None:
             figure.savefig(folder / f"{draw.__name__}.png", dpi=100, metadata={"Software": None})
@@ -59,35 +57,6 @@ def step(run: Run) -> Any:
         ratios = {r.case: {name: r.faster_than(name) for name in r.baselines} for r in records}
         bars(axis, ratios, ylabel="times faster than", title=group)
     return figure
-
-
-def roofline(run: Run) -> Any:
-    """Bandwidth of the bytes that must move, as a share of the measured one."""
-    records = [r for r in run.records if r.group.startswith("op ") and r.case == "resnet50 float32"]
-    records += filter(None, (run.get(f"optimizer step, {base}", "resnet50") for base in ("SGD", "AdamW")))
-    records = [r for r in records if r.copy_rounds and r.bytes_moved]
-    if not records:
-        return None
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    names = [r.group.removeprefix("op ") for r in records]
-    axis.axhline(100, color="black", lw=1, label="measured in the same rounds")
-    others = [(x, n) for x, r in zip(names, records, strict=True) for n in _shares(r, r.baselines)]
-    axis.plot(*zip(*others, strict=True), "o", color="#bbbbbb", ms=4, label="baselines") if others else None
-    ours = [_shares(r, [r.target])[0] for r in records]
-    axis.plot(names, ours, "D", color=COLOURS[OURS], label=OURS)
-    for x, y, record in zip(names, ours, records, strict=True):
-        rate = f"{(record.bandwidth() or 0) / 1e9:.0f} GB/s"
-        axis.annotate(rate, (x, y), textcoords="offset points", xytext=(7, -3), fontsize=7)
-    axis.tick_params(axis="x", rotation=20, labelsize=8)
-    title = "Bytes that must move per second, resnet50 shapes, float32"
-    axis.set(ylabel="% of the measured bandwidth", title=title, ylim=(0, None))
-    axis.legend(fontsize=8)
-    return figure
-
-
-def _shares(record: Record, names: Iterable[str]) -> list[float]:
-    shares = [record.share_of_copy(name) for name in names if name != TORCH_COPY]
-    return [100 * share.value for share in shares if share is not None]
 
 
 def scaling(run: Run) -> Any:
@@ -129,16 +98,4 @@ def training(run: Run) -> Any:
     costs = {r.case: {name: r.faster_than(name, SGD_TWICE) for name in names if name in r.rounds} for r in records}
     label, title = "SAM's iteration / two of SGD's", "Whole training iteration"
     bars(axis, costs, ylabel=label, title=title, ylim=(0.8, None))
-    return figure
-
-
-def memory(run: Run) -> Any:
-    """Peak memory of a training step."""
-    record = next(iter(run.find(MEMORY)), None)
-    if record is None:
-        return None
-    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    peaks = pd.Series({name: record.seconds(name).value / 1e6 for name in reversed(record.rounds)})
-    peaks.plot.barh(ax=axis, color=[COLOURS.get(name.partition(",")[0], "#999999") for name in peaks.index])
-    axis.set(xlabel="MB", title=f"Peak memory of a training step, {record.case}")
     return figure

@@ -30,28 +30,31 @@ RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY
 SECTIONS = {
     "Whole optimizer step": (
         "optimizer step, (?!scaling)",
-        "step",
         "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
     ),
-    "Its halves": ("(first|second)_step, (?!scaling|host time|reference)", "", ""),
-    "Operations and roofline": (
-        "op |BatchNorm",
-        "roofline",
-        "Bytes that must move, over the bandwidth measured in the same rounds (bench/README.md).",
-    ),
-    "Host overhead": (".*host time|import", "", ""),
-    "Scaling": ("optimizer step, scaling", "scaling", "Cases are elements in tensors."),
+    "Its halves": ("(first|second)_step, (?!scaling|host time|reference)", ""),
+    "Operations": ("op |BatchNorm", "Bytes that must move, over the bandwidth measured in the same rounds."),
+    "Host overhead": (".*host time|import", ""),
+    "Scaling": ("optimizer step, scaling", "Cases are elements in tensors."),
     "Weak scaling": (
         WEAK_SCALING,
-        "",
         "Each process has a thread (or GPU) and resnet18's parameters, as replicas or as shards of DTensors: time of "
         "several over that of one.",
     ),
-    "Whole training iteration": (ITERATION, "training", "Time over that of two iterations of SGD."),
-    "Fewer passes": (f"{PRICE}|{UNPERTURBED}", "", "Time over that of SGD."),
-    "Memory": (MEMORY, "memory", "Three training steps, above what was there before the model."),
+    "Whole training iteration": (ITERATION, "Time over that of two iterations of SGD."),
+    "Fewer passes": (f"{PRICE}|{UNPERTURBED}", "Time over that of SGD."),
+    "Memory": (MEMORY, "Three training steps, above what was there before the model."),
 }
-"""Title -> pattern of its groups, picture, explanation."""
+PICTURES = {"Whole optimizer step": "step", "Scaling": "scaling", "Whole training iteration": "training"}
+"""Title -> pattern of its groups and explanation; title -> picture."""
+
+
+HEAD = """# Benchmarks
+
+Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.
+
+Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.
+""".splitlines()
 
 
 def results(root: Path, kind: str) -> Run | None:
@@ -99,37 +102,27 @@ def row(record: Record) -> dict[str, str]:
     return cells
 
 
-def made_on(run: Run) -> str:
-    m = run.machine
-    tree = m.get("commit", "")
-    short = tree[:9] + (" with changes" if tree.endswith("with changes") else "")
-    threads = f", {m['threads']} threads, {m['instruction set']}" if "threads" in m else ""
-    return f"{m['device']}{threads}; torch {m['torch']}; {m['date'][:10]}, commit {short}"
-
-
 def readme_table(cpu: Run) -> str:
     """What stands in the README between the two marks."""
-    rows, ratios = [], []
-    for name in MODELS:
-        first, sgd = (cpu.get(group, name) for group in ("first_step, SGD", "optimizer step, SGD"))
-        if first is None or sgd is None or not set(BEST_PEERS) & set(sgd.rounds):
-            continue
-        ratios.append(sgd.faster_than(REFERENCE).value)
-        best = sgd.faster_than(sgd.fastest(BEST_PEERS)).value
-        rows.append([f"{name}, {first.elements / 1e6:.1f}M", cost(sgd), f"{ratios[-1]:.1f}x", f"{best:.1f}x"])
-    if rows:
-        rows.append(["geometric mean", "", f"**{geometric_mean(ratios):.1f}x**", ""])
-    head = ["shapes, parameters", "whole step with SGD", "faster than the reference", "than its best peer"]
-    costs = [
-        [f"{r.faster_than(n, SGD_TWICE).value:.2f}" for r in cpu.find(ITERATION)] for n in ("sam_fast", SAM_REFERENCE)
-    ]
-    ends = [f"{min(c)} to {max(c)}" for c in costs if c]
-    sentence = (
-        f"A SAM iteration takes {ends[0]} of the time of two of SGD's; the reference's, {ends[1]}." if ends else ""
+    steps = [r for name in MODELS if (r := cpu.get("optimizer step, SGD", name)) and set(BEST_PEERS) & set(r.rounds)]
+    rows = []
+    for r in steps:
+        ratios = [r.faster_than(baseline).value for baseline in (REFERENCE, r.fastest(BEST_PEERS))]
+        rows.append([f"{r.case}, {r.elements / 1e6:.1f}M", cost(r), *(f"{ratio:.1f}x" for ratio in ratios)])
+    if steps:
+        mean = geometric_mean(r.faster_than(REFERENCE).value for r in steps)
+        rows.append(["geometric mean", "", f"**{mean:.1f}x**", ""])
+    ends = []
+    for name in ("sam_fast", SAM_REFERENCE):
+        found = [r.faster_than(name, SGD_TWICE).value for r in cpu.find(ITERATION)] or [0.0]
+        ends.append(f"{min(found):.2f} to {max(found):.2f}")
+    sentence = f"A SAM iteration takes {ends[0]} of the time of two of SGD's; the reference's, {ends[1]}."
+    m = cpu.machine
+    lines = [f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:", ""]
+    lines += table(
+        ["shapes, parameters", "whole step with SGD", "faster than the reference", "than its best peer"], rows
     )
-    return "\n".join(
-        [BEGIN, "", f"{made_on(cpu)}:", "", *table(head, rows), "", *([sentence, ""] if ends else []), END]
-    )
+    return "\n".join([BEGIN, "", *lines, "", *([sentence, ""] if cpu.find(ITERATION) else []), END])
 
 
 def replace_marked(text: str, new: str) -> str:
@@ -149,27 +142,21 @@ def replace_marked(text: str, new: str) -> str:
 
 def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = ()) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
-    wanted = [[x.target, x.measured, x.state] for x in targets.lines(cpu, gpu)]
+    wanted = [{"target": x.target, "measured": x.measured, "": x.state} for x in targets.lines(cpu, gpu)]
+    not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
     lines = [
-        "# Benchmarks",
-        "",
-        "Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: "
-        "`bench/README.md`.",
-        "",
-        "Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.",
+        *HEAD,
         "",
         "## Targets",
         "",
-        *table(["target", "measured", ""], wanted),
-        "",
+        *framed(wanted),
         "## On the CPU",
         "",
         *page_of(cpu, pictures),
         "## On a GPU",
         "",
-        *(page_of(gpu) if gpu else ["Not measured: no run with `--device cuda` is in `bench/results/`."]),
     ]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    return "\n".join([*lines, *(page_of(gpu) if gpu else not_measured)]).rstrip("\n") + "\n"
 
 
 def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
@@ -181,10 +168,9 @@ def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
         lines += ["### How each was timed", "", *framed(timed)]
     lines += ["### Contenders and their settings", ""] if settings else []
     lines += framed([{"name": name, "settings": said} for name, said in sorted(settings.items())])
-    for title, (pattern, picture, text) in SECTIONS.items():
-        groups = dict.fromkeys(r.group for r in run.records if re.match(pattern, r.group))
-        lines += [f"### {title}", ""] if groups else []
-        lines += [text, ""] if groups and text else []
+    for title, (pattern, text) in SECTIONS.items():
+        groups, picture = dict.fromkeys(r.group for r in run.records if re.match(pattern, r.group)), PICTURES.get(title)
+        lines += [f"### {title}", "", *([text, ""] if text else [])] if groups else []
         lines += [f"![{title}](benchmarks/{picture}.png)", ""] if groups and picture in pictures else []
         for group in groups:
             lines += [f"**{group}**", "", *framed([row(r) for r in run.find(group)])]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.models import LARGE, MODELS
 from bench.peers import BEST_PEERS, PEER_FOREACH, PUBLIC_LOOP, REFERENCE
-from bench.records import Estimate, Record, Run, geometric_mean
+from bench.records import Record, Run, geometric_mean
 from bench.test_training import ASCENT, EVERY, PRICE, SGD_ONCE, UNPERTURBED
 
 HOST, ALONE = "host time of first_step for 161 parameters under 60 us", ("first_step, host time, alone", "161 x 8")
@@ -36,17 +36,16 @@ def _line(target: str, bound: str, found: Found) -> Line:
     return Line(target, f"{text}, {where}" if where else text, MET if met else NOT_MET)
 
 
-def _of_models(run: Run, group: str, names: Iterable[str] = tuple(MODELS)) -> list[Record]:
-    found = [run.get(group, name) for name in names]
-    return [r for r in found if r is not None] if all(found) else []
+def _all(run: Run, group: str, names: Iterable[str]) -> list[Record]:
+    """The group's records of these models; none if one is missing."""
+    found = [r for name in names if (r := run.get(group, name)) is not None]
+    return found if len(found) == len(list(names)) else []
 
 
-def _ratios(records: Iterable[Record | None], baselines: tuple[str, ...] = (REFERENCE,)) -> dict[str, float]:
+def _ratios(records: list[Record], baselines: tuple[str, ...] = (REFERENCE,)) -> dict[str, float]:
     """By case, how many times faster than the fastest of the baselines; empty if one was not measured."""
-    found = [r for r in records if r is not None]
-    if not all(set(baselines) - {PEER_FOREACH} <= set(r.rounds) & set(baselines) for r in found):
-        return {}
-    return {r.case: r.faster_than(r.fastest(baselines)).value for r in found}
+    complete = all(set(baselines) - set(r.rounds) <= {PEER_FOREACH} for r in records)
+    return {r.case: r.faster_than(r.fastest(baselines)).value for r in records} if complete else {}
 
 
 def _mean(ratios: dict[str, float]) -> Found:
@@ -61,8 +60,8 @@ def _most(values: dict[str, float]) -> Found:
     return max((value, f"most: {case}") for case, value in values.items()) if values else None
 
 
-def _shares(records: Iterable[Record]) -> dict[str, float]:
-    return {r.case: share.value for r in records if (share := r.share_of_copy()) is not None}
+def _share(records: list[Record]) -> Found:
+    return _least({r.case: share.value for r in records if (share := r.share_of_copy()) is not None})
 
 
 def _seconds(run: Run, group: str, case: str) -> Found:
@@ -70,31 +69,26 @@ def _seconds(run: Run, group: str, case: str) -> Found:
     return (record.seconds().value, "") if record else None
 
 
-def _cost(record: Record, name: str) -> Estimate:
-    """Of an iteration, over SGD's."""
-    return record.faster_than(name, SGD_ONCE)
-
-
 def lines(cpu: Run, gpu: Run | None = None) -> list[Line]:
     """Every target."""
-    first, sgd = (_of_models(cpu, group) for group in ("first_step, SGD", "optimizer step, SGD"))
+    first, sgd = (_all(cpu, group, MODELS) for group in ("first_step, SGD", "optimizer step, SGD"))
     in_default = [name for name in MODELS if name != "gpt2"]  # which is left to --full
-    adamw = _of_models(cpu, "optimizer step, AdamW") or _of_models(cpu, "optimizer step, AdamW", in_default)
+    adamw = _all(cpu, "optimizer step, AdamW", MODELS) or _all(cpu, "optimizer step, AdamW", in_default)
     first_ratios, sgd_ratios, adamw_ratios, best = (
         _ratios(first),
         _ratios(sgd),
         _ratios(adamw),
         _ratios(sgd, BEST_PEERS),
     )
-    straw = cpu.find("optimizer step, reference and public loop")
     batch_128 = [r for r in cpu.find(PRICE) if r.case.endswith("batch 128")]
-    cheap = {name: _most({r.case: _cost(r, name).value for r in batch_128}) for name in (ASCENT, EVERY)}
+    cheap = {name: _most({r.case: r.faster_than(name, SGD_ONCE).value for r in batch_128}) for name in (ASCENT, EVERY)}
     # the interval's lower end: no slower beyond the noise
-    unperturbed = _most({r.case: _cost(r, "sam_fast").low for r in cpu.find(UNPERTURBED)})
+    unperturbed = _most({r.case: r.faster_than("sam_fast", SGD_ONCE).low for r in cpu.find(UNPERTURBED)})
+    straw = cpu.find("optimizer step, reference and public loop")
     loop = _most({r.case: 1 / r.faster_than(PUBLIC_LOOP).value - 1 for r in straw})
     imported = _seconds(cpu, "import sam_fast after import torch", "fresh process")
     apart = (cpu.agreement["largest"], f"most: {cpu.agreement['where']}") if cpu.agreement else None
-    large = [_least(_shares(r for r in records if r.case in LARGE)) for records in (sgd, adamw)]
+    large = [_share([r for r in records if r.case in LARGE]) for records in (sgd, adamw)]
     faster, step = "times faster than the reference", "whole step with"
     found: list[tuple[str, str, Found]] = [
         (f"first_step at least 3.5 {faster} on every set", ">= 3.5 x", _least(first_ratios)),
@@ -128,7 +122,7 @@ def _on_gpu(run: Run) -> list[tuple[str, str, Found]]:
         return (record.faster_than(baseline).value, "") if record and baseline in record.rounds else None
 
     def share(group: str) -> Found:
-        return _least(_shares(_of_models(run, group, big)))
+        return _share(_all(run, group, big))
 
     return [
         ("GPU: first_step on resnet50 at least 10 times faster than the reference", ">= 10 x", ratio(first)),

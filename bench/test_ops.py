@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench import peers
 from bench.harness import Bench, Contender, Plan, usable
 from bench.models import SHAPES
-from bench.problem import Method, Problem, backward, check_close, copies, make_params
+from bench.problem import Method, Problem, backward, copies, make_params
 from bench.records import TORCH_COPY
 from bench.test_steps import BASES, DTYPES
 from bench.timers import OURS
@@ -42,10 +44,10 @@ def operation(op: str, problem: Problem, backend: str) -> Contender:
 
     collect()
     grad_norm()
-    got, wanted = float(partials.sum().sqrt()), problem.norm()
+    got, wanted = float(partials.sum().sqrt()), problem.norm
     assert abs(got - wanted) <= 1e-6 * wanted, f"the norm is {got}, not {wanted}, so it is not timed"
     perturb()
-    check_close("perturb", params, problem.perturbed, 0.0)
+    problem.close("perturb", params, problem.wanted[0])
     restore()
     exact = all(torch.equal(p, q) for p, q in zip(params, problem.start, strict=True))
     assert exact, "restore is not exact, so it is not timed"
@@ -59,7 +61,7 @@ def operation(op: str, problem: Problem, backend: str) -> Contender:
 def second_step(op: str, problem: Problem, method: Method) -> Contender:
     """step_sgd or step_adam, restore and step in one, is ``second_step`` itself, checked with the whole step: what goes
     on around the kernel takes a few microseconds, on a GPU before it starts."""
-    optimizer, make_gradients = method.optimizer, method.backward(problem.gradients)
+    optimizer, make_gradients = method.optimizer, backward(method.params, problem.gradients)
     kept = {name for p in method.params for name, value in optimizer.state[p].items() if value is not None}
     assert kept == STATE[op], f"{op} was to be timed, but the base optimizer keeps {kept}"
 
@@ -83,24 +85,15 @@ def torch_copy(start: list[nn.Parameter]) -> Contender:
     return Contender(run)
 
 
-def op_cases() -> list[Any]:
-    cases = []
-    for op in BYTES_PER_ELEMENT:
-        for dtype in DTYPES:
-            if (op, dtype) == ("step_adam", "float16"):
-                # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
-                continue
-            for shapes in SHAPES:
-                for adaptive in (False, True) if op in ("grad_norm", "perturb") else (False,):
-                    default = dtype == "float32" or (dtype, op, adaptive) in {
-                        ("bfloat16", "perturb", False),
-                        ("bfloat16", "step_sgd", False),
-                    }
-                    full = [kind for kind, chosen in DEFAULT_SHAPES.items() if shapes != chosen or not default]
-                    name = f"{op}{', adaptive' if adaptive else ''}-{dtype}-{shapes}"
-                    marks = [pytest.mark.full(*full)] if full else []
-                    cases.append(pytest.param(op, dtype, shapes, adaptive, id=name, marks=marks))
-    return cases
+def op_cases() -> Iterator[Any]:
+    for op, dtype, shapes, adaptive in itertools.product(BYTES_PER_ELEMENT, DTYPES, SHAPES, (False, True)):
+        # float16 holds no second moment of such gradients: it is 0, and the step, torch's too, is not finite
+        if (op, dtype) == ("step_adam", "float16") or (adaptive and op not in ("grad_norm", "perturb")):
+            continue
+        default = dtype == "float32" or (dtype == "bfloat16" and op in ("perturb", "step_sgd") and not adaptive)
+        full = [kind for kind, chosen in DEFAULT_SHAPES.items() if shapes != chosen or not default]
+        name = f"{op}{', adaptive' if adaptive else ''}-{dtype}-{shapes}"
+        yield pytest.param(op, dtype, shapes, adaptive, id=name, marks=[pytest.mark.full(*full)] if full else [])
 
 
 @pytest.mark.parametrize(("op", "dtype", "shapes", "adaptive"), op_cases())
@@ -134,17 +127,14 @@ def test_op(bench: Bench, op: str, dtype: str, shapes: str, adaptive: bool) -> N
 def test_batchnorm_snapshot(bench: Bench, layers: int) -> None:
     """save + restore of all running statistics; loops over the buffers are the baselines."""
     model = nn.Sequential(*(nn.BatchNorm1d(64) for _ in range(layers))).to(bench.device)
-    snapshot = BatchNormSnapshot(model)
-    buffers: list[Tensor] = list(model.buffers())
+    snapshot, buffers = BatchNormSnapshot(model), list(model.buffers())
     for b in buffers:
         b.copy_(torch.rand(b.shape) * 100)
     before = [b.clone() for b in buffers]
     snapshot.save()
-    for b in buffers:
-        b.fill_(3)
+    torch._foreach_zero_(buffers)
     snapshot.restore()
     assert all(torch.equal(a, b) for a, b in zip(before, buffers, strict=True))
-    kept = [torch.empty_like(b) for b in buffers]
 
     def run() -> None:
         snapshot.save()
@@ -156,8 +146,8 @@ def test_batchnorm_snapshot(bench: Bench, layers: int) -> None:
             b.copy_(old)
 
     def foreach() -> None:
-        torch._foreach_copy_(kept, buffers)
-        torch._foreach_copy_(buffers, kept)
+        torch._foreach_copy_(before, buffers)
+        torch._foreach_copy_(buffers, before)
 
     contenders = {"sam_fast": Contender(run, head_start=OURS), "loop over buffers": Contender(loop)}
     contenders["foreach"] = Contender(foreach)

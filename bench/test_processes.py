@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from bench import peers
 from bench.harness import Bench, Contender, Plan, measure
 from bench.models import MODELS
 from bench.peers import FOREACH, OURS, PEER_FOREACH, PEER_LOOP, REFERENCE
+from bench.problem import Problem, make_params
 from bench.records import Record
 from bench.timers import HostTimer
 from sam_fast import SAM
@@ -93,22 +96,19 @@ def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
     """SAM around SGD with momentum, on parameters of these local shapes that have gradients. Refuses a wrong result:
     first_step must perturb by rho along the gradient, with its norm over all processes where they share."""
     mesh = init_device_mesh(device, (distributed.get_world_size(),)) if sharded else None
-
-    def shard(t: torch.Tensor) -> torch.Tensor:
-        return t if mesh is None else DTensor.from_local(t, mesh, [Shard(0)], run_check=False)
-
-    locals_ = [(torch.randn(s, device=device) * 0.02, torch.randn(s, device=device) * 0.001) for s in shapes]
-    params = [nn.Parameter(shard(weight)) for weight, _ in locals_]
-    for p, (_, grad) in zip(params, locals_, strict=True):
-        p.grad = shard(grad)
+    params = start = make_params(shapes, device=device)
+    if mesh is not None:
+        shard = partial(DTensor.from_local, device_mesh=mesh, placements=[Shard(0)], run_check=False)
+        params = [nn.Parameter(shard(p.detach().clone())) for p in start]
+        for p, q in zip(params, start, strict=True):
+            p.grad = shard(q.grad)
     optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
-    square = torch.stack([grad.double().square().sum() for _, grad in locals_]).sum()
-    if sharded:
-        distributed.all_reduce(square)
-    wanted = [weight.double() + RHO / square.sqrt() * grad.double() for weight, grad in locals_]
+    # every process has the same gradients: the norm over all of them is sqrt(size) times that of one
+    size = distributed.get_world_size() if sharded else 1
+    problem = Problem(start, rho=RHO / math.sqrt(size), options={"lr": 1e-6})
     optimizer.first_step()
-    for p, want in zip(params, wanted, strict=True):
-        torch.testing.assert_close(getattr(p, "_local_tensor", p).detach().double(), want, rtol=1e-6, atol=1e-8)
+    got = [p.to_local() if isinstance(p, DTensor) else p for p in params]
+    problem.close("first_step", got, problem.wanted[0])
     optimizer.restore()
     return optimizer
 
@@ -116,26 +116,23 @@ def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
 def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int, device: str) -> None:
     """One process: its rounds of every case begin together with the others', and the slowest counts."""
     torch.set_num_threads(1)
-    torch.manual_seed(rank)
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
-    replicas, shards = (optimizer_of(shapes, sharded, device) for sharded in (False, True))
     source = torch.randn(16_000_000, device=device)
     target = torch.empty_like(source)
-    stages = [("replica, ", replicas), ("shard, ", shards)]
-    contenders = {"streaming copy": Contender(lambda: target.copy_(source), distributed.barrier)}
-    for kind, optimizer in stages:
-        both = {f"{kind}{step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
-        contenders[kind] = Contender(both, distributed.barrier)
+    contenders = {"": Contender({"streaming copy": lambda: target.copy_(source)}, distributed.barrier)}
+    for kind in ("replica", "shard"):
+        optimizer = optimizer_of(shapes, kind == "shard", device)
+        steps = {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
+        contenders[kind] = Contender(steps, distributed.barrier)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times, _ = measure(contenders, Plan(0.0, (rounds, rounds)), lambda _: HostTimer(synchronize, work=True))
-    by_case = {stage or "streaming copy": values for stage, row in times.items() for values in row.values()}
-    slowest = torch.tensor(list(by_case.values()), dtype=torch.float64, device=device)
+    slowest = torch.tensor([v for row in times.values() for v in row.values()], dtype=torch.float64, device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps(dict(zip(by_case, slowest.tolist(), strict=True))))
+        Path(f"{store}.json").write_text(json.dumps(dict(zip(times, slowest.tolist(), strict=True))))
     distributed.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ base optimizer); how they grow, and what they take where there is nothing to com
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -85,32 +86,23 @@ def test_optimizer_step_with_launches(bench: Bench, shapes: str) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {"flatten": {"flatten": True}, "adaptive": {"adaptive": True}}
 VARIANTS |= {name: {"dtype": name} for name in DTYPES if name != "float32"}
+VARIANTS |= {f"{name} backend": {"backend": name} for name in ("triton", "torch")}
+DEFAULT_VARIANTS = ("flatten", "adaptive", "bfloat16", "triton backend", "torch backend")
 
 
 @pytest.mark.parametrize(
     ("base", "variant", "shapes"),
     [
-        case(b, v, s, default=(b, s) == ("SGD", "resnet18") and v in ("flatten", "adaptive", "bfloat16"))
-        for b in BASES
-        for v in VARIANTS
-        for s in SHAPES
+        case(b, v, s, default=(b, s) == ("SGD", "resnet18") and v in DEFAULT_VARIANTS)
+        for b, v, s in itertools.product(BASES, VARIANTS, SHAPES)
         if (b, v) != ("AdamW", "float16")  # see op_cases in test_ops.py
     ],
 )
 def test_optimizer_step_variants(bench: Bench, base: str, variant: str, shapes: str) -> None:
-    step_case(bench, base, shapes, FEW, variant=f", {variant}", **VARIANTS[variant])
-
-
-@pytest.mark.parametrize(
-    ("base", "shapes"), [case(b, s, default=(b, s) == ("SGD", "resnet18")) for b in BASES for s in SHAPES]
-)
-def test_optimizer_step_other_backends(bench: Bench, base: str, shapes: str) -> None:
-    """Every backend but the best, which the other tests measure."""
-    best, *others = usable(bench.device)
-    for name in others:
-        step_case(bench, base, shapes, FEW, variant=f", {name} backend", backend=name)
-    if not others:
-        pytest.skip(f"{best} is the only backend here")
+    options = VARIANTS[variant]
+    if "backend" in options and options["backend"] not in usable(bench.device)[1:]:
+        pytest.skip("not here, or the best, which the other tests measure")
+    step_case(bench, base, shapes, FEW, variant=f", {variant}", **options)
 
 
 @pytest.mark.parametrize("shapes", ["resnet18", "efficientnet_b0", case("resnet50", default=False)])

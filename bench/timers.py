@@ -21,12 +21,10 @@ HOST_ALONE = None
 class HostTimer:
     """By the host's clock. A device is waited for before and after: untimed, or, with ``work``, timed."""
 
-    method = "host clock"
-    launches: int | None = None
+    method, launches = "host clock", None
 
     def __init__(self, synchronize: Callable[[], object] = lambda: None, work: bool = False) -> None:
-        self.synchronize = synchronize
-        self.work = work
+        self.synchronize, self.work = synchronize, work
 
     def __call__(self, run: Callable[[], object]) -> float:
         self.synchronize()
@@ -64,7 +62,7 @@ class Rehearsal(Gpu):
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
-            self.at = 0.0
+            self.synchronize = lambda: None
 
         def record(self) -> None:
             self.at = time.perf_counter()
@@ -72,17 +70,12 @@ class Rehearsal(Gpu):
         def query(self) -> bool:
             return False
 
-        def synchronize(self) -> None:
-            pass
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * float(end.at - self.at)
 
-        def elapsed_time(self, end: Rehearsal.Event) -> float:
-            return 1e3 * (end.at - self.at)
+    def synchronize(self) -> None: ...
 
-    def synchronize(self) -> None:
-        pass
-
-    def sleep(self, seconds: float) -> None:
-        pass
+    def sleep(self, seconds: float) -> None: ...
 
     def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
         return [HostTimer()(run)]
@@ -97,10 +90,8 @@ class DeviceTimer:
     """
 
     def __init__(self, head_start: float, gpu: Gpu) -> None:
-        self.head_start = head_start
-        self.gpu = gpu
-        self.rounds = 0
-        self.late = False
+        self.head_start, self.gpu = head_start, gpu
+        self.rounds, self.late = 0, False
         self.launches: int | None = None
 
     @property
