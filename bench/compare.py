@@ -46,9 +46,8 @@ class Change:
     def verdict(self, threshold: float) -> str:
         if self.slower * (1 - self.noise) > 1 + threshold:
             return "REGRESSION"
-        if self.slower * (1 + self.noise) < 1 / (1 + threshold):
-            return "faster"
-        return "unclear" if self.noise > threshold else "same"
+        faster = self.slower * (1 + self.noise) < 1 / (1 + threshold)
+        return "faster" if faster else "unclear" if self.noise > threshold else "same"
 
 
 def figures(record: Record) -> dict[str, Estimate]:

@@ -22,7 +22,7 @@ from bench.records import COPY, Record
 from bench.timers import BASELINE, OURS, WARMUP, DeviceTimer, Gpu, HostTimer, Rehearsal
 from sam_fast import SAM, backends
 
-PARTS = 4
+PARTS = 3
 """On a CPU, cases are measured in so many parts, minutes apart, and their rounds put together: whoever shares the
 machine's memory comes and goes."""
 CACHES = 10
@@ -267,10 +267,9 @@ class Bench:
         facts |= {"device": machine.kind, "threads": torch.get_num_threads()}
         made = []
         for stage, by_name in rounds.items():
-            name = f"{stage}, {group}" if stage else group
-            copied = copy_rounds if stage in moved else []
-            sizes = (elements, moved.get(stage), copied, 2 * machine.copy_bytes)
-            record = Record(name, case, next(iter(contenders)), by_name, *sizes, dict(facts))
+            sizes = (elements, moved.get(stage), copy_rounds if stage in moved else [], 2 * machine.copy_bytes)
+            group_of = f"{stage}, {group}" if stage else group
+            record = Record(group_of, case, next(iter(contenders)), by_name, *sizes, dict(facts))
             if machine.gpu:
                 used = {name: [timers[part][name] for part in parts[stage]] for name in contenders}
                 methods = {name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()}
@@ -285,14 +284,13 @@ class Bench:
 
     def add(self, record: Record) -> Record:
         """Keep a record, or its rounds with those of the same case's earlier part. Returns what was kept."""
-        alike = (r for r in self.records if r.key == record.key and r.rounds.keys() == record.rounds.keys())
-        earlier = next(alike, None)
-        if earlier is None:
+        alike = [r for r in self.records if r.key == record.key and r.rounds.keys() == record.rounds.keys()]
+        if not alike:
             self.records.append(record)
             return record
-        earlier.rounds = {name: earlier.rounds[name] + rounds for name, rounds in record.rounds.items()}
-        earlier.copy_rounds = earlier.copy_rounds + record.copy_rounds
-        return earlier
+        alike[0].rounds = {name: alike[0].rounds[name] + rounds for name, rounds in record.rounds.items()}
+        alike[0].copy_rounds = alike[0].copy_rounds + record.copy_rounds
+        return alike[0]
 
 
 def usable(device: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class ForeachSAM(_Steps):
     def __init__(self, params: Sequence[nn.Parameter], base: Any, compiled: bool = False, **options: Any) -> None:
         super().__init__(params, base, **options)
         self.backup = [torch.empty_like(p) for p in self.params]
-        self.perturb = _compiled_perturb if compiled else _foreach_perturb
+        self.perturb = _compiled_perturb() if compiled else _foreach_perturb
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -92,7 +92,9 @@ def _foreach_perturb(params: list[Tensor], grads: list[Any], backup: list[Tensor
     torch._foreach_add_(params, torch._foreach_mul(scaled, rho / (norm + 1e-12)))
 
 
-_compiled_perturb = torch.compile(_foreach_perturb, fullgraph=True, dynamic=False)
+@cache
+def _compiled_perturb() -> Any:
+    return torch.compile(_foreach_perturb, fullgraph=True, dynamic=False)
 
 
 def _peer(foreach: bool, params: Sequence[nn.Parameter], base: Any, **options: Any) -> Any:

@@ -102,7 +102,8 @@ class Problem:
             AssertionError: it is not.
         """
         perturbed, stepped = _steps(method, self.gradients)
-        moved = max(float((p - w.detach()).abs().max()) for p, w in zip(self.wanted[0], self.start, strict=True) if p.numel())
+        pairs = zip(self.wanted[0], self.start, strict=True)
+        moved = max(float((p - w.detach()).abs().max()) for p, w in pairs)
         self.close(name, perturbed, self.wanted[0], norm_error * moved)
         # AdamW's steps are of the size of lr whatever the gradient: one near zero may be rounded to either side of it.
         slack = 0.0 if self.base is torch.optim.SGD else 0.01 * STEPS * float(self.options["lr"])

@@ -114,8 +114,8 @@ def test_training_iteration(bench: Bench, name: str) -> None:
         "sam_fast": perturbed(models[0], x, y),
         SGD_ONCE: plain(models[1], x, y),
         SGD_TWICE: plain(models[2], x, y, 2),
-        REFERENCE: perturbed(models[3], x, y, ReferenceSAM),
     }
+    runs[REFERENCE] = perturbed(models[3], x, y, ReferenceSAM)
     if bench.device == "cuda":
         runs[GRAPH] = captured(models[4], perturbed(models[4], x, y))
     bench.run(
@@ -140,7 +140,8 @@ def cheaper(trained: nn.Module) -> dict[str, tuple[Iterable[Any], dict[str, Any]
 
 
 @needs_schedules
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.once
+@pytest.mark.parametrize("name", [n if "ConvNet" in n else pytest.param(n, marks=pytest.mark.full) for n in NETWORKS])
 def test_iteration_with_fewer_passes(bench: Bench, name: str) -> None:
     model, x, y = network(bench, name)
     contenders = {}
@@ -157,7 +158,7 @@ def test_iteration_with_fewer_passes(bench: Bench, name: str) -> None:
         contenders[contender] = Contender(cycle, head_start=WITH_LAUNCHES)
     contenders[SGD_ONCE] = Contender(plain(copy.deepcopy(model), x, y, CYCLE), head_start=WITH_LAUNCHES)
     settings = {SGD_ONCE: f"{SETTINGS[SGD_ONCE]}, {CYCLE} iterations, as all"}
-    plan = Plan(seconds=2.0, rounds=(3, 10))
+    plan = Plan(seconds=6.0, rounds=(5, 15))
     bench.run(PRICE, name, contenders, elements=weights(model).numel(), plan=plan, settings=settings)
 
 
