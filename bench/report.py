@@ -13,6 +13,10 @@ import argparse
 import re
 from pathlib import Path
 
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from bench import targets
@@ -45,7 +49,7 @@ SECTIONS = {
     "Fewer passes": (f"{PRICE}|{UNPERTURBED}", "Time over that of SGD."),
     "Memory": (MEMORY, "Three training steps, above what was there before the model."),
 }
-PICTURES = {"Whole optimizer step": "step", "Scaling": "scaling", "Whole training iteration": "training"}
+PICTURES = {"Whole optimizer step": "step", "Whole training iteration": "training"}
 """Title -> pattern of its groups and explanation; title -> picture."""
 
 
@@ -182,6 +186,40 @@ def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
     return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
 
 
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(run: Run, folder: Path) -> list[str]:
+    """Bars with intervals of what the run has figures for; returns the pictures' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    panels: dict[str, dict[str, dict[str, dict[str, Estimate]]]] = {"step": {}, "training": {}}
+    for base in ("SGD", "AdamW"):
+        records = [r for r in run.find(f"optimizer step, {base}") if r.case in MODELS]
+        panels["step"][f"whole step with {base}: times faster than"] = {
+            r.case: {name: r.faster_than(name) for name in r.baselines} for r in records
+        }
+    panels["training"]["SAM's iteration / two of SGD's"] = {
+        r.case: {n: r.faster_than(n, SGD_TWICE) for n in r.rounds if n not in (SGD_ONCE, SGD_TWICE)}
+        for r in run.find(ITERATION)
+    }
+    filled = {name: {title: rows for title, rows in found.items() if rows} for name, found in panels.items()}
+    for name, found in filled.items():
+        if not found:
+            continue
+        size = (9, 3.6 * len(found))
+        figure, axes = plt.subplots(len(found), 1, figsize=size, layout="constrained", squeeze=False)
+        for axis, (title, rows) in zip(axes[:, 0], found.items(), strict=True):
+            frame = pd.DataFrame(rows).T.dropna(axis="columns")  # without names that not every case has
+            value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in ("value", "low", "high"))
+            errors = [[value[n] - low[n], high[n] - value[n]] for n in value]
+            value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)
+            axis.axhline(1, color="black", lw=0.8)
+            axis.legend(fontsize=7, ncols=3)
+        figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
+        plt.close(figure)
+    return [name for name, found in filled.items() if found]
+
+
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -195,13 +233,11 @@ def compare_runs(first: Run, second: Run) -> None:
 
 def write(root: Path) -> list[Path]:
     """Make the page, the pictures and the README's table from ``root``'s results; returns the files."""
-    from bench.plots import draw_all
-
     cpu = results(root, "cpu")
     if cpu is None:
         raise SystemExit(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    drawn = draw_all(cpu, root / "docs" / "benchmarks")
+    drawn = draw(cpu, root / "docs" / "benchmarks")
     page.write_text(markdown(cpu, results(root, "cuda"), tuple(drawn)))
     readme.write_text(replace_marked(readme.read_text(), readme_table(cpu)))
     return [page, readme]
