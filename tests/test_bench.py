@@ -272,6 +272,11 @@ def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
     assert COPY not in records[0].rounds
 
 
+def test_what_a_cpu_s_cache_holds_has_no_bandwidth():
+    record = Bench().run("g", "c", {"a": Contender(lambda: None)}, elements=1, bytes_moved=100_000)[0]
+    assert (record.bytes_moved, record.copy_rounds) == (None, [])
+
+
 @pytest.mark.parametrize(
     ("op", "base", "options"),
     [
