@@ -227,6 +227,7 @@ class Bench:
         bytes_moved: int | dict[str, int] | None = None,
         plan: Plan | None = None,
         total: str | None = None,
+        caches: int = CACHES,
         **facts: Any,
     ) -> list[Record]:
         """Measure one part of a case. The first contender is the one that the others are baselines of.
@@ -236,6 +237,7 @@ class Bench:
                 and every stage starts with caches full of what nobody needs. Left out where the cache would hold too
                 much of it.
             total: name of a further record, the sum over the stages.
+            caches: how many times the cache ``bytes_moved`` must be.
             facts: what else a reader of the record should know.
 
         Raises:
@@ -248,7 +250,7 @@ class Bench:
         elif elements >= LARGE and not self.smoke:
             back_memory()
         moved = bytes_moved if isinstance(bytes_moved, dict) else {"": bytes_moved or 0}
-        moved = {stage: size for stage, size in moved.items() if size and size >= CACHES * machine.cache_bytes}
+        moved = {stage: size for stage, size in moved.items() if size and size >= caches * machine.cache_bytes}
         yardsticks = machine.yardsticks if moved else {}
         flush = machine.yardsticks[COPY].stages[""] if moved or machine.device != "cpu" else nothing
         rounds, timers = measure(

@@ -1,4 +1,4 @@
-"""The benchmarks notice: a slowdown of a quarter is planted in one kernel, and bench.compare blames that kernel alone."""
+"""The benchmarks notice: a slowdown of a quarter is planted in one kernel, and bench.compare blames that one alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ADDED = {
     }
 """,
 }
-"""A text of the kernel's source -> what is added after it: each thread, done with its chunks, waits for a quarter of the
-time that they took."""
+"""A text of the kernel's source -> what is added after it: each thread, done with its chunks, waits for a quarter of
+the time that they took."""
 
 
 def slowed(tree: Path) -> None:
