@@ -141,6 +141,15 @@ def test_a_round_times_every_stage_of_every_contender_once():
     assert calls.count("a1") == calls.count("a2") == calls.count("b") == 6  # two rounds are not counted
 
 
+def test_the_order_is_drawn_anew_for_each_round():
+    calls: list[str] = []
+    contenders = {name: Contender(lambda name=name: calls.append(name)) for name in "abcd"}
+    measure(contenders, Plan(0.0, (20, 20)), lambda head_start: HostTimer())
+    rounds = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
+    assert {tuple(sorted(names)) for names in rounds} == {tuple("abcd")}
+    assert len(set(rounds)) > 10
+
+
 class FakeGpu(Rehearsal):
     """A device that records what it is told to do.
 
