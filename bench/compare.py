@@ -24,76 +24,59 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import peers
 from bench.machine import ROOT, first_line
-from bench.records import COPY, TORCH_COPY, Estimate, Record, Run
+from bench.peers import FOREACH, REFERENCE
+from bench.records import TORCH_COPY, Estimate, Record, Run
 
-YARDSTICKS = (TORCH_COPY, peers.REFERENCE, "2 x SGD", peers.FOREACH, "loop over buffers")
+YARDSTICKS = (TORCH_COPY, REFERENCE, "2 x SGD", FOREACH, "loop over buffers")
 """What a record's figures are relative to: the first of these that is among its contenders."""
+SELECT = "test_op and float32 or host_overhead and 161 or test_optimizer_step and SGD and resnet18"
+PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """How much slower HEAD is than BASE: 1.25 is 25 % slower."""
+    """How much slower HEAD is than BASE: 1.25 is 25 % slower. ``noise``: half the width of the interval, relative."""
 
     key: str
     contender: str
     slower: float
     noise: float
-    """Half the width of the interval, relative."""
 
     def verdict(self, threshold: float) -> str:
         if self.slower * (1 - self.noise) > 1 + threshold:
             return "REGRESSION"
-        if self.slower * (1 + self.noise) < 1 / (1 + threshold):
-            return "faster"
-        return "unclear" if self.noise > threshold else "same"
+        faster = self.slower * (1 + self.noise) < 1 / (1 + threshold)
+        return "faster" if faster else "unclear" if self.noise > threshold else "same"
 
 
 def figures(record: Record) -> dict[str, Estimate]:
     """Cost of what is this project's, relative to the record's yardstick (or in seconds, where it has none)."""
     yardstick = next((name for name in YARDSTICKS if name in record.rounds), None)
-    ours = [name for name in record.rounds if name == record.target or name in ("torch", "triton")]
-    ours = [name for name in ours if name not in YARDSTICKS and name != COPY]
-    if yardstick is None:
-        return {name: record.seconds(name) for name in ours}
-    return {name: record.faster_than(name, yardstick) for name in ours}
+    ours = [n for n in record.rounds if n not in YARDSTICKS and n in (record.target, "torch", "triton")]
+    return {n: record.faster_than(n, yardstick) if yardstick else record.seconds(n) for n in ours}
 
 
 def changes(base: Sequence[Run], head: Sequence[Run]) -> list[Change]:
     """Compare the records that both have; several runs of a side give a better idea of its noise."""
-    sides = []
-    for runs in (base, head):
-        found: dict[tuple[str, str], list[Estimate]] = {}
-        for run in runs:
-            for record in run.records:
-                for name, estimate in figures(record).items():
-                    found.setdefault((record.key, name), []).append(estimate)
-        sides.append(found)
+    sides: list[dict[tuple[str, str], list[Estimate]]] = [{}, {}]
+    for found, runs in zip(sides, (base, head), strict=True):
+        for record in (record for run in runs for record in run.records):
+            for name, estimate in figures(record).items():
+                found.setdefault((record.key, name), []).append(estimate)
     out = []
-    for key, estimates in sides[0].items():
-        others = sides[1].get(key)
-        if others:
-            (a, noise_a), (b, noise_b) = _pooled(estimates), _pooled(others)
-            out.append(Change(*key, slower=b / a, noise=math.hypot(noise_a, noise_b)))
-    return out
+    for key in sides[0].keys() & sides[1].keys():
+        (a, noise_a), (b, noise_b) = (_pooled(found[key]) for found in sides)
+        out.append(Change(*key, slower=b / a, noise=math.hypot(noise_a, noise_b)))
+    return sorted(out, key=lambda change: change.key)
 
 
 def _pooled(estimates: Sequence[Estimate]) -> tuple[float, float]:
     """The median over runs, and its relative noise: that within runs or that between them, whichever is larger."""
     values = [e.value for e in estimates]
     middle = statistics.median(values)
-    within = statistics.median(e.noise for e in estimates) / math.sqrt(len(estimates))
-    between = (max(values) - min(values)) / (2 * middle) / math.sqrt(len(values))
-    return middle, max(within, between)
-
-
-def table(found: Sequence[Change], threshold: float) -> list[str]:
-    width = max(len(f"{c.key} | {c.contender}") for c in found)
-    return [
-        f"{f'{c.key} | {c.contender}':{width}s}  {c.slower:6.3f} ± {100 * c.noise:4.1f} %  {c.verdict(threshold)}"
-        for c in found
-    ]
+    within, between = statistics.median(e.noise for e in estimates), (max(values) - min(values)) / (2 * middle)
+    return middle, max(within, between) / math.sqrt(len(values))
 
 
 # ---- Measuring two versions ------------------------------------------------------------------------------------------
@@ -101,63 +84,45 @@ def table(found: Sequence[Change], threshold: float) -> list[str]:
 
 def install(what: str) -> Path:
     """Build the package of a ref or source tree and put it, with this checkout's benchmarks, into a folder of its
-    own.
-    """
-    source = Path(what)
-    name = "tree-" + source.resolve().name
-    scratch = ROOT / "build" / "compare"
+    own."""
+    source, scratch = Path(what), ROOT / "build" / "compare"
+    name = f"tree-{source.resolve().name}"
     if not source.is_dir():
         commit = first_line("git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
         if not commit:
             raise SystemExit(f"{what!r} is neither a saved run, nor a source tree, nor a git ref")
         name, source = commit[:12], scratch / f"{commit[:12]}-source"
-        if not source.is_dir():
-            scratch.mkdir(parents=True, exist_ok=True)
-            archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
-            source.mkdir()
-            subprocess.run(["tar", "-x", "-C", str(source)], input=archive, check=True)
+        export(commit, source)
     site = scratch / name
     shutil.rmtree(site, ignore_errors=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "-c",
-        str(ROOT / "constraints.txt"),
-    ]
-    subprocess.run([*pip, "--no-deps", "--target", str(site), str(source)], check=True)
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    subprocess.run([*PIP, *constraints, "--target", str(site), str(source)], check=True)
     shutil.copytree(ROOT / "bench", site / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     return site
 
 
-def measured(site: Path, select: str, device: str, number: int, extra: Sequence[str]) -> Run:
+def export(commit: str, folder: Path) -> None:
+    """A commit's files; nothing happens if the folder is there."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
+        subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+
+
+def measured(site: Path, number: int, options: Sequence[str]) -> Run:
     """One run of the selected benchmarks with the package that is in ``site``."""
     saved = site / f"run-{number}.json"
-    options = ["-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--rootdir"]
-    command = [sys.executable, *options, str(site), str(site / "bench"), "-k", select]
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    probe = subprocess.run(
-        [sys.executable, "-c", "import sam_fast; print(sam_fast.__file__)"],
-        cwd=site,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+
+    def python(*command: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+        whole = [sys.executable, *command]
+        return subprocess.run(whole, cwd=site, env=environment, capture_output=True, text=True, check=False)
+
+    probe = python("-c", "import sam_fast; print(sam_fast.__file__)")
     if not probe.stdout.startswith(str(site)):
-        raise SystemExit(
-            f"the package under {site} is not the one that Python imports there: {probe.stdout}{probe.stderr}"
-        )
-    done = subprocess.run(
-        [*command, "--device", device, "--save", str(saved), *extra],
-        cwd=site,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        raise SystemExit(f"the package under {site} is not what Python imports there: {probe.stdout}{probe.stderr}")
+    pytest = ["-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--rootdir", str(site)]
+    done = python(*pytest, str(site / "bench"), "--save", str(saved), *options)
     if done.returncode != 0:
         raise SystemExit(f"the benchmarks failed in {site}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     return Run.load(saved)
@@ -167,43 +132,37 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
     parser.add_argument("head")
-    parser.add_argument(
-        "--select",
-        default="test_op and float32 or host_overhead and 161 or test_optimizer_step and SGD and resnet18",
-        help="pytest -k",
-    )
+    parser.add_argument("--select", default=SELECT, help="pytest -k")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threshold", type=float, default=0.1, help="what counts as a regression, beyond the noise")
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    files = [Path(arguments.base).is_file(), Path(arguments.head).is_file()]
-    if all(files):
-        sides = [[Run.load(Path(arguments.base))], [Run.load(Path(arguments.head))]]
-    elif any(files):
-        parser.error("BASE and HEAD must both be saved runs, or neither")
+    both = [arguments.base, arguments.head]
+    files = [Path(side).is_file() for side in both]
+    if any(files):
+        if not all(files):
+            parser.error("BASE and HEAD must both be saved runs, or neither")
+        sides = [[Run.load(Path(side))] for side in both]
     else:
-        sites = [install(arguments.base), install(arguments.head)]
+        sites = [install(side) for side in both]
         if sites[0] == sites[1]:
             parser.error("BASE and HEAD are the same commit")
-        sides = [[], []]
-        for number in range(arguments.repeats):
-            for side, site in zip(sides, sites, strict=True):
-                side.append(
-                    measured(site, arguments.select, arguments.device, number, ["--smoke"] if arguments.smoke else [])
-                )
+        options = ["-k", arguments.select, "--device", arguments.device, *["--smoke"] * arguments.smoke]
+        runs = [[measured(site, number, options) for site in sites] for number in range(arguments.repeats)]
+        sides = [list(side) for side in zip(*runs, strict=True)]
     found = changes(*sides)
     if not found:
         print("the two have no benchmark in common")
         return 2
-    print(
-        f"HEAD's time over BASE's, each relative to a baseline of the same rounds; {len(sides[0])} and {len(sides[1])} "
-        "runs"
-    )
-    print("\n".join(table(found, arguments.threshold)))
-    regressions = [c for c in found if c.verdict(arguments.threshold) == "REGRESSION"]
-    print(f"{len(regressions)} of {len(found)} slower by more than {100 * arguments.threshold:.0f} % beyond the noise")
-    return 1 if regressions else 0
+    print("HEAD's time over BASE's, each relative to a baseline of the same rounds;", *map(len, sides), "runs")
+    names = [f"{c.key} | {c.contender}" for c in found]
+    for name, c in zip(names, found, strict=True):
+        verdict = c.verdict(arguments.threshold)
+        print(f"{name:{max(map(len, names))}s}  {c.slower:6.3f} ± {100 * c.noise:4.1f} %  {verdict}")
+    slower = sum(c.verdict(arguments.threshold) == "REGRESSION" for c in found)
+    print(f"{slower} of {len(found)} slower by more than {100 * arguments.threshold:.0f} % beyond the noise")
+    return 1 if slower else 0
 
 
 if __name__ == "__main__":

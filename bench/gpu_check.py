@@ -44,7 +44,11 @@ SPARE = 12.0
 
 PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check"]
 BUILD = [*PIP, "--no-build-isolation", "-v", "-e", "."]
-BUILDS: tuple[dict[str, str], ...] = ({"SAM_FAST_CUDA": "1"}, {"SAM_FAST_CUDA": "0"}, {"SAM_FAST_NATIVE": "0"})
+BUILDS: tuple[dict[str, str], ...] = (
+    {"SAM_FAST_CUDA": "1"},
+    {"SAM_FAST_CUDA": "0", "SAM_FAST_NATIVE": "1"},
+    {"SAM_FAST_NATIVE": "0"},
+)
 """Tried one after the other: with CUDA kernels; without them, for the triton and torch backends; without any compiler.
 """
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
@@ -79,16 +83,9 @@ class Check:
         self.machine = machine
         self.missing = missing
         earlier = json.loads(self.file.read_text())["steps"] if self.file.is_file() else []
-        kept = {
-            step["name"]: Step(**step)
-            for step in earlier
-            if step["commit"] == machine["commit"] and step["name"] not in self.asked
-        }
-        self.steps = {
-            name: kept.get(name) or Step(name, commit=machine["commit"])
-            for name in STEPS
-            if name in kept or name in self.asked
-        }
+        kept = {s["name"]: Step(**s) for s in earlier if s["commit"] == machine["commit"]}
+        commit, asked = machine["commit"], dict.fromkeys(self.asked)
+        self.steps = {n: Step(n, commit=commit) if n in asked else kept[n] for n in STEPS if n in {**asked, **kept}}
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
 
     def limit(self, name: str) -> float:
@@ -147,31 +144,20 @@ class Check:
         return step
 
     def write(self) -> None:
-        content = {
-            "machine": self.machine,
-            "missing": self.missing,
-            "steps": [asdict(step) for step in self.steps.values()],
-        }
+        content = {"machine": self.machine, "missing": self.missing, "steps": list(map(asdict, self.steps.values()))}
         replace(self.file, json.dumps(content, indent=1) + "\n")
 
 
 def missing_here() -> list[str]:
     """What is not there, and what follows."""
-    setuptools = installed("setuptools")
     native = "no native module can be built, neither for GPUs nor for the CPU"
+    no_cuda = "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1"
+    setuptools = int(installed("setuptools").partition(".")[0] or 0) >= 77
     needs = [
-        (
-            "setuptools 77 or newer",
-            int(setuptools.partition(".")[0] or 0) >= 77,
-            "the package cannot be built, and nothing runs",
-        ),
+        ("setuptools 77 or newer", setuptools, "the package cannot be built, and nothing runs"),
         ("cmake", find("cmake"), native),
         ("pybind11", installed("pybind11"), native),
-        (
-            "nvcc",
-            find("nvcc"),
-            "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1",
-        ),
+        ("nvcc", find("nvcc"), no_cuda),
         ("pytest", installed("pytest"), "no tests and no benchmarks"),
         ("pytest-benchmark", installed("pytest-benchmark"), "no benchmarks"),
         ("pytest-xdist", installed("pytest-xdist"), "tests run one after the other and may not end in time"),
@@ -180,7 +166,7 @@ def missing_here() -> list[str]:
         (
             "pytorch_optimizer",
             installed("pytorch_optimizer"),
-            "it is left out of the peers; the target that names it is not measured",
+            "it is left out of the peers; its target is not measured",
         ),
     ]
     return [f"{what}: {follows}" for what, there, follows in needs if not there]
@@ -214,10 +200,8 @@ def build(check: Check, architecture: str) -> bool:
     if step.state == PASSED and reason:
         # The later ones serve what needs no CUDA module; the step itself has failed.
         used = " ".join(f"{key}={value}" for key, value in options.items())
-        step.state, step.detail = (
-            FAILED,
-            f"without the CUDA module, whose build failed; what follows was built with {used}\n{reason}",
-        )
+        said = f"without the CUDA module, whose build failed; what follows was built with {used}"
+        step.state, step.detail = FAILED, f"{said}\n{reason}"
         check.done(step)
         return True
     return step.state == PASSED
@@ -230,11 +214,8 @@ def run_all(check: Check, arguments: argparse.Namespace) -> None:
             check.skip(name, "the build failed")
         return
     processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
-    options = [
-        *TESTS,
-        *(["-n", str(processes)] if installed("pytest-xdist") else []),
-        *(["--timeout=60"] if installed("pytest-timeout") else []),
-    ]
+    options = [*TESTS, *["-n", str(processes)] * bool(installed("pytest-xdist"))]
+    options += ["--timeout=60"] * bool(installed("pytest-timeout"))
     tests(check, "tests", [*options, *GPU_TESTS])
     benchmarks(check, arguments)
     for tool in SANITIZERS:
@@ -243,17 +224,8 @@ def run_all(check: Check, arguments: argparse.Namespace) -> None:
         # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
         # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
         extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = [
-            "compute-sanitizer",
-            "--tool",
-            tool,
-            *extra,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "tests/gpu/small_run.py",
-        ]
-        check.run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable]
+        check.run(tool, [*command, "tests/gpu/small_run.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     tests(check, "others", [*options, *OTHER_TESTS])
 
 
@@ -274,32 +246,20 @@ def benchmarks(check: Check, arguments: argparse.Namespace) -> None:
         return
     (arguments.results / "cuda.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     minutes = max(check.limit("benchmarks") - 30, 5) / 60  # so that the last case ends in time
-    saved = ["--save", str((arguments.results / "cuda.json").resolve()), "--commit", check.machine["commit"]]
-    options = [
-        "bench",
-        "--benchmark-only",
-        "--device",
-        arguments.device,
-        "--minutes",
-        f"{minutes:.2f}",
-        "-k",
-        arguments.select,
-    ]
-    check.run("benchmarks", [*PYTEST, "-p", "bench.outcomes", "-rN", "--benchmark-quiet", *options, *saved])
+    command = [*PYTEST, "-p", "bench.outcomes", "-rN", "--benchmark-quiet", "bench", "--benchmark-only"]
+    command += ["--device", arguments.device, "--minutes", f"{minutes:.2f}", "-k", arguments.select]
+    saved = str((arguments.results / "cuda.json").resolve())
+    check.run("benchmarks", [*command, "--save", saved, "--commit", check.machine["commit"]])
 
 
 def require_gpu() -> None:
+    needs = "gpu-check needs an NVIDIA GPU and a PyTorch that sees it"
     try:
         import torch
     except ImportError:
-        raise SystemExit(
-            f"gpu-check needs PyTorch, which {sys.executable} does not have. Nothing was run or written."
-        ) from None
+        raise SystemExit(f"{needs}: {sys.executable} has no PyTorch. Nothing was run or written.") from None
     if not torch.cuda.is_available():
-        raise SystemExit(
-            "gpu-check needs an NVIDIA GPU and a PyTorch that sees it: torch.cuda.is_available() is False. Nothing was "
-            "run or written."
-        )
+        raise SystemExit(f"{needs}: torch.cuda.is_available() is False. Nothing was run or written.")
 
 
 def as_table(steps: dict[str, Step]) -> str:
@@ -309,24 +269,17 @@ def as_table(steps: dict[str, Step]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "build" / "gpu-check", help="where cuda.json and gpu-check.json go"
-    )
-    parser.add_argument("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
-    parser.add_argument("--commit", default="", help="of these files, where they came without git")
-    names = list(dict.fromkeys(ASKED.values()))
-    parser.add_argument("--only", default=",".join(names), help="steps to run, of " + ",".join(names))
-    parser.add_argument("--minutes", type=float, default=17.0, help="for everything")
-    parser.add_argument(
-        "--wheels", type=Path, help="a folder of wheels that the steps are to have, installed beside the environment"
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda",
-        choices=["cuda", "rehearsal"],
-        help="rehearsal: the benchmarks on the CPU, to try this program",
-    )
-    parser.add_argument("--select", default=SELECT, help="the benchmarks to run, as pytest's -k")
+    add, names = parser.add_argument, list(dict.fromkeys(ASKED.values()))
+    results = ROOT / "build" / "gpu-check"
+    add("--results", type=Path, default=results, help="where cuda.json and gpu-check.json go")
+    add("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
+    add("--commit", default="", help="of these files, where they came without git")
+    add("--only", default=",".join(names), help="steps to run, of " + ",".join(names))
+    add("--minutes", type=float, default=17.0, help="for everything")
+    add("--wheels", type=Path, help="a folder of wheels for the steps, installed beside the environment")
+    rehearsal = "rehearsal: the benchmarks on the CPU, to try this program"
+    add("--device", default="cuda", choices=["cuda", "rehearsal"], help=rehearsal)
+    add("--select", default=SELECT, help="the benchmarks to run, as pytest's -k")
     arguments = parser.parse_args(argv)
     only = arguments.only.split(",")
     if unknown := set(only) - set(names):
@@ -336,14 +289,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda":
         require_gpu()
     missing = missing_here()
-    print(
-        "\n".join(["missing here:", *(f"   {line}" for line in missing)] if missing else ["nothing is missing"]),
-        flush=True,
-    )
+    print("\n   ".join(["missing here:", *missing] if missing else ["nothing is missing"]), flush=True)
     logs = arguments.logs or arguments.results / "logs"
-    check = Check(
-        arguments.minutes, arguments.results, logs, only, describe(arguments.device, arguments.commit), missing
-    )
+    machine = describe(arguments.device, arguments.commit)
+    check = Check(arguments.minutes, arguments.results, logs, only, machine, missing)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
     run_all(check, arguments)
     print(as_table(check.steps))

@@ -23,22 +23,15 @@ def first_line(*command: str, matching: str = "") -> str:
 
 
 def commit_and_date(commit: str = "") -> dict[str, str]:
-    """The commit, ``with changes`` if the tree is not clean, and the date.
-
-    ``commit``: where the files came without git.
-    """
-    if not commit:
-        changed = first_line("git", "status", "--porcelain", "--untracked-files=no")
-        commit = first_line("git", "rev-parse", "HEAD") + (" with changes" if changed else "")
-    return {
-        "commit": commit or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    """The commit (given where the files came without git), ``with changes`` if the tree is not clean, and the date."""
+    changed = " with changes" if first_line("git", "status", "--porcelain", "--untracked-files=no") else ""
+    commit = commit or first_line("git", "rev-parse", "HEAD") + changed or "unknown"
+    return {"commit": commit, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
 
 def describe(device: str, commit: str = "") -> dict[str, str]:
     """Device, versions, commit, date."""
-    packages = ["torch", "pytorch_optimizer"]
+    name = {"device": "none: a rehearsal on the CPU, whose figures say nothing"}
     if device == "cpu":
         import torch
 
@@ -46,15 +39,13 @@ def describe(device: str, commit: str = "") -> dict[str, str]:
 
         isa = sam_fast.backends.build_info().get("cpu: instruction set in use", "no native module")
         name = {"device": processor(), "threads": str(torch.get_num_threads()), "instruction set": isa}
-    else:
-        packages.append("triton")
-        name = {"device": "none: a rehearsal on the CPU, whose figures say nothing"} if device == "rehearsal" else gpu()
-    found = {package: version for package in packages if (version := installed(package))}
-    kind = "cpu" if device == "cpu" else "cuda"
+    elif device == "cuda":
+        name = gpu()
+    packages = {package: installed(package) for package in ("torch", "pytorch_optimizer", "triton")}
     return {
-        "kind": kind,
+        "kind": "cpu" if device == "cpu" else "cuda",
         **name,
-        **found,
+        **{package: version for package, version in packages.items() if version},
         "python": sys.version.split()[0],
         "load average": load_average(),
         **commit_and_date(commit),
@@ -86,20 +77,18 @@ def gpu() -> dict[str, str]:
 def find(program: str) -> str | None:
     """Where a program is; CUDA's tools are not always on the PATH."""
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(program) or shutil.which(
-        program, path=os.pathsep.join([f"{cuda}/bin", f"{cuda}/compute-sanitizer"])
-    )
+    folders = os.pathsep.join([f"{cuda}/bin", f"{cuda}/compute-sanitizer"])
+    return shutil.which(program) or shutil.which(program, path=folders)
 
 
 def processor() -> str:
     """The processor's name and how many of its cores this machine has."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    count = sum(line.startswith("processor") for line in lines)
+    pairs = [line.partition(":") for line in info.read_text().splitlines()] if info.is_file() else []
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
     name = facts.get("model name", platform.processor() or platform.machine())
     family = f", family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
-    return f"{count} cores of {name}{family}" if count else name
+    return f"{os.cpu_count()} cores of {name}{family}"
 
 
 def installed(package: str) -> str:

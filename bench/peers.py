@@ -1,7 +1,7 @@
 """What sam_fast is compared with: other ways to make SAM's step, each with its best legal settings.
 
-All have the two-call interface. Only :class:`PublicLoop` is not a competitor: it is there to show that
-``sam_fast/reference.py`` is no straw man.
+All have the two-call interface and are made alike: ``(params, base, rho=, adaptive=, **options of the base)``. Only
+:class:`PublicLoop` is not a competitor: it is there to show that ``sam_fast/reference.py`` is no straw man.
 """
 
 from __future__ import annotations
@@ -9,29 +9,35 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Method, Problem, copies
+from bench.problem import Method, Problem, copies
 from sam_fast import SAM, backends
 from sam_fast.reference import ReferenceSAM
 
+OURS = "sam_fast"
 REFERENCE, REFERENCE_FUSED = "reference", "reference, fused base"
 PEER_LOOP, PEER_FOREACH = "pytorch_optimizer, loop", "pytorch_optimizer, foreach"
-FOREACH, COMPILED = "foreach, fused base", "torch.compile of foreach"
-PUBLIC_LOOP = "public loop"
-NORM_ERROR = 0.1
-"""How far off a baseline's norm may be.
-
-It is PyTorch's, which loses digits where tensors are large; the baseline takes the same time with them.
-"""
+FOREACH, COMPILED, PUBLIC_LOOP = "foreach, fused base", "torch.compile of foreach", "public loop"
 BEST_PEERS = (PEER_LOOP, PEER_FOREACH, FOREACH)
-"""Issue 4's "best of": pytorch_optimizer's SAM and the same algorithm with torch._foreach_* and a fused base."""
+"""pytorch_optimizer's SAM and the same algorithm with torch._foreach_* and a fused base."""
+NORM_ERROR = 0.1
+"""How far off a baseline's norm may be. It is PyTorch's, which loses digits where tensors are large; the baseline takes
+the same time with them."""
 
 
-class PublicLoop:
+class _Steps:
+    def __init__(self, params: Sequence[nn.Parameter], base: Any, rho: float, adaptive: bool, **options: Any) -> None:
+        self.base = base(params, **options)
+        self.params, self.rho, self.adaptive = list(params), rho, adaptive
+        self.zero_grad = self.base.zero_grad
+
+
+class PublicLoop(_Steps):
     """The public implementation's two steps, written down from the list of its operations and not from reference.py.
 
     Per parameter and step: the norm of the gradient (times ``|w|`` if adaptive), stacked and normed again; a copy of
@@ -39,180 +45,112 @@ class PublicLoop:
     optimizer steps.
     """
 
-    def __init__(
-        self,
-        params: Sequence[nn.Parameter],
-        base: type[torch.optim.Optimizer],
-        rho: float,
-        adaptive: bool,
-        **options: Any,
-    ) -> None:
-        self.base = base(params, **options)
-        self.params, self.rho, self.adaptive = list(params), rho, adaptive
-        self.kept: dict[nn.Parameter, Tensor] = {}
-
     @torch.no_grad()
     def first_step(self) -> None:
-        lengths = []
-        for p in self.params:
-            if p.grad is not None:
-                lengths.append(torch.norm((torch.abs(p) if self.adaptive else 1.0) * p.grad, p=2))
+        lengths = [torch.norm((torch.abs(p) if self.adaptive else 1.0) * p.grad, p=2) for p in self.params]
         scale = self.rho / (torch.norm(torch.stack(lengths), p=2) + 1e-12)
+        self.kept = []
         for p in self.params:
-            if p.grad is not None:
-                self.kept[p] = p.data.clone()
-                e = (torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale.to(p)
-                p.add_(e)
+            self.kept.append(p.data.clone())
+            e = (torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale.to(p)
+            p.add_(e)
 
     @torch.no_grad()
     def second_step(self) -> None:
-        for p in self.params:
-            if p.grad is not None:
-                p.data = self.kept.pop(p)
+        for p, kept in zip(self.params, self.kept, strict=True):
+            p.data = kept
+        del self.kept
         self.base.step()
 
-    def zero_grad(self) -> None:
-        self.base.zero_grad()
 
-
-class ForeachSAM:
+class ForeachSAM(_Steps):
     """SAM with ``torch._foreach_*`` over all parameters at once and a fused base optimizer, as written by someone who
-    knows PyTorch well.
+    knows PyTorch well: the backup is allocated once; the perturbation needs one temporary, the scaled gradient."""
 
-    The backup is allocated once; the perturbation needs one temporary, the scaled gradient. ``compiled``: both halves
-    of first_step go through ``torch.compile``.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[nn.Parameter],
-        base: type[torch.optim.Optimizer],
-        rho: float,
-        adaptive: bool,
-        compiled: bool = False,
-        **options: Any,
-    ) -> None:
-        self.base = base(params, **options)
-        self.params, self.rho, self.adaptive = list(params), rho, adaptive
+    def __init__(self, params: Sequence[nn.Parameter], base: Any, compiled: bool = False, **options: Any) -> None:
+        super().__init__(params, base, **options)
         self.backup = [torch.empty_like(p) for p in self.params]
-        self.perturb = torch.compile(_foreach_perturb, fullgraph=True, dynamic=False) if compiled else _foreach_perturb
+        self.perturb = _compiled_perturb() if compiled else _foreach_perturb
 
     @torch.no_grad()
     def first_step(self) -> None:
-        self.perturb(
-            [p.detach() for p in self.params], [p.grad for p in self.params], self.backup, self.rho, self.adaptive
-        )
+        weights, gradients = [p.detach() for p in self.params], [p.grad for p in self.params]
+        self.perturb(weights, gradients, self.backup, self.rho, self.adaptive)
 
     @torch.no_grad()
     def second_step(self) -> None:
         torch._foreach_copy_(self.params, self.backup)
         self.base.step()
 
-    def zero_grad(self) -> None:
-        self.base.zero_grad()
-
 
 def _foreach_perturb(params: list[Tensor], grads: list[Any], backup: list[Tensor], rho: float, adaptive: bool) -> None:
+    scaled = torch._foreach_mul(torch._foreach_abs(params), grads) if adaptive else grads
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))
     if adaptive:
-        scaled = torch._foreach_mul(torch._foreach_abs(params), grads)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))
         scaled = torch._foreach_mul(scaled, torch._foreach_abs(params))
-    else:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        scaled = grads
     torch._foreach_copy_(backup, params)
     torch._foreach_add_(params, torch._foreach_mul(scaled, rho / (norm + 1e-12)))
 
 
-# ---- By name ---------------------------------------------------------------------------------------------------------
+@cache
+def _compiled_perturb() -> Any:
+    return torch.compile(_foreach_perturb, fullgraph=True, dynamic=False)
 
 
-def sam_fast(problem: Problem, **settings: Any) -> Method:
-    params = copies(problem.start)
-    said = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    optimizer = SAM(params, problem.base, rho=problem.rho, adaptive=problem.adaptive, **settings, **problem.options)
-    backend = backends.choose(params[0], settings.get("backend")).name
-    return Method(optimizer, params, f"{f'SAM({said})' if said else 'SAM, default settings'}, {backend} backend")
-
-
-def _reference(problem: Problem, **extra: Any) -> Method:
-    params = copies(problem.start)
-    optimizer = ReferenceSAM(
-        params, problem.base, rho=problem.rho, adaptive=problem.adaptive, **problem.options, **extra
-    )
-    return Method(
-        optimizer, params, f"sam_fast/reference.py, base optimizer with {'fused=True' if extra else 'its defaults'}"
-    )
-
-
-def _own(cls: Callable[..., Any], problem: Problem, settings: str, **extra: Any) -> Method:
-    params = copies(problem.start)
-    return Method(
-        cls(params, problem.base, problem.rho, problem.adaptive, **extra, **problem.options), params, settings
-    )
-
-
-def _peer(problem: Problem, foreach: bool) -> Method:
+def _peer(foreach: bool, params: Sequence[nn.Parameter], base: Any, **options: Any) -> Any:
     from pytorch_optimizer import SAM as PeerSAM
 
-    params = copies(problem.start)
-    on_gpu = params[0].device.type != "cpu"
     # Its foreach argument goes to the base optimizer too, which takes foreach or fused but not both. None means the
     # loop on a CPU only.
-    extra: dict[str, Any] = {"foreach": True} if foreach else {"foreach": False} if on_gpu else {"fused": True}
-    optimizer = PeerSAM(params, problem.base, rho=problem.rho, adaptive=problem.adaptive, **problem.options, **extra)
-    said = ", ".join(f"{name}={value}" for name, value in extra.items())
-    return Method(
-        optimizer, params, f"pytorch_optimizer {importlib.metadata.version('pytorch_optimizer')}, SAM({said})"
-    )
+    on_gpu = params[0].device.type != "cpu"
+    extra = {"foreach": True} if foreach else {"foreach": False} if on_gpu else {"fused": True}
+    return PeerSAM(params, base, **options, **extra)
 
 
-MAKERS: dict[str, Callable[[Problem], Method]] = {
-    REFERENCE: _reference,
-    REFERENCE_FUSED: lambda problem: _reference(problem, fused=True),
-    PEER_LOOP: lambda problem: _peer(problem, foreach=False),
-    PEER_FOREACH: lambda problem: _peer(problem, foreach=True),
-    FOREACH: lambda problem: _own(
-        ForeachSAM, problem, "bench/peers.py, torch._foreach_*, base with fused=True", fused=True
-    ),
-    COMPILED: lambda problem: _own(
-        ForeachSAM,
-        problem,
+MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
+    OURS: (SAM, "SAM"),
+    REFERENCE: (ReferenceSAM, "sam_fast/reference.py, base optimizer with its defaults"),
+    REFERENCE_FUSED: (partial(ReferenceSAM, fused=True), "sam_fast/reference.py, base optimizer with fused=True"),
+    PEER_LOOP: (partial(_peer, False), "pytorch_optimizer's SAM(fused=True), foreach=False on a GPU"),
+    PEER_FOREACH: (partial(_peer, True), "pytorch_optimizer's SAM(foreach=True)"),
+    FOREACH: (partial(ForeachSAM, fused=True), "bench/peers.py, torch._foreach_*, base with fused=True"),
+    COMPILED: (
+        partial(ForeachSAM, compiled=True, fused=True),
         "the same, first_step through torch.compile (fullgraph, static shapes), base with fused=True",
-        compiled=True,
-        fused=True,
     ),
-    PUBLIC_LOOP: lambda problem: _own(
-        PublicLoop, problem, "bench/peers.py, the public implementation's operations, base with its defaults"
-    ),
+    PUBLIC_LOOP: (PublicLoop, "bench/peers.py, the public implementation's operations, base with its defaults"),
 }
+"""Name -> what makes it, and with which settings."""
 
 
-def unavailable(name: str) -> str | None:
-    """Why a baseline cannot run here, or None."""
-    if name in (PEER_LOOP, PEER_FOREACH) and importlib.util.find_spec("pytorch_optimizer") is None:
-        return "pytorch_optimizer is not installed"
-    return None
+def make(name: str, problem: Problem, **settings: Any) -> Method:
+    """One method on parameters of its own; ``settings`` are further ones, of sam_fast."""
+    maker, said = MAKERS[name]
+    params = copies(problem.start)
+    if name == OURS:
+        given = ", ".join(f"{key}={value!r}" for key, value in settings.items()) or "default settings"
+        said = f"SAM, {given}, {backends.choose(params[0], settings.get('backend')).name} backend"
+    options = {"rho": problem.rho, "adaptive": problem.adaptive, **problem.options, **settings}
+    return Method(maker(params, problem.base, **options), params, said)
 
 
-def make(names: Sequence[str], problem: Problem) -> tuple[dict[str, Method], list[str]]:
-    """The baselines that can run here and have the right result, by name, and for each other one why it
-    does not run.
-    """
-    methods: dict[str, Method] = {}
-    left_out = []
-    for name in names:
-        reason = unavailable(name)
-        if reason is None:
-            method = MAKERS[name](problem)
-            try:
-                problem.check(name, method, NORM_ERROR)
-            except Exception as error:
-                if name != COMPILED:
-                    raise
-                reason = f"does not compile or run here: {type(error).__name__}: {str(error).splitlines()[0]}"
-            else:
-                methods[name] = method
-        if reason is not None:
-            left_out.append(f"{name}: {reason}")
-    return methods, left_out
+def make_all(bench: Any, names: Sequence[str], problem: Problem, **settings: Any) -> dict[str, Method]:
+    """sam_fast with these settings, unless it is named, and the baselines that can run here, all checked by ``bench``,
+    which is told about the others."""
+    methods = {}
+    for name in names if OURS in names else (OURS, *names):
+        if name in (PEER_LOOP, PEER_FOREACH) and importlib.util.find_spec("pytorch_optimizer") is None:
+            bench.leave_out(f"{name}: pytorch_optimizer is not installed")
+            continue
+        method = make(name, problem, **(settings if name == OURS else {}))
+        try:
+            bench.check(problem, {name: method}, norm_error=0.0 if name == OURS else NORM_ERROR)
+        except Exception as error:
+            if name != COMPILED or isinstance(error, AssertionError):
+                raise
+            bench.leave_out(
+                f"{name}: does not compile or run here: {type(error).__name__}: {str(error).splitlines()[0]}"
+            )
+            continue
+        methods[name] = method
+    return methods

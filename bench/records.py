@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 COPY, TORCH_COPY = "streaming copy", "torch copy_"
-
 CEILING = 1.1
 """A GPU's memory is not faster than that, relative to the copy."""
 READ_ONLY = "op grad_norm"
@@ -34,18 +33,12 @@ class Estimate:
 
 
 def median(values: Sequence[float]) -> Estimate:
-    """The median with its 95 % interval from order statistics (binomial): no assumption about how the noise is
-    distributed.
-    """
+    """With the interval from order statistics (binomial): no assumption about how the noise is distributed."""
+    from scipy.stats import binom  # not where a GPU is only measured: there it may be missing
+
     ordered = sorted(values)
-    n = len(ordered)
-    # the interval between the rank-th smallest and the rank-th largest misses with twice this probability
-    below, rank = 0.0, 0
-    while rank < n // 2 and below + math.comb(n, rank) / 2**n <= 0.025:
-        below += math.comb(n, rank) / 2**n
-        rank += 1
-    rank = max(rank - 1, 0)
-    return Estimate(statistics.median(ordered), ordered[rank], ordered[n - 1 - rank])
+    rank = max(int(binom.ppf(0.025, len(ordered), 0.5)), 1)
+    return Estimate(statistics.median(ordered), ordered[rank - 1], ordered[-rank])
 
 
 @dataclass
@@ -61,6 +54,7 @@ class Record:
     bytes_moved: int | None = None
     """That must move. None: not bound by memory."""
     copy_rounds: list[float] = field(default_factory=list)
+    """Seconds that ``copy_bytes`` took in each round, streamed as fast as the memory lets them."""
     copy_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -80,62 +74,38 @@ class Record:
         slows the whole machine for a while hits both."""
         return median([b / t for b, t in zip(self.rounds[baseline], self.rounds[name or self.target], strict=True)])
 
-    def faster_than_best(self, baselines: Iterable[str]) -> Estimate:
-        """Against the fastest of these, by its median."""
-        return self.faster_than(min((b for b in baselines if b in self.rounds), key=lambda b: self.seconds(b).value))
+    def fastest(self, names: Iterable[str]) -> str:
+        """Of these, by its median."""
+        return min((n for n in names if n in self.rounds), key=lambda n: statistics.median(self.rounds[n]))
 
     def bandwidth(self, name: str | None = None) -> float | None:
         """Bytes per second, of the bytes that must move."""
-        return None if self.bytes_moved is None else self.bytes_moved / self.seconds(name).value
+        seconds = statistics.median(self.rounds[name or self.target])
+        return None if self.bytes_moved is None else self.bytes_moved / seconds
 
-    def copy_bandwidth(self) -> float:
-        return self.copy_bytes / median(self.copy_rounds).value
+    def _shares(self, name: str | None = None) -> list[float]:
+        per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=True)
+        return [(self.bytes_moved or 0) / seconds / (self.copy_bytes / copy) for seconds, copy in per_round]
 
     def share_of_copy(self, name: str | None = None) -> Estimate | None:
-        """Of the bandwidth of the streaming copy of the same round."""
-        if self.bytes_moved is None or not self.copy_rounds:
-            return None
-        per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=True)
-        return median([self.bytes_moved / seconds / (self.copy_bytes / copy) for seconds, copy in per_round])
-
-    def invalid(self) -> str:
-        """Why this cannot have been measured right; empty if it can.
-
-        On a GPU only what does not write may be faster than a copy. A CPU's cache can hold all of a case: no bound
-        there.
-        """
-        if self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY):
-            return ""
-        shares = {
-            name: share.value
-            for name in self.rounds
-            if name != TORCH_COPY and (share := self.share_of_copy(name)) is not None
-        }
-        above = [
-            f"{name} at {100 * share:.0f} % of the copy's bandwidth"
-            for name, share in shares.items()
-            if share > CEILING
-        ]
-        return f"invalid, an error in the measurement: {', '.join(above)}" if above else ""
+        """Of the bandwidth measured in the same round."""
+        return median(self._shares(name)) if self.bytes_moved is not None and self.copy_rounds else None
 
     def floor(self) -> float | None:
-        """Seconds that the bytes take at the streaming copy's bandwidth."""
-        return None if self.bytes_moved is None else self.bytes_moved / self.copy_bandwidth()
+        """Seconds that the bytes take at the measured bandwidth."""
+        if self.bytes_moved is None or not self.copy_rounds:
+            return None
+        return self.bytes_moved / self.copy_bytes * statistics.median(self.copy_rounds)
 
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return math.exp(statistics.fmean(math.log(v) for v in values))
-
-
-@dataclass
-class Memory:
-    """Peak memory of a training step, above what the process or device had before."""
-
-    case: str
-    contender: str
-    bytes_peak: int
-    device: str
-    how: str
+    def invalid(self) -> str:
+        """Why this cannot have been measured right; empty if it can. On a GPU only what does not write may be faster
+        than a copy. A CPU's cache can hold some of a case: no bound there."""
+        exempt = self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY)
+        if exempt or self.bytes_moved is None or not self.copy_rounds:
+            return ""
+        shares = {name: statistics.median(self._shares(name)) for name in self.rounds if name != TORCH_COPY}
+        above = [f"{name} at {100 * s:.0f} % of the copy's bandwidth" for name, s in shares.items() if s > CEILING]
+        return f"invalid, an error in the measurement: {', '.join(above)}" if above else ""
 
 
 @dataclass
@@ -144,7 +114,6 @@ class Run:
 
     machine: dict[str, str]
     records: list[Record] = field(default_factory=list)
-    memory: list[Memory] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     agreement: dict[str, Any] = field(default_factory=dict)
     """How far a second run of the same commit was from this one (``bench.report --again``)."""
@@ -157,13 +126,11 @@ class Run:
 
     def add(self, part: Run) -> None:
         """Take over the records of another part of this run, in place of those of the same cases."""
-        keys, contenders = {r.key for r in part.records}, {m.contender for m in part.memory}
+        keys = {r.key for r in part.records}
         self.records = [r for r in self.records if r.key not in keys] + part.records
-        self.memory = [m for m in self.memory if m.contender not in contenders] + part.memory
         self.left_out += [text for text in part.left_out if text not in self.left_out]
-        for fact in ("seconds", "load average"):
-            if fact in self.machine and fact in part.machine:
-                self.machine[fact] += f" + {part.machine[fact]}"
+        for fact in {"seconds", "load average"} & self.machine.keys() & part.machine.keys():
+            self.machine[fact] += f" + {part.machine[fact]}"
 
     def save(self, path: Path) -> None:
         """Write everything, all at once: whoever is killed meanwhile leaves the file as it was."""
@@ -171,10 +138,8 @@ class Run:
         for record in data["records"]:
             record["rounds"] = {name: _rounded(values) for name, values in record["rounds"].items()}
             record["copy_rounds"] = _rounded(record["copy_rounds"])
-        # One record a line: readable differences, small files.
-        lines = {name: ",\n  ".join(json.dumps(item) for item in data.pop(name)) for name in ("records", "memory")}
-        head = json.dumps(data, indent=1)[:-2]
-        replace(path, head + "".join(f',\n "{name}": [\n  {text}\n ]' for name, text in lines.items()) + "\n}\n")
+        records = ",\n  ".join(json.dumps(r) for r in data.pop("records"))  # a line each: readable differences
+        replace(path, json.dumps(data, indent=1)[:-2] + f',\n "records": [\n  {records}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -183,8 +148,11 @@ class Run:
         records = [Record(**r) for r in data["records"]]
         data["records"] = [r for r in records if not r.invalid()]
         data["left_out"] += [f"{r.key.replace(' | ', ', ')}: {reason}" for r in records if (reason := r.invalid())]
-        data["memory"] = [Memory(**m) for m in data["memory"]]
         return cls(**data)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{v:.4g}") for v in values]
 
 
 def replace(path: Path, text: str) -> None:
@@ -195,17 +163,12 @@ def replace(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [float(f"{v:.4g}") for v in values]
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
 
 
 def disagreement(a: Run, b: Run, baseline: str = "reference") -> dict[str, float]:
     """By record: how far the two runs' ratios to the baseline are apart, relative to the smaller."""
-    others = {r.key: r for r in b.records}
-    found = {}
-    for record in a.records:
-        other = others.get(record.key)
-        if other is not None and baseline in record.rounds and baseline in other.rounds:
-            ratios = sorted((record.faster_than(baseline).value, other.faster_than(baseline).value))
-            found[record.key] = ratios[1] / ratios[0] - 1
-    return found
+    pairs = [(r, other) for r in a.records if (other := b.get(r.group, r.case)) and baseline in r.rounds]
+    ratios = {r.key: sorted(x.faster_than(baseline).value for x in (r, other)) for r, other in pairs}
+    return {key: high / low - 1 for key, (low, high) in ratios.items()}

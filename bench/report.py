@@ -10,23 +10,55 @@ agreement with the first becomes part of the results.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
-from bench import peers, targets
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from bench import targets
 from bench.machine import ROOT
+from bench.models import MODELS
+from bench.peers import BEST_PEERS, REFERENCE
 from bench.records import Estimate, Record, Run, disagreement, geometric_mean
-from bench.shapes import MODELS
-from bench.test_training import GRAPH, REFERENCE, SGD_ONCE, SGD_TWICE
-from bench.test_weak_scaling import GROUP as WEAK_SCALING
+from bench.test_processes import MEMORY, PLAIN, WEAK_SCALING
+from bench.test_training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
+from bench.test_training import REFERENCE as SAM_REFERENCE
 
 BEGIN, END = "<!-- benchmarks: made by bench.report -->", "<!-- end of benchmarks -->"
-PICTURES = {
-    "step": "How many times faster the whole step is than each baseline",
-    "roofline": "Share of the streaming copy's bandwidth",
-    "scaling": "Cost against size, with the floor",
-    "training": "A SAM iteration over two of SGD's",
-    "memory": "Peak memory of a training step",
+RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY: PLAIN, WEAK_SCALING: "1 process"}
+"""Groups whose tables say how much of this contender's cost each one's is; elsewhere: how many times faster we are."""
+SECTIONS = {
+    "Whole optimizer step": (
+        "optimizer step, (?!scaling)",
+        "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
+    ),
+    "Its halves": ("(first|second)_step, (?!scaling|host time|reference)", ""),
+    "Operations": ("op |BatchNorm", "Bytes that must move, over the bandwidth measured in the same rounds."),
+    "Host overhead": (".*host time|import", ""),
+    "Scaling": ("optimizer step, scaling", "Cases are elements in tensors."),
+    "Weak scaling": (
+        WEAK_SCALING,
+        "Each process has a thread (or GPU) and resnet18's parameters, as replicas or as shards of DTensors: time of "
+        "several over that of one.",
+    ),
+    "Whole training iteration": (ITERATION, "Time over that of two iterations of SGD."),
+    "Fewer passes": (f"{PRICE}|{UNPERTURBED}", "Time over that of SGD."),
+    "Memory": (MEMORY, "Three training steps, above what was there before the model."),
 }
+PICTURES = {"Whole optimizer step": "step", "Whole training iteration": "training"}
+"""Title -> pattern of its groups and explanation; title -> picture."""
+
+
+HEAD = """# Benchmarks
+
+Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.
+
+Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.
+""".splitlines()
 
 
 def results(root: Path, kind: str) -> Run | None:
@@ -41,77 +73,60 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def milliseconds(record: Record, name: str | None = None) -> str:
-    value = 1e3 * record.seconds(name).value
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+def framed(rows: list[dict[str, str]]) -> list[str]:
+    """A table of rows that may lack cells."""
+    frame = pd.DataFrame(rows).fillna("")
+    return [*table(list(frame.columns), frame.to_numpy().tolist()), ""] if rows else []
 
 
-def times(record: Record | None, baseline: str) -> str:
-    if record is None or baseline not in record.rounds:
-        return ""
-    ratio = record.faster_than(baseline)
-    return f"{ratio.value:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
+def cost(record: Record, name: str | None = None) -> str:
+    value = record.seconds(name).value
+    if record.facts.get("unit") == "bytes":
+        return f"{value / 1e6:.0f} MB"
+    return f"{1e3 * value:.3g} ms" if value < 1 else f"{1e3 * value:.0f} ms"
 
 
-def share(record: Record | None) -> str:
-    estimate = record.share_of_copy() if record is not None else None
-    return "" if estimate is None else f"{100 * estimate.value:.0f} %"
+def interval(estimate: Estimate, digits: int) -> str:
+    value, low, high = (f"{x:.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
+    return value if low == high else f"{value} ({low} - {high})"
 
 
-def gigabytes(record: Record) -> str:
-    rate = record.bandwidth()
-    return "" if rate is None else f"{rate / 1e9:.1f}"
-
-
-def made_on(run: Run) -> str:
-    m = run.machine
-    tree = m.get("commit", "")
-    short = tree[:9] + (" with changes" if tree.endswith("with changes") else "")
-    threads = f", {m['threads']} threads, {m['instruction set']}" if "threads" in m else ""
-    return f"{m['device']}{threads}; torch {m['torch']}; {m['date'][:10]}, commit {short}"
+def row(record: Record) -> dict[str, str]:
+    """A record's line in its group's table."""
+    if record.group in RELATIVE:
+        yardstick = RELATIVE[record.group]
+        others = [name for name in record.rounds if name != yardstick]
+        ratios = {name: interval(record.faster_than(name, yardstick), 3) for name in others}
+        return {"case": record.case, yardstick: cost(record, yardstick), **ratios}
+    ratios = {name: interval(record.faster_than(name), 2) for name in record.baselines}
+    cells = {"case": record.case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **ratios}
+    share, rate = record.share_of_copy(), record.bandwidth()
+    if share is not None and rate is not None:
+        cells |= {"GB/s": f"{rate / 1e9:.1f}", "of the measured bandwidth": f"{100 * share.value:.0f} %"}
+    return cells
 
 
 def readme_table(cpu: Run) -> str:
     """What stands in the README between the two marks."""
-    head = [
-        "shapes",
-        "parameters",
-        "first_step",
-        "reference",
-        "faster",
-        "whole step, SGD",
-        "faster than the reference",
-        "than its best peer",
-        "of a copy's bandwidth",
-        "AdamW, faster",
-    ]
-    rows, ratios = [], []
-    for name in MODELS:
-        first, sgd, adamw = (
-            cpu.get(f"{group}", name) for group in ("first_step, SGD", "optimizer step, SGD", "optimizer step, AdamW")
-        )
-        if first is None or sgd is None or adamw is None:
-            continue
-        best = sgd.faster_than_best(peers.BEST_PEERS).value if set(peers.BEST_PEERS) & set(sgd.rounds) else float("nan")
-        four = [
-            first.faster_than(peers.REFERENCE).value,
-            sgd.faster_than(peers.REFERENCE).value,
-            best,
-            adamw.faster_than(peers.REFERENCE).value,
-        ]
-        ratios.append(four)
-        cells = [
-            name,
-            f"{first.elements / 1e6:.1f}M",
-            milliseconds(first),
-            milliseconds(first, peers.REFERENCE),
-            f"{four[0]:.1f}x",
-        ]
-        rows.append([*cells, milliseconds(sgd), f"{four[1]:.1f}x", f"{four[2]:.1f}x", share(sgd), f"{four[3]:.1f}x"])
-    if rows:
-        means = [f"**{geometric_mean(column):.1f}x**" for column in zip(*ratios, strict=True)]
-        rows.append(["geometric mean", "", "", "", means[0], "", means[1], means[2], "", means[3]])
-    return "\n".join([BEGIN, "", f"{made_on(cpu)}:", "", *table(head, rows), "", END])
+    steps = [r for name in MODELS if (r := cpu.get("optimizer step, SGD", name)) and set(BEST_PEERS) & set(r.rounds)]
+    rows = []
+    for r in steps:
+        ratios = [r.faster_than(baseline).value for baseline in (REFERENCE, r.fastest(BEST_PEERS))]
+        rows.append([f"{r.case}, {r.elements / 1e6:.1f}M", cost(r), *(f"{ratio:.1f}x" for ratio in ratios)])
+    if steps:
+        mean = geometric_mean(r.faster_than(REFERENCE).value for r in steps)
+        rows.append(["geometric mean", "", f"**{mean:.1f}x**", ""])
+    ends = []
+    for name in ("sam_fast", SAM_REFERENCE):
+        found = [r.faster_than(name, SGD_TWICE).value for r in cpu.find(ITERATION)] or [0.0]
+        ends.append(f"{min(found):.2f} to {max(found):.2f}")
+    sentence = f"A SAM iteration takes {ends[0]} of the time of two of SGD's; the reference's, {ends[1]}."
+    m = cpu.machine
+    lines = [f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:", ""]
+    lines += table(
+        ["shapes, parameters", "whole step with SGD", "faster than the reference", "than its best peer"], rows
+    )
+    return "\n".join([BEGIN, "", *lines, "", *([sentence, ""] if cpu.find(ITERATION) else []), END])
 
 
 def replace_marked(text: str, new: str) -> str:
@@ -129,204 +144,80 @@ def replace_marked(text: str, new: str) -> str:
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = tuple(PICTURES)) -> str:
+def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = ()) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
+    wanted = [{"target": x.target, "measured": x.measured, "": x.state} for x in targets.lines(cpu, gpu)]
+    not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
     lines = [
-        "# Benchmarks",
+        *HEAD,
         "",
-        "Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: "
-        "`bench/README.md`.",
-        "",
-    ]
-    lines += [
-        "Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.",
-        "",
-    ]
-    lines += [
         "## Targets",
         "",
-        *table(
-            ["issue", "target", "measured", ""],
-            [[f"{x.issue}", x.target, x.measured, x.state] for x in targets.lines(cpu, gpu)],
-        ),
-    ]
-    lines += ["", *page_of(cpu, pictures)]
-    if gpu is not None:
-        lines += ["", *page_of(gpu, ())]
-    else:
-        lines += ["", "## On a GPU", "", "Not measured: no run with `--device cuda` is in `bench/results/`."]
-    return "\n".join(lines) + "\n"
-
-
-def picture(name: str, pictures: tuple[str, ...]) -> list[str]:
-    return [f"![{PICTURES[name]}](benchmarks/{name}.png)", ""] if name in pictures else []
-
-
-def page_of(run: Run, pictures: tuple[str, ...]) -> list[str]:
-    kind = {"cpu": "On the CPU", "cuda": "On a GPU"}[run.machine["kind"]]
-    lines = [f"## {kind}", "", *(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
-    lines += [*timing(run), *baseline_settings(run)]
-    lines += ["### Whole optimizer step", ""]
-    lines += [
-        "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
+        *framed(wanted),
+        "## On the CPU",
         "",
-        *picture("step", pictures),
-    ]
-    for group in dict.fromkeys(
-        r.group for r in run.records if r.group.startswith("optimizer step") and "scaling" not in r.group
-    ):
-        lines += comparison(run, group)
-    lines += ["### Its halves", ""]
-    for group in dict.fromkeys(r.group for r in run.records if r.group.startswith(("first_step, ", "second_step, "))):
-        if "scaling" not in group and "host" not in group and "public" not in group:
-            lines += comparison(run, group)
-    lines += [
-        "### Operations and roofline",
-        "",
-        "Bytes that must move, over a streaming copy that ran in the same rounds.",
-        "",
-        *picture("roofline", pictures),
-    ]
-    for group in dict.fromkeys(r.group for r in run.records if r.group.startswith(("op ", "BatchNorm"))):
-        lines += comparison(run, group)
-    lines += ["### Host overhead", ""]
-    for group in dict.fromkeys(r.group for r in run.records if "host time" in r.group or r.group.startswith("import")):
-        lines += comparison(run, group)
-    lines += ["### Scaling", "", *picture("scaling", pictures), *scaling_table(run)]
-    if run.find(WEAK_SCALING):
-        lines += [
-            "### Weak scaling",
-            "",
-            f"Each process has one {'thread' if run.machine['kind'] == 'cpu' else 'GPU'} and resnet18's parameters, as "
-            "replicas or as shards of "
-            "DTensors. The last column is the efficiency: what one process takes over what each of several takes.",
-            "",
-            *comparison(run, WEAK_SCALING),
-        ]
-    lines += ["### Whole training iteration", "", *picture("training", pictures), *training_table(run)]
-    lines += ["### Memory", "", *picture("memory", pictures), *memory_table(run)]
-    if run.agreement.get("all"):
-        worst = sorted(run.agreement["all"].items(), key=lambda item: -item[1])[:10]
-        lines += [
-            "### Two runs",
-            "",
-            f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart, the "
-            "ten worst of ",
-        ]
-        lines[-1] += f"{len(run.agreement['all'])}."
-        lines += [
-            "",
-            *table(["record", "apart"], [[key.replace(" | ", ", "), f"{100 * value:.1f} %"] for key, value in worst]),
-            "",
-        ]
-    if run.left_out:
-        lines += ["### Not run", "", *(f"- {text}" for text in run.left_out)]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
-
-
-def timing(run: Run) -> list[str]:
-    """How a GPU's figures were taken; nothing for a CPU's, which are all the host's clock."""
-    ways: dict[str, set[str]] = {}
-    for record in run.records:
-        for name, way in record.facts.get("timed by", {}).items():
-            ways.setdefault(way, set()).add(f"{name} ({record.group}, {record.case})" if "durations" in way else name)
-    rows = [[way, "; ".join(sorted(names))] for way, names in ways.items()]
-    return ["### How each was timed", "", *table(["by", "contenders"], rows), ""] if rows else []
-
-
-def baseline_settings(run: Run) -> list[str]:
-    settings: dict[str, str] = {}
-    for record in run.records:
-        for name, text in record.facts.get("settings", {}).items():
-            settings.setdefault(name, text)
-    rows = [[name, text] for name, text in settings.items()]
-    return ["### Contenders and their settings", "", *table(["name", "settings"], rows), ""] if rows else []
-
-
-def comparison(run: Run, group: str) -> list[str]:
-    records = run.find(group)
-    names = list(dict.fromkeys(name for r in records for name in r.baselines))
-    bound = any(r.copy_rounds for r in records)
-    head = ["case", records[0].target, *names, *(["GB/s", "of the copy"] if bound else [])]
-    rows = []
-    for r in records:
-        spread = f"{milliseconds(r)} ± {100 * r.seconds().noise:.0f} %"
-        rows.append([r.case, spread, *(times(r, name) for name in names), *([gigabytes(r), share(r)] if bound else [])])
-    return [f"**{group}**", "", *table(head, rows), ""]
-
-
-def scaling_table(run: Run) -> list[str]:
-    records = [r for r in run.records if r.group.startswith("optimizer step, scaling")]
-    rows = []
-    for r in records:
-        floor = r.floor()
-        rows.append(
-            [
-                r.group.removeprefix("optimizer step, scaling with the "),
-                r.case,
-                milliseconds(r),
-                f"{1e3 * floor:.3g} ms" if floor else "",
-                times(r, peers.REFERENCE),
-            ]
-        )
-    return (
-        [*table(["against", "elements in tensors", "sam_fast", "floor", "times faster than the reference"], rows), ""]
-        if rows
-        else []
-    )
-
-
-def training_table(run: Run) -> list[str]:
-    rows = []
-    for r in run.find("training iteration"):
-        ours, theirs = r.faster_than("sam_fast", SGD_TWICE), r.faster_than(REFERENCE, SGD_TWICE)
-        graph = [f"{r.faster_than(GRAPH, SGD_ONCE).value:.3f}"] if GRAPH in r.rounds else [""]
-        parameters = f"{r.elements / 1e6:.2f}M"
-        rows.append(
-            [
-                r.case,
-                parameters,
-                *(milliseconds(r, n) for n in (SGD_ONCE, SGD_TWICE, REFERENCE, "sam_fast")),
-                interval(theirs),
-                interval(ours),
-                *graph,
-            ]
-        )
-    head = [
-        "network",
-        "parameters",
-        SGD_ONCE,
-        SGD_TWICE,
-        REFERENCE,
-        "sam_fast",
-        f"{REFERENCE} / {SGD_TWICE}",
-        f"sam_fast / {SGD_TWICE}",
-        "CUDA graph / eager SGD",
-    ]
-    return [*table(head, rows), ""] if rows else []
-
-
-def interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} ({estimate.low:.3f} - {estimate.high:.3f})"
-
-
-def memory_table(run: Run) -> list[str]:
-    if not run.memory:
-        return []
-    plain = next((m.bytes_peak for m in run.memory if m.contender == "SGD"), None)
-    rows = [
-        [m.contender, f"{m.bytes_peak / 1e6:.0f} MB", f"{m.bytes_peak / plain:.2f}" if plain else ""]
-        for m in run.memory
-    ]
-    first = run.memory[0]
-    return [
-        f"Three training steps of {first.case}, {first.how}, above what was there before the model.",
-        "",
-        *table(["", "peak", "over SGD"], rows),
+        *page_of(cpu, pictures),
+        "## On a GPU",
         "",
     ]
+    return "\n".join([*lines, *(page_of(gpu) if gpu else not_measured)]).rstrip("\n") + "\n"
+
+
+def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
+    lines = [*(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
+    settings = {name: said for r in reversed(run.records) for name, said in r.facts.get("settings", {}).items()}
+    ways = {(w, n) for r in run.records for n, w in r.facts.get("timed by", {}).items()}
+    timed = [{"by": w, "contenders": "; ".join(sorted(n for v, n in ways if v == w))} for w in sorted(dict(ways))]
+    if timed:
+        lines += ["### How each was timed", "", *framed(timed)]
+    lines += ["### Contenders and their settings", ""] if settings else []
+    lines += framed([{"name": name, "settings": said} for name, said in sorted(settings.items())])
+    for title, (pattern, text) in SECTIONS.items():
+        groups, picture = dict.fromkeys(r.group for r in run.records if re.match(pattern, r.group)), PICTURES.get(title)
+        lines += [f"### {title}", "", *([text, ""] if text else [])] if groups else []
+        lines += [f"![{title}](benchmarks/{picture}.png)", ""] if groups and picture in pictures else []
+        for group in groups:
+            lines += [f"**{group}**", "", *framed([row(r) for r in run.find(group)])]
+    if run.agreement:
+        apart = pd.Series(run.agreement["all"]).nlargest(10)
+        worst = [{"record": key.replace(" | ", ", "), "apart": f"{100 * value:.1f} %"} for key, value in apart.items()]
+        said = f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart"
+        lines += ["### Two runs", "", f"{said}, the ten worst of {len(run.agreement['all'])}.", "", *framed(worst)]
+    return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(run: Run, folder: Path) -> list[str]:
+    """Bars with intervals of what the run has figures for; returns the pictures' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    panels: dict[str, dict[str, dict[str, dict[str, Estimate]]]] = {"step": {}, "training": {}}
+    for base in ("SGD", "AdamW"):
+        records = [r for r in run.find(f"optimizer step, {base}") if r.case in MODELS]
+        panels["step"][f"whole step with {base}: times faster than"] = {
+            r.case: {name: r.faster_than(name) for name in r.baselines} for r in records
+        }
+    panels["training"]["SAM's iteration / two of SGD's"] = {
+        r.case: {n: r.faster_than(n, SGD_TWICE) for n in r.rounds if n not in (SGD_ONCE, SGD_TWICE)}
+        for r in run.find(ITERATION)
+    }
+    filled = {name: {title: rows for title, rows in found.items() if rows} for name, found in panels.items()}
+    for name, found in filled.items():
+        if not found:
+            continue
+        size = (9, 3.6 * len(found))
+        figure, axes = plt.subplots(len(found), 1, figsize=size, layout="constrained", squeeze=False)
+        for axis, (title, rows) in zip(axes[:, 0], found.items(), strict=True):
+            frame = pd.DataFrame(rows).T.dropna(axis="columns")  # without names that not every case has
+            value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in ("value", "low", "high"))
+            errors = [[value[n] - low[n], high[n] - value[n]] for n in value]
+            value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)
+            axis.axhline(1, color="black", lw=0.8)
+            axis.legend(fontsize=7, ncols=3)
+        figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
+        plt.close(figure)
+    return [name for name, found in filled.items() if found]
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -334,28 +225,20 @@ def memory_table(run: Run) -> list[str]:
 
 def compare_runs(first: Run, second: Run) -> None:
     """Note in ``first`` how far ``second`` is from it."""
-    apart = disagreement(first, second)
+    apart = {key: round(value, 4) for key, value in disagreement(first, second).items()}
     where = max(apart, key=lambda key: apart[key])
-    first.agreement |= {
-        "date": second.machine["date"],
-        "largest": round(apart[where], 4),
-        "where": where.replace(" | ", ", "),
-        "all": {k: round(v, 4) for k, v in apart.items()},
-    }
+    found = {"largest": apart[where], "where": where.replace(" | ", ", "), "all": apart}
+    first.agreement = {"date": second.machine["date"], **found}
 
 
 def write(root: Path) -> list[Path]:
     """Make the page, the pictures and the README's table from ``root``'s results; returns the files."""
-    from bench.plots import draw_all
-
     cpu = results(root, "cpu")
     if cpu is None:
-        raise SystemExit(
-            f"there is no {root}/bench/results/cpu.json: run `make bench` and give its file to bench.report"
-        )
+        raise SystemExit(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    drawn = draw_all(cpu, root / "docs" / "benchmarks")
-    page.write_text(markdown(cpu, results(root, "cuda"), tuple(Path(name).stem for name in drawn)))
+    drawn = draw(cpu, root / "docs" / "benchmarks")
+    page.write_text(markdown(cpu, results(root, "cuda"), tuple(drawn)))
     readme.write_text(replace_marked(readme.read_text(), readme_table(cpu)))
     return [page, readme]
 
@@ -367,22 +250,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
     runs: dict[str, Run] = {}
-    for path in arguments.runs:
-        part = Run.load(path)
+    for part in map(Run.load, arguments.runs):
         run = runs.setdefault(part.machine["kind"], part)
         if run is not part:
             run.add(part)
-    for run in runs.values():
+    for kind, run in runs.items():
         if arguments.root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
-            parser.error(
-                "a smoke run's or a rehearsal's figures say nothing and are not published; --root writes them elsewhere"
-            )
-        before = results(arguments.root, run.machine["kind"])
-        if before is not None and "planted" in before.agreement:
-            run.agreement["planted"] = before.agreement["planted"]  # made by itself, see bench.planted
-        if arguments.again is not None and run.machine["kind"] == "cpu":
+            parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
+        if arguments.again is not None and kind == "cpu":
             compare_runs(run, Run.load(arguments.again))
-        run.save(arguments.root / "bench" / "results" / f"{run.machine['kind']}.json")
+        run.save(arguments.root / "bench" / "results" / f"{kind}.json")
     for written in write(arguments.root):
         print(f"written: {written}")
 

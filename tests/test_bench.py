@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import buckets_of
 
-from bench import compare, report, targets
-from bench.clock import BASELINE, OURS, WITH_LAUNCHES, DeviceTimer, Gpu, Rehearsal
-from bench.harness import COPY_BYTES, Bench, Contender, Machine, Method, Plan, Problem, make_params, measure
-from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE, sam_fast
+from bench import compare, peers, report, targets
+from bench.harness import PARTS, Bench, Contender, Plan, measure, steps_of
+from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE
+from bench.problem import Problem, make_params
 from bench.records import COPY, Record, Run, disagreement, median
-from bench.test_ops import contender_of
-from sam_fast import SAM
+from bench.test_ops import operation, second_step
+from bench.timers import BASELINE, OURS, WITH_LAUNCHES, DeviceTimer, Gpu, HostTimer, Rehearsal
+from sam_fast import backends
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {
@@ -100,8 +100,8 @@ def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
 @pytest.mark.parametrize("mistake", ["first_step", "second_step"])
 def test_a_wrong_result_is_not_timed(mistake):
     problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    method = sam_fast(problem)
-    problem.check("right", sam_fast(problem))
+    method = peers.make("sam_fast", problem)
+    problem.check("right", peers.make("sam_fast", problem))
     original = getattr(method.optimizer, mistake)
 
     def wrong() -> None:
@@ -120,9 +120,7 @@ def test_every_baseline_makes_sam_s_step(name, adaptive):
     if name in (PEER_LOOP, PEER_FOREACH):
         pytest.importorskip("pytorch_optimizer")
     problem = Problem(make_params([[30, 7], [11], [64]]), torch.optim.AdamW, {"lr": 1e-4}, rho=0.5, adaptive=adaptive)
-    method = MAKERS[name](problem)
-    assert isinstance(method, Method)
-    problem.check(name, method)
+    problem.check(name, peers.make(name, problem))
 
 
 def test_a_round_times_every_stage_of_every_contender_once():
@@ -132,7 +130,7 @@ def test_a_round_times_every_stage_of_every_contender_once():
         "a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")),
         "b": Contender(lambda: calls.append("b")),
     }
-    times, _ = measure(Machine("cpu"), contenders, Plan(0.0, (4, 4)))
+    times, _ = measure(contenders, Plan(0.0, (4, 4)), lambda head_start: HostTimer())
     assert {stage: {name: len(v) for name, v in by_name.items()} for stage, by_name in times.items()} == {
         "one": {"a": 4},
         "two": {"a": 4},
@@ -141,6 +139,15 @@ def test_a_round_times_every_stage_of_every_contender_once():
     text = " ".join(calls)
     assert text.count("before a1 after before a2 after") == text.count("before a1") == text.count("after") / 2
     assert calls.count("a1") == calls.count("a2") == calls.count("b") == 6  # two rounds are not counted
+
+
+def test_the_order_is_drawn_anew_for_each_round():
+    calls: list[str] = []
+    contenders = {name: Contender(lambda name=name: calls.append(name)) for name in "abcd"}
+    measure(contenders, Plan(0.0, (20, 20)), lambda head_start: HostTimer())
+    rounds = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
+    assert {tuple(sorted(names)) for names in rounds} == {tuple("abcd")}
+    assert len(set(rounds)) > 10
 
 
 class FakeGpu(Rehearsal):
@@ -198,10 +205,7 @@ def test_where_the_head_start_is_too_short_the_kernels_are_added_up(late):
 
 def test_head_starts_are_as_long_as_they_must_be_and_said_in_the_record():
     problem = Problem(make_params([[30, 7], [11]]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    ours, reference = (
-        sam_fast(problem).contender(problem.gradients()),
-        MAKERS[REFERENCE](problem).contender(problem.gradients()),
-    )
+    ours, reference = (steps_of(peers.make(name, problem), problem.gradients) for name in ("sam_fast", REFERENCE))
     assert (ours.head_start, reference.head_start) == (OURS, BASELINE) == (3e-3, 20e-3)
     record = Bench("rehearsal").run("g", "c", {"sam_fast": ours, "reference": reference}, elements=221)[0]
     assert record.facts["timed by"] == {"sam_fast": "events, 3 ms head start", "reference": "events, 20 ms head start"}
@@ -257,7 +261,7 @@ def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
 
 def test_a_benchmark_with_a_figure_that_cannot_be_right_fails():
     bench = Bench("rehearsal")
-    elements = 100 * COPY_BYTES["cpu"]
+    elements = 100 * bench.machine.copy_bytes
     with pytest.raises(AssertionError, match=r"op perturb \| big: invalid, an error in the measurement: sam_fast at"):
         bench.run(
             "op perturb", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=16 * elements
@@ -277,6 +281,11 @@ def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
     assert COPY not in records[0].rounds
 
 
+def test_what_a_cpu_s_cache_holds_has_no_bandwidth():
+    record = Bench().run("g", "c", {"a": Contender(lambda: None)}, elements=1, bytes_moved=100_000)[0]
+    assert (record.bytes_moved, record.copy_rounds) == (None, [])
+
+
 @pytest.mark.parametrize(
     ("op", "base", "options"),
     [
@@ -287,22 +296,17 @@ def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
 )
 def test_an_operation_is_timed_with_its_own_base_optimizer(op, base, options):
     problem = Problem(make_params([[300, 7], [11], []]), base, {"lr": 1e-4, **options})
-    method = sam_fast(problem)
+    method = peers.make("sam_fast", problem)
     problem.check("sam_fast", method)
-    for p, g in zip(method.params, problem.gradients(), strict=True):
-        p.grad = g.clone()
     with pytest.raises(AssertionError, match="was to be timed, but the base optimizer keeps"):
-        contender_of(op, method.optimizer, problem)
+        second_step(op, problem, method)
 
 
 @pytest.mark.parametrize("op", ["grad_norm", "perturb", "restore"])
 def test_a_wrong_operation_is_not_timed(op, monkeypatch):
     problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    optimizer = SAM(make_params([[300, 7], [11], []]), torch.optim.SGD, backend="torch", lr=1e-4, momentum=0.9)
-    optimizer.first_step()
-    optimizer.restore()
-    contender_of(op, optimizer, problem)
-    kind = type(buckets_of(optimizer)[0])
+    operation(op, problem, "torch")
+    kind = type(backends.BACKENDS["torch"].bucket([torch.zeros(1)], [0]))
     original = getattr(kind, op)
 
     def wrong(bucket, *others, **named):
@@ -315,7 +319,50 @@ def test_a_wrong_operation_is_not_timed(op, monkeypatch):
 
     monkeypatch.setattr(kind, op, wrong)
     with pytest.raises(AssertionError, match="so it is not timed"):
-        contender_of(op, optimizer, problem)
+        operation(op, problem, "torch")
+
+
+def test_the_interval_covers_the_median():
+    """Of 2000 samples of a skewed distribution, whose median is log 2, at least 95 % (less three standard errors)."""
+    draw = random.Random(0)
+    found = [median([draw.expovariate(1.0) for _ in range(15)]) for _ in range(2000)]
+    covered = sum(e.low <= 0.6931 <= e.high for e in found) / len(found)
+    assert 0.95 - 3 * (0.95 * 0.05 / 2000) ** 0.5 < covered < 0.99
+
+
+def test_the_parts_of_a_case_are_one_record_and_only_the_first_is_checked():
+    bench = Bench(smoke=True)
+    problem = Problem(make_params([[30, 7]]), torch.optim.SGD, {"lr": 1e-4})
+    checked = []
+    problem.check = lambda name, method, **slack: checked.append(name)
+    for _ in range(PARTS):
+        bench.case = "case"
+        bench.check(problem, {"a": peers.make("sam_fast", problem)})
+        bench.run("g", "c", {"a": Contender(lambda: None)}, elements=1)
+    assert checked == ["a"]
+    assert [len(r.rounds["a"]) for r in bench.records] == [3 * PARTS]
+
+
+def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it():
+    """A share compares with the fastest way to stream: no kernel is measured against a slow copy."""
+    bench, order = Bench(smoke=True), []
+    seconds = {COPY: iter([2.0, 1.0] * 9), "update in place": iter([1.0, 2.0] * 9), "a": iter([4.0] * 9)}
+    contenders = {name: Contender(lambda name=name: order.append(name)) for name in seconds}
+    bench.machine.yardsticks = {name: contenders[name] for name in (COPY, "update in place")}
+
+    def timer(head_start):
+        def time(run):
+            run()
+            return next(seconds[order[-1]])
+
+        return time
+
+    bench.machine.timer = timer
+    moved = bench.machine.copy_bytes
+    record = bench.run("g", "c", {"a": contenders["a"]}, elements=moved // 4, bytes_moved=moved)[0]
+    assert record.copy_rounds == [1.0, 1.0, 1.0]
+    assert record.share_of_copy().value == 0.125
+    assert all(order[i - 1] == COPY for i, name in enumerate(order) if name == "a")  # what was flushed with
 
 
 def test_targets_that_were_not_measured_say_so():
@@ -328,7 +375,7 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     """A few cases with tiny shapes, as `make bench` runs them; then everything that bench.report makes of them."""
     saved = tmp_path / "run.json"
     select = (
-        "(test_optimizer_step and SGD-efficientnet) or (test_op and grad_norm-float32-resnet50) or "
+        "(test_optimizer_step and SGD-efficientnet) or (test_op and grad_norm-float32-resnet50) or unperturbed or "
         "(test_batchnorm_snapshot and 53)"
     )
     command = [
@@ -351,9 +398,9 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = Run.load(saved)
-    assert {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "op grad_norm"} <= {
-        r.group for r in run.records
-    }
+    groups = {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "op grad_norm", "unperturbed step"}
+    assert groups <= {r.group for r in run.records}
+    assert {len(r.rounds[r.target]) for r in run.records} == {6}  # two parts of three rounds
     assert run.machine["selection"] == "smoke"
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -372,5 +419,5 @@ def test_readme_and_page_are_made_from_the_saved_results():
     cpu = report.results(ROOT, "cpu")
     assert cpu is not None
     assert report.readme_table(cpu) in (ROOT / "README.md").read_text()
-    pictures = tuple(name for name in report.PICTURES if (ROOT / "docs" / "benchmarks" / f"{name}.png").is_file())
+    pictures = tuple(path.stem for path in (ROOT / "docs" / "benchmarks").glob("*.png"))
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(cpu, report.results(ROOT, "cuda"), pictures)

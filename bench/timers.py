@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 WARMUP = 2
 """Rounds that are not counted. On a GPU the first counts launches, the second decides between events and kernels."""
-
 OURS, BASELINE = 3e-3, 20e-3
-"""Head starts in seconds: longer than the host needs to launch a step of ours, or several kernels for each parameter.
-"""
+"""Head starts in seconds: longer than the host needs to launch our step, or several kernels for each parameter."""
 WITH_LAUNCHES = 0.0
 """No head start: the device is idle when the work begins, and launching counts."""
 HOST_ALONE = None
 """Only until the call returns: the device's work is waited for untimed."""
 
-CYCLES_PER_SECOND = 2e9
-"""Of a GPU, about."""
-
-
-class Timer(Protocol):
-    """Times the rounds of one piece of work."""
-
-    method: str
-    launches: int | None
-
-    def __call__(self, run: Callable[[], object]) -> float: ...
-
 
 class HostTimer:
     """By the host's clock. A device is waited for before and after: untimed, or, with ``work``, timed."""
 
-    method = "host clock"
-    launches: int | None = None
+    method, launches = "host clock", None
 
     def __init__(self, synchronize: Callable[[], object] = lambda: None, work: bool = False) -> None:
-        self.synchronize = synchronize
-        self.work = work
+        self.synchronize, self.work = synchronize, work
 
     def __call__(self, run: Callable[[], object]) -> float:
         self.synchronize()
@@ -61,7 +45,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def sleep(self, seconds: float) -> None:
-        torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
+        torch.cuda._sleep(int(seconds * 2e9))  # cycles per second, about
 
     def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
         """How long each kernel, copy and memset that ``run`` launches takes; empty where the profiler may not look."""
@@ -78,7 +62,7 @@ class Rehearsal(Gpu):
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
-            self.at = 0.0
+            self.synchronize = lambda: None
 
         def record(self) -> None:
             self.at = time.perf_counter()
@@ -86,17 +70,12 @@ class Rehearsal(Gpu):
         def query(self) -> bool:
             return False
 
-        def synchronize(self) -> None:
-            pass
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * float(end.at - self.at)
 
-        def elapsed_time(self, end: Rehearsal.Event) -> float:
-            return 1e3 * (end.at - self.at)
+    def synchronize(self) -> None: ...
 
-    def synchronize(self) -> None:
-        pass
-
-    def sleep(self, seconds: float) -> None:
-        pass
+    def sleep(self, seconds: float) -> None: ...
 
     def kernel_seconds(self, run: Callable[[], object]) -> list[float]:
         return [HostTimer()(run)]
@@ -111,23 +90,18 @@ class DeviceTimer:
     """
 
     def __init__(self, head_start: float, gpu: Gpu) -> None:
-        self.head_start = head_start
-        self.gpu = gpu
-        self.rounds = 0
-        self.late = False
+        self.head_start, self.gpu = head_start, gpu
+        self.rounds, self.late = 0, False
         self.launches: int | None = None
 
     @property
     def method(self) -> str:
         if not self.head_start:
             return "events, with launches"
-        if self.late:
-            return (
-                "sum of the kernels' durations"
-                if self.launches
-                else "events; the head start was too short and there is no profiler"
-            )
-        return f"events, {1e3 * self.head_start:g} ms head start"
+        if not self.late:
+            return f"events, {1e3 * self.head_start:g} ms head start"
+        too_short = "events; the head start was too short and there is no profiler"
+        return "sum of the kernels' durations" if self.launches else too_short
 
     def __call__(self, run: Callable[[], object]) -> float:
         self.rounds += 1

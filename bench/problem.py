@@ -1,0 +1,135 @@
+"""What every method is given, and the check that none is timed whose result is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_fast.reference import ReferenceSAM
+
+STEPS = 2
+"""That a method makes in the check: the first makes the base optimizer's state, fused second steps begin later."""
+
+
+def make_params(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> list[nn.Parameter]:
+    """Parameters like a network's: weights of sd 0.02, gradients of sd 0.001 (never zeros: those are faster)."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for shape in shapes:
+        p = nn.Parameter((torch.randn(list(shape), generator=generator) * 0.02).to(device, dtype))
+        p.grad = (torch.randn(list(shape), generator=generator) * 0.001).to(device, dtype)
+        params.append(p)
+    return params
+
+
+def copies(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Other parameters with the same weights, without gradients."""
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def backward(params: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Callable[[], None]:
+    """Hands out gradients as a backward pass does: in new memory, last parameter first. ``zero_grad`` frees them."""
+
+    def run() -> None:
+        for p, own in zip(reversed(params), reversed(gradients), strict=True):
+            if p.grad is None:
+                p.grad = own.clone()
+            else:
+                p.grad.copy_(own)  # flatten=True: gradients stay where they are
+
+    return run
+
+
+@dataclass
+class Method:
+    """One way to make SAM's step, and the parameters it works on."""
+
+    optimizer: Any
+    params: list[nn.Parameter]
+    settings: str = ""
+
+
+@dataclass
+class Problem:
+    """Weights, gradients and options. The gradients do not depend on the weights."""
+
+    start: list[nn.Parameter]
+    base: type[torch.optim.Optimizer] = torch.optim.SGD
+    options: dict[str, Any] = field(default_factory=dict)
+    rho: float = 0.05
+    adaptive: bool = False
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad.clone() for p in self.start if p.grad is not None]
+
+    @property
+    def elements(self) -> int:
+        return sum(p.numel() for p in self.start)
+
+    @cached_property
+    def norm(self) -> float:
+        """``||T g||`` in float64."""
+        pairs = zip(self.start, self.gradients, strict=True)
+        squares = [((p.detach().double() if self.adaptive else 1.0) * g.double()).square().sum() for p, g in pairs]
+        return float(torch.stack(squares).sum().sqrt())
+
+    @cached_property
+    def wanted(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights after the first first_step, and after ``STEPS`` steps, by the reference in float64."""
+        params, gradients = (
+            [nn.Parameter(p.detach().to(torch.float64, copy=True)) for p in self.start],
+            [g.double() for g in self.gradients],
+        )
+        rest = {"rho": self.rho, "adaptive": self.adaptive, **self.options}
+        return _steps(Method(ReferenceSAM(params, self.base, **rest), params), gradients)
+
+    def check(self, name: str, method: Method, norm_error: float = 0.0) -> None:
+        """After its first first_step and after ``STEPS`` steps the method must be where float64 says.
+
+        Args:
+            norm_error: what the method's norm may be off by, relative. PyTorch's sum over one tensor of 100M float32 is
+                off by some per cent.
+
+        Raises:
+            AssertionError: it is not.
+        """
+        perturbed, stepped = _steps(method, self.gradients)
+        pairs = zip(self.wanted[0], self.start, strict=True)
+        moved = max(float((p - w.detach()).abs().max()) for p, w in pairs)
+        self.close(name, perturbed, self.wanted[0], norm_error * moved)
+        # AdamW's steps are of the size of lr whatever the gradient: one near zero may be rounded to either side of it.
+        slack = 0.0 if self.base is torch.optim.SGD else 0.01 * STEPS * float(self.options["lr"])
+        self.close(name, stepped, self.wanted[1], slack)
+
+    def close(self, name: str, got: Sequence[Tensor], wanted: Sequence[Tensor], slack: float = 0.0) -> None:
+        # Rounded once or twice to the parameter's dtype: units in the last place of a weight of sd 0.02, all below 0.2.
+        # 16-bit momentum adds more.
+        epsilon = torch.finfo(self.start[0].dtype).eps
+        rtol, atol = (max(8 * epsilon, 1e-12), 0.05 * epsilon) if epsilon < 1e-4 else (2 * epsilon, 0.01 * epsilon)
+        for a, b in zip(got, wanted, strict=True):
+            error = (a.detach().double() - b).abs()
+            if not bool((error <= rtol * b.abs() + atol + slack).all()):  # NaN is not
+                raise AssertionError(f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g}")
+
+
+def _steps(method: Method, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights after the first first_step, and after ``STEPS`` steps."""
+    perturbed: list[Tensor] = []
+    make_gradients, optimizer = backward(method.params, gradients), method.optimizer
+    for _ in range(STEPS):
+        make_gradients()
+        optimizer.first_step()
+        perturbed = perturbed or [p.detach().clone() for p in method.params]
+        optimizer.zero_grad()
+        make_gradients()
+        optimizer.second_step()
+        optimizer.zero_grad()
+    return perturbed, [p.detach().clone() for p in method.params]
