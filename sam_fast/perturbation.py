@@ -119,12 +119,13 @@ class Perturbation:
         members: list[Member] = []
         left_out: list[tuple[Tensor, bool]] = []
         seen: set[int] = set()
+        held = self.storage.held()
         for index, group in enumerate(param_groups):
             for p in group["params"]:
                 if id(p) in seen:  # a parameter that is listed twice is one parameter
                     continue
                 seen.add(id(p))
-                if not _takes_part(p, group["perturb"]):
+                if not _takes_part(p, group["perturb"]) and not (id(p) in held and is_plain(p)):
                     left_out.append((p, bool(group["perturb"])))
                     continue
                 if (is_wrapper(p.__class__) and not is_dtensor(p)) or p.layout != torch.strided:
