@@ -221,7 +221,8 @@ class Perturbation:
             if not bucket.collect(options):
                 return False
             moved = moved or bucket.moved
-        return self.flatten or not moved or not self._shares_anew()  # with flatten=True the tensors are flat buffers
+        # With flatten=True the tensors are flat buffers.
+        return self.flatten or not moved or not (self._shares_anew() or self.storage.replaced())
 
     def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
         if all_none(list(map(_grad_of, self.left_out))):
@@ -232,8 +233,9 @@ class Perturbation:
         """Whether other tensors share memory than when the buckets were built."""
         if overlapping(self._tensors) != self._shared:
             return True
+        replaced = self.storage.replaced()  # then the next first step builds the buckets anew
         for bucket in self.buckets:
-            bucket.moved = False
+            bucket.moved = replaced
         return False
 
     def norm_of_gradients(self, param_groups: ParamGroups) -> Tensor | None:

@@ -61,6 +61,10 @@ class InPlace:
         """
         return True
 
+    def replaced(self) -> bool:
+        """Whether the kernels see other tensors of the parameters than when the buckets were built."""
+        return False
+
     def combine(self, sums: Iterable[tuple[Bucket, Tensor, NormSum]]) -> None:
         """Make each device's sum that over all processes."""
 
