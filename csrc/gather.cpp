@@ -53,6 +53,7 @@ Gather::Gather(PyObject* exchange, PyObject* tensor_class, PyObject* tensors, Py
     if (PyErr_Occurred() != nullptr) throw PythonError{};
   }
   has_grad_.resize(records_.size());
+  alike_.resize(records_.size());
   entries_.resize(records_.size());
   Owned counters(checked(PyList_New(0)));
   Owned own_tensors(checked(PyList_GetSlice(tensors, 0, n)));  // lists of our own: nobody else can shorten them
@@ -81,8 +82,12 @@ Gather::~Gather() {
     Py_XDECREF(known.spec);
   }
   for (PyObject* object : {tensors_, params_, grad_, is_neg_, is_conj_, torch_dispatch_, dispatch_, local_tensor_,
-                           spec_, placements_, counters_, alike_[0], alike_[1]})
+                           spec_, placements_, counters_})
     Py_XDECREF(object);
+  for (const Alike& alike : alike_) {
+    Py_XDECREF(alike.of_grad);
+    Py_XDECREF(alike.of_param);
+  }
 }
 
 PyObject* Gather::param(size_t i) const { return PyList_GET_ITEM(params_, static_cast<Py_ssize_t>(i)); }
@@ -136,7 +141,7 @@ bool Gather::matches(const Local& local, const Record& record, uint64_t known, u
   return true;
 }
 
-bool Gather::placed_alike(PyObject* grad, PyObject* param) {
+bool Gather::placed_alike(size_t i, PyObject* grad, PyObject* param) {
   const Owned spec_of_grad(attribute(grad, class_of(grad).spec, spec_));
   const Owned spec_of_param(attribute(param, class_of(param).spec, spec_));
   PyErr_Clear();
@@ -145,12 +150,12 @@ bool Gather::placed_alike(PyObject* grad, PyObject* param) {
   // A DTensor's attribute `placements` is its spec's, by way of a call of Python.
   Owned of_grad(checked(PyObject_GetAttr(have_specs ? spec_of_grad.get() : grad, placements_)));
   Owned of_param(checked(PyObject_GetAttr(have_specs ? spec_of_param.get() : param, placements_)));
-  if (of_grad.get() == alike_[0] && of_param.get() == alike_[1]) return true;
+  if (of_grad.get() == alike_[i].of_grad && of_param.get() == alike_[i].of_param) return true;
   const int same = PyObject_RichCompareBool(of_grad.get(), of_param.get(), Py_EQ);
   if (same < 0) throw PythonError{};
   if (same == 1 && PyTuple_CheckExact(of_grad.get()) && PyTuple_CheckExact(of_param.get())) {
-    Py_XDECREF(std::exchange(alike_[0], of_grad.release()));
-    Py_XDECREF(std::exchange(alike_[1], of_param.release()));
+    Py_XDECREF(std::exchange(alike_[i].of_grad, of_grad.release()));
+    Py_XDECREF(std::exchange(alike_[i].of_param, of_param.release()));
   }
   return same == 1;
 }
@@ -202,7 +207,7 @@ bool Gather::grad(size_t i, uint64_t* address) {
   has_grad_[i] = 1;
   ++num_grads_;
   const Local local(*this, grad.get());
-  return (!local.is_wrapped() || placed_alike(grad.get(), of)) && matches(local, records_[i], 0, address);
+  return (!local.is_wrapped() || placed_alike(i, grad.get(), of)) && matches(local, records_[i], 0, address);
 }
 
 std::vector<int64_t> Gather::weights(PyObject* column) {

@@ -88,7 +88,7 @@ class Gather {
   bool matches(const Local& local, const Record& record, uint64_t known, uint64_t* address) const;
   const Class& class_of(PyObject* tensor) const;
   bool is_lazy(PyObject* tensor, const Record& record) const;
-  bool placed_alike(PyObject* grad, PyObject* param);
+  bool placed_alike(size_t i, PyObject* grad, PyObject* param);
   void find_entries(PyObject* state);
   PyObject* param(size_t i) const;
 
@@ -108,7 +108,11 @@ class Gather {
   PyObject* spec_ = nullptr;
   PyObject* placements_ = nullptr;
   PyObject* counters_ = nullptr;
-  PyObject* alike_[2] = {};  // placements of a gradient and its parameter, not the same tuple, that were equal
+  struct Alike {
+    PyObject* of_grad;
+    PyObject* of_param;
+  };
+  std::vector<Alike> alike_;  // for each tensor placements, not the same tuple, that were equal; null where none were
   mutable std::deque<Class> classes_;  // of the tensors seen so far
   std::vector<Record> records_;
   std::vector<int64_t> groups_;

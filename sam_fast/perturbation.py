@@ -119,12 +119,13 @@ class Perturbation:
         members: list[Member] = []
         left_out: list[tuple[Tensor, bool]] = []
         seen: set[int] = set()
+        held = self.storage.held()
         for index, group in enumerate(param_groups):
             for p in group["params"]:
                 if id(p) in seen:  # a parameter that is listed twice is one parameter
                     continue
                 seen.add(id(p))
-                if not _takes_part(p, group["perturb"]):
+                if not _takes_part(p, group["perturb"]) and not (id(p) in held and is_plain(p)):
                     left_out.append((p, bool(group["perturb"])))
                     continue
                 if (is_wrapper(p.__class__) and not is_dtensor(p)) or p.layout != torch.strided:
@@ -220,7 +221,8 @@ class Perturbation:
             if not bucket.collect(options):
                 return False
             moved = moved or bucket.moved
-        return self.flatten or not moved or not self._shares_anew()  # with flatten=True the tensors are flat buffers
+        # With flatten=True the tensors are flat buffers.
+        return self.flatten or not moved or not (self._shares_anew() or self.storage.replaced())
 
     def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
         if all_none(list(map(_grad_of, self.left_out))):
@@ -231,8 +233,9 @@ class Perturbation:
         """Whether other tensors share memory than when the buckets were built."""
         if overlapping(self._tensors) != self._shared:
             return True
+        replaced = self.storage.replaced()  # then the next first step builds the buckets anew
         for bucket in self.buckets:
-            bucket.moved = False
+            bucket.moved = replaced
         return False
 
     def norm_of_gradients(self, param_groups: ParamGroups) -> Tensor | None:

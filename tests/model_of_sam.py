@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ def as_laid_out(values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=dtype).copy_(values)
 
 
-def perturbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor]]]:
+def perturbed(optimizer: SAM, eps: float, outside: Collection[int] = ()) -> tuple[float, list[tuple[Any, Tensor]]]:
     """The norm, and for each parameter that moves ``w + e`` in float64 (all of them, unmoved, where the norm is not
-    finite).
+    finite). ``outside``: with ``flatten=True``, ids of frozen parameters that are in no flat buffer.
     """
     terms, moving = [], []
     for group in optimizer.param_groups:
@@ -47,7 +48,7 @@ def perturbed(optimizer: SAM, eps: float) -> tuple[float, list[tuple[Any, Tensor
                 t = wide(p).abs() + group["eta"] if group["adaptive"] else torch.ones((), dtype=torch.float64)
                 terms.append((t * wide(p.grad)).abs().square().sum())
                 moving.append((p, group, t))
-            elif group["adaptive"] and flattened(optimizer) and not p.isfinite().all():
+            elif group["adaptive"] and flattened(optimizer) and id(p) not in outside and not p.isfinite().all():
                 # docs/guarantees.md: not told from a gradient of zeros
                 terms.append(torch.tensor(math.nan, dtype=torch.float64))
     norm = float(torch.stack(terms).sum().sqrt()) if terms else 0.0

@@ -148,6 +148,42 @@ def test_frozen_parameter_has_no_gradient_and_does_not_decay():
     assert not torch.equal(params[1], before[1])
 
 
+def test_what_is_frozen_later_stays_in_its_buffer_and_moves_no_other():
+    params = make_params([50, 60, 70])
+    left_out = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    optimizer = SAM([*params, left_out], lr=0.1, flatten=True)
+    addresses = [p.data_ptr() for p in params]
+    params[0].requires_grad_(False)
+    params[0].grad = None
+    optimizer.add_param_group({"params": make_params([20])})
+    assert [p.data_ptr() for p in params] == addresses
+    left_out.requires_grad_()
+    left_out.grad = torch.ones(4)
+    before = values(params)
+    optimizer.first_step()
+    assert [p.data_ptr() for p in params] == addresses
+    assert [torch.equal(p, b) for p, b in zip(params, before, strict=True)] == [True, False, False]
+
+
+@pytest.mark.guarantee(id="addresses")
+def test_a_copy_made_while_a_parameter_is_frozen_moves_it_when_it_is_not():
+    params = make_params([50, 60])
+    optimizer = SAM(params, lr=0.1, flatten=True)
+    params[0].requires_grad_(False)
+    params[0].grad = None
+    params, optimizer = copy.deepcopy((params, optimizer))
+    frozen, other = (p.data_ptr() for p in params)
+    for p in params:
+        p.requires_grad_()
+        p.grad = torch.ones_like(p)
+    before = values(params)
+    optimizer.first_step()
+    assert params[0].data_ptr() != frozen  # frozen, it cost no slot
+    assert params[1].data_ptr() == other
+    optimizer.restore()
+    assert same_bits(values(params), before)
+
+
 def test_model_moved_to_another_dtype_is_flattened_again():
     model = SmallNet()
     optimizer = SAM(model.parameters(), lr=0.05, flatten=True)

@@ -272,6 +272,18 @@ def test_parameters_tied_between_the_passes_lose_no_update():
     )
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_parameters_tied_between_the_passes_of_a_step_that_is_given_up_are_seen(backend):
+    params = make_params([12, 12])
+    optimizer = SAM(params, lr=0.1, backend=backend)
+    optimizer.first_step()
+    params[1].data = params[0].data
+    optimizer.restore()
+    optimizer.first_step()
+    optimizer.second_step()
+    assert optimizer.second_step_path == "parameters share memory, and must be stepped one after the other"
+
+
 def test_flatten_refuses_parameters_tied_later_by_name():
     a, b = make_params([12, 12])
     optimizer = SAM([("a", a), ("b", b)], lr=0.1, flatten=True)

@@ -152,6 +152,9 @@ class Run:
         self.began: list[Tensor] | None = None  # the weights at which the step began, while perturbed
         self.now = values(params)
         self.left_flat = False  # a parameter was given other memory, and has yet to come back to the flat buffer
+        # With flatten=True: ids of the parameters that were frozen when the optimizer or its copy was made. They come
+        # to the flat buffer once they take part.
+        self.outside: set[int] = set()
         self.check()
 
     # -- What holds after every call
@@ -179,13 +182,23 @@ class Run:
         )
         grads = [None if p.grad is None else p.grad.detach().clone() for p in self.params]
         yield
-        assert self.left_flat or [p.data_ptr() for p in self.params] == addresses
+        for p, address in zip(self.params, addresses, strict=True):
+            assert self.left_flat or id(p) in self.outside or p.data_ptr() == address
         for p, version, w in zip(self.params, versions, before, strict=True):
             assert p._version > version or same_bits([p], [w])
         for p, grad in zip(self.params, grads, strict=True):
             if gradients and grad is not None:
                 assert p.grad is not None
                 assert same_bits([p.grad], [grad])
+
+    def still_outside(self) -> set[int]:
+        """Those that the next first step leaves outside: it brings all in that are not frozen, once it has to bring one
+        in.
+        """
+        outside = [p for p in self.params if id(p) in self.outside]
+        if not self.left_flat and all(p.grad is None for p in outside):
+            return self.outside
+        return {id(p) for p in outside if not p.requires_grad}
 
     def refused(self, call: Callable[[], Any]) -> None:
         with self.keeps(), pytest.raises(RuntimeError):
@@ -197,10 +210,11 @@ class Run:
         if self.began is not None:
             return self.refused(self.optimizer.first_step)
         before = values(self.params)
-        norm, expected = perturbed(self.optimizer, EPS)
+        outside = self.still_outside()
+        norm, expected = perturbed(self.optimizer, EPS, outside)
         with self.keeps():
             self.optimizer.first_step()
-        self.left_flat = False
+        self.left_flat, self.outside = False, outside
         self.check_perturbed(before, norm, expected)
         self.began = before
         self.now = values(self.params)
@@ -319,10 +333,11 @@ class Run:
         """PyTorch's way: the closure is called for both passes. It raises in the call of that number."""
         count = 0
         before = values(self.params)
+        outside = self.outside
         expected: Any = None
 
         def call() -> int:
-            nonlocal count, expected
+            nonlocal count, expected, outside
             count += 1
             if count == 1:
                 assert same_bits(self.params, before)
@@ -330,7 +345,8 @@ class Run:
             if count == raises:
                 raise Raised
             if count == 1:
-                expected = perturbed(self.optimizer, EPS)
+                outside = self.still_outside()
+                expected = perturbed(self.optimizer, EPS, outside)
             else:
                 self.check_perturbed(before, *expected)
                 expected = self.expected_update(before)
@@ -346,6 +362,7 @@ class Run:
                     self.optimizer.step(call)
             else:
                 assert self.optimizer.step(call) == 1
+        self.outside = outside
         if not raises:
             self.check_update(*expected)
         return None
@@ -382,14 +399,16 @@ class Run:
         """As model code does that assigns ``p.data``."""
         p = self.params[index % len(self.params)]
         p.data = p.detach().clone()
-        self.left_flat = flattened(self.optimizer)
+        self.left_flat = self.left_flat or (flattened(self.optimizer) and id(p) not in self.outside)
 
     def add_group(self, spec: Any) -> None:
         group = {"params": [make_param(*spec[:3], "contiguous")]}
         if self.began is not None:
             return self.refused(lambda: self.optimizer.add_param_group(group))
         if len(self.optimizer.param_groups) < 5:
-            self.optimizer.add_param_group(group)
+            with self.keeps():
+                self.optimizer.add_param_group(group)
+            self.outside = {id(p) for p in self.params if id(p) in self.outside and not p.requires_grad}
             self.params.append(group["params"][0])
             self.now.append(values(self.params)[-1])
         return None
@@ -421,6 +440,9 @@ class Run:
         original, weights = self.params, self.now
         grads = [p.grad for p in original]
         self.params, self.optimizer = copied((original, self.optimizer))
+        self.left_flat = False
+        if flattened(self.optimizer):
+            self.outside = {id(p) for p in self.params if not p.requires_grad}
         for p, grad in zip(self.params, grads, strict=True):
             if grad is not None:
                 p.grad = grad.detach().clone()

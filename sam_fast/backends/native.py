@@ -109,11 +109,10 @@ class NativeBucket(Bucket):
         if along is None:
             changed, odd = self._collect(options.wanted)
         else:
-            changed = self._gather.weights(self._weights)
+            changed = self._look_at_weights()
             perturb = (options.perturb[group] for group in self.groups)
             along = [tensor if takes_part else None for tensor, takes_part in zip(along, perturb, strict=True)]
             odd = self._gather.read(along, self._along)
-        self.moved = self.moved or self._gather.moved
         if changed:
             self._require_memory(changed)
             return False
@@ -124,11 +123,20 @@ class NativeBucket(Bucket):
         return True
 
     def _collect(self, wanted: bytes | None) -> tuple[list[int], list[int]]:
-        if not self._has_wrappers:
-            return self._gather.collect(self._weights, self._along, wanted)  # type: ignore[no-any-return]
-        # A wrapper's __torch_function__ is looked up for every tensor that is asked something. DTensor has none.
-        with DisableTorchFunctionSubclass():
-            return self._gather.collect(self._weights, self._along, wanted)  # type: ignore[no-any-return]
+        if self._has_wrappers:
+            # A wrapper's __torch_function__ is looked up for every tensor that is asked something. DTensor has none.
+            with DisableTorchFunctionSubclass():
+                changed, odd = self._gather.collect(self._weights, self._along, wanted)
+        else:
+            changed, odd = self._gather.collect(self._weights, self._along, wanted)
+        self.moved = self.moved or self._gather.moved
+        return changed, odd
+
+    def _look_at_weights(self) -> list[int]:
+        """Read the weights' addresses. Returns those that are not what the bucket was built for."""
+        changed: list[int] = self._gather.weights(self._weights)
+        self.moved = self.moved or self._gather.moved
+        return changed
 
     def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
         _ = self.backup
@@ -176,7 +184,7 @@ class NativeBucket(Bucket):
         return [] if self._num_saved == 0 else [i for i, address in enumerate(self._saved) if address]
 
     def save(self) -> bool:
-        if self._gather.weights(self._weights):
+        if self._look_at_weights():
             return False
         _ = self.backup
         self._num_saved = None
@@ -186,7 +194,7 @@ class NativeBucket(Bucket):
     def restore(self, release: bool = True) -> None:
         if self._num_saved == 0:
             return
-        changed = self._gather.weights(self._weights)
+        changed = self._look_at_weights()
         self._num_saved = None
         self.launch_copy(restore=True, release=release)
         if changed:
@@ -228,7 +236,6 @@ class NativeBucket(Bucket):
     def prepare_step(self, state: Any, options: StepOptions) -> None:
         self._copies.clear()
         changed, odd = self._collect(None)
-        self.moved = self.moved or self._gather.moved
         if changed:
             raise NotFused("a parameter is no longer laid out as it was in first_step")
         for index in odd:

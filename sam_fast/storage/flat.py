@@ -207,6 +207,9 @@ class Flat(InPlace):
         self.buffers = kept
         return [choose(flat.runs[0], self.backend).bucket(flat.runs, flat.run_groups, flat.run_params) for flat in kept]
 
+    def held(self) -> set[int]:
+        return {id(p) for flat in self.buffers for p in flat.params}
+
     def step_buckets(self, buckets: list[Bucket]) -> list[Bucket] | None:
         if not self._intact():
             return None

@@ -42,6 +42,10 @@ class InPlace:
     def _bucket(self, backend: Backend, shared: bool, members: Sequence[Member]) -> Bucket:
         return backend.bucket([p for p, _ in members], [group for _, group in members], shared=shared)
 
+    def held(self) -> set[int]:
+        """The ids of the parameters that take part although they may be frozen: others would move if they left."""
+        return set()
+
     def step_buckets(self, buckets: list[Bucket]) -> list[Bucket] | None:
         """For each bucket the one that a fused second step works on, whose tensors are parameters.
 
@@ -56,6 +60,10 @@ class InPlace:
             own_gradient: each process perturbs along the gradient it has: partial sums are not added up.
         """
         return True
+
+    def replaced(self) -> bool:
+        """Whether the kernels see other tensors of the parameters than when the buckets were built."""
+        return False
 
     def combine(self, sums: Iterable[tuple[Bucket, Tensor, NormSum]]) -> None:
         """Make each device's sum that over all processes."""

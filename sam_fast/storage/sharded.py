@@ -64,7 +64,10 @@ class Sharded(InPlace):
 
     def collect(self, own_gradient: bool) -> bool:
         self._own_gradient = own_gradient
-        return same_objects(list(map(_local_of, self._dtensors)), self._locals)
+        return True
+
+    def replaced(self) -> bool:
+        return not same_objects(list(map(_local_of, self._dtensors)), self._locals)
 
     def _gradient_of(self, param: Any) -> Tensor | None:
         """What this process holds of a gradient, laid out as the parameter is."""
