@@ -44,7 +44,7 @@ def price_picture(contrasted: Sequence[Sequence[Any]]) -> Any:
     """Gain over passes of the README's rows."""
     size = (4.4 * len(TASKS), 4)
     figure, axes = plt.subplots(1, len(TASKS), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    styles = {"sgd": ("o", "#333333"), "sgd-1.25x": ("o", GREY), "sgd-2x": ("o", "#b5b5b5"), "sam": ("s", HIGHLIGHT)}
+    styles = {"sgd": ("o", "#333333"), "sgd-2x": ("o", GREY), "sam": ("s", HIGHLIGHT)}
     others = iter(zip("D^v*", ("#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e"), strict=True))
     for axis, row_of_task in zip(axes[0], zip(*contrasted, strict=True), strict=False):
         for row in row_of_task:

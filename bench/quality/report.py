@@ -307,11 +307,11 @@ LINES = {
 """What an accepted contender is with sam_fast."""
 
 
-BASIS = ("sgd", "sgd-1.25x", "sgd-2x", "sam")
+BASIS = ("sgd", "sgd-2x", "sam")
 
 
 def contrasted(by_task: dict[str, list[Row]]) -> list[list[Row]]:
-    """SGD, also with more epochs, SAM, and what is accepted on all tasks, the cheapest last; a row of each task."""
+    """SGD, also with SAM's passes, SAM, and what is accepted on all tasks, the cheapest last; a row of each task."""
     each = [list(same) for same in zip(*by_task.values(), strict=True)]
     accepted = [same for same in each if all(r.complete and r.verdict.startswith("accepted") for r in same)]
     basis = [same for same in each if same[0].contender in BASIS and all(r.runs for r in same)]
