@@ -4,7 +4,7 @@
 // A value between two neighbours of the format goes to either, with a probability that makes the result right on
 // average; a value that the format has stays. Rounding is counter-based (Salmon et al.,
 // https://doi.org/10.1145/2063384.2063405): the random bits are a function of a key, the same for all elements of one
-// operation, of the element's place in the bucket, and of the value. The value matters where the key cannot change:
+// operation, of the element's position in the bucket, and of the value. The value matters where the key cannot change:
 // when a CUDA graph is replayed.
 //
 // U is an unsigned 32-bit integer or a SIMD vector of them.
@@ -30,7 +30,7 @@ SAM_HD U mixed(U x) {
   return x ^ (x >> 16);
 }
 
-// index: the element's place in the bucket, modulo 2^32. value: its float32 bits before rounding.
+// index: the element's position in the bucket, modulo 2^32. value: its float32 bits before rounding.
 template <class U>
 SAM_HD U random_bits(U index, U value, uint32_t key) {
   return mixed(index ^ (value * 0x9e3779b9u) ^ key);

@@ -13,7 +13,7 @@ enum class DType : int64_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 struct TensorInfo {
   int64_t group;  // index into the options
   int64_t numel;  // number of elements
-  int64_t slot;   // its first element's place in the bucket
+  int64_t slot;   // its first element's position in the bucket
 };
 
 // A run of one tensor's elements, small enough that tensors of all sizes balance over threads. Slots ascend.
@@ -22,7 +22,7 @@ struct Chunk {
   int64_t group;   // index into the options
   int64_t begin;   // first element within the tensor
   int64_t count;   // number of elements
-  int64_t slot;    // its first element's place in the bucket
+  int64_t slot;    // its first element's position in the bucket
 };
 
 constexpr int kMaxStates = 3;  // tensors of state that a base optimizer may have for each parameter

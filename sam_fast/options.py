@@ -116,7 +116,7 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
 
 
 def name_of(param: Tensor, param_groups: Sequence[dict[str, Any]]) -> str:
-    """How an error message calls a parameter: by its name where the groups have names, else by its place."""
+    """How an error message calls a parameter: by its name where the groups have names, else by its position."""
     for index, group in enumerate(param_groups):
         for position, p in enumerate(group["params"]):
             if p is param:

@@ -27,7 +27,7 @@ _grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search
 
 
 def _takes_part(p: Tensor, perturb: bool) -> bool:
-    """Whether there must be a place for a parameter in a bucket: it has a gradient, or may get one.
+    """Whether a bucket must hold a parameter: it has a gradient, or may get one.
 
     What is frozen, on the meta device, sparse, quantised or yet to be materialised, and has no gradient, is not looked
     into.

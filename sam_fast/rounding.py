@@ -34,7 +34,7 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, index: Tensor, key: int)
     Args:
         x: float32.
         dtype: bfloat16 or float16.
-        index: int32, of x's shape: each element's place in the bucket, modulo 2^32.
+        index: int32, of x's shape: each element's position in the bucket, modulo 2^32.
         key: from :func:`rounding_key`.
     """
     value = x.view(torch.int32)

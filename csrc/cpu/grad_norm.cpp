@@ -44,7 +44,7 @@ double sum_of_squares(const void* weights, const void* grads, int64_t n, double 
   const V eta = V{} + eta_value;
   V sums[kVectors] = {};
   int64_t i = 0;
-  // Four places are read at once: hardware prefetchers follow a stream within its page, so that one stream alone leaves
+  // Four streams at once: hardware prefetchers follow a stream within its page, so that one stream alone leaves
   // read bandwidth unused (measured on two Zen 3 cores: 1 stream 30 GB/s, 2 streams 35, 4 streams 36; software
   // prefetching adds less than that).
   const int64_t part = n / kStreams / kLanes * kLanes;

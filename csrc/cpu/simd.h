@@ -245,9 +245,9 @@ struct RoundingBits {
   RoundingBits at(int64_t i) const { return {key, index + static_cast<uint32_t>(i)}; }
   template <int N>
   Vec<uint32_t, N> draw(Vec<uint32_t, N> value) const {
-    Vec<uint32_t, N> places{};
-    for (int i = 0; i < N; ++i) places[i] = index + static_cast<uint32_t>(i);
-    return random_bits(places, value, key);
+    Vec<uint32_t, N> positions{};
+    for (int i = 0; i < N; ++i) positions[i] = index + static_cast<uint32_t>(i);
+    return random_bits(positions, value, key);
   }
 };
 

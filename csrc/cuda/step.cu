@@ -45,7 +45,7 @@ Entries<Step> entries_of(const Bucket& b, const typename Step::Options* options,
     const float count = on_host ? *reinterpret_cast<const float*>(b.counters[i]) + 1.0f : 1.0f;
     const Key key{group, b.saved[i] != 0, count};
     if (key != last) {
-      const auto [place, is_new] = known.emplace(key, static_cast<int64_t>(found.entries.size()));
+      const auto [position, is_new] = known.emplace(key, static_cast<int64_t>(found.entries.size()));
       if (is_new) {
         Entry<Step> entry{};
         static_cast<typename Step::Options&>(entry) = options[group];
@@ -54,7 +54,7 @@ Entries<Step> entries_of(const Bucket& b, const typename Step::Options* options,
         entry.saved = b.saved[i] != 0;
         found.entries.push_back(entry);
       }
-      number = place->second;
+      number = position->second;
       last = key;
     }
     tensor.group = number;

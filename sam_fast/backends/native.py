@@ -273,8 +273,8 @@ class NativeBucket(Bucket):
     def _steps_in_float32(self) -> Tensor:
         """Copies of counters in float64, which PyTorch makes where that is the default dtype; kernels read float32."""
         copies = torch.cat([step.detach().reshape(1) for step in self._steps]).float()
-        for place, index in enumerate(self._counted()):
-            self._counters[index] = copies.data_ptr() + copies.itemsize * place
+        for position, index in enumerate(self._counted()):
+            self._counters[index] = copies.data_ptr() + copies.itemsize * position
         return copies
 
     def _counted(self) -> list[int]:

@@ -140,9 +140,9 @@ def rounded(values: list[Tensor], backups: list[Tensor], rounding_key: int | Non
         return values
     found = []
     for value, backup in zip(values, backups, strict=True):
-        # An element's place in the bucket is that of its backup.
-        places = torch.arange(backup.numel(), device=backup.device).add_(backup.storage_offset()).to(torch.int32)
-        index = places.as_strided(backup.shape, backup.stride())
+        # An element's position in the bucket is that of its backup.
+        positions = torch.arange(backup.numel(), device=backup.device).add_(backup.storage_offset()).to(torch.int32)
+        index = positions.as_strided(backup.shape, backup.stride())
         found.append(round_stochastically(value.contiguous(), backup.dtype, index.contiguous(), rounding_key))
     return found
 
