@@ -172,3 +172,36 @@ def batches(steps: int, batch: int = 16, seed: int = 0) -> list[tuple[Tensor, Te
         labels = torch.randint(0, 10, (batch,), generator=generator, device="cpu")
         found.append((images, labels.to(images.device)))
     return found
+
+
+def give_doubles(params: list[nn.Parameter], seed: int) -> None:
+    """Gradients that are drawn in float64, whatever the dtype."""
+    for p, g in zip(params, make_params([p.numel() for p in params], torch.float64, seed), strict=True):
+        p.grad = g.detach().reshape(p.shape).to(p.dtype)
+
+
+def two_passes(optimizer: Any, params: list[nn.Parameter], seed: int) -> None:
+    """A step, each of its passes with gradients of its own."""
+    give_doubles(params, 2 * seed)
+    optimizer.first_step()
+    give_doubles(params, 2 * seed + 1)
+    optimizer.second_step()
+
+
+def wrap(optimizer: torch.optim.Optimizer) -> Any:
+    """As Lightning and Fabric do: an object of a subclass with its own attributes that falls back on the
+    optimizer's.
+    """
+
+    class Wrapper:
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self._optimizer = inner
+            self.__class__ = type("Wrapped" + type(inner).__name__, (self.__class__, type(inner)), {})
+
+        def step(self, closure: Any = None, **options: Any) -> Any:
+            return self._optimizer.step(closure, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._optimizer, name)
+
+    return Wrapper(optimizer)
