@@ -35,7 +35,7 @@ def test_the_command_trains_all_rows_and_saves_what_it_prints(tmp_path):
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [(run["seed"], run["row"]) for run in runs] == [(seed, row) for seed in (0, 1) for row in ROWS]
-    assert {run["row"]: run["steps"] for run in runs} == {"sgd": 7, "sgd-2x": 14, "sam": 7, "quarter-late-half": 7}
+    assert {run["row"]: run["steps"] for run in runs} == {"sgd": 7, "sgd-2x": 14, "sam": 7, "quarter-late-quarter": 7}
     for run in runs:
         assert all(0 < run[c] < most for c, most in {"accuracy": 1, "noisy": 1, "sharpness": 10}.items())
         assert run["curve"][-1] == [run["seconds"], run["accuracy"]]

@@ -144,7 +144,7 @@ def test_a_build_that_fails_with_cuda_goes_on_without_and_is_a_failure(tmp_path,
     }
     assert (
         steps["build"]["detail"].splitlines()[0]
-        == "without the CUDA module, whose build failed; what follows was built with SAM_FAST_CUDA=0"
+        == "without the CUDA module, whose build failed; what follows was built with SAM_FAST_CUDA=0 SAM_FAST_NATIVE=1"
     )
     assert (results / "logs" / "build.log").read_text() == "SAM_FAST_CUDA is 1\nSAM_FAST_CUDA is 0\n"
     assert steps["tests"]["detail"].startswith("1 passed\n")
