@@ -159,6 +159,15 @@ class Run:
 
     # -- What holds after every call
 
+    def follow(self, sequence: list[tuple[Any, ...]]) -> None:
+        """Make the calls, and compare after each."""
+        self.gradients(0, "all")
+        for name, *arguments in sequence:
+            getattr(self, name)(*arguments)
+            self.check()
+        self.restore()
+        self.check()
+
     def check(self) -> None:
         o = self.optimizer
         assert o.state is o.base_optimizer.state
@@ -463,10 +472,4 @@ class Run:
 def test_every_call_does_what_the_model_does(
     made: tuple[SAM, list[nn.Parameter]], sequence: list[tuple[Any, ...]]
 ) -> None:
-    run = Run(*made)
-    run.gradients(0, "all")
-    for name, *arguments in sequence:
-        getattr(run, name)(*arguments)
-        run.check()
-    run.restore()
-    run.check()
+    Run(*made).follow(sequence)

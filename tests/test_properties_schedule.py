@@ -243,10 +243,4 @@ class ScheduledRun(Run):
 def test_every_call_does_what_the_model_does(
     made: tuple[SAM, list[nn.Parameter]], sequence: list[tuple[Any, ...]]
 ) -> None:
-    run = ScheduledRun(*made)
-    run.gradients(0, "all")
-    for name, *arguments in sequence:
-        getattr(run, name)(*arguments)
-        run.check()
-    run.restore()
-    run.check()
+    ScheduledRun(*made).follow(sequence)

@@ -24,7 +24,6 @@ from bench.quality import pictures, plan, report, tasks, timing, train
 from bench.quality.contenders import CONTENDERS, Trainer
 from bench.quality.train import Run
 from examples.fashion_mnist.data import load
-from examples.fashion_mnist.model import sharpness
 
 STEPS, BATCH, LR, DECAY, RHO = 8, 16, 0.1, 0.02, 0.3
 
@@ -256,7 +255,7 @@ def test_the_sharpness_is_the_rise_to_moved_weights():
     w, b = torch.autograd.grad(loss, list(net.parameters()))
     e = 0.1 / torch.cat([w.flatten(), b]).norm()
     moved = cross_entropy(x.flatten(1) @ (net[1].weight + e * w).T + net[1].bias + e * b, y)
-    assert sharpness(net, x, y, rho=0.1) == pytest.approx((moved - loss).item(), rel=1e-9)
+    assert train.sharpness(net, x, y, rho=0.1) == pytest.approx((moved - loss).item(), rel=1e-9)
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------

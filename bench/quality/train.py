@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from bench.quality.contenders import CONTENDERS, Trainer
 from bench.quality.tasks import TASKS, split
-from examples.fashion_mnist.model import evaluate, network, sharpness
+from examples.fashion_mnist.model import evaluate, network
 
 SHARPNESS_RHO = 0.05
 
@@ -82,3 +85,24 @@ def train(run: Run) -> dict[str, Any]:
         "climbed": round(trainer.climbed / steps, 4),
         "seconds": round(time.process_time() - start, 2),
     }
+
+
+def sharpness(model: nn.Module, images: Tensor, labels: Tensor, *, rho: float, batch_size: int = 128) -> float:
+    """Mean over batches of L(w + e) - L(w), in nats, with e = rho * g / ||g|| along the batch's own gradient g.
+
+    Plain PyTorch, as all that judges. In evaluation mode; the model is left in training mode. A batch whose gradient is
+    0 adds nothing.
+    """
+    params = dict(model.named_parameters())
+    total = 0.0
+    model.eval()
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        loss = cross_entropy(model(x), y)
+        grads = torch.autograd.grad(loss, list(params.values()))
+        with torch.no_grad():
+            norm = torch.stack([g.norm() for g in grads]).norm()
+            if norm > 0:
+                moved = {name: p + rho * g / norm for (name, p), g in zip(params.items(), grads, strict=True)}
+                total += float(cross_entropy(functional_call(model, moved, (x,)), y) - loss) * len(y)
+    model.train()
+    return total / len(labels)

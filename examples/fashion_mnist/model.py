@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from .data import Split
@@ -63,23 +62,3 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
 def noisy(images: Tensor, sd: float) -> Tensor:
     """The images plus Gaussian noise of standard deviation ``sd``, where white is 1; the same at every call."""
     return images + sd * torch.randn(images.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
-
-
-def sharpness(model: nn.Module, images: Tensor, labels: Tensor, *, rho: float, batch_size: int = 128) -> float:
-    """Mean over batches of L(w + e) - L(w), in nats, with e = rho * g / ||g|| along the batch's own gradient g.
-
-    In evaluation mode; the model is left in training mode. A batch whose gradient is 0 adds nothing.
-    """
-    params = dict(model.named_parameters())
-    total = 0.0
-    model.eval()
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        loss = cross_entropy(model(x), y)
-        grads = torch.autograd.grad(loss, list(params.values()))
-        with torch.no_grad():
-            norm = torch.stack([g.norm() for g in grads]).norm()
-            if norm > 0:
-                moved = {name: p + rho * g / norm for (name, p), g in zip(params.items(), grads, strict=True)}
-                total += float(cross_entropy(functional_call(model, moved, (x,)), y) - loss) * len(y)
-    model.train()
-    return total / len(labels)

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from sam_fast import SAM, Schedule, TrainStep
+from sam_fast.sharpness import rho_sharpness
 
 from .data import Split
-from .model import evaluate, network, noisy, sharpness
+from .model import evaluate, network, noisy
 
 BATCH = 128
 POINTS = 8  # of the curve of accuracy over time
@@ -130,5 +131,6 @@ def train(name: str, row: Row, data: Split, seed: int, epochs: int) -> Run:
                 bar.set_postfix_str(f"loss {loss:.3f}, test accuracy {run.accuracy:.1%}", refresh=False)
             bar.update()
     run.noisy = evaluate(model, noisy(data.test_images, NOISE), data.test_labels)[1]
-    run.sharpness = sharpness(model, images, labels, rho=SHARPNESS_RHO, batch_size=BATCH)
+    shown = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    run.sharpness = rho_sharpness(model.eval(), loss_fn, shown, rho=SHARPNESS_RHO).value
     return run
