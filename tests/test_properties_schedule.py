@@ -46,6 +46,7 @@ calls = st.one_of(
     st.tuples(st.just("train_step"), st.integers(0, 99), st.sampled_from([0, 0, 0, 1, 2])),
     st.tuples(st.just("first_pass"), st.integers(0, 99), st.booleans()),
     st.tuples(st.just("other_memory"), st.integers(0, 8)),
+    st.tuples(st.just("freeze"), st.integers(0, 8)),
     st.tuples(st.just("add_group"), specs),
     st.tuples(
         st.just("option"),
@@ -60,6 +61,7 @@ class ScheduledRun(Run):
 
     def __init__(self, optimizer: SAM, params: list[nn.Parameter]) -> None:
         self.count, self.midway = 0, False
+        self.frozen: set[int] = set()
         schedule = optimizer._schedule
         assert schedule is not None
         self.every, self.stop = schedule.every, schedule.stop
@@ -77,7 +79,7 @@ class ScheduledRun(Run):
         assert [group["sam_step"] for group in self.optimizer.param_groups] == [self.count] * len(
             self.optimizer.param_groups
         )
-        assert all(p.requires_grad for p in self.params)
+        assert [p.requires_grad for p in self.params] == [i not in self.frozen for i in range(len(self.params))]
 
     def check_update(self, *expected: Any) -> None:
         super().check_update(*expected)
@@ -183,9 +185,14 @@ class ScheduledRun(Run):
 
     def of_first_pass(self, seed: int) -> None:
         climbing = [p for group in self.optimizer.param_groups if group["perturb"] for p in group["params"]]
-        ids = {id(p) for p in (climbing or self.params)}
+        trained = {id(p) for i, p in enumerate(self.params) if i not in self.frozen}
+        ids = trained & {id(p) for p in climbing} or trained
         assert [p.requires_grad for p in self.params] == [id(p) in ids for p in self.params]
         self.gradients(seed, "all")
+
+    def freeze(self, index: int) -> None:
+        super().freeze(index)
+        self.frozen ^= {index % len(self.params)}
 
     def train_step(self, seed: int, raises: int) -> None:
         """TrainStep, with gradients that are made up. It raises in the pass of that number."""
