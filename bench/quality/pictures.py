@@ -34,7 +34,8 @@ def cost_picture(by_task: dict[str, list[Any]]) -> Any:
         axis.set_xticks(
             range(len(shown)), [f"{r.contender}\n{r.cost:.2f}" for r in shown], rotation=45, ha="right", fontsize=8
         )
-        axis.set(ylabel=GAIN, title=f"task {task}, by passes (SGD = 1); grey: not all seeds yet")
+        unfinished = "" if all(r.complete for r in shown) else "; grey: not all seeds yet"
+        axis.set(ylabel=GAIN, title=f"task {task}, by passes (SGD = 1){unfinished}")
         axis.axhline(0, color="black", lw=0.6)
         axis.grid(alpha=0.3)
     return figure

@@ -150,14 +150,14 @@ def main_table(found: list[Row]) -> list[str]:
                 f"{np.mean(row.accuracies[0]):.2f}",
                 "" if row.contender == "sgd" else interval(row.gain),
                 "" if row.contender in ("sgd", "sam") else interval(row.share),
-                "diverged" if sharp is None else f"{100 * sharp:.0f} %",
+                "" if row.contender == "sgd" else "diverged" if sharp is None else f"{100 * sharp:.0f} %",
                 f"{row.cost:.3g}",
             ]
         time = "not measured yet" if row.time is None else interval(row.time)
         lines.append([TITLES[row.contender], seeds, setting, *measured, time, row.verdict])
     untuned = ", ".join(TITLES[row.contender] for row in found if not row.setting)
-    missing = [f"Not tuned yet: {untuned}."] if untuned else []
-    return [*table(head, lines), "", *missing] if lines else missing
+    missing = ["", f"Not tuned yet: {untuned}."] if untuned else []
+    return [*table(head, lines), *missing] if lines else missing[1:]
 
 
 def fitness(sam: Row) -> str:
@@ -210,7 +210,7 @@ def shipped(by_task: dict[str, list[Row]]) -> list[str]:
     lines = []
     for name in CONTENDERS:
         both = [next(r for r in found if r.contender == name) for found in by_task.values()]
-        if name in ("sgd", "sam") or not all(r.complete for r in both):
+        if name == "sam" or CONTENDERS[name].along is None or not all(r.complete for r in both):
             continue
         below = all(r.share.value < 0.7 for r in both)
         accepted = [r.task for r in both if r.verdict.startswith("accepted")]
