@@ -67,6 +67,13 @@ def on_device_of(name: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
+@pytest.fixture
+def forced_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that the environment forces, which snapshots take. One thread: their tensors are small."""
+    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=[False, True], ids=["", "flatten"])
 def flatten(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)

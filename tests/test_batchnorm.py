@@ -18,11 +18,7 @@ from sam_fast import BatchNormSnapshot, frozen_running_stats
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 @pytest.fixture

@@ -15,11 +15,7 @@ from torch import Tensor, nn
 
 from sam_fast import SAM, BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 def batch(seed: int = 1) -> Tensor:

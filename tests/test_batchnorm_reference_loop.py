@@ -21,11 +21,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 from sam_fast import SAM, disable_running_stats, enable_running_stats, frozen_running_stats
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,7 @@ from torch import nn
 
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 @pytest.fixture

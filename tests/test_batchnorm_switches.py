@@ -15,12 +15,7 @@ from torch import nn
 
 from sam_fast import disable_running_stats, enable_running_stats, frozen_running_stats
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 def make_model() -> nn.Sequential:
