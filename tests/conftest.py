@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import pytest
 import torch
 from cases import BACKENDS, INTERPRETED, RESTRICTED, device_of
 from processes import Group, group_of
+from torch.nn.modules import module as torch_module
 
 if INTERPRETED:
     import interpreter  # noqa: F401  (makes it faster)
@@ -72,6 +74,14 @@ def forced_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend that the environment forces, which snapshots take. One thread: their tensors are small."""
     monkeypatch.setenv("SAM_FAST_BACKEND", backend)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_hook_is_left() -> Iterator[None]:
+    """Once a model is gone or enabled there is no global hook."""
+    yield
+    gc.collect()
+    assert not torch_module._has_any_global_hook()
 
 
 @pytest.fixture(params=[False, True], ids=["", "flatten"])

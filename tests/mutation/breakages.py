@@ -269,7 +269,7 @@ BREAKAGES = [
         "sam_fast/batchnorm.py",
         "            group.snapshot.save()\n            group.settled = False\n",
         "            group.settled = False\n",
-        ("test_batchnorm_reference_loop.py::test_what_somebody_changes_stands_where_enable_is_never_called",),
+        ("test_batchnorm_changes.py::test_what_somebody_changes_stands_where_enable_is_never_called",),
     ),
     Breakage(
         "a lazy sign is not asked for",
