@@ -174,6 +174,13 @@ def batches(steps: int, batch: int = 16, seed: int = 0) -> list[tuple[Tensor, Te
     return found
 
 
+def give(params: Sequence[nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    """Normal gradients, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (normal(p.shape, generator) * scale).to(p.dtype)
+
+
 def give_doubles(params: list[nn.Parameter], seed: int) -> None:
     """Gradients that are drawn in float64, whatever the dtype."""
     for p, g in zip(params, make_params([p.numel() for p in params], torch.float64, seed), strict=True):

@@ -227,7 +227,7 @@ BREAKAGES = [
         "sam_fast/wrapper.py",
         "        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():",
         "        for pre_hook in reversed(self._optimizer_load_state_dict_pre_hooks.values()):",
-        ("test_conformance.py::test_hooks_run_in_torchs_order",),
+        ("test_hooks.py::test_hooks_run_in_torchs_order",),
     ),
     Breakage(
         "gradients of a step that was given up count as new",
