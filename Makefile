@@ -96,7 +96,7 @@ FLOAT32 = not nightly and not float64 and not bfloat16 and not float16
 
 test-cuda: $(EMULATION)/plain/_cuda.so
 	$(call EMULATED,plain) $(PYTEST_EMULATED) -m "$(FLOAT32)" \
-		kernels cuda_emulation test_perturbation.py test_sam.py test_flat.py test_norm_layers.py \
+		kernels cuda_emulation test_perturbation.py test_interruptions.py test_sam.py test_flat.py test_norm_layers.py \
 		test_schedule.py::test_thirty_train_steps_equal_plain_pytorch
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.

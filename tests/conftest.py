@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 from cases import BACKENDS, INTERPRETED, RESTRICTED, device_of
 from processes import Group, group_of
 from torch.nn.modules import module as torch_module
+
+from sam_fast import SAM
 
 if INTERPRETED:
     import interpreter  # noqa: F401  (makes it faster)
@@ -87,6 +89,14 @@ def no_hook_is_left() -> Iterator[None]:
 @pytest.fixture(params=[False, True], ids=["", "flatten"])
 def flatten(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
+
+
+@pytest.fixture
+def make(backend: str, flatten: bool) -> Callable[..., SAM]:
+    """Makes a SAM on the backend under test."""
+    return lambda params, *args, **options: SAM(
+        params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options}
+    )
 
 
 @pytest.fixture(autouse=True)
