@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from cases import BACKENDS, INTERPRETED, RESTRICTED, device_of
 from processes import Group, group_of
 from torch.nn.modules import module as torch_module
 
-from sam_fast import SAM
+from sam_fast import SAM, sam
+from sam_fast.fused_step import fused_step
 
 if INTERPRETED:
     import interpreter  # noqa: F401  (makes it faster)
@@ -97,6 +99,20 @@ def make(backend: str, flatten: bool) -> Callable[..., SAM]:
     return lambda params, *args, **options: SAM(
         params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options}
     )
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each second step, whether it was fused."""
+    answers: list[bool] = []
+
+    def spy(*args: Any, **options: Any) -> str | None:
+        reason = fused_step(*args, **options)
+        answers.append(reason is None)
+        return reason
+
+    monkeypatch.setattr(sam, "fused_step", spy)
+    return answers
 
 
 @pytest.fixture(autouse=True)
