@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,14 @@ BACKENDS = [name for name in backends.available() if not RESTRICTED or name in R
 
 INTERPRETED = backends.triton.INTERPRETED
 """Whether Triton kernels run in its interpreter: a thousand times slower than a GPU."""
+
+
+def interpreter(test: Any) -> Any:
+    """A test that runs kernels: `make test-triton` does that without a GPU."""
+    return pytest.mark.stand_in(
+        pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test)
+    )
+
 
 EMULATED = backends.cuda._cuda is not None and backends.cuda._cuda.device_type == "cpu"
 """Whether the CUDA kernels are executed on the CPU (tests/cuda_emulation)."""
