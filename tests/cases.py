@@ -117,6 +117,17 @@ def make_params(
     return params
 
 
+def on_gpu(sizes: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
+    """``make_params`` on a GPU, whatever the default device."""
+    params = []
+    for p in make_params(sizes, dtype, seed):
+        q = nn.Parameter(p.detach().cuda())
+        assert p.grad is not None
+        q.grad = p.grad.cuda()
+        params.append(q)
+    return params
+
+
 def normal(size: int | Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal values on the default device, the same on every device."""
     return torch.randn(size, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
