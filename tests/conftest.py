@@ -20,6 +20,9 @@ from sam_fast.fused_step import fused_step
 if INTERPRETED:
     import interpreter  # noqa: F401  (makes it faster)
 
+# Its asserts are those of several test files.
+pytest.register_assert_rewrite("followed_run")
+
 # On a GPU: full float32, and the same bits in every run, as the tests expect of what is not ours.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.backends.cudnn.allow_tf32 = False
