@@ -45,6 +45,7 @@ def device_of(backend: str) -> str:
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 SIZES = [
     0,
@@ -199,6 +200,16 @@ def give(params: Sequence[nn.Parameter], seed: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in params:
         p.grad = (normal(p.shape, generator) * scale).to(p.dtype)
+
+
+def train(model: nn.Module, optimizer: SAM, data: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """The loop of the guide."""
+    for x, y in data:
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
 
 
 def give_doubles(params: list[nn.Parameter], seed: int) -> None:

@@ -79,6 +79,11 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def batch(seed: int = 1) -> Tensor:
+    """Eight rows of four features, of mean 1."""
+    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
+
+
 def two_norms() -> nn.Module:
     """A model with two norm layers that have seen one batch."""
     model = nn.Sequential(

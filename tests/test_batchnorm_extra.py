@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import normal, same_bits
-from norms import statistics, unchanged
+from cases import same_bits
+from norms import batch, statistics, unchanged
 from torch import Tensor, nn
 
 from sam_fast import SAM, BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
 
 pytestmark = pytest.mark.usefixtures("forced_backend")
-
-
-def batch(seed: int = 1) -> Tensor:
-    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
 
 
 class KerasNorm(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, EPSILON, SIZES, give, make_params, same_bits, same_step, values
+from cases import EPSILON, SIZES, each_dtype, give, make_params, same_bits, same_step, values
 from fused_runs import run, two_groups, without
 from torch import nn
 
@@ -39,11 +39,10 @@ IDS = [
     *(f"{base}-{name}" for base in ("Adam", "AdamW") for name in ADAM_OPTIONS),
 ]
 bases = pytest.mark.parametrize(("base", "options"), CASES, ids=IDS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @pytest.mark.not_interpreted
-@dtypes
+@each_dtype
 @bases
 def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, taken):
     """SGD in float32 and float64: the same bits, weights and state. Adam: PyTorch's square root is MKL's, not always

@@ -7,14 +7,12 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, SmallNet, batches, make_params, same_bits, values
+from cases import SmallNet, batches, each_dtype, make_params, same_bits, train, values
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @pytest.mark.guarantee(id="addresses")
@@ -344,14 +342,6 @@ def test_model_converted_after_construction(make, change):
 
 def test_deepcopied_model_trains_alike(make):
     """With its optimizer, in mid-training."""
-
-    def train(model, optimizer, data) -> None:
-        for x, y in data:
-            cross_entropy(model(x), y).backward()
-            optimizer.first_step(zero_grad=True)
-            with optimizer.second_pass(model):
-                cross_entropy(model(x), y).backward()
-            optimizer.second_step(zero_grad=True)
 
     model = SmallNet()
     optimizer = make(model.parameters(), momentum=0.9)

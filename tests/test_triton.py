@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, SIZES, buckets_of, interpreter, is_dense_of_a_stand_in, make_params, same_bits, values
+from cases import (
+    CHUNK,
+    SIZES,
+    buckets_of,
+    each_dtype,
+    interpreter,
+    is_dense_of_a_stand_in,
+    make_params,
+    same_bits,
+    values,
+)
 from torch import nn
 
 from sam_fast import SAM, backends
@@ -17,7 +27,6 @@ from sam_fast.backends import triton as backend
 from sam_fast.backends.bucket import Bucket
 
 TRITON = backends.BACKENDS["triton"]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 def options(**changes: object) -> GroupOptions:
