@@ -116,11 +116,7 @@ def check(copy: Path, build: Path, breakage: Breakage) -> bool:
 
 def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--skip-whole"]
-    chosen = [
-        b
-        for b in OF_KERNELS + OF_OPTIMIZER
-        if not words or any(word in b.name or b.file.startswith(word) for word in words)
-    ]
+    chosen = [b for b in BREAKAGES if not words or any(word in b.name or b.file.startswith(word) for word in words)]
     with tempfile.TemporaryDirectory() as folder:
         copy, build = Path(folder) / "copy", Path(folder) / "build"
         copy.mkdir()
