@@ -96,16 +96,16 @@ FLOAT32 = not nightly and not float64 and not bfloat16 and not float16
 
 test-cuda: $(EMULATION)/plain/_cuda.so
 	$(call EMULATED,plain) $(PYTEST_EMULATED) -m "$(FLOAT32)" \
-		kernels cuda_emulation test_perturbation.py test_sam.py test_flat.py test_norm_layers.py \
+		kernels cuda_emulation test_perturbation.py test_interruptions.py test_sam.py test_flat.py test_norm_layers.py \
 		test_schedule.py::test_thirty_train_steps_equal_plain_pytorch
 
 # A process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile \
 		-m "not nightly and not float64 and not not_interpreted" \
-		tests/kernels tests/test_triton.py tests/test_schedule.py tests/test_norm_layers.py
+		tests/kernels tests/test_triton.py tests/test_upload.py tests/test_schedule.py tests/test_norm_layers.py
 	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest -m "not nightly and not not_interpreted" \
-		tests/test_fused_step.py
+		tests/test_fused_step.py tests/test_second_step_path.py
 
 # Fashion-MNIST out of Debian's package, which is not installed: no root needed. Where apt knows no packages, lists of our own are fetched.
 FASHION_MNIST = build/fashion-mnist

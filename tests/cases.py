@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,14 @@ BACKENDS = [name for name in backends.available() if not RESTRICTED or name in R
 INTERPRETED = backends.triton.INTERPRETED
 """Whether Triton kernels run in its interpreter: a thousand times slower than a GPU."""
 
+
+def interpreter(test: Any) -> Any:
+    """A test that runs kernels: `make test-triton` does that without a GPU."""
+    return pytest.mark.stand_in(
+        pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test)
+    )
+
+
 EMULATED = backends.cuda._cuda is not None and backends.cuda._cuda.device_type == "cpu"
 """Whether the CUDA kernels are executed on the CPU (tests/cuda_emulation)."""
 
@@ -36,6 +45,7 @@ def device_of(backend: str) -> str:
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 SIZES = [
     0,
@@ -108,6 +118,17 @@ def make_params(
     return params
 
 
+def on_gpu(sizes: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
+    """``make_params`` on a GPU, whatever the default device."""
+    params = []
+    for p in make_params(sizes, dtype, seed):
+        q = nn.Parameter(p.detach().cuda())
+        assert p.grad is not None
+        q.grad = p.grad.cuda()
+        params.append(q)
+    return params
+
+
 def normal(size: int | Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal values on the default device, the same on every device."""
     return torch.randn(size, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
@@ -172,6 +193,23 @@ def batches(steps: int, batch: int = 16, seed: int = 0) -> list[tuple[Tensor, Te
         labels = torch.randint(0, 10, (batch,), generator=generator, device="cpu")
         found.append((images, labels.to(images.device)))
     return found
+
+
+def give(params: Sequence[nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    """Normal gradients, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (normal(p.shape, generator) * scale).to(p.dtype)
+
+
+def train(model: nn.Module, optimizer: SAM, data: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """The loop of the guide."""
+    for x, y in data:
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        with optimizer.second_pass(model):
+            nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
 
 
 def give_doubles(params: list[nn.Parameter], seed: int) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from cases import BACKENDS, INTERPRETED, RESTRICTED, device_of
 from processes import Group, group_of
+from torch.nn.modules import module as torch_module
+
+from sam_fast import SAM, sam
+from sam_fast.fused_step import fused_step
 
 if INTERPRETED:
     import interpreter  # noqa: F401  (makes it faster)
+
+# Its asserts are those of several test files.
+pytest.register_assert_rewrite("followed_run")
 
 # On a GPU: full float32, and the same bits in every run, as the tests expect of what is not ours.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -67,9 +76,46 @@ def on_device_of(name: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
+@pytest.fixture
+def forced_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that the environment forces, which snapshots take. One thread: their tensors are small."""
+    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_hook_is_left() -> Iterator[None]:
+    """Once a model is gone or enabled there is no global hook."""
+    yield
+    gc.collect()
+    assert not torch_module._has_any_global_hook()
+
+
 @pytest.fixture(params=[False, True], ids=["", "flatten"])
 def flatten(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
+
+
+@pytest.fixture
+def make(backend: str, flatten: bool) -> Callable[..., SAM]:
+    """Makes a SAM on the backend under test."""
+    return lambda params, *args, **options: SAM(
+        params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options}
+    )
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each second step, whether it was fused."""
+    answers: list[bool] = []
+
+    def spy(*args: Any, **options: Any) -> str | None:
+        reason = fused_step(*args, **options)
+        answers.append(reason is None)
+        return reason
+
+    monkeypatch.setattr(sam, "fused_step", spy)
+    return answers
 
 
 @pytest.fixture(autouse=True)

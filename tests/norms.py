@@ -79,6 +79,20 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def batch(seed: int = 1) -> Tensor:
+    """Eight rows of four features, of mean 1."""
+    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
+
+
+def two_norms() -> nn.Module:
+    """A model with two norm layers that have seen one batch."""
+    model = nn.Sequential(
+        nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, momentum=None))
+    )
+    model(torch.randn(8, 4))
+    return model
+
+
 def statistics(model: nn.Module) -> list[Tensor]:
     """Copies of all buffers of ``model``."""
     return [buffer.detach().clone() for buffer in model.buffers()]

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import batches, make_params, same_bits, values
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import lr_scheduler
+from cases import make_params, same_bits, values
+from scaled_runs import BASES, INF, NAN, SGD, Run, batch_of, scaler_with
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_fast import SAM, amp, base_step, sam
 from sam_fast.backends import tensor_lists
-
-SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
-
-BASES: dict[str, dict[str, Any]] = {
-    "sgd": {"base_optimizer": SGD, "momentum": 0.9},
-    "sgd-plain": {"base_optimizer": SGD, "fused": True},
-    "sgd-fused": {"base_optimizer": SGD, "momentum": 0.9, "fused": True},
-    "sgd-foreach": {"base_optimizer": SGD, "momentum": 0.9, "foreach": True},
-    "adamw": {"base_optimizer": AdamW},
-    "adamw-fused": {"base_optimizer": AdamW, "fused": True},
-}
-
-
-@functools.cache
-def _batches(device: str) -> list[tuple[Tensor, Tensor]]:
-    return batches(20)
-
-
-def batch_of(i: int) -> tuple[Tensor, Tensor]:
-    """Batch i, on the default device."""
-    return _batches(str(torch.get_default_device()))[i]
 
 
 @pytest.fixture(params=BASES)
@@ -54,58 +28,6 @@ Make = Callable[..., "Run"]
 @pytest.fixture
 def make(backend: str, flatten: bool) -> Make:
     return lambda base, *args, **options: Run({"backend": backend, "flatten": flatten, **base}, *args, **options)
-
-
-class Run:
-    """A small network in training, with or without a scaler; the same weights each time.
-
-    No perturb_eps: the one thing that sees the scale.
-    """
-
-    def __init__(self, options: dict[str, Any], scaler: torch.amp.GradScaler | None = None, clip: bool = False) -> None:
-        torch.manual_seed(1)
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
-        self.optimizer = SAM(self.model.parameters(), **{"lr": 0.01, "rho": 0.1, "perturb_eps": 0.0, **options})
-        self.scaler = torch.amp.GradScaler(torch.get_default_device().type, enabled=False) if scaler is None else scaler
-        self.clip = clip
-        self.autocast: Callable[[], Any] = contextlib.nullcontext
-
-    def backward(self, x: Tensor, y: Tensor, plant: float | None) -> float:
-        with self.autocast():
-            loss = cross_entropy(self.model(x), y)
-        self.scaler.scale(loss).backward()
-        if plant is not None:
-            self.model[1].bias.grad[-1] = plant
-        return loss.item()
-
-    def step(self, batch: int, first: float | None = None, second: float | None = None) -> float:
-        """One step with this batch; ``first`` and ``second`` are planted in the gradients of their pass.
-
-        Returns the first loss.
-        """
-        loss = self.backward(*batch_of(batch), first)
-        self.optimizer.first_step(zero_grad=True)
-        self.backward(*batch_of(batch), second)
-        if self.clip:
-            self.scaler.unscale_(self.optimizer)
-            clip_grad_norm_(self.model.parameters(), 0.5)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return loss
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return values(list(self.model.parameters()))
-
-    def state(self) -> dict[str, Any]:
-        return copy.deepcopy(self.optimizer.state_dict()["state"])
-
-
-def scaler_with(
-    scale: float = 2.0**12, kind: type[torch.amp.GradScaler] = torch.amp.GradScaler, **options: Any
-) -> torch.amp.GradScaler:
-    return kind(torch.get_default_device().type, init_scale=scale, **options)
 
 
 def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -171,9 +93,6 @@ def test_several_dtypes_are_unscaled(backend: str) -> None:
 
 
 # ---- Overflows -------------------------------------------------------------------------------------------------------
-
-
-INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.guarantee(id="grad-scaler")
@@ -268,100 +187,6 @@ def test_a_first_pass_without_synchronisation_that_raised_is_forgotten(make: Mak
         raise ZeroDivisionError
     run.step(0, first=INF)
     assert run.scaler.get_scale() == 2.0**11
-
-
-# ---- What lies between the scaler and the step -----------------------------------------------------------------------
-
-
-class Subclass(torch.amp.GradScaler):
-    """With a step of its own."""
-
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        return super().step(optimizer, *args, **kwargs)
-
-
-def scheduled(optimizer: SAM, steps: list[float]) -> None:
-    lr_scheduler.ConstantLR(optimizer)
-
-
-def hooked(optimizer: SAM, steps: list[float]) -> None:
-    optimizer.register_step_pre_hook(lambda *_: None)
-    optimizer.register_step_post_hook(lambda *_: None)
-
-
-def patched(optimizer: SAM, steps: list[float]) -> None:
-    step = optimizer.step
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        steps.append(1.0)
-        return step(*args, **kwargs)
-
-    optimizer.step = counting  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("kind", [torch.amp.GradScaler, Subclass])
-@pytest.mark.parametrize("wrap", [scheduled, hooked, patched])
-def test_the_scaler_is_found_behind_what_wraps_the_step(
-    wrap: Callable[[SAM, list[float]], None], kind: type[torch.amp.GradScaler]
-) -> None:
-    run = Run(BASES["adamw-fused"], scaler_with(kind=kind))
-    wrap(run.optimizer, [])
-    run.step(0)
-    with torch.profiler.profile():
-        run.step(1, first=INF)
-    assert run.scaler.get_scale() == 2.0**11
-
-
-def test_two_optimizers_share_a_scaler() -> None:
-    scaler = scaler_with()
-    runs = [Run(BASES["sgd"], scaler) for _ in range(2)]
-    for run, plant in zip(runs, (INF, None), strict=True):
-        run.backward(*batch_of(0), plant)
-        run.optimizer.first_step(zero_grad=True)
-        run.backward(*batch_of(0), None)
-    before = runs[0].weights
-    for run in runs:
-        scaler.step(run.optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**11
-    assert same_bits(runs[0].weights, before)
-    assert not same_bits(runs[1].weights, before)
-
-
-class Foreign:
-    """Gives the optimizer its tensors, as a scaler does, and is none."""
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-
-
-class Renamed(Foreign, torch.amp.GradScaler):
-    """A scaler that keeps its books elsewhere."""
-
-    def __init__(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize(("kind", "words"), [(Foreign, "not called by"), (Renamed, "_per_optimizer_states")])
-def test_a_scaler_that_cannot_be_told_gets_one_warning_and_still_no_update(
-    kind: type[Foreign], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(amp, "_warned", set())
-    run, foreign = Run(BASES["adamw-fused"]), kind()
-    before = run.weights
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for plant in (INF, INF, None):
-            run.backward(*batch_of(0), plant)
-            run.optimizer.first_step(zero_grad=True)
-            run.backward(*batch_of(0), None)
-            foreign.step(run.optimizer)
-            run.optimizer.zero_grad()
-            assert same_bits(run.weights, before) is (plant is not None)
-    assert [w.category for w in caught] == [RuntimeWarning]
-    assert words in str(caught[0].message)
 
 
 # ---- No waiting for the device ---------------------------------------------------------------------------------------

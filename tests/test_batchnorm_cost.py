@@ -18,12 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sam_fast import BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
 from sam_fast.backends import available, cpu
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 # ---- Calls -----------------------------------------------------------------------------------------------------------

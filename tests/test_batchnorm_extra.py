@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import normal, same_bits
-from norms import statistics, unchanged
+from cases import same_bits
+from norms import batch, statistics, unchanged
 from torch import Tensor, nn
 
 from sam_fast import SAM, BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
-
-
-def batch(seed: int = 1) -> Tensor:
-    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 class KerasNorm(nn.Module):

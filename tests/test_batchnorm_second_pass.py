@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import normal, same_bits
-from norms import forward_only, statistics, unchanged
+from cases import same_bits
+from norms import batch, forward_only, statistics, unchanged
 from torch import nn
 
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 @pytest.fixture
 def model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 5), nn.BatchNorm1d(5))
-
-
-def batch(seed: int) -> torch.Tensor:
-    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
 
 
 class Interrupted(Exception):

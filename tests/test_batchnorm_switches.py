@@ -9,18 +9,12 @@ import pickle
 
 import pytest
 import torch
-from cases import normal
-from norms import forward_only, statistics, unchanged
+from norms import batch, forward_only, statistics, unchanged
 from torch import nn
 
 from sam_fast import disable_running_stats, enable_running_stats, frozen_running_stats
 
-
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 def make_model() -> nn.Sequential:
@@ -33,10 +27,6 @@ def make_model() -> nn.Sequential:
 @pytest.fixture
 def model() -> nn.Sequential:
     return make_model()
-
-
-def batch(seed: int) -> torch.Tensor:
-    return normal((8, 4), torch.Generator().manual_seed(seed)) + 1.0
 
 
 class Interrupted(Exception):

@@ -16,11 +16,7 @@ from sam_fast import SAM, BatchNormSnapshot, disable_running_stats, enable_runni
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot takes the backend that the environment forces. One thread: these tensors are small."""
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 class MixedNet(nn.Module):

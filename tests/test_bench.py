@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from bench import compare, peers, report, targets
-from bench.harness import PARTS, Bench, Contender, Plan, measure, steps_of
+from bench.harness import PARTS, Bench, Contender
 from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE
 from bench.problem import Problem, make_params
 from bench.records import COPY, Record, Run, disagreement, median
 from bench.test_ops import operation, second_step
-from bench.timers import BASELINE, OURS, WITH_LAUNCHES, DeviceTimer, Gpu, HostTimer, Rehearsal
 from sam_fast import backends
 
 ROOT = Path(__file__).parent.parent
@@ -121,113 +120,6 @@ def test_every_baseline_makes_sam_s_step(name, adaptive):
         pytest.importorskip("pytorch_optimizer")
     problem = Problem(make_params([[30, 7], [11], [64]]), torch.optim.AdamW, {"lr": 1e-4}, rho=0.5, adaptive=adaptive)
     problem.check(name, peers.make(name, problem))
-
-
-def test_a_round_times_every_stage_of_every_contender_once():
-    calls: list[str] = []
-    stages = {"one": lambda: calls.append("a1"), "two": lambda: calls.append("a2")}
-    contenders = {
-        "a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")),
-        "b": Contender(lambda: calls.append("b")),
-    }
-    times, _ = measure(contenders, Plan(0.0, (4, 4)), lambda head_start: HostTimer())
-    assert {stage: {name: len(v) for name, v in by_name.items()} for stage, by_name in times.items()} == {
-        "one": {"a": 4},
-        "two": {"a": 4},
-        "": {"b": 4},
-    }
-    text = " ".join(calls)
-    assert text.count("before a1 after before a2 after") == text.count("before a1") == text.count("after") / 2
-    assert calls.count("a1") == calls.count("a2") == calls.count("b") == 6  # two rounds are not counted
-
-
-def test_the_order_is_drawn_anew_for_each_round():
-    calls: list[str] = []
-    contenders = {name: Contender(lambda name=name: calls.append(name)) for name in "abcd"}
-    measure(contenders, Plan(0.0, (20, 20)), lambda head_start: HostTimer())
-    rounds = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
-    assert {tuple(sorted(names)) for names in rounds} == {tuple("abcd")}
-    assert len(set(rounds)) > 10
-
-
-class FakeGpu(Rehearsal):
-    """A device that records what it is told to do.
-
-    ``late``: it wakes up before everything is launched.
-    """
-
-    def __init__(self, late: bool) -> None:
-        self.calls: list[object] = []
-
-        class Event(Rehearsal.Event):
-            def record(event) -> None:
-                self.calls.append("record")
-
-            def query(event) -> bool:
-                return late
-
-            def elapsed_time(event, end: object) -> float:
-                return 7.0
-
-        self.Event = Event
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
-
-    def sleep(self, seconds: float) -> None:
-        self.calls.append(seconds)
-
-    def kernel_seconds(self, run) -> list[float]:
-        run()
-        return [0.5, 0.25]
-
-
-def test_without_a_head_start_the_device_is_idle_when_the_time_begins():
-    gpu = FakeGpu(late=True)
-    timer = DeviceTimer(WITH_LAUNCHES, gpu)
-    for _ in range(3):
-        gpu.calls.clear()
-        assert timer(lambda: gpu.calls.append("run")) == 7e-3
-        assert gpu.calls == ["synchronize", "record", "run", "record"]
-    assert timer.method == "events, with launches"
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
-def test_where_the_head_start_is_too_short_the_kernels_are_added_up(late):
-    gpu = FakeGpu(late)
-    timer = DeviceTimer(OURS, gpu)
-    times = [timer(lambda: None) for _ in range(4)]
-    assert gpu.calls[:4] == ["synchronize", 3e-3, "record", "record"]
-    assert times == [0.75, 7e-3, *([0.75] * 2 if late else [7e-3] * 2)]  # the first counts launches
-    assert timer.launches == 2
-    assert timer.method == ("sum of the kernels' durations" if late else "events, 3 ms head start")
-
-
-def test_head_starts_are_as_long_as_they_must_be_and_said_in_the_record():
-    problem = Problem(make_params([[30, 7], [11]]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    ours, reference = (steps_of(peers.make(name, problem), problem.gradients) for name in ("sam_fast", REFERENCE))
-    assert (ours.head_start, reference.head_start) == (OURS, BASELINE) == (3e-3, 20e-3)
-    record = Bench("rehearsal").run("g", "c", {"sam_fast": ours, "reference": reference}, elements=221)[0]
-    assert record.facts["timed by"] == {"sam_fast": "events, 3 ms head start", "reference": "events, 20 ms head start"}
-
-
-def test_the_profiler_s_kernels_are_counted():
-    class OnTheCpu(Gpu):
-        kind = "CPU"
-
-        def synchronize(self) -> None:
-            pass
-
-    x = torch.ones(1000)
-
-    def run() -> None:
-        with torch.profiler.record_function("an annotation, which is no kernel"):
-            for _ in range(5):
-                x.neg_()
-
-    durations = OnTheCpu().kernel_seconds(run)
-    assert len(durations) == 5
-    assert 0 < sum(durations) < 10
 
 
 def record_at(share: float, group: str, device: str = "cuda") -> Record:

@@ -32,10 +32,7 @@ def _no_hook_is_left() -> Iterator[None]:
     assert len(torch_module._global_forward_pre_hooks) <= hooks
 
 
-@pytest.fixture(autouse=True)
-def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAM_FAST_BACKEND", backend)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("forced_backend")
 
 
 class PartsNet(nn.Module):

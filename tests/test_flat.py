@@ -6,19 +6,10 @@ import copy
 
 import pytest
 import torch
-from cases import SmallNet, batches, buckets_of, make_params, same_bits, values
+from cases import SmallNet, batches, buckets_of, make_params, same_bits, train, values
 from torch.nn.functional import cross_entropy
 
 from sam_fast import SAM
-
-
-def train(model, optimizer, data) -> None:
-    for x, y in data:
-        cross_entropy(model(x), y).backward()
-        optimizer.first_step(zero_grad=True)
-        with optimizer.second_pass(model):
-            cross_entropy(model(x), y).backward()
-        optimizer.second_step(zero_grad=True)
 
 
 def in_one_buffer(tensors) -> bool:

@@ -1,4 +1,4 @@
-"""The second step in one pass: the same as restore and the base optimizer's own step, and used only where it is."""
+"""The second step in one pass: the same as restore and the base optimizer's own step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, EPSILON, SIZES, make_params, normal, same_bits, same_step, values
+from cases import EPSILON, SIZES, each_dtype, give, make_params, same_bits, same_step, values
+from fused_runs import run, two_groups, without
 from torch import nn
 
-from sam_fast import SAM, sam
-from sam_fast.fused_step import fused_step
+from sam_fast import SAM
 
 SGD_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -39,53 +39,10 @@ IDS = [
     *(f"{base}-{name}" for base in ("Adam", "AdamW") for name in ADAM_OPTIONS),
 ]
 bases = pytest.mark.parametrize(("base", "options"), CASES, ids=IDS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each second step, whether it was fused."""
-    answers: list[bool] = []
-
-    def spy(*args: Any, **options: Any) -> str | None:
-        reason = fused_step(*args, **options)
-        answers.append(reason is None)
-        return reason
-
-    monkeypatch.setattr(sam, "fused_step", spy)
-    return answers
-
-
-def two_groups(params: list[nn.Parameter], base: type[torch.optim.Optimizer], **options: Any) -> SAM:
-    half = len(params) // 2
-    return SAM([{"params": params[:half]}, {"params": params[half:], "lr": 3e-3, "rho": 0.2}], base, lr=1e-2, **options)
-
-
-def give_gradients(params: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = (normal(p.shape, generator) * 0.01).to(p.dtype)
-
-
-def run(optimizer: SAM, params: list[nn.Parameter], steps: int, first: int = 0) -> None:
-    for step in range(first, first + steps):
-        give_gradients(params, 2 * step)
-        optimizer.first_step()
-        give_gradients(params, 2 * step + 1)
-        if step % 5 == 4:
-            params[2].grad = None  # its weights are restored, its state stays
-        optimizer.second_step()
-        assert not optimizer.perturbed
-
-
-def without(optimizer: SAM) -> SAM:
-    """The same optimizer with a hook that does nothing: its second step is restore and the base optimizer's step."""
-    optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
-    return optimizer
 
 
 @pytest.mark.not_interpreted
-@dtypes
+@each_dtype
 @bases
 def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, taken):
     """SGD in float32 and float64: the same bits, weights and state. Adam: PyTorch's square root is MKL's, not always
@@ -129,7 +86,7 @@ def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, o
     """From the same weights, gradients and state, in float32."""
     params, twin = make_params(SIZES), make_params(SIZES)
     optimizer, oracle = two_groups(params, base, **options), without(two_groups(twin, base, **options))
-    give_gradients(params, 1)
+    give(params, 1, 0.01)
     optimizer.first_step()
     optimizer.second_step()
     oracle.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -137,9 +94,9 @@ def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, o
         q.data.copy_(p.detach())
     before = values(params)
     for each, own in ((optimizer, params), (oracle, twin)):
-        give_gradients(own, 2)
+        give(own, 2, 0.01)
         each.first_step()
-        give_gradients(own, 3)
+        give(own, 3, 0.01)
         each.second_step()
     assert taken[-2:] == [True, False]
     for p, q, w in zip(params, twin, before, strict=True):
@@ -167,21 +124,6 @@ def test_checkpoints_move_between_sam_and_its_base(base, taken):
     taken.clear()
     run(optimizer, params, 1, first=10)
     assert taken == [True]
-
-
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_resumed_run_continues_with_the_same_bits(base, taken):
-    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
-    whole, parts = make_params([100, 7, 3000]), make_params([100, 7, 3000])
-    run(SAM(whole, base, lr=0.1, **options), whole, 7)
-    first = SAM(parts, base, lr=0.1, **options)
-    run(first, parts, 4)
-    second = SAM(parts, base, lr=0.1, **options)
-    second.load_state_dict(first.state_dict())
-    taken.clear()
-    run(second, parts, 3, first=4)
-    assert taken == [True] * 3
-    assert same_bits(values(parts), values(whole))
 
 
 @pytest.mark.guarantee(id="restore-vanishing-gradients")
@@ -229,7 +171,7 @@ def test_a_norm_that_is_not_finite_makes_it_an_ordinary_step(taken):
     optimizer = SAM(params, torch.optim.SGD, lr=0.1)
     params[0].grad[3] = float("nan")
     optimizer.first_step()
-    give_gradients(params, 5)
+    give(params, 5, 0.01)
     optimizer.second_step()
     assert taken == [True]
     for p, w in zip(params, before, strict=True):
@@ -264,67 +206,6 @@ def test_writing_weights_is_visible_to_autograd():
         loss.backward()
 
 
-class MySgd(torch.optim.SGD):
-    pass
-
-
-def refused(kind: str) -> tuple[SAM, list[nn.Parameter]]:
-    """An optimizer whose second step must not be fused, after a first step that made its state."""
-    params = make_params([100, 7])
-    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
-    base = {"subclass": MySgd, "rmsprop": torch.optim.RMSprop}.get(kind, torch.optim.SGD)
-    optimizer = SAM(params, base, **options)
-    optimizer.first_step()
-    optimizer.second_step()
-    if kind == "pre hook":
-        optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
-    elif kind == "post hook":
-        optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
-    elif kind == "replaced step":
-        optimizer.base_optimizer.step = optimizer.base_optimizer.step
-    elif kind == "lr with gradient":
-        optimizer.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
-    elif kind == "state layout":
-        optimizer.state[params[0]]["momentum_buffer"] = torch.zeros(200)[::2]
-    elif kind == "state dtype":
-        optimizer.state[params[0]]["momentum_buffer"] = torch.zeros(100, dtype=torch.float64)
-    elif kind == "no state":
-        optimizer.state.pop(params[1])
-    return optimizer, params
-
-
-KINDS = ["subclass", "rmsprop", "pre hook", "post hook", "replaced step", "lr with gradient"]
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "state layout", "state dtype", "no state"])
-def test_what_the_kernels_do_not_do_is_the_base_optimizers_step(kind, taken):
-    optimizer, params = refused(kind)
-    twin_optimizer, twin = refused(kind)
-    taken.clear()
-    optimizer.first_step()
-    optimizer.second_step()
-    assert taken == [kind == "no state"]  # which the kernel makes, with the same bits
-    assert (optimizer.second_step_path == "fused") == taken[0]
-    twin_optimizer.first_step()
-    twin_optimizer.restore()
-    with torch.no_grad() if kind != "lr with gradient" else torch.enable_grad():
-        twin_optimizer.base_optimizer.step()
-    assert same_bits(values(params), values(twin))
-
-
-def test_parameters_that_moved_between_the_passes(taken):
-    """Given other memory between the passes: restored and stepped there, by PyTorch."""
-    params = make_params([100, 7])
-    before = values(params)
-    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
-    optimizer.first_step()
-    params[0].data = params[0].data.double()
-    params[0].grad = torch.ones(100, dtype=torch.float64)
-    optimizer.second_step()
-    assert taken == [False]
-    assert torch.allclose(params[0], before[0].double() - 0.1, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
     """A power of two changes no bit; an overflow in the second pass leaves weights and state as they were."""
@@ -340,7 +221,7 @@ def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
                 continue
             factor = scaler.get_scale() if each is optimizer else 1.0
             for seed, take in ((2 * step, "first"), (2 * step + 1, "second")):
-                give_gradients(own, seed)
+                give(own, seed, 0.01)
                 for p in own:
                     p.grad.mul_(factor)
                 if take == "first":
@@ -372,7 +253,7 @@ def test_flattened_parameters_take_the_same_step(base, backend, taken):
         optimizer = SAM(groups, base, lr=1e-2, flatten=flatten, backend=backend, **options)
         for step in range(6):
             for seed, advance in ((2 * step, optimizer.first_step), (2 * step + 1, optimizer.second_step)):
-                give_gradients(params, seed)
+                give(params, seed, 0.01)
                 if step == 4 and advance == optimizer.second_step:
                     params[3].grad = None  # restored, but not stepped
                 advance()
@@ -383,27 +264,6 @@ def test_flattened_parameters_take_the_same_step(base, backend, taken):
     assert same_bits(*results)
 
 
-def test_flattened_parameters_that_moved_take_the_base_optimizers_step(taken):
-    params = make_params([100, 7])
-    optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, flatten=True)
-    for _ in range(2):
-        give_gradients(params, 1)
-        optimizer.first_step()
-        optimizer.second_step()
-    before = values(params)
-    give_gradients(params, 2)
-    optimizer.first_step()
-    params[0].data = params[0].data.clone()
-    give_gradients(params, 3)
-    optimizer.restore()
-    assert same_bits(values(params), before)
-    optimizer.first_step()
-    params[1].data = params[1].data.clone()
-    optimizer.second_step()
-    assert taken[-1] is False
-    assert not optimizer.perturbed
-
-
 @pytest.mark.guarantee(id="copies")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
@@ -412,7 +272,7 @@ def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
         params = make_params([100, 7])
         optimizer = SAM(params, base, lr=rate)
         for step in range(4):
-            give_gradients(params, step)
+            give(params, step, 0.01)
             optimizer.first_step()
             optimizer.second_step()
             if isinstance(rate, torch.Tensor):
@@ -425,28 +285,12 @@ def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
     assert same_step(base, *results)
 
 
-@pytest.mark.not_interpreted
-def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
-    """A parameter with gaps in memory goes through the torch backend, in the same step."""
-    results = []
-    for fused in (True, False):
-        odd = nn.Parameter(torch.linspace(-1, 1, 60).reshape(6, 10)[:, ::2])
-        params = [*make_params([100, 4003]), odd]
-        optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
-        if not fused:
-            without(optimizer)
-        run(optimizer, params, 3)
-        results.append(values(params))
-    assert taken == [True, True, True, False, False, False]
-    assert same_bits(*results)
-
-
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_a_parameter_without_elements_counts_its_steps_once(backend):
     params = make_params([0, 5])
     optimizer = SAM(params, torch.optim.AdamW, lr=0.1, backend=backend)
     for step in range(1, 4):
-        give_gradients(params, step)
+        give(params, step, 0.01)
         optimizer.first_step()
         optimizer.second_step()
         assert [float(optimizer.state[p]["step"]) for p in params] == [step, step]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import make_params, same_bits, values
-from test_fused_step import run, two_groups, without
+from fused_runs import run, two_groups, without
 
 lion_pytorch = pytest.importorskip("lion_pytorch")
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")

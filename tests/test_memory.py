@@ -1,6 +1,4 @@
-"""Where a parameter's memory is, and whether it is its value: lazy signs, wrappers, shared memory, what has no
-gradient.
-"""
+"""Where a parameter's memory is, and whether it is its value: lazy signs, wrappers, what has no gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import buckets_of, make_params, same_bits, values
+from cases import buckets_of, give, make_params, same_bits, values
 from plain_sam import PlainSAM, furthest
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -19,13 +17,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 from sam_fast import SAM
 
 CLOSE = 1e-12  # float64: a few roundings in numbers around 1
-
-
-@pytest.fixture
-def make(backend, flatten):
-    return lambda params, *args, **options: SAM(
-        params, *args, **{"lr": 0.1, "backend": backend, "flatten": flatten, **options}
-    )
 
 
 def negated(x: Tensor) -> Tensor:
@@ -163,133 +154,6 @@ def test_a_wrapper_with_a_gradient_is_refused_by_name_and_nothing_has_moved(make
         optimizer.first_step()
     assert not optimizer.perturbed
     assert same_bits(values([plain]), before)
-
-
-# ---- Shared memory ---------------------------------------------------------------------------------------------------
-
-
-def tied(how: str, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    a, b = (nn.Parameter(torch.randn(55, 55, dtype=dtype, generator=generator)) for _ in range(2))
-    c = nn.Parameter(torch.randn(7, dtype=dtype, generator=generator))
-    if how == "transposed":
-        b.data = a.data.t()
-    elif how == "the same":
-        b.data = a.data
-    elif how == "overlapping":
-        whole = torch.randn(95, 55, dtype=dtype, generator=generator)
-        a.data, b.data = whole[:55], whole[40:]
-    return [a, c, b]
-
-
-def give(own: list[nn.Parameter], step: int) -> None:
-    for index, p in enumerate(own):
-        p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(10 * step + index))
-
-
-@pytest.mark.guarantee(id="shared-memory")
-@pytest.mark.parametrize("how", ["transposed", "the same", "overlapping"])
-@pytest.mark.parametrize("when", ["before", "after the optimizer was made", "in mid-training"])
-@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_parameters_that_share_memory(how, when, base, options, threads):
-    """Each e arrives, restoring is exact, and no update is lost."""
-    last = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        params, twin = tied("not yet"), tied("not yet")
-        shared = [tied(how), tied(how)]
-
-        def tie() -> None:
-            for own, source in zip((params, twin), shared, strict=True):
-                for p, q in zip(own, source, strict=True):
-                    p.data = q.data
-
-        if when == "before":
-            tie()
-        optimizer, plain = (
-            SAM(params, base, lr=0.1, rho=0.5, **options),
-            PlainSAM(twin, base, lr=0.1, rho=0.5, **options),
-        )
-        if when == "after the optimizer was made":
-            tie()
-        for step in range(6):
-            if step == 2 and when == "in mid-training":
-                tie()
-            before = values(params)
-            give(params, 2 * step), give(twin, 2 * step)
-            optimizer.first_step()
-            plain.first_step()
-            assert float(optimizer.grad_norm) == pytest.approx(plain.norm, rel=1e-12)
-            assert furthest(params, twin) < CLOSE
-            optimizer.restore()
-            assert same_bits(values(params), before)
-            optimizer.first_step()
-            give(params, 2 * step + 1), give(twin, 2 * step + 1)
-            optimizer.second_step()
-            plain.second_step()
-            assert furthest(params, twin) < CLOSE
-    finally:
-        torch.set_num_threads(last)
-    assert "share memory" in optimizer.second_step_path
-
-
-def test_adaptive_parameters_that_share_memory_take_t_of_w():
-    params, twin = tied("transposed"), tied("transposed")
-    optimizer, plain = SAM(params, lr=0.1, rho=0.5, adaptive=True), PlainSAM(twin, lr=0.1, rho=0.5, adaptive=True)
-    give(params, 1), give(twin, 1)
-    optimizer.first_step()
-    plain.first_step()
-    assert furthest(params, twin) < CLOSE
-
-
-@pytest.mark.guarantee(id="shared-memory")
-def test_parameters_of_different_dtypes_that_share_memory_come_back():
-    whole = torch.randn(64, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
-    params = [nn.Parameter(whole), nn.Parameter(torch.view_as_real(whole))]
-    optimizer = SAM(params, lr=0.0, rho=0.5)
-    before = values(params)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.first_step()
-    assert not same_bits(values(params), before)
-    optimizer.second_step()
-    assert same_bits(values(params), before)
-
-
-@pytest.mark.guarantee(id="shared-memory")
-def test_parameters_tied_between_the_passes_lose_no_update():
-    params, twin = tied("not yet"), tied("not yet")
-    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
-    give(params, 1)
-    optimizer.first_step()
-    params[2].data = params[0].data  # now both are what the last one restored brings back
-    give(params, 2)
-    optimizer.second_step()
-    expected = twin[2].detach() - 0.1 * params[0].grad - 0.1 * params[2].grad
-    assert torch.allclose(params[0], expected, rtol=0, atol=CLOSE) or torch.allclose(
-        params[0], twin[0].detach() - 0.1 * params[0].grad - 0.1 * params[2].grad, rtol=0, atol=CLOSE
-    )
-
-
-@pytest.mark.parametrize("backend", [None, "torch"])
-def test_parameters_tied_between_the_passes_of_a_step_that_is_given_up_are_seen(backend):
-    params = make_params([12, 12])
-    optimizer = SAM(params, lr=0.1, backend=backend)
-    optimizer.first_step()
-    params[1].data = params[0].data
-    optimizer.restore()
-    optimizer.first_step()
-    optimizer.second_step()
-    assert optimizer.second_step_path == "parameters share memory, and must be stepped one after the other"
-
-
-def test_flatten_refuses_parameters_tied_later_by_name():
-    a, b = make_params([12, 12])
-    optimizer = SAM([("a", a), ("b", b)], lr=0.1, flatten=True)
-    b.data = a.data
-    with pytest.raises(ValueError, match=r"'a'.*'b'.*flatten=False"):
-        optimizer.first_step()
 
 
 # ---- What has no gradient is left alone ------------------------------------------------------------------------------

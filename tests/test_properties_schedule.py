@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from cases import same_bits, values
+from followed_run import EPS, Raised, Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_of_sam import perturbed
-from test_properties import EPS, PROFILE, Raised, Run, optimizers, profile, specs
+from random_optimizers import PROFILE, optimizers, profile, specs
 from torch import Tensor, nn
 
 from sam_fast import SAM, Schedule, TrainStep

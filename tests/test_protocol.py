@@ -163,18 +163,6 @@ def test_added_group_gets_the_defaults_and_takes_part():
         SAM(make_params([3]), lr=0.1).add_param_group({"params": make_params([2]), "rho": -1})
 
 
-def test_hooks_of_state_dict_and_load_state_dict_run():
-    optimizer, seen = SAM(make_params([3]), lr=0.1), []
-    optimizer.register_state_dict_pre_hook(lambda o: seen.append("save-pre"))
-    optimizer.register_state_dict_post_hook(lambda o, d: {**d, "extra": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, d: seen.append("load-pre"))
-    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("load-post"))
-    state = optimizer.state_dict()
-    assert state["extra"] == 1
-    optimizer.load_state_dict(state)
-    assert seen == ["save-pre", "load-pre", "load-post"]
-
-
 # ---- Schedulers, hooks, profiler -------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
-"""Corners of a step: memory exchanged or shared, interruptions, gradients already used, closures that raise, random
-state that outlives its step.
+"""Corners of a step: memory exchanged, gradients already used, closures that raise, random state that outlives its
+step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SmallNet, buckets_of, make_params, same_bits, values
+from cases import SmallNet, make_params, same_bits, values
 from torch import Tensor, nn
 
 from sam_fast import SAM
@@ -97,36 +97,6 @@ def test_a_shape_changed_between_the_passes_is_an_error_and_the_others_come_back
     assert same_bits(values(params[1:]), before[1:])
 
 
-@pytest.mark.guarantee(id="shared-memory")
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", [None, "torch"])
-def test_parameters_that_share_memory_come_back(groups: int, threads: int, backend: str | None) -> None:
-    """flatten=True refuses them and sends users to flatten=False: there the invariant holds for them too.
-
-    Repeated, since threads may race.
-    """
-    torch.set_num_threads(threads)
-    for _ in range(20):
-        memory = torch.randn(20_000)
-        a, b = with_gradients([nn.Parameter(memory), nn.Parameter(memory)])
-        before = memory.clone()
-        optimizer = SAM([{"params": [a]}, {"params": [b]}] if groups == 2 else [a, b], lr=0.0, rho=1.0, backend=backend)
-        optimizer.first_step()
-        assert not torch.equal(memory, before)
-        optimizer.second_step()
-        assert same_bits([memory], [before])
-
-
-def test_parameters_that_share_memory_are_refused_by_a_forced_fused_backend() -> None:
-    memory = torch.randn(100)
-    params = [nn.Parameter(memory[:60]), nn.Parameter(memory[50:])]
-    with pytest.raises(ValueError, match="share memory"):
-        SAM(params, lr=0.1, backend="cpu")
-    with pytest.raises(ValueError, match="share memory"):
-        SAM(params, lr=0.1, flatten=True)
-
-
 # ---- Norms at the edge -----------------------------------------------------------------------------------------------
 
 
@@ -182,47 +152,7 @@ def test_sparse_gradients_in_an_unperturbed_group_work_as_the_error_message_prom
     assert changed.nonzero().flatten().tolist() == [1, 2]
 
 
-# ---- Interruptions ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.guarantee(id="restore-interrupted")
-def test_a_restore_that_was_interrupted_is_finished_by_the_next(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [*make_params([100]), *make_params([100], torch.float64)]
-    optimizer = make(params)
-    before = values(params)
-    optimizer.first_step()
-    first, second = buckets_of(optimizer)
-    original, calls = type(first).restore, []
-
-    def restore(self: Any, release: bool = True) -> None:
-        if self is second and not calls:
-            calls.append(1)
-            raise KeyboardInterrupt
-        original(self, release)
-
-    monkeypatch.setattr(type(first), "restore", restore)
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.restore()
-    assert optimizer.perturbed
-    optimizer.restore()
-    assert not optimizer.perturbed
-    assert same_bits(values(params), before)
-
-
-def test_weights_are_back_when_the_base_optimizer_raises(make: Make) -> None:
-    params = make_params([10, 20])
-    optimizer = make(params, torch.optim.Adam, lr=0.1)
-    before = values(params)
-    optimizer.first_step()
-
-    def step() -> None:
-        raise RuntimeError("base failed")
-
-    optimizer.base_optimizer.step = step  # type: ignore[assignment, method-assign]
-    with pytest.raises(RuntimeError, match="base failed"):
-        optimizer.second_step()
-    assert not optimizer.perturbed
-    assert same_bits(values(params), before)
+# ---- Hooks -----------------------------------------------------------------------------------------------------------
 
 
 def test_pre_hooks_see_the_perturbed_weights_and_post_hooks_the_new_ones(make: Make) -> None:

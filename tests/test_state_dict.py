@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, normal, same_bits, same_step, values
+from cases import give, make_params, normal, same_bits, same_step, values
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -20,19 +20,12 @@ from sam_fast import SAM
 Step = Callable[[list[nn.Parameter], torch.optim.Optimizer, int], None]
 
 
-def gradients(params: list[nn.Parameter], seed: int) -> None:
-    """Made-up gradients: the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = normal(p.shape, generator).to(p.dtype)
-
-
 def sam_steps(params: list[nn.Parameter], optimizer: SAM, steps: range) -> None:
     """Steps of SAM whose second gradient depends on the perturbed weights, so that a wrong e shows."""
     for i in steps:
-        gradients(params, i)
+        give(params, i)
         optimizer.first_step(zero_grad=True)
-        gradients(params, 1000 + i)
+        give(params, 1000 + i)
         for p in params:
             p.grad.add_(p.detach(), alpha=0.1)  # type: ignore[union-attr]
         optimizer.second_step(zero_grad=True)
@@ -40,7 +33,7 @@ def sam_steps(params: list[nn.Parameter], optimizer: SAM, steps: range) -> None:
 
 def plain_steps(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
     for i in steps:
-        gradients(params, i)
+        give(params, i)
         optimizer.step()
 
 
@@ -121,7 +114,7 @@ def test_a_plain_run_that_passes_through_sam_ends_where_it_would_have(
     middle = SAM(twins, base, rho=0.0, **options)
     middle.load_state_dict(through_file(first.state_dict(), tmp_path))
     for i in range(3, 6):
-        gradients(twins, i)
+        give(twins, i)
         middle.first_step()
         middle.second_step()
     last = base(twins, **options)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED
+from cases import DTYPES, INTERPRETED, each_dtype
 
 from sam_fast import backends
 from sam_fast.steps import RULES
@@ -43,7 +43,6 @@ LION_STACK = 8
 """The same for Lion: on sm_90 ptxas keeps the choice between its two kinds of averages on the stack."""
 
 each_target = pytest.mark.parametrize("target", TARGETS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 class Driver:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, make_params, same_bits, values
+from cases import CHUNK, each_dtype, make_params, same_bits, values
 from torch import Tensor
 
 SIZES = [0, 1, 17, 300, CHUNK + 5]
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
 def directions(dtype: torch.dtype) -> list[Tensor | None]:
@@ -22,7 +20,7 @@ def directions(dtype: torch.dtype) -> list[Tensor | None]:
     return found
 
 
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_any_direction_has_the_bits_of_a_gradient(step, dtype, adaptive):
     options = [{"adaptive": adaptive, "eta": 0.01, "rho": 0.3}]

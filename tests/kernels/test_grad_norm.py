@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, EMULATED, INTERPRETED, SIZES, make_params, norm_tolerance
+from cases import EMULATED, INTERPRETED, SIZES, each_dtype, make_params, norm_tolerance
 
 
 def oracle(params, adaptive=False, eta=0.0) -> float:
@@ -18,14 +18,14 @@ def oracle(params, adaptive=False, eta=0.0) -> float:
     return math.sqrt(total)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_dtype
 @pytest.mark.parametrize("size", SIZES)
 def test_one_tensor(step, kernels, dtype, size):
     params = make_params([size], dtype)
     assert step(params).grad_norm() == pytest.approx(oracle(params), rel=norm_tolerance(kernels.name, dtype), abs=0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_dtype
 @pytest.mark.parametrize("eta", [0.0, 0.01])
 def test_adaptive(step, kernels, dtype, eta):
     params = make_params(SIZES, dtype)
@@ -112,7 +112,7 @@ def test_same_bits_whatever_the_number_of_threads(step, kernels):
 
 @pytest.mark.guarantee(id="same-bits")
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_dtype
 def test_same_bits_on_every_instruction_set(dtype, adaptive):
     from conftest import Step
 

@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, EPSILON, SIZES, make_params, same_bits, values
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+from cases import EPSILON, SIZES, each_dtype, make_params, same_bits, values
 
 
 def expected(w, g, norm, rho=0.05, adaptive=False, eta=0.0, eps=1e-12):
@@ -29,7 +27,7 @@ def assert_perturbed(moved, w, g, norm, **options) -> None:
     assert bool(((moved.double() - want).abs() <= bound).all())
 
 
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("size", SIZES)
 def test_one_tensor(step, dtype, size):
     params = make_params([size], dtype)
@@ -41,7 +39,7 @@ def test_one_tensor(step, dtype, size):
     assert same_bits(values(params), before)
 
 
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("eta", [0.0, 0.01])
 def test_adaptive(step, dtype, eta):
     params = make_params(SIZES, dtype)
@@ -88,7 +86,7 @@ def test_eps_is_added_to_the_norm(step):
     assert_perturbed(params[0].detach(), before[0], params[0].grad, norm, eps=1.0)
 
 
-@dtypes
+@each_dtype
 def test_zero_gradient_moves_nothing(step, dtype):
     params = make_params(SIZES, dtype)
     for p in params:
@@ -98,7 +96,7 @@ def test_zero_gradient_moves_nothing(step, dtype):
     assert same_bits(values(params), before)
 
 
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_norm_moves_nothing_and_restores(step, dtype, value):
     params = make_params([5, 40_000, 17], dtype)
@@ -127,7 +125,7 @@ def test_tensors_without_gradient_are_neither_moved_nor_saved(step, kernels):
 
 @pytest.mark.guarantee(id="bounds")
 @pytest.mark.no_race
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 16_384, 16_385, 33_001])
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_writes_nothing_outside_the_tensor(step, dtype, size, shift):
@@ -146,7 +144,7 @@ def test_writes_nothing_outside_the_tensor(step, dtype, size, shift):
     assert bool((around[shift + size :] == 9.0).all())
 
 
-@dtypes
+@each_dtype
 def test_backup_holds_the_weights_in_their_slots(step, dtype):
     params = make_params([5, 40_000, 0, 17], dtype)
     before = values(params)

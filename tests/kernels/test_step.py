@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, EMULATED, EPSILON, INTERPRETED, SIZES, make_params, normal, same_bits, values
+from cases import (
+    CHUNK,
+    EMULATED,
+    EPSILON,
+    INTERPRETED,
+    SIZES,
+    each_dtype,
+    make_params,
+    normal,
+    same_bits,
+    values,
+)
 from conftest import UNSCALED, rule_named
 from step_table import CASES, COUNTER, FAR, POSITIVE, STEPS
 from torch import Tensor
@@ -19,7 +30,6 @@ from sam_fast.rounding import ROUNDED
 from sam_fast.steps import RULES, NotFused
 
 SLOW = INTERPRETED or EMULATED
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 cases = pytest.mark.parametrize(("operation", "name"), CASES, ids=[name for _, name in CASES])
 
@@ -84,7 +94,7 @@ def assert_stepped(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float) 
     assert bool(((got.double() - want).abs() <= bound).all())
 
 
-@dtypes
+@each_dtype
 @cases
 def test_against_float64(step, operation, name, dtype):
     # In Triton's interpreter around one block, its masked part and one chunk: no more, it is slow.
@@ -203,7 +213,7 @@ def nothing_read_on_the_host() -> Iterator[None]:
 
 
 @pytest.mark.no_race
-@dtypes
+@each_dtype
 @cases
 @pytest.mark.usefixtures("_on_device")
 def test_an_overflow_is_decided_on_the_device(step, operation, name, dtype):
@@ -264,7 +274,7 @@ def test_learning_rates_on_the_device(step, operation, name, dtype):
     assert same_bits(*results)
 
 
-@dtypes
+@each_dtype
 @pytest.mark.parametrize("name", STEPS["adam"].cases)
 @pytest.mark.usefixtures("_on_device")
 def test_step_counters_on_the_device(step, name, dtype):
@@ -287,7 +297,7 @@ def test_step_counters_on_the_device(step, name, dtype):
         assert float(state["step"][i]) == float(new["step"])
 
 
-@dtypes
+@each_dtype
 @cases
 def test_the_bits_of_the_cpu_kernels(kernels, operation, name, dtype):
     """With a scale whose reciprocal must be rounded, an odd address, and both kinds of rounding."""
@@ -318,7 +328,7 @@ def test_the_bits_of_the_cpu_kernels(kernels, operation, name, dtype):
 
 
 @pytest.mark.guarantee(id="same-bits")
-@dtypes
+@each_dtype
 @cases
 def test_same_bits_whatever_the_number_of_threads_and_the_instruction_set(operation, name, dtype):
     from conftest import VARIANTS, Step

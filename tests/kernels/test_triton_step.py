@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CHUNK, DTYPES, INTERPRETED, buckets_of, make_params, same_bits, values
+from cases import CHUNK, INTERPRETED, buckets_of, each_dtype, make_params, same_bits, values
 from conftest import UNSCALED, Step, rule_named
 from step_table import CASES, STEPS
 from test_step import make_state, state_of, take
@@ -62,7 +62,7 @@ def stepped(
 # ---- Bits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_dtype
 @cases
 def test_same_bits_as_the_cpu_backend(operation, name, dtype):
     """Triton's interpreter rounds a fused multiply-add once, as the AVX2 and AVX-512 kernels do."""

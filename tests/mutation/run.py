@@ -1,7 +1,7 @@
 """Breaks the package on purpose, one way at a time, and shows that the tests notice. Not part of the test suite: it
 takes minutes.
 
-    python tests/mutation/run.py               # from an environment made by `make`; all of breakages.py
+    python tests/mutation/run.py               # from an environment made by `make`; all of breakages_of_*.py
     python tests/mutation/run.py momentum      # those whose name contains a word, or whose file begins with it
     python tests/mutation/run.py --skip-whole  # without the tests on whole sources first, if they have passed before
 
@@ -20,8 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from breakages import BREAKAGES, Breakage
+from breakage import Breakage
+from breakages_of_kernels import OF_KERNELS
+from breakages_of_optimizer import OF_OPTIMIZER
 
+BREAKAGES = OF_KERNELS + OF_OPTIMIZER
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "sam_fast",

@@ -1,147 +1,10 @@
-"""What ``run.py`` breaks: a text of a source, what it is replaced with, and the smallest set of tests that must
-notice.
-"""
+"""What ``run.py`` breaks in the optimizer, and in what surrounds it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from breakage import Breakage
 
-
-@dataclass(frozen=True)
-class Breakage:
-    name: str
-    file: str
-    original: str
-    broken: str
-    tests: tuple[str, ...]
-
-
-BREAKAGES = [
-    # ---- C++ kernels
-    Breakage(
-        "wrong sign of e",
-        "csrc/sam_math.h",
-        "return w + g * scale;",
-        "return w - g * scale;",
-        ("kernels/test_perturb.py::test_one_tensor",),
-    ),
-    Breakage(
-        "ASAM with T instead of T squared",
-        "csrc/sam_math.h",
-        "return w + ((t * g) * scale) * t;",
-        "return w + (t * g) * scale;",
-        ("kernels/test_perturb.py::test_adaptive",),
-    ),
-    Breakage(
-        "an infinite norm perturbs",
-        "csrc/sam_math.h",
-        "return norm - norm == 0.0;",
-        "return norm == norm;",
-        ("kernels/test_perturb.py::test_non_finite_norm_moves_nothing_and_restores",),
-    ),
-    Breakage(
-        "zero gradient divides zero by zero",
-        "csrc/sam_math.h",
-        "const double scale = norm + eps > 0.0 ? rho / (norm + eps) : 0.0;",
-        "const double scale = rho / (norm + eps);",
-        ("test_perturbation.py::test_zero_gradient_moves_nothing_without_perturb_eps_either",),
-    ),
-    Breakage(
-        "the tail of a chunk is not moved",
-        "csrc/cpu/perturb.cpp",
-        "    if (i < n) vector<Adaptive, false, Stochastic>(",
-        "    if (i > n) vector<Adaptive, false, Stochastic>(",
-        ("kernels/test_perturb.py::test_one_tensor",),
-    ),
-    Breakage(
-        "the tail of a chunk is not backed up",
-        "csrc/cpu/perturb.cpp",
-        "    else part.store(backup, bits);\n",
-        "    else if constexpr (std::is_same_v<Part, Whole>) part.store(backup, bits);\n",
-        ("kernels/test_perturb.py::test_backup_holds_the_weights_in_their_slots",),
-    ),
-    Breakage(
-        "the tail of a chunk is not in the norm",
-        "csrc/cpu/grad_norm.cpp",
-        "  if (i < n) add(i, [rest",
-        "  if (i > n) add(i, [rest",
-        ("kernels/test_grad_norm.py::test_one_tensor",),
-    ),
-    Breakage(
-        "a tensor without a gradient keeps an old partial sum",
-        "csrc/cpu/grad_norm.cpp",
-        "        partials[i] = 0.0;\n",
-        "",
-        ("kernels/test_grad_norm.py::test_tensor_without_gradient_is_not_counted",),
-    ),
-    Breakage(
-        "the last chunk of all is not restored",
-        "csrc/cpu/parallel.h",
-        "  work(Range{0, b.num_chunks});",
-        "  work(Range{0, b.num_chunks - 1});",
-        ("kernels/test_copy.py::test_round_trip",),
-    ),
-    Breakage(
-        "a tensor that was never saved is restored",
-        "csrc/cpu/copy.cpp",
-        "if (b.weights[c.tensor] == 0 || (!ToBackup && b.saved[c.tensor] == 0)) continue;",
-        "if (b.weights[c.tensor] == 0) continue;",
-        (
-            "kernels/test_perturb.py::test_tensors_without_gradient_are_neither_moved_nor_saved",
-            "test_perturbation.py::test_gradient_that_appears_between_the_passes",
-        ),
-    ),
-    Breakage(
-        "momentum without dampening",
-        "csrc/steps.h",
-        "C(1.0 - o.dampening)",
-        "C(1.0)",
-        ("kernels/test_step.py::test_against_float64",),
-    ),
-    Breakage(
-        "AdamW decays through the gradient",
-        "csrc/steps.h",
-        "(o.decoupled == 0.0 && o.weight_decay != 0.0 ? kCoupled : 0)",
-        "(o.decoupled != 0.0 && o.weight_decay != 0.0 ? kCoupled : 0)",
-        ("kernels/test_step.py::test_against_float64",),
-    ),
-    Breakage(
-        "Adam's step is not counted",
-        "csrc/cpu/step.cpp",
-        "count = *reinterpret_cast<float*>(b.counters[i]) += 1.0f;",
-        "count = *reinterpret_cast<float*>(b.counters[i]) + 1.0f;",
-        ("kernels/test_step.py::test_against_float64",),
-    ),
-    Breakage(
-        "the fused step starts from w + e",
-        "csrc/cpu/step.cpp",
-        "b.saved[c.tensor] != 0 ? static_cast<const Bits*>(b.backup) + c.slot : to;",
-        "to;",
-        ("test_fused_step.py::test_a_hundred_steps_are_those_of_the_base_optimizer",),
-    ),
-    Breakage(
-        "address 0 of a freed storage",
-        "csrc/gather.cpp",
-        "  if (t.data == nullptr) return false;",
-        "  if (t.data == nullptr) return true;",
-        ("test_faults.py::TestStorageResizedToNothing",),
-    ),
-    Breakage(
-        "a changed dtype is not noticed",
-        "csrc/gather.cpp",
-        "bool same = std::memcmp(&t.kind, &record.kind, sizeof(DlKind)) == 0;",
-        "bool same = true;",
-        ("test_columns.py",),
-    ),
-    Breakage(
-        "changed strides are not noticed",
-        "csrc/gather.cpp",
-        "same = t.shape[d] == record.shape[d] && (t.strides[d] == record.strides[d] || t.shape[d] == 1 || "
-        "record.empty);",
-        "same = t.shape[d] == record.shape[d];",
-        ("test_columns.py",),
-    ),
-    # ---- Optimizer
+OF_OPTIMIZER = [
     Breakage(
         "the norm without one group",
         "csrc/gather.cpp",
@@ -178,14 +41,14 @@ BREAKAGES = [
         "sam_fast/passes.py",
         "        except BaseException:\n            self.restore()\n            raise",
         "        except BaseException:\n            raise",
-        ("test_perturbation.py::test_weights_come_back_when_the_second_pass_raises",),
+        ("test_interruptions.py::test_weights_come_back_when_the_second_pass_raises",),
     ),
     Breakage(
         "weights stay perturbed when Ctrl-C is pressed",
         "sam_fast/perturbation.py",
         "            self._mark_written(self._saved_params())\n        except BaseException:\n",
         "            self._mark_written(self._saved_params())\n        except Exception:\n",
-        ("test_perturbation.py::test_a_first_step_that_fails_half_way_leaves_no_trace",),
+        ("test_interruptions.py::test_a_first_step_that_fails_half_way_leaves_no_trace",),
     ),
     Breakage(
         "version counters stand still",
@@ -227,7 +90,7 @@ BREAKAGES = [
         "sam_fast/wrapper.py",
         "        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():",
         "        for pre_hook in reversed(self._optimizer_load_state_dict_pre_hooks.values()):",
-        ("test_conformance.py::test_hooks_run_in_torchs_order",),
+        ("test_hooks.py::test_hooks_run_in_torchs_order",),
     ),
     Breakage(
         "gradients of a step that was given up count as new",
@@ -269,7 +132,7 @@ BREAKAGES = [
         "sam_fast/batchnorm.py",
         "            group.snapshot.save()\n            group.settled = False\n",
         "            group.settled = False\n",
-        ("test_batchnorm_reference_loop.py::test_what_somebody_changes_stands_where_enable_is_never_called",),
+        ("test_batchnorm_changes.py::test_what_somebody_changes_stands_where_enable_is_never_called",),
     ),
     Breakage(
         "a lazy sign is not asked for",
@@ -283,14 +146,14 @@ BREAKAGES = [
         "sam_fast/perturbation.py",
         "        if overlapping(self._tensors) != self._shared:\n            return True\n",
         "",
-        ("test_memory.py::test_parameters_that_share_memory",),
+        ("test_shared_memory.py::test_parameters_that_share_memory",),
     ),
     Breakage(
         "memory of several dtypes is restored in the order in which it was moved",
         "sam_fast/perturbation.py",
         "        for bucket in reversed(self.buckets):",
         "        for bucket in self.buckets:",
-        ("test_memory.py::test_parameters_of_different_dtypes_that_share_memory_come_back",),
+        ("test_shared_memory.py::test_parameters_of_different_dtypes_that_share_memory_come_back",),
     ),
     Breakage(
         "frozen parameters have a backup",

@@ -1,0 +1,111 @@
+"""Which second steps are fused, and what becomes of those that are not: ``optimizer.second_step_path``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import give, make_params, same_bits, values
+from fused_runs import run, without
+from torch import nn
+
+from sam_fast import SAM
+
+
+class MySgd(torch.optim.SGD):
+    pass
+
+
+def refused(kind: str) -> tuple[SAM, list[nn.Parameter]]:
+    """An optimizer whose second step must not be fused, after a first step that made its state."""
+    params = make_params([100, 7])
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    base = {"subclass": MySgd, "rmsprop": torch.optim.RMSprop}.get(kind, torch.optim.SGD)
+    optimizer = SAM(params, base, **options)
+    optimizer.first_step()
+    optimizer.second_step()
+    if kind == "pre hook":
+        optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
+    elif kind == "post hook":
+        optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
+    elif kind == "replaced step":
+        optimizer.base_optimizer.step = optimizer.base_optimizer.step
+    elif kind == "lr with gradient":
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
+    elif kind == "state layout":
+        optimizer.state[params[0]]["momentum_buffer"] = torch.zeros(200)[::2]
+    elif kind == "state dtype":
+        optimizer.state[params[0]]["momentum_buffer"] = torch.zeros(100, dtype=torch.float64)
+    elif kind == "no state":
+        optimizer.state.pop(params[1])
+    return optimizer, params
+
+
+KINDS = ["subclass", "rmsprop", "pre hook", "post hook", "replaced step", "lr with gradient"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "state layout", "state dtype", "no state"])
+def test_what_the_kernels_do_not_do_is_the_base_optimizers_step(kind, taken):
+    optimizer, params = refused(kind)
+    twin_optimizer, twin = refused(kind)
+    taken.clear()
+    optimizer.first_step()
+    optimizer.second_step()
+    assert taken == [kind == "no state"]  # which the kernel makes, with the same bits
+    assert (optimizer.second_step_path == "fused") == taken[0]
+    twin_optimizer.first_step()
+    twin_optimizer.restore()
+    with torch.no_grad() if kind != "lr with gradient" else torch.enable_grad():
+        twin_optimizer.base_optimizer.step()
+    assert same_bits(values(params), values(twin))
+
+
+def test_parameters_that_moved_between_the_passes(taken):
+    """Given other memory between the passes: restored and stepped there, by PyTorch."""
+    params = make_params([100, 7])
+    before = values(params)
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
+    optimizer.first_step()
+    params[0].data = params[0].data.double()
+    params[0].grad = torch.ones(100, dtype=torch.float64)
+    optimizer.second_step()
+    assert taken == [False]
+    assert torch.allclose(params[0], before[0].double() - 0.1, rtol=0, atol=1e-12)
+
+
+def test_flattened_parameters_that_moved_take_the_base_optimizers_step(taken):
+    params = make_params([100, 7])
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, flatten=True)
+    for _ in range(2):
+        give(params, 1, 0.01)
+        optimizer.first_step()
+        optimizer.second_step()
+    before = values(params)
+    give(params, 2, 0.01)
+    optimizer.first_step()
+    params[0].data = params[0].data.clone()
+    give(params, 3, 0.01)
+    optimizer.restore()
+    assert same_bits(values(params), before)
+    optimizer.first_step()
+    params[1].data = params[1].data.clone()
+    optimizer.second_step()
+    assert taken[-1] is False
+    assert not optimizer.perturbed
+
+
+@pytest.mark.not_interpreted
+def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
+    """A parameter with gaps in memory goes through the torch backend, in the same step."""
+    results = []
+    for fused in (True, False):
+        odd = nn.Parameter(torch.linspace(-1, 1, 60).reshape(6, 10)[:, ::2])
+        params = [*make_params([100, 4003]), odd]
+        optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
+        if not fused:
+            without(optimizer)
+        run(optimizer, params, 3)
+        results.append(values(params))
+    assert taken == [True, True, True, False, False, False]
+    assert same_bits(*results)

@@ -1,0 +1,163 @@
+"""Parameters that share memory: each e arrives, all come back, no update is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import give, make_params, same_bits, values
+from plain_sam import PlainSAM, furthest
+from torch import nn
+
+from sam_fast import SAM
+
+CLOSE = 1e-12  # float64: a few roundings in numbers around 1
+
+
+def tied(how: str, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (nn.Parameter(torch.randn(55, 55, dtype=dtype, generator=generator)) for _ in range(2))
+    c = nn.Parameter(torch.randn(7, dtype=dtype, generator=generator))
+    if how == "transposed":
+        b.data = a.data.t()
+    elif how == "the same":
+        b.data = a.data
+    elif how == "overlapping":
+        whole = torch.randn(95, 55, dtype=dtype, generator=generator)
+        a.data, b.data = whole[:55], whole[40:]
+    return [a, c, b]
+
+
+@pytest.mark.guarantee(id="shared-memory")
+@pytest.mark.parametrize("how", ["transposed", "the same", "overlapping"])
+@pytest.mark.parametrize("when", ["before", "after the optimizer was made", "in mid-training"])
+@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parameters_that_share_memory(how, when, base, options, threads):
+    """Each e arrives, restoring is exact, and no update is lost."""
+    last = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        params, twin = tied("not yet"), tied("not yet")
+        shared = [tied(how), tied(how)]
+
+        def tie() -> None:
+            for own, source in zip((params, twin), shared, strict=True):
+                for p, q in zip(own, source, strict=True):
+                    p.data = q.data
+
+        if when == "before":
+            tie()
+        optimizer, plain = (
+            SAM(params, base, lr=0.1, rho=0.5, **options),
+            PlainSAM(twin, base, lr=0.1, rho=0.5, **options),
+        )
+        if when == "after the optimizer was made":
+            tie()
+        for step in range(6):
+            if step == 2 and when == "in mid-training":
+                tie()
+            before = values(params)
+            give(params, 2 * step), give(twin, 2 * step)
+            optimizer.first_step()
+            plain.first_step()
+            assert float(optimizer.grad_norm) == pytest.approx(plain.norm, rel=1e-12)
+            assert furthest(params, twin) < CLOSE
+            optimizer.restore()
+            assert same_bits(values(params), before)
+            optimizer.first_step()
+            give(params, 2 * step + 1), give(twin, 2 * step + 1)
+            optimizer.second_step()
+            plain.second_step()
+            assert furthest(params, twin) < CLOSE
+    finally:
+        torch.set_num_threads(last)
+    assert "share memory" in optimizer.second_step_path
+
+
+def test_adaptive_parameters_that_share_memory_take_t_of_w():
+    params, twin = tied("transposed"), tied("transposed")
+    optimizer, plain = SAM(params, lr=0.1, rho=0.5, adaptive=True), PlainSAM(twin, lr=0.1, rho=0.5, adaptive=True)
+    give(params, 1), give(twin, 1)
+    optimizer.first_step()
+    plain.first_step()
+    assert furthest(params, twin) < CLOSE
+
+
+@pytest.mark.guarantee(id="shared-memory")
+def test_parameters_of_different_dtypes_that_share_memory_come_back():
+    whole = torch.randn(64, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(whole), nn.Parameter(torch.view_as_real(whole))]
+    optimizer = SAM(params, lr=0.0, rho=0.5)
+    before = values(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    assert not same_bits(values(params), before)
+    optimizer.second_step()
+    assert same_bits(values(params), before)
+
+
+@pytest.mark.guarantee(id="shared-memory")
+def test_parameters_tied_between_the_passes_lose_no_update():
+    params, twin = tied("not yet"), tied("not yet")
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
+    give(params, 1)
+    optimizer.first_step()
+    params[2].data = params[0].data  # now both are what the last one restored brings back
+    give(params, 2)
+    optimizer.second_step()
+    expected = twin[2].detach() - 0.1 * params[0].grad - 0.1 * params[2].grad
+    assert torch.allclose(params[0], expected, rtol=0, atol=CLOSE) or torch.allclose(
+        params[0], twin[0].detach() - 0.1 * params[0].grad - 0.1 * params[2].grad, rtol=0, atol=CLOSE
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_parameters_tied_between_the_passes_of_a_step_that_is_given_up_are_seen(backend):
+    params = make_params([12, 12])
+    optimizer = SAM(params, lr=0.1, backend=backend)
+    optimizer.first_step()
+    params[1].data = params[0].data
+    optimizer.restore()
+    optimizer.first_step()
+    optimizer.second_step()
+    assert optimizer.second_step_path == "parameters share memory, and must be stepped one after the other"
+
+
+def test_flatten_refuses_parameters_tied_later_by_name():
+    a, b = make_params([12, 12])
+    optimizer = SAM([("a", a), ("b", b)], lr=0.1, flatten=True)
+    b.data = a.data
+    with pytest.raises(ValueError, match=r"'a'.*'b'.*flatten=False"):
+        optimizer.first_step()
+
+
+@pytest.mark.guarantee(id="shared-memory")
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_parameters_that_share_memory_come_back(groups: int, threads: int, backend: str | None) -> None:
+    """flatten=True refuses them and sends users to flatten=False: there the invariant holds for them too.
+
+    Repeated, since threads may race.
+    """
+    torch.set_num_threads(threads)
+    for seed in range(20):
+        memory = torch.randn(20_000)
+        a, b = nn.Parameter(memory), nn.Parameter(memory)
+        give([a, b], seed)
+        before = memory.clone()
+        optimizer = SAM([{"params": [a]}, {"params": [b]}] if groups == 2 else [a, b], lr=0.0, rho=1.0, backend=backend)
+        optimizer.first_step()
+        assert not torch.equal(memory, before)
+        optimizer.second_step()
+        assert same_bits([memory], [before])
+
+
+def test_parameters_that_share_memory_are_refused_by_a_forced_fused_backend() -> None:
+    memory = torch.randn(100)
+    params = [nn.Parameter(memory[:60]), nn.Parameter(memory[50:])]
+    with pytest.raises(ValueError, match="share memory"):
+        SAM(params, lr=0.1, backend="cpu")
+    with pytest.raises(ValueError, match="share memory"):
+        SAM(params, lr=0.1, flatten=True)
