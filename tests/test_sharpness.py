@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from sam_fast import SAM
+from sam_fast.perturbation import Perturbation
 from sam_fast.sharpness import (
     filter_normalized,
     hessian_eigenvalue,
@@ -207,6 +209,22 @@ def test_each_filter_has_the_norm_of_the_models_own() -> None:
     assert not filter_normalized(model, {"0.weight": torch.zeros(4, 3, 2, 2)})["0.weight"].any()
 
 
+def test_layers_that_normalize_over_two_dimensions_stay() -> None:
+    assert set(random_direction(nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 2)))) == {"1.weight"}
+
+
+@pytest.mark.parametrize("step", [1e-15, 1e-12, -1e-10])
+def test_a_short_step_is_as_long_as_asked(step: float, backend: str) -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+
+    def at(model: Any, x: Tensor) -> Tensor:
+        return model.weight.sum()
+
+    line = loss_along(model, at, ROWS, {"weight": torch.ones(1, 1)}, [step], backend=backend)
+    assert line.losses[0] == pytest.approx(step, rel=norm_tolerance(backend, torch.float64) + 1e-12, abs=0.0)
+
+
 # ---- A network, against plain PyTorch --------------------------------------------------------------------------------
 
 
@@ -282,6 +300,35 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
     assert same_bits(before, values(everything))
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_loader_with_a_generator_of_its_own_goes_on_as_if_nothing_had_been_measured(measure: str) -> None:
+    rows = TensorDataset(torch.randn(12, 6), torch.randint(3, (12,)))
+    shuffles = torch.Generator().manual_seed(1)
+    loader = DataLoader(rows, batch_size=6, shuffle=True, generator=shuffles)
+    sampled = DataLoader(rows, batch_sampler=BatchSampler(RandomSampler(rows, generator=shuffles), 6, False))
+    for batches in (loader, sampled):
+        before = shuffles.get_state()
+        MEASURES[measure](Net(), loss_of, batches)
+        assert torch.equal(shuffles.get_state(), before)
+
+
+def test_an_interrupted_restore_is_done_again(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
+    model, restore, calls = nn.Sequential(nn.Linear(6, 6).double(), nn.Linear(6, 3).double()), Perturbation.restore, 0
+    before = values(list(model.parameters()))
+
+    def interrupted(self: Perturbation) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        restore(self)
+
+    monkeypatch.setattr(Perturbation, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rho_sharpness(model, loss_of, data, rho=0.1)
+    assert same_bits(before, values(list(model.parameters())))
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..norm_layers import is_norm_layer
 from ..storage import is_dtensor
 from .measurement import Measurement, finite, generator, trainable
 
@@ -47,12 +48,13 @@ def filter_normalized(model: nn.Module, direction: Direction) -> dict[str, Tenso
         ValueError: ``direction`` does not fit the model, or its parameters are DTensors.
     """
     params = trainable(model)
+    norms = {p for module in model.modules() if is_norm_layer(module) for p in module.parameters(recurse=False)}
     if any(map(is_dtensor, params.values())):
         raise ValueError("model's parameters are spread over processes, and filters have to be whole")
     normalized = {}
     with torch.no_grad():
         for name, along in _checked(params, direction, "direction").items():
-            if along.dim() >= 2:
+            if along.dim() >= 2 and params[name] not in norms:
                 own, drawn = _filter_norms(params[name]), _filter_norms(along)
                 normalized[name] = along * torch.where(drawn == 0, drawn, own / drawn).to(along.dtype)
     return normalized
@@ -160,7 +162,7 @@ def _losses(
                 state.apply()
                 if any(steps):
                     along = _combined(directions, steps)
-                    with measured.moved(along, _norm(along)):
+                    with measured.moved(along, _norm(along), eps=0.0):
                         value = float(measured.loss(batch))
                 else:
                     value = finite(measured.loss(batch), "w")
