@@ -213,6 +213,13 @@ def test_layers_that_normalize_over_two_dimensions_stay() -> None:
     assert set(random_direction(nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 2)))) == {"1.weight"}
 
 
+def test_a_direction_of_complex_weights_is_complex() -> None:
+    layer = nn.Linear(3, 2, dtype=torch.cfloat)
+    direction = random_direction(layer)["weight"]
+    assert direction.imag.abs().min() > 0
+    torch.testing.assert_close(direction.norm(dim=1), layer.weight.detach().norm(dim=1))
+
+
 @pytest.mark.parametrize("step", [1e-15, 1e-12, -1e-10])
 def test_a_short_step_is_as_long_as_asked(step: float, backend: str) -> None:
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
@@ -358,6 +365,9 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "no rows": (lambda q: sharp(q, batches=[3.0]), ValueError, "no tensor that has rows"),
     "no tensor": (lambda q: sharp(q, lambda model, x: 3.0), TypeError, "loss_fn must return a tensor, got a float"),
     "no scalar": (lambda q: sharp(q, lambda model, x: model(x) + x), ValueError, r"a scalar.* got shape \(2, 1\)"),
+    "complex loss": (lambda q: sharp(q, lambda q, x: q.w().sum() * 1j), ValueError, "must return a real number"),
+    "no steps": (lambda q: loss_along(q, loss_of, ROWS, ALONG, 1.0), TypeError, "steps must be numbers"),
+    "a list": (lambda q: loss_along(q, loss_of, ROWS, {"vector": [1.0]}, [1.0]), TypeError, "must be a tensor, got"),
     "constant": (lambda q: sharp(q, lambda model, x: x.sum()), ValueError, "depends on no trainable parameter"),
     "infinite": (lambda q: sharp(q, lambda q, x: q.w().sum() / 0), ValueError, "loss_fn returned -?inf at w:"),
     "infinite later": (lambda q: sharp(q, lambda q, x: q.vector.exp().sum(), rho=2e3), ValueError, r"inf at w \+ e"),

@@ -74,7 +74,10 @@ def random_direction(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         TypeError, ValueError: as :func:`filter_normalized`.
     """
     draws = generator("cpu", seed)
-    drawn = {name: torch.randn(p.shape, generator=draws) for name, p in trainable(model).items()}
+    drawn = {
+        name: torch.randn(p.shape, generator=draws, dtype=torch.cfloat if p.is_complex() else None)
+        for name, p in trainable(model).items()
+    }
     return filter_normalized(model, drawn)
 
 
@@ -192,6 +195,8 @@ def _norm(direction: Sequence[Tensor | None]) -> float:
 
 
 def _numbers(name: str, steps: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"{name} must be numbers such as [-1.0, 0.0, 1.0], got a {type(steps).__name__}")
     numbers = tuple(map(float, steps))
     if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} must be finite numbers, at least one, got {steps!r}")
@@ -216,6 +221,8 @@ def _checked(params: Mapping[str, Tensor], direction: Direction, argument: str) 
         if name not in params:
             raise ValueError(f"{argument} has {name!r}, which is no trainable parameter of model")
         p = params[name]
+        if not isinstance(along, Tensor):
+            raise TypeError(f"{argument}[{name!r}] must be a tensor, got a {type(along).__name__}")
         if along.shape != p.shape:
             raise ValueError(f"{argument}[{name!r}] has shape {tuple(along.shape)}, the parameter {tuple(p.shape)}")
         checked[name] = along.detach().to(p.device, p.dtype)

@@ -99,6 +99,8 @@ class Measurement:
         loss = self.loss_fn(self.module, *batch)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn must return a tensor, got a {type(loss).__name__}")
+        if loss.is_complex():
+            raise ValueError("loss_fn must return a real number, got a complex one")
         if loss.dim():
             raise ValueError(f"loss_fn must return a scalar, the mean over the batch, got shape {tuple(loss.shape)}")
         return loss
