@@ -207,28 +207,19 @@ def test_each_filter_has_the_norm_of_the_models_own() -> None:
     assert same_bits(list(direction.values()), list(same.values()))
     assert not torch.equal(direction["0.weight"], other["0.weight"])
     assert not filter_normalized(model, {"0.weight": torch.zeros(4, 3, 2, 2)})["0.weight"].any()
-
-
-def test_layers_that_normalize_over_two_dimensions_stay() -> None:
     assert set(random_direction(nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 2)))) == {"1.weight"}
 
 
 def test_a_direction_of_complex_weights_is_complex() -> None:
-    layer = nn.Linear(3, 2, dtype=torch.cfloat)
-    direction = random_direction(layer)["weight"]
-    assert direction.imag.abs().min() > 0
-    torch.testing.assert_close(direction.norm(dim=1), layer.weight.detach().norm(dim=1))
+    assert random_direction(nn.Linear(3, 2, dtype=torch.cfloat))["weight"].imag.abs().min() > 0
 
 
 @pytest.mark.parametrize("step", [1e-15, 1e-12, -1e-10])
 def test_a_short_step_is_as_long_as_asked(step: float, backend: str) -> None:
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
-
-    def at(model: Any, x: Tensor) -> Tensor:
-        return model.weight.sum()
-
-    line = loss_along(model, at, ROWS, {"weight": torch.ones(1, 1)}, [step], backend=backend)
+    along = {"weight": torch.ones(1, 1)}
+    line = loss_along(model, lambda q, x: q.weight.sum(), ROWS, along, [step], backend=backend)
     assert line.losses[0] == pytest.approx(step, rel=norm_tolerance(backend, torch.float64) + 1e-12, abs=0.0)
 
 
@@ -322,13 +313,13 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_as_if_nothing_had_been_mea
 
 
 def test_an_interrupted_restore_is_done_again(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
-    model, restore, calls = nn.Sequential(nn.Linear(6, 6).double(), nn.Linear(6, 3).double()), Perturbation.restore, 0
+    model, restore = nn.Linear(6, 3).double(), Perturbation.restore
+    calls: list[Perturbation] = []
     before = values(list(model.parameters()))
 
     def interrupted(self: Perturbation) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
+        calls.append(self)
+        if len(calls) == 1:
             raise KeyboardInterrupt
         restore(self)
 
