@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from sam_fast import SAM
+from sam_fast.perturbation import Perturbation
 from sam_fast.sharpness import (
     filter_normalized,
     hessian_eigenvalue,
@@ -205,6 +207,20 @@ def test_each_filter_has_the_norm_of_the_models_own() -> None:
     assert same_bits(list(direction.values()), list(same.values()))
     assert not torch.equal(direction["0.weight"], other["0.weight"])
     assert not filter_normalized(model, {"0.weight": torch.zeros(4, 3, 2, 2)})["0.weight"].any()
+    assert set(random_direction(nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 2)))) == {"1.weight"}
+
+
+def test_a_direction_of_complex_weights_is_complex() -> None:
+    assert random_direction(nn.Linear(3, 2, dtype=torch.cfloat))["weight"].imag.abs().min() > 0
+
+
+@pytest.mark.parametrize("step", [1e-15, 1e-12, -1e-10])
+def test_a_short_step_is_as_long_as_asked(step: float, backend: str) -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    along = {"weight": torch.ones(1, 1)}
+    line = loss_along(model, lambda q, x: q.weight.sum(), ROWS, along, [step], backend=backend)
+    assert line.losses[0] == pytest.approx(step, rel=norm_tolerance(backend, torch.float64) + 1e-12, abs=0.0)
 
 
 # ---- A network, against plain PyTorch --------------------------------------------------------------------------------
@@ -284,6 +300,35 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_loader_with_a_generator_of_its_own_goes_on_as_if_nothing_had_been_measured(measure: str) -> None:
+    rows = TensorDataset(torch.randn(12, 6), torch.randint(3, (12,)))
+    shuffles = torch.Generator().manual_seed(1)
+    loader = DataLoader(rows, batch_size=6, shuffle=True, generator=shuffles)
+    sampled = DataLoader(rows, batch_sampler=BatchSampler(RandomSampler(rows, generator=shuffles), 6, False))
+    for batches in (loader, sampled):
+        before = shuffles.get_state()
+        MEASURES[measure](Net(), loss_of, batches)
+        assert torch.equal(shuffles.get_state(), before)
+
+
+def test_an_interrupted_restore_is_done_again(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
+    model, restore = nn.Linear(6, 3).double(), Perturbation.restore
+    calls: list[Perturbation] = []
+    before = values(list(model.parameters()))
+
+    def interrupted(self: Perturbation) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        restore(self)
+
+    monkeypatch.setattr(Perturbation, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rho_sharpness(model, loss_of, data, rho=0.1)
+    assert same_bits(before, values(list(model.parameters())))
+
+
 # ---- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +356,9 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "no rows": (lambda q: sharp(q, batches=[3.0]), ValueError, "no tensor that has rows"),
     "no tensor": (lambda q: sharp(q, lambda model, x: 3.0), TypeError, "loss_fn must return a tensor, got a float"),
     "no scalar": (lambda q: sharp(q, lambda model, x: model(x) + x), ValueError, r"a scalar.* got shape \(2, 1\)"),
+    "complex loss": (lambda q: sharp(q, lambda q, x: q.w().sum() * 1j), ValueError, "must return a real number"),
+    "no steps": (lambda q: loss_along(q, loss_of, ROWS, ALONG, 1.0), TypeError, "steps must be numbers"),
+    "a list": (lambda q: loss_along(q, loss_of, ROWS, {"vector": [1.0]}, [1.0]), TypeError, "must be a tensor, got"),
     "constant": (lambda q: sharp(q, lambda model, x: x.sum()), ValueError, "depends on no trainable parameter"),
     "infinite": (lambda q: sharp(q, lambda q, x: q.w().sum() / 0), ValueError, "loss_fn returned -?inf at w:"),
     "infinite later": (lambda q: sharp(q, lambda q, x: q.vector.exp().sum(), rho=2e3), ValueError, r"inf at w \+ e"),

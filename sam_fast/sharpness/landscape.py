@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..norm_layers import is_norm_layer
 from ..storage import is_dtensor
 from .measurement import Measurement, finite, generator, trainable
 
@@ -47,12 +48,13 @@ def filter_normalized(model: nn.Module, direction: Direction) -> dict[str, Tenso
         ValueError: ``direction`` does not fit the model, or its parameters are DTensors.
     """
     params = trainable(model)
+    norms = {p for module in model.modules() if is_norm_layer(module) for p in module.parameters(recurse=False)}
     if any(map(is_dtensor, params.values())):
         raise ValueError("model's parameters are spread over processes, and filters have to be whole")
     normalized = {}
     with torch.no_grad():
         for name, along in _checked(params, direction, "direction").items():
-            if along.dim() >= 2:
+            if along.dim() >= 2 and params[name] not in norms:
                 own, drawn = _filter_norms(params[name]), _filter_norms(along)
                 normalized[name] = along * torch.where(drawn == 0, drawn, own / drawn).to(along.dtype)
     return normalized
@@ -72,7 +74,10 @@ def random_direction(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         TypeError, ValueError: as :func:`filter_normalized`.
     """
     draws = generator("cpu", seed)
-    drawn = {name: torch.randn(p.shape, generator=draws) for name, p in trainable(model).items()}
+    drawn = {
+        name: torch.randn(p.shape, generator=draws, dtype=torch.cfloat if p.is_complex() else None)
+        for name, p in trainable(model).items()
+    }
     return filter_normalized(model, drawn)
 
 
@@ -160,7 +165,7 @@ def _losses(
                 state.apply()
                 if any(steps):
                     along = _combined(directions, steps)
-                    with measured.moved(along, _norm(along)):
+                    with measured.moved(along, _norm(along), eps=0.0):
                         value = float(measured.loss(batch))
                 else:
                     value = finite(measured.loss(batch), "w")
@@ -190,6 +195,8 @@ def _norm(direction: Sequence[Tensor | None]) -> float:
 
 
 def _numbers(name: str, steps: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"{name} must be numbers such as [-1.0, 0.0, 1.0], got a {type(steps).__name__}")
     numbers = tuple(map(float, steps))
     if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} must be finite numbers, at least one, got {steps!r}")
@@ -214,6 +221,8 @@ def _checked(params: Mapping[str, Tensor], direction: Direction, argument: str) 
         if name not in params:
             raise ValueError(f"{argument} has {name!r}, which is no trainable parameter of model")
         p = params[name]
+        if not isinstance(along, Tensor):
+            raise TypeError(f"{argument}[{name!r}] must be a tensor, got a {type(along).__name__}")
         if along.shape != p.shape:
             raise ValueError(f"{argument}[{name!r}] has shape {tuple(along.shape)}, the parameter {tuple(p.shape)}")
         checked[name] = along.detach().to(p.device, p.dtype)

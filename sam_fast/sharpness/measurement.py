@@ -99,6 +99,8 @@ class Measurement:
         loss = self.loss_fn(self.module, *batch)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn must return a tensor, got a {type(loss).__name__}")
+        if loss.is_complex():
+            raise ValueError("loss_fn must return a real number, got a complex one")
         if loss.dim():
             raise ValueError(f"loss_fn must return a scalar, the mean over the batch, got shape {tuple(loss.shape)}")
         return loss
@@ -124,7 +126,7 @@ class Measurement:
     # ---- The weights and everything else as they were ----------------------------------------------------------------
 
     def random_state(self) -> RandomState:
-        return RandomState.capture({p.device for p in self.params})
+        return RandomState.capture({p.device for p in self.params}, generators_of(self.batches))
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
@@ -143,7 +145,12 @@ class Measurement:
 
     @contextmanager
     def moved(
-        self, direction: Sequence[Tensor | None], rho: float, adaptive: bool = False, eta: float = 0.0
+        self,
+        direction: Sequence[Tensor | None],
+        rho: float,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        eps: float = PERTURB_EPS,
     ) -> Iterator[None]:
         """The weights are at ``w + e`` inside, where no gradients are computed, and at w again after it.
 
@@ -151,11 +158,13 @@ class Measurement:
             direction: for each parameter the tensor that SAM would have as its gradient.
             rho: radius; below 0 the other way.
             adaptive, eta: as in :class:`sam_fast.SAM`.
+            eps: added to the direction's norm.
 
         Raises:
             ValueError: the direction's norm is not finite.
         """
         group = {"params": self.params, "rho": abs(rho), "adaptive": adaptive, "eta": eta, "perturb": True}
+        self._perturbation.eps = eps
         try:
             self.put_gradients(direction)
             self._perturbation.perturb([{**group, "maximize": rho < 0.0}])
@@ -170,7 +179,11 @@ class Measurement:
                 yield
         finally:
             if self._perturbation.active:
-                self._perturbation.restore()
+                try:
+                    self._perturbation.restore()
+                except BaseException:  # interrupted: nobody else can put back what is left
+                    self._perturbation.restore()
+                    raise
                 forget_gathered_weights(self.module)
 
     # ---- Processes ---------------------------------------------------------------------------------------------------
@@ -234,6 +247,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ValueError("model has no trainable parameters: none requires a gradient")
     return found
+
+
+def generators_of(batches: Any) -> list[torch.Generator]:
+    """What a DataLoader and its samplers shuffle with, where that is not PyTorch's default generator."""
+    found: dict[int, torch.Generator] = {}
+    samplers = [getattr(batches, name, None) for name in ("sampler", "batch_sampler")]
+    for owner in (batches, *samplers, getattr(samplers[1], "sampler", None)):
+        own = getattr(owner, "generator", None)
+        if isinstance(own, torch.Generator):
+            found[id(own)] = own
+    return list(found.values())
 
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator:
