@@ -154,15 +154,6 @@ def test_the_pythons_that_are_declared_are_those_that_get_a_wheel():
     assert declared[0] == oldest == checked
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
-def test_no_compiler_is_looked_for_on_windows(monkeypatch, tmp_path):
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DCMAKE_HOST_WIN32=1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "compiler identification" not in done.stdout
-    error = subprocess.CalledProcessError(done.returncode, command, done.stdout + done.stderr)
-    assert setup_py(monkeypatch)["reason"](error) == "The native modules are not built on Windows"
-
-
 @pytest.mark.guarantee(id="no-files")
 @pytest.mark.slow
 def test_a_build_writes_nothing_outside_its_folders(built, checkout, home):

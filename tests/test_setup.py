@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,12 @@ def test_a_package_index_gets_no_link_that_leads_nowhere(monkeypatch, tmp_path):
 def test_an_unknown_choice_of_native_modules_is_an_error(monkeypatch):
     with pytest.raises(SystemExit, match=r"SAM_FAST_NATIVE=.no. is unknown: use 0, 1 or auto"):
         setup_py(monkeypatch, SAM_FAST_NATIVE="no")
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_no_compiler_is_looked_for_on_windows(monkeypatch, tmp_path):
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DCMAKE_HOST_WIN32=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "compiler identification" not in done.stdout
+    error = subprocess.CalledProcessError(done.returncode, command, done.stdout + done.stderr)
+    assert setup_py(monkeypatch)["reason"](error) == "The native modules are not built on Windows"
