@@ -15,8 +15,8 @@ from .devices import refuse_capture
 class RandomState:
     """The state of torch's default generators, the CPU's and those of some devices, and of further ones."""
 
-    def __init__(self, states: list[tuple[Any, Tensor]]) -> None:
-        self._states = states
+    def __init__(self, states: list[tuple[torch.device | torch.Generator | None, Tensor]]) -> None:
+        self._states = states  # None: the CPU's. Not torch.default_generator, of which a copy would have another.
 
     @staticmethod
     def capture(devices: Iterable[torch.device], others: Iterable[torch.Generator] = ()) -> RandomState:
@@ -25,7 +25,7 @@ class RandomState:
         Raises:
             RuntimeError: a graph is being captured on one of them.
         """
-        states: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
+        states: list[tuple[torch.device | torch.Generator | None, Tensor]] = [(None, torch.get_rng_state())]
         for device in sorted(devices, key=str):
             refuse_capture(
                 device,
@@ -41,19 +41,21 @@ class RandomState:
 
     def apply(self) -> None:
         """Set the generators to this state."""
-        for device, state in self._states:
-            if device is None:
+        for source, state in self._states:
+            if source is None:
                 torch.set_rng_state(state)
-            elif isinstance(device, torch.Generator):
-                device.set_state(state)
+            elif isinstance(source, torch.Generator):
+                source.set_state(state)
             else:
-                getattr(torch, device.type).set_rng_state(state, device)
+                getattr(torch, source.type).set_rng_state(state, source)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw from this state inside; outside the generators go on as if nothing had been drawn."""
-        devices = {device for device, _ in self._states if isinstance(device, torch.device)}
-        outside = RandomState.capture(devices, [own for own, _ in self._states if isinstance(own, torch.Generator)])
+        sources = [source for source, _ in self._states]
+        outside = RandomState.capture(
+            (s for s in sources if isinstance(s, torch.device)), (s for s in sources if isinstance(s, torch.Generator))
+        )
         self.apply()
         try:
             yield

@@ -34,9 +34,9 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 
-STACK = 48 if triton.__version__.startswith(("3.6.", "3.7.")) else 0
+STACK = {"3.6": 32, "3.7": 48}.get(".".join(triton.__version__.split(".")[:2]), 0)
 """Bytes of stack per thread that a kernel may take on NVIDIA's GPUs. No number of registers is asked for: from Triton
-3.6's and 3.7's code for a few kernels ptxas takes 48 to 128 and spills 8 to 48 bytes, from that of 3.9 nothing."""
+3.6's and 3.7's code for a few kernels ptxas takes 48 to 128 and spills, from that of 3.9 nothing."""
 
 LION_STACK = 8
 """The same for Lion: on sm_90 ptxas keeps the choice between its two kinds of averages on the stack."""
