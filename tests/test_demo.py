@@ -23,7 +23,7 @@ from bench.quality.contenders import CONTENDERS
 from bench.quality.report import PAGE, TITLES
 from examples.fashion_mnist import __main__ as command
 from examples.fashion_mnist import data
-from examples.fashion_mnist.train import ROWS, train
+from examples.fashion_mnist.train import ROWS, Run, train
 
 FEW_STEPS = ["--data", "digits", "--epochs", "1", "--seeds", "0", "1"]
 
@@ -37,12 +37,12 @@ def test_the_command_trains_all_rows_and_saves_what_it_prints(tmp_path):
     assert [(run["seed"], run["row"]) for run in runs] == [(seed, row) for seed in (0, 1) for row in ROWS]
     assert {run["row"]: run["steps"] for run in runs} == {"sgd": 7, "sgd-2x": 14, "sam": 7, "quarter-late-quarter": 7}
     for run in runs:
-        assert all(0 < run[c] < most for c, most in {"accuracy": 1, "noisy": 1, "sharpness": 10}.items())
+        assert all(0 < run[c] < most for c, most in {"accuracy": 100, "noisy": 100, "sharpness": 10}.items())
         assert run["curve"][-1] == [run["seconds"], run["accuracy"]]
     assert "SAM, against SGD on 2 seed(s):\n  accuracy " in done.stdout
     for name, row in ROWS.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"{row.title}  "))
-        accuracies = [100 * run["accuracy"] for run in runs if run["row"] == name]
+        accuracies = [run["accuracy"] for run in runs if run["row"] == name]
         assert f"  {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}  " in line
 
 
@@ -58,19 +58,43 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     assert re.findall(r"^S[^ ]+", capsys.readouterr().out, re.MULTILINE) == ["SGD", "SGD,", "SGD,"]
 
 
-def write_set(folder: Path, last: bytes = b"") -> None:
-    """Two images of 2 x 2 pixels with labels 1 and 0; the test's files are gzipped."""
+def write_set(folder: Path, count: int = 256, size: int = 4, tests: int = 2, label: int = 1, last: bytes = b"") -> None:
+    """``count`` images of bytes 0, 1, ... with labels 0 and 1; ``tests`` test images, gzipped, with label ``label``."""
     folder.mkdir()
     for name in data.FILES:
-        header = b"\0\0\x08\1\0\0\0\2\1\0" if "idx1" in name else b"\0\0\x08\3" + 3 * b"\0\0\0\2" + bytes(range(8))
         packed = name.startswith("t10k")
-        (folder / (name + packed * ".gz")).write_bytes(gzip.compress(header + last) if packed else header + last)
+        n = tests if packed else count
+        labels = bytes([label] * n if packed else [0, 1] * (n // 2))
+        pixels = bytes(i % 256 for i in range(n * size * size))
+        header = b"\0\0\x08\1" if "idx1" in name else b"\0\0\x08\3"
+        sizes = [n] if "idx1" in name else [n, size, size]
+        content = header + b"".join(s.to_bytes(4, "big") for s in sizes) + (labels if "idx1" in name else pixels) + last
+        (folder / (name + packed * ".gz")).write_bytes(gzip.compress(content) if packed else content)
 
 
+SETS = {
+    "short": {"count": 254},
+    "small": {"size": 3},
+    "untested": {"tests": 0},
+    "unlearnt": {"label": 2},
+    "longer": {"last": b"x"},
+}
+BROKEN = {
+    "plain": b"no gzip",
+    "cut": gzip.compress(b"\0\0\x08\1\0\0\0\2\1\1")[:-9],
+    "headless": gzip.compress(b"\0\0\x08"),
+    "floats": gzip.compress(b"\0\0\x0d\1\0\0\0\2\1\1"),
+}
 REFUSED = {
+    **{f"--data {name}": f"argument --data: {name}/t10k-labels-idx1-ubyte.gz: not an IDX file" for name in BROKEN},
     "--epochs 0": "argument --epochs: 0 is less than 1",
+    "--seeds -1": "argument --seeds: a seed is out of range",
     "--seeds 1 100": "argument --seeds: seeds 100 to 104 chose the settings",
-    "--data short": "argument --data: short: 2 training images, 256 are needed",
+    "--tune --seeds 1": "argument --seeds: seeds 100 to 104 chose the settings: give them with --tune, and no others",
+    "--data short": "argument --data: short: 254 training images of 4 x 4, 2 test images; needed are 256 of 4 x 4",
+    "--data small": "argument --data: small: 256 training images of 3 x 3, 2 test images;",
+    "--data untested": "argument --data: untested: 256 training images of 4 x 4, 0 test images;",
+    "--data unlearnt": "argument --data: unlearnt: test label 2 is above all training labels",
     "--data digits --output longer/train-images-idx3-ubyte": "argument --output:",
     "--data nowhere": "argument --data: [Errno 2] No such file",
     "--data longer": "argument --data: longer/train-images-idx3-ubyte: not an IDX file",
@@ -80,8 +104,11 @@ REFUSED = {
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_a_bad_option_is_named_at_once(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_set(tmp_path / "short")
-    write_set(tmp_path / "longer", last=b"x")
+    for name, options in SETS.items():
+        write_set(tmp_path / name, **options)
+    for name, content in BROKEN.items():
+        write_set(tmp_path / name)
+        (tmp_path / name / "t10k-labels-idx1-ubyte.gz").write_bytes(content)
     with pytest.raises(SystemExit, match="2"):
         command.main(arguments.split())
     assert REFUSED[arguments] in capsys.readouterr().err
@@ -91,20 +118,48 @@ def test_a_bad_option_is_named_at_once(arguments, tmp_path, monkeypatch, capsys)
 def test_fashion_mnist_that_is_missing_or_another_is_no_fashion_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FETCHED", tmp_path / "set")
     monkeypatch.setattr(data, "PACKAGE", Path("nonexistent"))
-    pixels, labels = np.full((10_002, 784), 7.0), np.array(["1", "0"] * 5001)
+    pixels, labels = np.full((10_256, 784), 51.0), np.array(["1", "0"] * 5128)
     monkeypatch.setattr(data, "fetch_openml", lambda **_: Namespace(data=pixels, target=labels))
-    with pytest.warns(UserWarning, match=r"scikit-learn's digits.*OpenML.*make data.*SHA-256"):
+    with (
+        pytest.warns(UserWarning, match=r"OpenML's.*make data"),
+        pytest.warns(UserWarning, match=r"could not be had, these are scikit-learn's digits: OpenML: SHA-256"),
+    ):
         assert data.load("auto").source == "scikit-learn's digits"
-    content = b"\7" * 784 * 2 + b"\1\0" + b"\7" * 7_840_000 + b"\1\0" * 5000
+    content = b"".join(b"\x33" * 784 * n + b"\1\0" * (n // 2) for n in (256, 10_000))
     monkeypatch.setattr(data, "SHA256", hashlib.sha256(content).hexdigest())
     with pytest.warns(UserWarning, match="Fashion-MNIST is OpenML's"):
-        assert data.load("auto").test_images.shape == (10_000, 28, 28)
+        found = data.load("auto")
+    assert (found.test_images.shape, found.source) == ((10_000, 1, 14, 14), "Fashion-MNIST")
+    assert found.test_images.unique().tolist() == pytest.approx([0.2])
     write_set(tmp_path / "set")
     given = data.load(str(tmp_path / "set"))
-    assert given.train_images.flatten().tolist() == list(range(8))
-    assert (given.test_labels.tolist(), given.classes) == ([1, 0], 2)
-    with pytest.raises(RuntimeError, match=f"could not be had from {tmp_path}/set: SHA-256"):
+    assert (given.train_images.flatten()[:256] * 255).round().tolist() == list(range(256))
+    assert (given.train_labels[:3].tolist(), given.test_labels.tolist(), given.classes) == ([0, 1, 0], [1, 1], 2)
+    with pytest.raises(ValueError, match=f"{tmp_path}/set: SHA-256"):
         data.fashion_mnist()
+
+
+def test_of_larger_images_the_rounded_averages_of_2_x_2_pixels_are_taken(tmp_path):
+    write_set(tmp_path / "set", size=16)
+    first = data.load(str(tmp_path / "set")).train_images[0, 0, 0]  # rows 0 to 15 and 16 to 31: averages 8.5, 10.5, ...
+    assert (first * 255).tolist() == pytest.approx([8, 10, 12, 14, 16, 18, 20, 22])
+
+
+def test_tuning_tries_all_radii_on_images_that_were_held_out(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def recorded(name, row, split, seed, epochs):
+        tried.append((row.rho, row.start, seed))
+        drawn, tested = ({i.numpy().tobytes() for i in images} for images in (split.train_images, split.test_images))
+        assert tested <= pool - drawn
+        return Run(name, seed, 1, 1.0, 50.0 + row.rho, 40.0, 0.1, [])
+
+    pool = {i.numpy().tobytes() for i in data.load("digits").train_images}
+    monkeypatch.setattr(command, "train", recorded)
+    assert command.main(["--data", "digits", "--tune", "--output", str(tmp_path)]) == 0
+    assert tried == [(rho, start, s) for s in (100, 101, 102) for start in (0.0, 0.75) for rho in command.RHOS]
+    assert len(re.findall(r", rho [\d.]+ +50\.\d ± 0\.0 +40\.0 ± 0\.0 ", capsys.readouterr().out)) == 10
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_rows_are_those_that_bench_quality_chose_and_accepts():

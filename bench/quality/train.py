@@ -74,8 +74,8 @@ def train(run: Run) -> dict[str, Any]:
     if math.isfinite(test_loss):
         images, labels = data.train_images, data.train_labels
         measured = {
-            "accuracy": round(100 * accuracy, 3),
-            "train_accuracy": round(100 * evaluate(model, images, labels)[1], 3),
+            "accuracy": round(accuracy, 3),
+            "train_accuracy": round(evaluate(model, images, labels)[1], 3),
             "loss": round(test_loss, 5),
             "sharpness": round(sharpness(model, images, labels, rho=SHARPNESS_RHO, batch_size=task.batch), 5),
             "diverged": False,

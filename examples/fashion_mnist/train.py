@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from tqdm import tqdm
 from sam_fast import SAM, Schedule, TrainStep
 from sam_fast.sharpness import rho_sharpness
 
-from .data import Split
-from .model import evaluate, network, noisy
+from .data import Dataset
+from .model import evaluate, network
 
 BATCH = 128
 POINTS = 8  # of the curve of accuracy over time
-NOISE = 0.25  # standard deviation of the noise in the test images' pixels; white is 1
+NOISE, NOISE_SEED = 0.25, 20200000  # standard deviation of the noise in the test images' pixels; white is 1
 SHARPNESS_RHO = 0.05  # the same ball for all rows
 
 
@@ -52,22 +52,21 @@ ROWS = {
 """By their names in bench/quality/contenders.py. The last one is the cheapest that docs/quality.md accepts."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """What came out of one training: accuracies from 0 to 1, sharpness in nats.
+    """What came out of one training: accuracies in percent, sharpness in nats.
 
     ``seconds`` are the processor's, of training alone; ``curve`` has (seconds, test accuracy) every so many steps.
     """
 
     row: str
     seed: int
-    rho: float
     steps: int
-    seconds: float = 0.0
-    accuracy: float = 0.0
-    noisy: float = 0.0
-    sharpness: float = 0.0
-    curve: list[tuple[float, float]] = field(default_factory=list)
+    seconds: float
+    accuracy: float
+    noisy: float
+    sharpness: float
+    curve: list[tuple[float, float]]
 
 
 def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -77,13 +76,11 @@ def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def training_step(row: Row, model: nn.Module, steps: int) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
     """The row's optimizer, and a function that makes one of its ``steps`` on a batch and returns the loss."""
-    options = {"lr": row.lr, "momentum": 0.9, "weight_decay": row.weight_decay}
+    sgd = torch.optim.SGD(model.parameters(), row.lr, momentum=0.9, weight_decay=row.weight_decay)
     if row.rho:
-        schedule = Schedule(start=row.start, total=steps)
-        sam = SAM(model.parameters(), torch.optim.SGD, rho=row.rho, schedule=schedule, **options)
+        sam = SAM(sgd, rho=row.rho, schedule=Schedule(start=row.start, total=steps))
         step = TrainStep(model, sam, loss_fn, ascent=row.ascent)
         return sam, lambda x, y: step(x, y).loss
-    sgd = torch.optim.SGD(model.parameters(), **options)
 
     def sgd_step(x: Tensor, y: Tensor) -> Tensor:
         sgd.zero_grad()
@@ -95,42 +92,37 @@ def training_step(row: Row, model: nn.Module, steps: int) -> tuple[Any, Callable
     return sgd, sgd_step
 
 
-def batches(images: int, seed: int) -> Iterator[Tensor]:
-    """Indices of full batches, epoch after epoch; what is left over at the end of an epoch sits out."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(images, generator=generator)[: images // BATCH * BATCH].split(BATCH)
-
-
-def train(name: str, row: Row, data: Split, seed: int, epochs: int) -> Run:
+def train(name: str, row: Row, data: Dataset, seed: int, epochs: int) -> Run:
     """Train and measure. A seed has the same weights and batches in all rows; the learning rate follows half a cosine.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
     images, labels = data.train_images, data.train_labels
-    steps = row.epochs * epochs * (len(labels) // BATCH)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(labels), generator=generator) for _ in range(row.epochs * epochs)]
+    batches = torch.stack(orders)[:, : len(labels) // BATCH * BATCH].reshape(-1, BATCH)  # full ones: the rest sits out
+    steps = len(batches)
     model = network(data, seed)
     optimizer, step = training_step(row, model, steps)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    run = Run(name, seed, row.rho, steps)
     marks = {math.ceil(steps * i / POINTS) for i in range(1, POINTS + 1)}
-    chosen = batches(len(labels), seed)
-    with tqdm(total=steps, desc=f"seed {seed}, {row.title}", unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
-        for done in range(1, steps + 1):
+    seconds, curve = 0.0, []
+    title = f"seed {seed}, {row.title}"
+    with tqdm(batches, title, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+        for done, rows in enumerate(bar, 1):
             begin = time.process_time()
-            rows = next(chosen)
             loss = float(step(images[rows], labels[rows]))
             scheduler.step()
-            run.seconds += time.process_time() - begin
+            seconds += time.process_time() - begin
             if done in marks:
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"{row.title}, seed {seed}: the loss is {loss} after {done} steps")
-                run.accuracy = evaluate(model, data.test_images, data.test_labels)[1]
-                run.curve.append((run.seconds, run.accuracy))
-                bar.set_postfix_str(f"loss {loss:.3f}, test accuracy {run.accuracy:.1%}", refresh=False)
-            bar.update()
-    run.noisy = evaluate(model, noisy(data.test_images, NOISE), data.test_labels)[1]
-    shown = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
-    run.sharpness = rho_sharpness(model.eval(), loss_fn, shown, rho=SHARPNESS_RHO).value
-    return run
+                    raise FloatingPointError(f"{title}: the loss is {loss} after {done} steps")
+                accuracy = evaluate(model, data.test_images, data.test_labels)[1]
+                curve.append((seconds, accuracy))
+                bar.set_postfix_str(f"loss {loss:.3f}, test accuracy {accuracy:.1f}%", refresh=False)
+    noise = torch.randn(data.test_images.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+    noisy = evaluate(model, data.test_images + NOISE * noise, data.test_labels)[1]
+    measured = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    sharpness = rho_sharpness(model.eval(), loss_fn, measured, rho=SHARPNESS_RHO).value
+    return Run(name, seed, steps, seconds, accuracy, noisy, sharpness, curve)
