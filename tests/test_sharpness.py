@@ -159,6 +159,13 @@ def test_largest_eigenvalue_of_a_quadratic(eigenvalues: list[float]) -> None:
         assert min(abs(early.value - of_h) for of_h in eigenvalues) <= early.error_bound
 
 
+def test_eigenvalues_that_differ_in_sign_alone_are_not_converged() -> None:
+    found = hessian_eigenvalue(Quadratic([5.0, -5.0, 1.0, 0.0, -1.0, 2.0]), loss_of, ROWS, max_iterations=1000)
+    assert (found.iterations, found.converged) == (1000, False)
+    assert -5.0 < found.value < 5.0
+    assert 5.0 - abs(found.value) <= found.error_bound
+
+
 def test_trace_of_a_quadratic() -> None:
     model = Quadratic(EIGENVALUES)
     found = hessian_trace(model, loss_of, ROWS, samples=400)
