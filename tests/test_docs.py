@@ -68,6 +68,42 @@ def test_the_costs_of_variants_are_those_of_the_report() -> None:
             )
 
 
+def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
+    text = " ".join(page("cost.md").split())
+    rows = {task: {} for task in "AB"}
+    for task, row_of in rows.items():
+        section = page("quality.md").split(f"\n## Task {task}\n")[1].split("\n## ")[0]
+        row_of |= {row["contender"]: row for table in tables(section) for row in table}
+
+    def both(contender: str, column: str) -> list[float]:
+        return [float(rows[task][contender][column].rstrip(" %")) for task in rows]
+
+    longer = both("SGD, twice the epochs", "gain, points")
+    assert "it lost {:.1f} points on A and {:.1f} on B".format(*(-gain for gain in longer)) in text
+    norms = both("normalization layers only", "R")
+    assert "kept {:.0f} % on A and {:.0f} % on B".format(*(100 * r for r in norms)) in text
+    assert "took {:.2f} and {:.2f} times SGD's time".format(*both("normalization layers only", "time")) in text
+    assert "({:.2f} and {:.2f} times its gain)".format(*both("Friendly-SAM", "R")) in text
+    assert "kept {:.0f} % on A and half on B".format(100 * both("first pass on 1/4 of the batch", "R")[0]) in text
+    cheapest = "first pass on 1/4, the last quarter of the steps"
+    time = sum(both(cheapest, "time")) / 2
+    assert f"{both(cheapest, 'cost')[0]:.2f} times SGD's passes, here {time:.2f} times its time" in text
+
+    measured = page("benchmarks.md")
+    (memory,) = [row for table in tables(measured) for row in table if row.get("case") == "8 linear layers of 2048"]
+    quoted = "{:.2f} of SGD's; the reference needs {:.2f}.".format(
+        *map(float, (memory["sam_fast"], memory["reference"]))
+    )
+    assert quoted in text
+    sgd, adamw = (tables(measured.split(f"**optimizer step, {base}**")[1])[0] for base in ("SGD", "AdamW"))
+    faster = [float(row["reference"]) for row in sgd if "tensors" not in row["case"]]
+    assert f"together {min(faster):.1f} to {max(faster):.1f} times as fast" in text
+    shares = [int(row["of the measured bandwidth"].rstrip(" %")) for row in sgd + adamw if row["GB/s"]]
+    assert f"{min(shares)} to {max(shares)} % of the memory bandwidth" in text
+    iterations = [float(row["sam_fast"]) for row in tables(measured.split("**training iteration**")[1])[0]]
+    assert f"{2 * min(iterations):.2f} to {2 * max(iterations):.2f} SGD steps" in text
+
+
 def test_the_price_of_an_iteration_is_that_of_the_report() -> None:
     quoted = re.findall(r"^\| ([^|]*, batch \d+) \| ([^|]+) \| ([\d.]+) \|$", page("cost.md"), re.MULTILINE)
     assert len(quoted) >= 4
