@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import sam_fast
 
@@ -36,6 +41,67 @@ def test_the_code_of_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
     for block in blocks:
         exec(compile(block, "start.md", "exec"), names)
     assert len(re.findall(r"loss \d\.\d+, sharpness -?\d\.\d+\n", capsys.readouterr().out)) == 8
+
+
+class Observed(nn.Module):
+    """A layer with the buffers of quantisation-aware training, and one of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("min_val", "max_val", "scale", "ema"):
+            self.register_buffer(name, torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def names_of_a_reader() -> dict[str, Any]:
+    """What a page takes for granted. ``loss_fn`` serves a loop, ``loss_fn(model(x), y)``, and a TrainStep."""
+
+    def loss_fn(first: Any, *rest: Tensor) -> Tensor:
+        return cross_entropy(first(rest[0]), rest[1]) if isinstance(first, nn.Module) else cross_entropy(first, *rest)
+
+    def closure() -> Tensor:
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        return loss
+
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(20, 64))
+    model = nn.Sequential(first, nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))
+    model.add_module("observer", Observed())
+    x, y = torch.randn(16, 20), torch.randint(0, 2, (16,))
+    given = {"loss_fn": loss_fn, "closure": closure, "model": model, "params": list(model.parameters()), "x": x, "y": y}
+    given |= {"loader": [(x, y)] * 4, "epochs": 1, "steps": 8, "step": 3, "writer": MagicMock(), "run": MagicMock()}
+    names = {name: getattr(sam_fast, name) for name in sam_fast.__all__}
+    return {**names, "torch": torch, **given, "optimizer": sam_fast.SAM(model.parameters(), rho=0.05, lr=0.1)}
+
+
+PAGES = {
+    "../README.md": 1,
+    "cost.md": 1,
+    "distributed.md": 1,
+    "guide.md": 5,
+    "mixed_precision.md": 3,
+    "sharpness.md": 2,
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_a_page_runs(name: str) -> None:
+    names = names_of_a_reader()
+    blocks = re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
+    assert len(blocks) == PAGES[name]
+    for block in blocks:
+        optimizer = names["optimizer"]
+        if "second_pass" in block and "first_step" not in block:
+            names["closure"]()
+            optimizer.first_step(zero_grad=True)
+        block = block.replace('"cuda"', '"cpu"').replace("GradScaler()", 'GradScaler("cpu")')
+        exec(compile(block, name, "exec"), names)
+        assert not optimizer.perturbed
+        made = names["step"]
+        if isinstance(made, sam_fast.TrainStep):
+            assert made(names["x"], names["y"]).loss.isfinite()
 
 
 def test_everything_public_is_on_the_page_of_the_api() -> None:
