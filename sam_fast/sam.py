@@ -36,8 +36,7 @@ class SAM(Passes, OptimizerWrapper):
 
     ``first_step`` moves the weights from w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm
     is one number over all parameters of all groups and T = 1, or ``|w| + eta`` in adaptive groups. ``second_step`` puts
-    w back, bit for bit, and lets the base
-    optimizer step with the gradient found at ``w + e``::
+    w back, bit for bit, and lets the base optimizer step with the gradient found at ``w + e``::
 
         loss_fn(model(x), y).backward()
         optimizer.first_step(zero_grad=True)
@@ -72,11 +71,12 @@ class SAM(Passes, OptimizerWrapper):
         **base_kwargs: options of the base optimizer.
 
     Raises:
-        TypeError: ``base_optimizer`` is not callable, ``params`` is a single tensor, or an optimizer is given together
-            with ``base_kwargs``.
-        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs
-            a closure, differentiates gradients or steps during backward passes, or the forced backend does not support
-            a parameter.
+        TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor, ``schedule`` is no Schedule, or
+            an optimizer is given together with ``base_optimizer`` or ``base_kwargs``.
+        ValueError: ``params`` is empty, an option is out of range, the base optimizer has an option of the same name as
+            one of SAM's, needs a closure, differentiates gradients or steps during backward passes, the forced backend
+            is unknown or does not support a parameter, or ``flatten=True`` with parameters that share memory.
+        RuntimeError: the forced backend cannot be used here.
     """
 
     grad_scale = set_by_scaler("grad_scale")
@@ -193,8 +193,8 @@ class SAM(Passes, OptimizerWrapper):
             zero_grad: call ``zero_grad()`` afterwards.
 
         Raises:
-            RuntimeError: the weights are already perturbed, or a gradient is sparse. The weights are then as before the
-                call.
+            RuntimeError: a step is under way already, or a gradient is sparse, of another shape than its parameter, or
+                of a kind whose elements cannot be reached. The weights are then as before the call.
             ValueError: an option of a group is out of range.
         """
         step = self._step

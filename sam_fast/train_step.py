@@ -21,10 +21,11 @@ class StepResult(NamedTuple):
     """What a :class:`TrainStep` returns: 0-d tensors on the device. Reading them waits for it, nothing else has.
 
     Attributes:
-        loss: mean over the whole batch; at w where the first pass saw all of it, else the second pass's.
-        sharpness: L(w + e) - L(w), where both passes saw the same samples, else None.
-        grad_norm: ``||T g||`` of the direction, times what ``backward`` may have scaled the loss by; None where the
-            step did not perturb.
+        loss: mean over the whole batch, in the dtype of ``loss_fn``'s; at w where the first pass saw all of it, else
+            the second pass's.
+        sharpness: L(w + e) - L(w), in the same dtype, where both passes saw the same samples, else None.
+        grad_norm: ``||T g||`` of the direction, in float64, times what ``backward`` may have scaled the loss by; None
+            where the step did not perturb.
     """
 
     loss: Tensor
@@ -112,6 +113,8 @@ class TrainStep:
 
         Raises:
             ValueError: no tensor in ``batch`` has a row.
+            TypeError: ``loss_fn`` returns no tensor.
+            RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
         """
         rows = number_of_rows(batch)
         if not rows:
