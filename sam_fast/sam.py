@@ -14,7 +14,7 @@ from .backends import forced
 from .base_step import BaseStep
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
-from .closures import AUTO, check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
+from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
@@ -25,9 +25,6 @@ from .running_stats import ExtraBuffers, Models
 from .schedule import STEP, Schedule, ScheduleWatch, check_schedule, count_step, start_counter, steps_taken
 from .step_state import StepState, set_by_scaler
 from .wrapper import OptimizerWrapper
-
-STOCHASTIC_ROUNDING_DEFAULT = False
-"""What ``stochastic_rounding=None`` means; docs/mixed_precision.md has the measurement."""
 
 
 class SAM(Passes, OptimizerWrapper):
@@ -63,8 +60,8 @@ class SAM(Passes, OptimizerWrapper):
             the closure is called for both, as with any torch optimizer. "auto", the default: "second" if they are new
             and not all zero, else "both"; this looks at the norm on the host.
         stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e``
-            right on average, and with a fused second step the new weights too; False rounds to nearest, which loses
-            most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
+            right on average, and with a fused second step the new weights too. False rounds to nearest, which loses
+            most of a small e. None, the default, is False (docs/mixed_precision.md has the measurement).
         schedule: which steps perturb, a :class:`sam_fast.Schedule`; None: all do.
         along: the direction of the perturbation: "gradient", this batch's, from a first pass. Others did not keep
             enough of SAM's accuracy to be here (docs/quality.md).
@@ -94,7 +91,7 @@ class SAM(Passes, OptimizerWrapper):
         perturb_eps: float = 1e-12,
         flatten: bool = False,
         backend: str | None = None,
-        closure: str = AUTO,
+        closure: str = "auto",
         stochastic_rounding: bool | None = None,
         schedule: Schedule | None = None,
         along: str = "gradient",
@@ -110,7 +107,7 @@ class SAM(Passes, OptimizerWrapper):
         groups = as_groups(params)
         if stochastic_rounding not in (None, True, False):
             raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
-        self._rounds = STOCHASTIC_ROUNDING_DEFAULT if stochastic_rounding is None else stochastic_rounding
+        self._rounds = bool(stochastic_rounding)
         self._closure = closure
         self._schedule = schedule
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
