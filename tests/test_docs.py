@@ -170,6 +170,17 @@ def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
     assert f"{2 * min(iterations):.2f} to {2 * max(iterations):.2f} SGD steps" in text
 
 
+def test_the_numbers_of_parameters_in_a_launch_are_those_that_are_tested() -> None:
+    text = (Path(__file__).parent / "cuda_emulation" / "test_launches.py").read_text()
+    plain, medium, small = re.findall(r"^\w*TENSORS = (\d+)$", text, re.M)
+    (sgd, small_sgd), (adam, small_adam) = re.findall(r", (\d+), (\d+)\)", re.search(r"^FUSED = .*$", text, re.M)[0])
+    gpu = " ".join(page("gpu.md").split())
+    assert gpu.count(f"for up to {plain} parameters") == 2
+    assert f"for up to {sgd} parameters with SGD, {adam} with Adam" in gpu
+    assert f"up to {small} parameters (in the second step {small_sgd} with SGD, {small_adam} with Adam)" in gpu
+    assert f"for up to {medium}, else" in gpu
+
+
 def test_the_price_of_an_iteration_is_that_of_the_report() -> None:
     quoted = re.findall(r"^\| ([^|]*, batch \d+) \| ([^|]+) \| ([\d.]+) \|$", page("cost.md"), re.MULTILINE)
     assert len(quoted) >= 4
