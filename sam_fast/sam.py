@@ -67,6 +67,9 @@ class SAM(Passes, OptimizerWrapper):
             enough of SAM's accuracy to be here (docs/quality.md).
         **base_kwargs: options of the base optimizer.
 
+    Attributes:
+        base_optimizer: the torch optimizer that steps. ``state`` and ``param_groups`` are its own objects.
+
     Raises:
         TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor, ``schedule`` is no Schedule, or
             an optimizer is given together with ``base_optimizer`` or ``base_kwargs``.
