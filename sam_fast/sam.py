@@ -51,8 +51,8 @@ class SAM(Passes, OptimizerWrapper):
         adaptive: True for ASAM; its rho is usually about ten times SAM's.
         eta: added to ``|w|`` in ASAM's T; at least 0 (the reference implementation has 0, the paper's code 0.01).
         perturb_eps: added to the norm; at least 0.
-        flatten: make parameters and gradients views of flat buffers. Faster for many small parameters; gradients are
-            then zero, not None.
+        flatten: make parameters and gradients views of flat buffers; gradients are then zero, not None. On the CPU it
+            was not faster (docs/speed.md).
         backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each
             parameter.
         closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass,

@@ -170,6 +170,16 @@ def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
     assert f"{2 * min(iterations):.2f} to {2 * max(iterations):.2f} SGD steps" in text
 
 
+def test_what_flatten_costs_is_what_the_report_has() -> None:
+    text, measured = " ".join(page("speed.md").split()), page("benchmarks.md")
+    host = tables(measured.split("**second_step, host time**")[1])[0]
+    of = {row["case"]: float(row["sam_fast"].split()[0]) for row in host}
+    assert f"161 tiny tensors {of['161 x 8, flatten'] / of['161 x 8']:.1f} times as long" in text
+    memory = tables(measured.split("**peak memory**")[1])[0][0]
+    flat, usual = (f"{float(memory[name]):.2f}" for name in ("sam_fast, flatten", "sam_fast"))
+    assert f"a peak of {flat} of SGD's memory instead of {usual}" in text
+
+
 def test_the_numbers_of_parameters_in_a_launch_are_those_that_are_tested() -> None:
     text = (Path(__file__).parent / "cuda_emulation" / "test_launches.py").read_text()
     plain, medium, small = re.findall(r"^\w*TENSORS = (\d+)$", text, re.M)
