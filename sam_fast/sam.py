@@ -58,7 +58,8 @@ class SAM(Passes, OptimizerWrapper):
         closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass,
             and the closure is called for the second, as in the reference implementation. "both": they are discarded and
             the closure is called for both, as with any torch optimizer. "auto", the default: "second" if they are new
-            and not all zero, else "both"; this looks at the norm on the host.
+            (neither used by a step with a closure nor zeroed by ``zero_grad()``) and not all zero, else "both"; this
+            looks at the norm on the host.
         stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e``
             right on average, and with a fused second step the new weights too. False rounds to nearest, which loses
             most of a small e. None, the default, is False (docs/mixed_precision.md has the measurement).
