@@ -129,13 +129,17 @@ def measured(site: Path, number: int, options: Sequence[str]) -> Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("head")
-    parser.add_argument("--select", default=SELECT, help="pytest -k")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threshold", type=float, default=0.1, help="what counts as a regression, beyond the noise")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", help="a saved run, a git ref or a source tree")
+    parser.add_argument("head", help="what is compared with it, of the same kinds")
+    parser.add_argument("--select", default=SELECT, help="the benchmarks to run, as pytest's -k (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each version (default: 3)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.1, help="the slowdown that counts, beyond the noise (default: 0.1, 10 %%)"
+    )
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     both = [arguments.base, arguments.head]

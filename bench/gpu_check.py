@@ -268,14 +268,16 @@ def as_table(steps: dict[str, Step]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, names = parser.add_argument, list(dict.fromkeys(ASKED.values()))
     results = ROOT / "build" / "gpu-check"
-    add("--results", type=Path, default=results, help="where cuda.json and gpu-check.json go")
+    add("--results", type=Path, default=results, help="for cuda.json and gpu-check.json (default: build/gpu-check)")
     add("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
-    add("--commit", default="", help="of these files, where they came without git")
-    add("--only", default=",".join(names), help="steps to run, of " + ",".join(names))
-    add("--minutes", type=float, default=17.0, help="for everything")
+    add("--commit", default="", help="the commit of these files, where they came without git")
+    add("--only", default=",".join(names), help="steps to run, of (and by default) " + ",".join(names))
+    add("--minutes", type=float, default=17.0, help="for everything (default: 17)")
     add("--wheels", type=Path, help="a folder of wheels for the steps, installed beside the environment")
     rehearsal = "rehearsal: the benchmarks on the CPU, to try this program"
     add("--device", default="cuda", choices=["cuda", "rehearsal"], help=rehearsal)

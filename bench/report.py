@@ -244,7 +244,9 @@ def write(root: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="files written by `pytest bench --save`")
     parser.add_argument("--again", type=Path, help="a second run of the same commit")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")

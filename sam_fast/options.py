@@ -130,6 +130,9 @@ def check_options(group: dict[str, Any]) -> None:
     for name in ("rho", "eta"):
         if name in group:
             check_at_least_zero(name, group[name])
+    for name in ("adaptive", "perturb"):
+        if group.get(name, False) not in (True, False):
+            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
 
 
 def check_at_least_zero(name: str, value: Any) -> None:

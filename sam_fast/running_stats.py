@@ -71,7 +71,7 @@ def as_models(models: Any, argument: str) -> list[nn.Module]:
     for model in models:
         if not isinstance(model, nn.Module):
             inside = type(model).__name__
-            raise TypeError(f"{wanted}, got a {type(models).__name__} that holds an object of type {inside}")
+            raise TypeError(f"{wanted}, got {type(models).__name__} that holds an object of type {inside}")
     return list(models)
 
 

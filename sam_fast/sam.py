@@ -14,7 +14,7 @@ from .backends import forced
 from .base_step import BaseStep
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
-from .closures import AUTO, check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
+from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
@@ -26,9 +26,6 @@ from .schedule import STEP, Schedule, ScheduleWatch, check_schedule, count_step,
 from .step_state import StepState, set_by_scaler
 from .wrapper import OptimizerWrapper
 
-STOCHASTIC_ROUNDING_DEFAULT = False
-"""What ``stochastic_rounding=None`` means; docs/mixed_precision.md has the measurement."""
-
 
 class SAM(Passes, OptimizerWrapper):
     """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al.,
@@ -36,8 +33,7 @@ class SAM(Passes, OptimizerWrapper):
 
     ``first_step`` moves the weights from w to ``w + e``, ``e = rho T^2 g / (||T g|| + perturb_eps)``, where the norm
     is one number over all parameters of all groups and T = 1, or ``|w| + eta`` in adaptive groups. ``second_step`` puts
-    w back, bit for bit, and lets the base
-    optimizer step with the gradient found at ``w + e``::
+    w back, bit for bit, and lets the base optimizer step with the gradient found at ``w + e``::
 
         loss_fn(model(x), y).backward()
         optimizer.first_step(zero_grad=True)
@@ -55,28 +51,33 @@ class SAM(Passes, OptimizerWrapper):
         adaptive: True for ASAM; its rho is usually about ten times SAM's.
         eta: added to ``|w|`` in ASAM's T; at least 0 (the reference implementation has 0, the paper's code 0.01).
         perturb_eps: added to the norm; at least 0.
-        flatten: make parameters and gradients views of flat buffers. Faster for many small parameters; gradients are
-            then zero, not None.
+        flatten: make parameters and gradients views of flat buffers; gradients are then zero, not None. On the CPU it
+            was not faster (docs/speed.md).
         backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each
             parameter.
         closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass,
             and the closure is called for the second, as in the reference implementation. "both": they are discarded and
             the closure is called for both, as with any torch optimizer. "auto", the default: "second" if they are new
-            and not all zero, else "both"; this looks at the norm on the host.
+            (neither used by a step with a closure nor zeroed by ``zero_grad()``) and not all zero, else "both"; this
+            looks at the norm on the host.
         stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e``
-            right on average, and with a fused second step the new weights too; False rounds to nearest, which loses
-            most of e. None is ``STOCHASTIC_ROUNDING_DEFAULT``.
+            right on average, and with a fused second step the new weights too. False rounds to nearest, which loses
+            most of a small e. None, the default, is False (docs/mixed_precision.md has the measurement).
         schedule: which steps perturb, a :class:`sam_fast.Schedule`; None: all do.
         along: the direction of the perturbation: "gradient", this batch's, from a first pass. Others did not keep
             enough of SAM's accuracy to be here (docs/quality.md).
         **base_kwargs: options of the base optimizer.
 
+    Attributes:
+        base_optimizer: the torch optimizer that steps. ``state`` and ``param_groups`` are its own objects.
+
     Raises:
-        TypeError: ``base_optimizer`` is not callable, ``params`` is a single tensor, or an optimizer is given together
-            with ``base_kwargs``.
-        ValueError: an option is out of range, the base optimizer has an option of the same name as one of SAM's, needs
-            a closure, differentiates gradients or steps during backward passes, or the forced backend does not support
-            a parameter.
+        TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor, ``schedule`` is no Schedule, or
+            an optimizer is given together with ``base_optimizer`` or ``base_kwargs``.
+        ValueError: ``params`` is empty, an option is out of range, the base optimizer has an option of the same name as
+            one of SAM's, needs a closure, differentiates gradients or steps during backward passes, the forced backend
+            is unknown or does not support a parameter, or ``flatten=True`` with parameters that share memory.
+        RuntimeError: the forced backend cannot be used here.
     """
 
     grad_scale = set_by_scaler("grad_scale")
@@ -94,7 +95,7 @@ class SAM(Passes, OptimizerWrapper):
         perturb_eps: float = 1e-12,
         flatten: bool = False,
         backend: str | None = None,
-        closure: str = AUTO,
+        closure: str = "auto",
         stochastic_rounding: bool | None = None,
         schedule: Schedule | None = None,
         along: str = "gradient",
@@ -110,7 +111,7 @@ class SAM(Passes, OptimizerWrapper):
         groups = as_groups(params)
         if stochastic_rounding not in (None, True, False):
             raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
-        self._rounds = STOCHASTIC_ROUNDING_DEFAULT if stochastic_rounding is None else stochastic_rounding
+        self._rounds = bool(stochastic_rounding)
         self._closure = closure
         self._schedule = schedule
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
@@ -193,8 +194,8 @@ class SAM(Passes, OptimizerWrapper):
             zero_grad: call ``zero_grad()`` afterwards.
 
         Raises:
-            RuntimeError: the weights are already perturbed, or a gradient is sparse. The weights are then as before the
-                call.
+            RuntimeError: a step is under way already, or a gradient is sparse, of another shape than its parameter, or
+                of a kind whose elements cannot be reached. The weights are then as before the call.
             ValueError: an option of a group is out of range.
         """
         step = self._step

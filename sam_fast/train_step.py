@@ -21,10 +21,11 @@ class StepResult(NamedTuple):
     """What a :class:`TrainStep` returns: 0-d tensors on the device. Reading them waits for it, nothing else has.
 
     Attributes:
-        loss: mean over the whole batch; at w where the first pass saw all of it, else the second pass's.
-        sharpness: L(w + e) - L(w), where both passes saw the same samples, else None.
-        grad_norm: ``||T g||`` of the direction, times what ``backward`` may have scaled the loss by; None where the
-            step did not perturb.
+        loss: mean over the whole batch, in the dtype of ``loss_fn``'s; at w where the first pass saw all of it, else
+            the second pass's.
+        sharpness: L(w + e) - L(w), in the same dtype, where both passes saw the same samples, else None.
+        grad_norm: ``||T g||`` of the direction, in float64, times what ``backward`` may have scaled the loss by; None
+            where the step did not perturb.
     """
 
     loss: Tensor
@@ -46,7 +47,7 @@ class TrainStep:
             of every tensor whose first dimension is the batch's. A quarter makes a step cost 1.25 (NFNets,
             https://arxiv.org/abs/2102.06171). Batches should be shuffled.
         micro_batches: both passes accumulate gradients over so many parts of the batch.
-        autocast: a dtype, or what makes or is a context manager that forward passes and the loss run in.
+        autocast: what forward passes and the loss run in: a dtype, a context manager, or a function that returns one.
         scaler: a torch.amp.GradScaler.
         clip_grad_norm: largest norm of the second gradient over all parameters, as ``clip_grad_norm_`` has it, but
             without another pass over memory where the second step is fused: the gradients are left as they are.
@@ -55,7 +56,7 @@ class TrainStep:
         backward: called with the loss in place of ``loss.backward()``: ``accelerator.backward``, ``fabric.backward``.
 
     Raises:
-        TypeError: ``optimizer`` leads to no SAM.
+        TypeError: ``model``, ``loss_fn`` or ``autocast`` is of the wrong type, or there is no SAM in ``optimizer``.
         ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, ``scaler`` with
             ``backward``, ``backward`` of an Accelerator that accumulates, or a model in FSDP1.
     """
@@ -76,6 +77,14 @@ class TrainStep:
         backward: Callable[[Tensor], Any] | None = None,
     ) -> None:
         self.every = stride_of(ascent, replay_rng)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be called as loss_fn(model, *batch), got {type(loss_fn).__name__}")
+        if not (autocast is None or isinstance(autocast, torch.dtype) or is_context(autocast) or callable(autocast)):
+            raise TypeError(
+                f"autocast must be a dtype such as torch.bfloat16, a context manager or its maker, got {autocast!r}"
+            )
         if getattr(getattr(backward, "__self__", None), "gradient_accumulation_steps", 1) != 1:
             raise ValueError(
                 "this Accelerator divides every loss by its gradient_accumulation_steps: make it with "
@@ -104,6 +113,8 @@ class TrainStep:
 
         Raises:
             ValueError: no tensor in ``batch`` has a row.
+            TypeError: ``loss_fn`` returns no tensor.
+            RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
         """
         rows = number_of_rows(batch)
         if not rows:
@@ -159,9 +170,7 @@ class TrainStep:
         if isinstance(self.autocast, torch.dtype):
             device = next(p.device.type for group in self.sam.param_groups for p in group["params"])
             return torch.autocast(device, self.autocast)
-        made: AbstractContextManager[Any] = (
-            self.autocast if hasattr(type(self.autocast), "__enter__") else self.autocast()
-        )
+        made: AbstractContextManager[Any] = self.autocast if is_context(self.autocast) else self.autocast()
         return made
 
     def _backward(self, loss: Tensor) -> None:
@@ -188,6 +197,10 @@ class TrainStep:
                     )
         finally:
             step.clip_grad_norm = None
+
+
+def is_context(value: Any) -> bool:
+    return hasattr(type(value), "__enter__")
 
 
 @contextmanager
@@ -217,7 +230,7 @@ def stride_of(ascent: float, replay_rng: bool) -> int:
         raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
     every = round(1 / ascent)
     if replay_rng and every > 1:
-        raise ValueError("replay_rng=True needs ascent=1: masks of fewer rows are others")
+        raise ValueError("replay_rng=True needs ascent=1: dropout draws other masks for fewer rows")
     return every
 
 

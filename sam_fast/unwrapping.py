@@ -27,7 +27,9 @@ def unwrap(optimizer: Any) -> SAM:
         return found[0]
     sam = _inner(optimizer)
     if sam is None:
-        raise TypeError(f"unwrap(optimizer) found no sam_fast.SAM in a {type(optimizer).__name__}")
+        raise TypeError(
+            f"unwrap(optimizer) needs a sam_fast.SAM or an object with one inside, got {type(optimizer).__name__}"
+        )
     return sam
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import sam_fast
 
@@ -38,6 +43,67 @@ def test_the_code_of_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(re.findall(r"loss \d\.\d+, sharpness -?\d\.\d+\n", capsys.readouterr().out)) == 8
 
 
+class Observed(nn.Module):
+    """A layer with the buffers of quantisation-aware training, and one of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("min_val", "max_val", "scale", "ema"):
+            self.register_buffer(name, torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def names_of_a_reader() -> dict[str, Any]:
+    """What a page takes for granted. ``loss_fn`` serves a loop, ``loss_fn(model(x), y)``, and a TrainStep."""
+
+    def loss_fn(first: Any, *rest: Tensor) -> Tensor:
+        return cross_entropy(first(rest[0]), rest[1]) if isinstance(first, nn.Module) else cross_entropy(first, *rest)
+
+    def closure() -> Tensor:
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        return loss
+
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(20, 64))
+    model = nn.Sequential(first, nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))
+    model.add_module("observer", Observed())
+    x, y = torch.randn(16, 20), torch.randint(0, 2, (16,))
+    given = {"loss_fn": loss_fn, "closure": closure, "model": model, "params": list(model.parameters()), "x": x, "y": y}
+    given |= {"loader": [(x, y)] * 4, "epochs": 1, "steps": 8, "step": 3, "writer": MagicMock(), "run": MagicMock()}
+    names = {name: getattr(sam_fast, name) for name in sam_fast.__all__}
+    return {**names, "torch": torch, **given, "optimizer": sam_fast.SAM(model.parameters(), rho=0.05, lr=0.1)}
+
+
+PAGES = {
+    "../README.md": 1,
+    "cost.md": 1,
+    "distributed.md": 1,
+    "guide.md": 5,
+    "mixed_precision.md": 3,
+    "sharpness.md": 2,
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_a_page_runs(name: str) -> None:
+    names = names_of_a_reader()
+    blocks = re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
+    assert len(blocks) == PAGES[name]
+    for block in blocks:
+        optimizer = names["optimizer"]
+        if "second_pass" in block and "first_step" not in block:
+            names["closure"]()
+            optimizer.first_step(zero_grad=True)
+        block = block.replace('"cuda"', '"cpu"').replace("GradScaler()", 'GradScaler("cpu")')
+        exec(compile(block, name, "exec"), names)
+        assert not optimizer.perturbed
+        made = names["step"]
+        if isinstance(made, sam_fast.TrainStep):
+            assert made(names["x"], names["y"]).loss.isfinite()
+
+
 def test_everything_public_is_on_the_page_of_the_api() -> None:
     listed = set(re.findall(r"^::: sam_fast\.(\w+)$", page("api.md"), re.MULTILINE))
     assert set(sam_fast.__all__) <= listed
@@ -66,6 +132,63 @@ def test_the_costs_of_variants_are_those_of_the_report() -> None:
                 measured["accuracy, %"],
                 measured["time"],
             )
+
+
+def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
+    text = " ".join(page("cost.md").split())
+    rows = {task: {} for task in "AB"}
+    for task, row_of in rows.items():
+        section = page("quality.md").split(f"\n## Task {task}\n")[1].split("\n## ")[0]
+        row_of |= {row["contender"]: row for table in tables(section) for row in table}
+
+    def both(contender: str, column: str) -> list[float]:
+        return [float(rows[task][contender][column].rstrip(" %")) for task in rows]
+
+    longer = both("SGD, twice the epochs", "gain, points")
+    assert "it lost {:.1f} points on A and {:.1f} on B".format(*(-gain for gain in longer)) in text
+    norms = both("normalization layers only", "R")
+    assert "kept {:.0f} % on A and {:.0f} % on B".format(*(100 * r for r in norms)) in text
+    assert "took {:.2f} and {:.2f} times SGD's time".format(*both("normalization layers only", "time")) in text
+    assert "({:.2f} and {:.2f} times its gain)".format(*both("Friendly-SAM", "R")) in text
+    assert "kept {:.0f} % on A and half on B".format(100 * both("first pass on 1/4 of the batch", "R")[0]) in text
+    cheapest = "first pass on 1/4, the last quarter of the steps"
+    time = sum(both(cheapest, "time")) / 2
+    assert f"{both(cheapest, 'cost')[0]:.2f} times SGD's passes, here {time:.2f} times its time" in text
+
+    measured = page("benchmarks.md")
+    (memory,) = [row for table in tables(measured) for row in table if row.get("case") == "8 linear layers of 2048"]
+    quoted = "{:.2f} of SGD's; the reference needs {:.2f}.".format(
+        *map(float, (memory["sam_fast"], memory["reference"]))
+    )
+    assert quoted in text
+    sgd, adamw = (tables(measured.split(f"**optimizer step, {base}**")[1])[0] for base in ("SGD", "AdamW"))
+    faster = [float(row["reference"]) for row in sgd if "tensors" not in row["case"]]
+    assert f"together {min(faster):.1f} to {max(faster):.1f} times as fast" in text
+    shares = [int(row["of the measured bandwidth"].rstrip(" %")) for row in sgd + adamw if row["GB/s"]]
+    assert f"{min(shares)} to {max(shares)} % of the memory bandwidth" in text
+    iterations = [float(row["sam_fast"]) for row in tables(measured.split("**training iteration**")[1])[0]]
+    assert f"{2 * min(iterations):.2f} to {2 * max(iterations):.2f} SGD steps" in text
+
+
+def test_what_flatten_costs_is_what_the_report_has() -> None:
+    text, measured = " ".join(page("speed.md").split()), page("benchmarks.md")
+    host = tables(measured.split("**second_step, host time**")[1])[0]
+    of = {row["case"]: float(row["sam_fast"].split()[0]) for row in host}
+    assert f"161 tiny tensors {of['161 x 8, flatten'] / of['161 x 8']:.1f} times as long" in text
+    memory = tables(measured.split("**peak memory**")[1])[0][0]
+    flat, usual = (f"{float(memory[name]):.2f}" for name in ("sam_fast, flatten", "sam_fast"))
+    assert f"a peak of {flat} of SGD's memory instead of {usual}" in text
+
+
+def test_the_numbers_of_parameters_in_a_launch_are_those_that_are_tested() -> None:
+    text = (Path(__file__).parent / "cuda_emulation" / "test_launches.py").read_text()
+    plain, medium, small = re.findall(r"^\w*TENSORS = (\d+)$", text, re.M)
+    (sgd, small_sgd), (adam, small_adam) = re.findall(r", (\d+), (\d+)\)", re.search(r"^FUSED = .*$", text, re.M)[0])
+    gpu = " ".join(page("gpu.md").split())
+    assert gpu.count(f"for up to {plain} parameters") == 2
+    assert f"for up to {sgd} parameters with SGD, {adam} with Adam" in gpu
+    assert f"up to {small} parameters (in the second step {small_sgd} with SGD, {small_adam} with Adam)" in gpu
+    assert f"for up to {medium}, else" in gpu
 
 
 def test_the_price_of_an_iteration_is_that_of_the_report() -> None:

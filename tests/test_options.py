@@ -41,6 +41,18 @@ def test_a_bad_option_of_a_group_is_refused(option: str, value: float, how: str)
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("option", ["adaptive", "perturb"])
+@pytest.mark.parametrize("value", [0.1, "no", None])
+def test_a_switch_is_on_or_off(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be True or False"):
+        SAM([{"params": make_params([3]), option: value}], lr=0.1)
+
+
+def test_a_learning_rate_in_the_place_of_adaptive_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"adaptive must be True or False, got 0\.1"):
+        SAM(make_params([3]), torch.optim.SGD, 0.05, 0.1)  # type: ignore[arg-type]
+
+
 def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
     params = make_params([3])
     with pytest.raises(TypeError, match=r"base_optimizer.*class"):

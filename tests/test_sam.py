@@ -216,7 +216,7 @@ def test_what_the_closure_returns_is_returned_as_it_is(make: Make) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="known limit, see step's docstring: marking gradients in second_step would cost Python per parameter there",
+    reason="known limit (docs/guide.md, Closures): marking them in second_step would cost Python for each parameter",
 )
 def test_gradients_that_second_step_has_used_are_no_first_pass(make: Make) -> None:
     """A two-call step without zero_grad, then a closure."""

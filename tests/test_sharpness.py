@@ -159,6 +159,13 @@ def test_largest_eigenvalue_of_a_quadratic(eigenvalues: list[float]) -> None:
         assert min(abs(early.value - of_h) for of_h in eigenvalues) <= early.error_bound
 
 
+def test_eigenvalues_that_differ_in_sign_alone_are_not_converged() -> None:
+    found = hessian_eigenvalue(Quadratic([5.0, -5.0, 1.0, 0.0, -1.0, 2.0]), loss_of, ROWS, max_iterations=1000)
+    assert (found.iterations, found.converged) == (1000, False)
+    assert -5.0 < found.value < 5.0
+    assert 5.0 - abs(found.value) <= found.error_bound
+
+
 def test_trace_of_a_quadratic() -> None:
     model = Quadratic(EIGENVALUES)
     found = hessian_trace(model, loss_of, ROWS, samples=400)
@@ -348,13 +355,13 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "m": (lambda q: sharp(q, m=0), ValueError, "m must be an int of at least 1"),
     "m of one batch": (lambda q: sharp(q, m=3), ValueError, "m=3 is more than the 2 rows"),
     "backend": (lambda q: sharp(q, backend="fast"), ValueError, "fast"),
-    "model": (lambda q: sharp([q]), TypeError, "model must be a torch.nn.Module, got a list"),
+    "model": (lambda q: sharp([q]), TypeError, "model must be a torch.nn.Module, got list"),
     "frozen": (lambda q: sharp(q.requires_grad_(False)), ValueError, "model has no trainable parameters"),
     "loss_fn": (lambda q: sharp(q, "loss"), TypeError, "loss_fn must be called as"),
     "a batch": (lambda q: sharp(q, batches=ROWS[0]), TypeError, "batches must be an iterable"),
     "no batches": (lambda q: sharp(q, batches=[]), ValueError, "batches is empty"),
     "no rows": (lambda q: sharp(q, batches=[3.0]), ValueError, "no tensor that has rows"),
-    "no tensor": (lambda q: sharp(q, lambda model, x: 3.0), TypeError, "loss_fn must return a tensor, got a float"),
+    "no tensor": (lambda q: sharp(q, lambda model, x: 3.0), TypeError, "loss_fn must return a tensor, got float"),
     "no scalar": (lambda q: sharp(q, lambda model, x: model(x) + x), ValueError, r"a scalar.* got shape \(2, 1\)"),
     "complex loss": (lambda q: sharp(q, lambda q, x: q.w().sum() * 1j), ValueError, "must return a real number"),
     "no steps": (lambda q: loss_along(q, loss_of, ROWS, ALONG, 1.0), TypeError, "steps must be numbers"),

@@ -232,6 +232,18 @@ def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
         TrainStep(model, SAM(model.parameters()), lambda m, x, y: (loss_of(m, x, y), x))(*batches()[0])
 
 
+def test_arguments_of_the_wrong_type_are_refused_by_name() -> None:
+    model = network()
+    sam = SAM(model.parameters())
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        TrainStep([model], sam, loss_of)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"loss_fn must be called as loss_fn\(model, \*batch\), got Tensor"):
+        TrainStep(model, sam, torch.zeros(()))  # type: ignore[arg-type]
+    for autocast in ("bfloat16", True):
+        with pytest.raises(TypeError, match="autocast must be a dtype"):
+            TrainStep(model, sam, loss_of, autocast=autocast)
+
+
 # ---- Clipping --------------------------------------------------------------------------------------------------------
 
 

@@ -266,8 +266,8 @@ R is the share of SAM's gain over SGD that a contender keeps: mean(accuracy - SG
 - Accuracy is the last epoch's, on test images that chose nothing: neither the epoch nor a setting.
 - For a seed all contenders have the same training images, initial weights and order of batches.
 - SGD tunes its learning rate and weight decay, also with more epochs. SAM tunes its own, then rho over five values.
-  The others take SAM's learning rate and weight decay, as whoever replaces SAM by them would, and tune rho over as many
-  values.
+  The others take SAM's learning rate and weight decay, as anyone who replaces SAM by them would, and tune rho over as
+  many values.
 - Tuning tries all settings on two fifths of the tuning seeds, then the best two on all. The table's seeds are others.
 - "Every k-th step" with SAM's rho and with k times that are values of one grid, and so are 1 and 5 times SAM's rho for
   normalization layers.

@@ -24,7 +24,13 @@ ISA_VARIABLE = "SAM_FAST_CPU_ISA"
 """Environment variable that names the instruction set: baseline, avx2 or avx512; by default the processor's best."""
 
 if _cpu is not None and os.environ.get(ISA_VARIABLE):
-    _cpu.use_isa(os.environ[ISA_VARIABLE])
+    try:
+        _cpu.use_isa(os.environ[ISA_VARIABLE])
+    except ValueError:
+        raise ValueError(
+            f"{ISA_VARIABLE}={os.environ[ISA_VARIABLE]!r} is unknown, or this processor cannot run it: use baseline, "
+            "avx2 or avx512, or leave it out"
+        ) from None
 
 
 class CpuBucket(NativeBucket):

@@ -59,10 +59,12 @@ def hessian_eigenvalue(
     """The largest eigenvalue of the Hessian of the mean loss over all batches, by power iteration.
 
     Power iteration finds the eigenvalue of largest magnitude. If that is negative, it goes on with ``H - value``, whose
-    largest magnitude belongs to the largest eigenvalue. An iteration costs a forward pass, a backward pass and a
-    backward pass through that, over all batches, and memory for about four vectors of all parameters and the graph of
-    one batch's gradient. Scaled dot-product attention uses PyTorch's plain ("math") implementation, the one that can be
-    differentiated twice.
+    largest magnitude belongs to the largest eigenvalue. Where the smallest eigenvalue is about minus the largest, the
+    vector stays a mixture of both: ``value`` lies between them, and ``converged`` is False.
+
+    An iteration costs a forward pass, a backward pass and a backward pass through that, over all batches, and memory
+    for about four vectors of all parameters and the graph of one batch's gradient. Scaled dot-product attention uses
+    PyTorch's plain ("math") implementation, the one that can be differentiated twice.
 
     Mode, processes and what is left as it was: see :func:`sam_fast.sharpness.rho_sharpness`. Every iteration draws the
     same dropout masks, and the same order of a shuffling DataLoader.

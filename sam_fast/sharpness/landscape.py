@@ -196,7 +196,7 @@ def _norm(direction: Sequence[Tensor | None]) -> float:
 
 def _numbers(name: str, steps: Sequence[float]) -> tuple[float, ...]:
     if not isinstance(steps, Iterable):
-        raise TypeError(f"{name} must be numbers such as [-1.0, 0.0, 1.0], got a {type(steps).__name__}")
+        raise TypeError(f"{name} must be numbers such as [-1.0, 0.0, 1.0], got {type(steps).__name__}")
     numbers = tuple(map(float, steps))
     if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} must be finite numbers, at least one, got {steps!r}")
@@ -215,14 +215,14 @@ def _aligned(measured: Measurement, direction: Direction, argument: str) -> list
 
 def _checked(params: Mapping[str, Tensor], direction: Direction, argument: str) -> dict[str, Tensor]:
     if not isinstance(direction, Mapping):
-        raise TypeError(f"{argument} must map names of parameters to tensors, got a {type(direction).__name__}")
+        raise TypeError(f"{argument} must map names of parameters to tensors, got {type(direction).__name__}")
     checked = {}
     for name, along in direction.items():
         if name not in params:
             raise ValueError(f"{argument} has {name!r}, which is no trainable parameter of model")
         p = params[name]
         if not isinstance(along, Tensor):
-            raise TypeError(f"{argument}[{name!r}] must be a tensor, got a {type(along).__name__}")
+            raise TypeError(f"{argument}[{name!r}] must be a tensor, got {type(along).__name__}")
         if along.shape != p.shape:
             raise ValueError(f"{argument}[{name!r}] has shape {tuple(along.shape)}, the parameter {tuple(p.shape)}")
         checked[name] = along.detach().to(p.device, p.dtype)

@@ -58,9 +58,9 @@ class Measurement:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("sharpness needs gradients: measure outside torch.inference_mode()")
         if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be called as loss_fn(model, *batch), got a {type(loss_fn).__name__}")
+            raise TypeError(f"loss_fn must be called as loss_fn(model, *batch), got {type(loss_fn).__name__}")
         if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
-            raise TypeError(f"batches must be an iterable of batches, got a {type(batches).__name__}: use [(x, y)]")
+            raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: use [(x, y)]")
         self.params_by_name = trainable(model)
         self.params = list(self.params_by_name.values())
         spread = sharded(self.params)
@@ -98,7 +98,7 @@ class Measurement:
         """The loss of one batch where the weights are now."""
         loss = self.loss_fn(self.module, *batch)
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got a {type(loss).__name__}")
+            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         if loss.is_complex():
             raise ValueError("loss_fn must return a real number, got a complex one")
         if loss.dim():
@@ -236,7 +236,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: there are none, or DistributedDataParallel is not the outermost module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     module = unwrapped(model)
     if any(isinstance(inner, DistributedDataParallel) for inner in module.modules()):
         raise ValueError(

@@ -12,6 +12,7 @@ Prints what was caught, and ends with an error if something was not.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -115,8 +116,14 @@ def check(copy: Path, build: Path, breakage: Breakage) -> bool:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if word != "--skip-whole"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="in the names of breakages, or at the beginning of their files' names")
+    parser.add_argument("--skip-whole", action="store_true", help="no tests on whole sources first")
+    arguments = parser.parse_args()
+    words = arguments.words
     chosen = [b for b in BREAKAGES if not words or any(word in b.name or b.file.startswith(word) for word in words)]
+    if not chosen:
+        parser.error(f"no breakage has {' or '.join(words)} in its name")
     with tempfile.TemporaryDirectory() as folder:
         copy, build = Path(folder) / "copy", Path(folder) / "build"
         copy.mkdir()
@@ -126,7 +133,7 @@ def main() -> None:
             build_native(copy, build)
             built = {path: path.read_bytes() for path in (copy / "sam_fast").glob("_cpu*.so")}
         every = tuple(sorted({test for b in chosen for test in b.tests}))
-        if "--skip-whole" not in sys.argv and not passes(copy, every, show=True):
+        if not arguments.skip_whole and not passes(copy, every, show=True):
             raise SystemExit("the tests fail on sources that nothing was done to")
         caught = 0
         for breakage in chosen:

@@ -243,12 +243,11 @@ def soak(minutes: float, seed: int, report: Callable[[str], None]) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parents[2] / "bench" / "results" / "soak.json"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0, help="default: 20")
+    parser.add_argument("--seed", type=int, default=0, help="of networks, data and faults (default: 0)")
+    out = Path(__file__).resolve().parents[2] / "bench" / "results" / "soak.json"
+    parser.add_argument("--out", type=Path, default=out, help="the result (default: bench/results/soak.json)")
     arguments = parser.parse_args()
     result = soak(arguments.minutes, arguments.seed, lambda line: print(line, flush=True))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
