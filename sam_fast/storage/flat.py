@@ -86,12 +86,14 @@ class FlatBuffers:
         """True if every parameter still lies where it was put, as it was laid out."""
         return not self._gather.weights(self._found) and self._found == self._weight_places
 
-    def _grads_intact(self) -> bool:
-        """True if every gradient lies where it belongs.
+    def in_place(self) -> tuple[bool, bool]:
+        """Whether every parameter, and every gradient, lies where it was put: one look at both.
 
         Whichever object ``.grad`` is: ``model.to()`` gives the same one other memory.
         """
-        return not self._gather.collect(self._found, self._found_grads)[1] and self._found_grads == self._grad_places
+        changed, odd = self._gather.collect(self._found, self._found_grads)
+        weights = not changed and self._found == self._weight_places
+        return weights, not odd and self._found_grads == self._grad_places
 
     def release_frozen(self) -> None:
         """Take the gradients of zeros that were made here from parameters that have been frozen since."""
@@ -123,8 +125,6 @@ class FlatBuffers:
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        if self._grads_intact():
-            return
         for index, (p, view) in enumerate(zip(self.params, self.grad_views, strict=True)):
             grad = p.grad
             if grad is None:
@@ -144,11 +144,11 @@ class FlatBuffers:
         Parameters that were moved out of the flat buffer are left there, with gradients of zeros.
         """
         self.grads.zero_()
-        moved = not self.intact()
-        if not moved and self._grads_intact() and all(map(_requires_grad, self.params)):
+        weights, grads = self.in_place()
+        if weights and grads and all(map(_requires_grad, self.params)):
             return
         for index, p in enumerate(self.params):
-            if moved:
+            if not weights:
                 if p.grad is not None:
                     p.grad.detach().zero_()
             elif p.requires_grad:
@@ -218,10 +218,12 @@ class Flat(InPlace):
         return list(self._by_parameter.values())
 
     def collect(self, own_gradient: bool) -> bool:
-        if not self._intact():
+        found = [flat.in_place() for flat in self.buffers]
+        if not all(weights for weights, _ in found):
             return False
-        for flat in self.buffers:
-            flat.collect_grads()
+        for flat, (_, grads) in zip(self.buffers, found, strict=True):
+            if not grads:
+                flat.collect_grads()
         return True
 
     def _intact(self) -> bool:
