@@ -17,7 +17,7 @@ from .clipping import clipped
 from .closures import AUTO, check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
-from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
+from .options import OPTIONS, as_groups, check_arguments, check_base, check_options, make_base, take_over_options
 from .passes import Passes
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
@@ -101,15 +101,13 @@ class SAM(Passes, OptimizerWrapper):
         **base_kwargs: Any,
     ) -> None:
         make = make_base(params, base_optimizer, base_kwargs)
-        check_at_least_zero("perturb_eps", perturb_eps)
+        check_arguments(perturb_eps, flatten, stochastic_rounding)
         check_closure_option("closure", closure)
         check_schedule(schedule)
         if along != "gradient":
             raise ValueError(f'along must be "gradient", got {along!r}: docs/quality.md says why there is no other')
         forced(backend)
         groups = as_groups(params)
-        if stochastic_rounding not in (None, True, False):
-            raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
         self._rounds = STOCHASTIC_ROUNDING_DEFAULT if stochastic_rounding is None else stochastic_rounding
         self._closure = closure
         self._schedule = schedule

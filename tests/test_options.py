@@ -41,6 +41,29 @@ def test_a_bad_option_of_a_group_is_refused(option: str, value: float, how: str)
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("option", ["adaptive", "perturb", "flatten"])
+@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5])
+def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> None:
+    """A string from a configuration file was true, whatever it said."""
+    group = {"params": make_params([3]), option: value}
+    optimizer = SAM(make_params([4]), lr=0.1)
+    with pytest.raises(ValueError, match=f"{option} must be True or False"):
+        SAM([group], lr=0.1) if option == "perturb" else SAM(make_params([3]), lr=0.1, **{option: value})
+    if option != "flatten":
+        with pytest.raises(ValueError, match=f"{option} must be True or False"):
+            optimizer.add_param_group(group)
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][0][option] = value
+        with pytest.raises(ValueError, match=f"{option} must be True or False"):
+            optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("true", [1, 1.0, torch.tensor(True)])
+def test_other_kinds_of_true_are_true(true: Any) -> None:
+    p = make_params([3])[0]
+    assert SAM([p], lr=0.1, adaptive=true, flatten=true).param_groups[0]["adaptive"] == 1
+
+
 def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
     params = make_params([3])
     with pytest.raises(TypeError, match=r"base_optimizer.*class"):
