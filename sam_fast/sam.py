@@ -205,6 +205,8 @@ class SAM(Passes, OptimizerWrapper):
             if "perturb" not in group:  # added to the base optimizer, or loaded into it
                 self._fill_in_options(groups)
                 break
+        if step.unused:
+            step.train_unused()
         perturbs = self.will_perturb
         first_pass_done = perturbs or step.first_pass_entered or left_by_a_pass(self._gradients())
         if perturbs:
@@ -300,6 +302,8 @@ class SAM(Passes, OptimizerWrapper):
 
     def _update(self) -> None:
         base, step, perturbation = self.base_optimizer, self._step, self._perturbation
+        if step.without_sync:
+            step.require_sync("second_step()")
         step.zeroed = False
         settle_running_stats(base.param_groups, counts=not step.first_pass_done)
         scaling = UNSCALED
