@@ -37,6 +37,11 @@ def _takes_part(p: Tensor, perturb: bool) -> bool:
     return (p.requires_grad or p.grad is not None) and is_plain(local_tensor(p) if is_dtensor(p) else p)
 
 
+def _has_grad_dtype(p: Tensor) -> bool:
+    """Whether autograd gives a parameter gradients of another dtype than its own (PyTorch 2.10)."""
+    return getattr(p, "grad_dtype", None) not in (None, p.dtype)
+
+
 class Perturbation:
     """Moves parameters to ``w + e`` and back to ``w``, over all parameters of all groups.
 
@@ -101,10 +106,11 @@ class Perturbation:
         shared = overlapping(tensors)
         if self.flatten:
             self._refuse_shared([*params, *(p for p, _ in left_out)], param_groups)
+            self._refuse_wide_gradients(params, param_groups)
         alike: dict[tuple[Any, ...], list[Member]] = {}
         for position, (member, tensor) in enumerate(zip(members, tensors, strict=True)):
             is_shared = position in shared
-            backend = self._choose_for_shared() if is_shared else storage.choose(tensor, self.backend)
+            backend = self._choose_for_shared() if is_shared else self._choose(storage, member[0], tensor)
             # What is never perturbed is in buckets of its own, which allocate no backup.
             perturbs = bool(param_groups[member[1]]["perturb"])
             key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]), perturbs)
@@ -142,6 +148,19 @@ class Perturbation:
         if shared:
             names = ", ".join(name_of(params[i], param_groups) for i in shared)
             raise ValueError(f"flatten=True would separate parameters that share memory ({names}): use flatten=False")
+
+    def _refuse_wide_gradients(self, params: Sequence[Tensor], param_groups: ParamGroups) -> None:
+        for p in filter(_has_grad_dtype, params):
+            raise ValueError(
+                f"flatten=True makes gradients of the parameters' dtypes, but {name_of(p, param_groups)} is "
+                f"{p.dtype} with grad_dtype {p.grad_dtype}: use flatten=False"  # type: ignore[attr-defined]
+            )
+
+    def _choose(self, storage: InPlace, param: Tensor, tensor: Tensor) -> Backend:
+        # The fused kernels read gradients in the parameter's dtype: float16 would lose the large ones and the small.
+        if _has_grad_dtype(param) and forced(self.backend) is None:
+            return BACKENDS["torch"]
+        return storage.choose(tensor, self.backend)
 
     def _choose_for_shared(self) -> Backend:
         # The fused kernels move all tensors at once; the torch backend backs all up, then moves one after the other.
