@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from .storage import Flat, InPlace, Member, is_dtensor, sharded
 ParamGroups = Sequence[dict[str, Any]]
 
 _grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search for the attribute
+
+
+_latest: ref[Perturbation] | None = None
+"""The one that has perturbed last in this process."""
 
 
 def _takes_part(p: Tensor, perturb: bool) -> bool:
@@ -67,6 +72,7 @@ class Perturbation:
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
         self._began = False  # a backup has been allocated
+        self._ref = ref(self)
 
     def holds(self, dtypes: Sequence[torch.dtype]) -> bool:
         """Whether there are parameters of one of these dtypes."""
@@ -182,7 +188,11 @@ class Perturbation:
             rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
             own_gradient: DTensor gradients that are partial sums are not added up.
         """
+        global _latest
         self.prepare(param_groups)
+        other = None if _latest is None else _latest()
+        if other is not None and other is not self and other.active:
+            self._refuse_perturbed(other, param_groups)
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key)
@@ -198,6 +208,7 @@ class Perturbation:
         self._began = True
         self._measured(options)
         self.active = True
+        _latest = self._ref
         try:
             for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
                 home.measure()  # a bucket of the same device that perturbs writes it anew
@@ -209,6 +220,16 @@ class Perturbation:
             self.restore()
             raise
         self.measured = True
+
+    def _refuse_perturbed(self, other: Perturbation, param_groups: ParamGroups) -> None:
+        """Whichever of two restores last would undo the other's update, or leave its perturbation in the weights."""
+        perturbed = set(map(id, other._saved_params()))
+        for group in param_groups:
+            for p in group["params"]:
+                if group["perturb"] and p.grad is not None and id(p) in perturbed:
+                    raise RuntimeError(
+                        f"{name_of(p, param_groups)} is perturbed by another SAM: finish that one's step first"
+                    )
 
     def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
         """Those with a tensor in a group that is perturbed: the others need no backup."""

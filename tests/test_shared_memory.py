@@ -161,3 +161,23 @@ def test_parameters_that_share_memory_are_refused_by_a_forced_fused_backend() ->
         SAM(params, lr=0.1, backend="cpu")
     with pytest.raises(ValueError, match="share memory"):
         SAM(params, lr=0.1, flatten=True)
+
+
+def test_two_optimizers_do_not_perturb_a_parameter_at_the_same_time(flatten: bool) -> None:
+    """What the first had added stayed in the weights once both had restored. Other parameters may be perturbed."""
+    shared, own, unrelated = make_params([5, 6, 7])
+    first = SAM([shared, own], lr=0.0)
+    second = SAM([{"params": [unrelated]}, {"params": [shared]}], lr=0.0)
+    third = SAM([{"params": [unrelated]}, {"params": [own], "perturb": False}], lr=0.0, flatten=flatten)
+    before = values([shared, own, unrelated])
+    first.first_step()
+    with pytest.raises(RuntimeError, match="parameter 0 of group 1 is perturbed by another SAM"):
+        second.first_step()
+    assert not second.perturbed
+    third.first_step()
+    first.second_step()
+    third.second_step()
+    assert same_bits([shared, own, unrelated], before)
+    second.first_step()
+    second.second_step()
+    assert same_bits([shared, own, unrelated], before)
