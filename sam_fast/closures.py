@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .amp import check_unscaled
 from .closure_stats import uncounted_forwards
 from .devices import devices_of
 from .random_state import RandomState
@@ -208,6 +209,8 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
             f"use {LIGHTNING_CALLBACK}"
         )
     optimizer._require_first_step("step() without a closure")
+    if optimizer._step.found_inf is not None:
+        check_unscaled(optimizer)
     optimizer._update()
 
 

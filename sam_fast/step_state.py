@@ -37,6 +37,7 @@ class StepState:
     clip_grad_norm: float | None = None  # of the second gradient, for one step
     grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
     found_inf: Tensor | float | None = None
+    unscaling_is_right: bool = False  # as far as amp.check_unscaled knows
     warned_of_gradients: bool = False
 
     def forget_first_pass(self) -> None:
