@@ -28,7 +28,7 @@ _grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search
 
 
 _latest: ref[Perturbation] | None = None
-"""The one that has perturbed last in this process."""
+"""The optimizer's that has perturbed last in this process."""
 
 
 def _takes_part(p: Tensor, perturb: bool) -> bool:
@@ -54,12 +54,14 @@ class Perturbation:
         backend: name of the backend to force, or None.
         flatten: move parameters and gradients into flat buffers.
         eps: added to the norm before it divides rho.
+        nested: it is restored before anything else happens, and may lie within another one's.
     """
 
-    def __init__(self, backend: str | None, flatten: bool, eps: float) -> None:
+    def __init__(self, backend: str | None, flatten: bool, eps: float, nested: bool = False) -> None:
         self.backend = backend
         self.flatten = flatten
         self.eps = eps
+        self.nested = nested
         self.active = False
         self.buckets: list[Bucket] = []
         self.storage: InPlace = Flat(backend) if flatten else InPlace()
@@ -91,8 +93,9 @@ class Perturbation:
         """True if the buckets are those of these groups and parameters."""
         if len(self._known) != len(param_groups):
             return False
-        for group, params in zip(param_groups, self._known, strict=True):  # no generator: this is asked at every step
-            if not same_objects(group["params"], params):
+        for group, known in zip(param_groups, self._known, strict=True):  # no generator: this is asked at every step
+            params = group["params"]
+            if not same_objects(params if params.__class__ is list else list(params), known):
                 return False
         return True
 
@@ -190,9 +193,11 @@ class Perturbation:
         """
         global _latest
         self.prepare(param_groups)
-        other = None if _latest is None else _latest()
-        if other is not None and other is not self and other.active:
-            self._refuse_perturbed(other, param_groups)
+        if not self.nested:
+            other = None if _latest is None else _latest()
+            if other is not None and other is not self and other.active:
+                self._refuse_perturbed(other, param_groups)
+            _latest = self._ref
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key)
@@ -208,7 +213,6 @@ class Perturbation:
         self._began = True
         self._measured(options)
         self.active = True
-        _latest = self._ref
         try:
             for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
                 home.measure()  # a bucket of the same device that perturbs writes it anew

@@ -163,13 +163,16 @@ def test_a_parameter_that_is_in_another_group_is_refused_and_nothing_changes(fla
 # ---- Groups that change ----------------------------------------------------------------------------------------------
 
 
-def test_a_parameter_exchanged_in_its_group_takes_part(backend: str, flatten: bool) -> None:
+@pytest.mark.parametrize("holds", [list, tuple])
+def test_a_parameter_exchanged_in_its_group_takes_part(holds: type, backend: str, flatten: bool) -> None:
     old, stays = make_params([10, 20])
     new = make_params([30], seed=1)[0]
     optimizer = SAM([old, stays], lr=0.0, rho=0.1, backend=backend, flatten=flatten)
     optimizer.first_step()
     optimizer.second_step()
     optimizer.param_groups[0]["params"][0] = new
+    if holds is tuple:
+        optimizer.param_groups[0]["params"] = (new, stays)
     before = values([new, stays, old])
     optimizer.first_step()
     moved = [not same_bits([p], [q]) for p, q in zip([new, stays, old], before, strict=True)]

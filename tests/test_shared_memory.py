@@ -9,6 +9,7 @@ from plain_sam import PlainSAM, furthest
 from torch import nn
 
 from sam_fast import SAM
+from sam_fast.sharpness import rho_sharpness
 
 CLOSE = 1e-12  # float64: a few roundings in numbers around 1
 
@@ -181,3 +182,17 @@ def test_two_optimizers_do_not_perturb_a_parameter_at_the_same_time(flatten: boo
     second.first_step()
     second.second_step()
     assert same_bits([shared, own, unrelated], before)
+
+
+def test_sharpness_may_be_measured_while_the_weights_are_perturbed() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = SAM(model.parameters(), lr=0.0)
+    before = values(list(model.parameters()))
+    x = torch.randn(5, 4)
+    model(x).square().mean().backward()
+    optimizer.first_step(zero_grad=True)
+    climbed = values(list(model.parameters()))
+    rho_sharpness(model, lambda model, x: model(x).square().mean(), [(x,)], rho=0.1)
+    assert same_bits(list(model.parameters()), climbed)
+    optimizer.second_step()
+    assert same_bits(list(model.parameters()), before)
