@@ -202,7 +202,7 @@ class SAM(Passes, OptimizerWrapper):
             )
         groups = self.base_optimizer.param_groups
         for group in groups:
-            if "perturb" not in group:  # added to the base optimizer, or loaded into it
+            if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
                 self._fill_in_options(groups)
                 break
         if step.unused:
