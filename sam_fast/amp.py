@@ -4,11 +4,13 @@ overflowed.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from torch.optim import Optimizer
 ATTRIBUTES = ("grad_scale", "found_inf")
 """What a GradScaler sets on an optimizer whose step knows what to do with scaled gradients, and removes after the step.
 """
+
+TOO_LARGE = 256.0
+"""A first gradient is larger than the second by the scale, where the second alone is unscaled."""
 
 _warned: set[str] = set()
 
@@ -71,6 +76,35 @@ def scaling_of(grad_scale: Tensor | None, found_inf: Tensor | float | None, norm
         overflow |= ~norm.isfinite().to(overflow.device)
     # exactly 0 or 1: fused optimizers subtract it from their step counters
     return Scaling(grad_scale, overflow.to(torch.float32))
+
+
+def check_unscaled(optimizer: Any) -> None:
+    """Raise RuntimeError if a GradScaler takes the second gradients of ``optimizer``, a SAM, for unscaled because
+    ``unscale_`` was called before ``first_step``: they would be thousands of times too large.
+
+    Nothing but their size tells. Once it was right this is not asked again: reading it waits for the device. With
+    adaptive groups there is no norm of the gradient to compare with.
+    """
+    step = optimizer._step
+    adaptive = any(group["adaptive"] for group in optimizer.param_groups)
+    if step.unscaling_is_right or not step.perturbs or step.grad_scale is not None or adaptive:
+        return
+    if optimizer._perturbation.storage.process_wide:  # each process has a part, and all must do the same
+        return
+    grads = [g.detach() for g in optimizer._gradients() if g.layout == torch.strided and g.numel() > 0]
+    second = math.hypot(
+        *(float(torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))) for g in grads)
+    )
+    first = float(optimizer.grad_norm)
+    if not (0.0 < first < math.inf and 0.0 < second < math.inf):
+        return
+    if second > TOO_LARGE * first:
+        raise RuntimeError(
+            f"the second gradient is {second / first:.0f} times as large as the first: scaler.unscale_(optimizer) was "
+            "called before first_step(), and the second pass's gradients are still scaled. Call it after the second "
+            "backward pass, if at all: the perturbation does not depend on the scale"
+        )
+    step.unscaling_is_right = True
 
 
 def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], None]) -> None:

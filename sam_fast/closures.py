@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .amp import check_unscaled
 from .closure_stats import uncounted_forwards
 from .devices import devices_of
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_models
+from .step_state import StepState
 
 AUTO, BOTH, SECOND = "auto", "both", "second"
 
@@ -38,6 +40,11 @@ NO_SECOND_GRADIENT = (
     "step(closure) took the gradients that were there for the first pass, and the closure computed none for the "
     "second, as that of step() in Lightning's manual optimization: call first_step(zero_grad=True) after the first "
     "backward pass, then backward() once more at w + e, then second_step()"
+)
+
+STEPS_ITSELF = (
+    "the closure of step(closure) has begun or ended a step itself: it may compute the loss, call backward() and "
+    "zero gradients, and leave first_step(), second_step(), step() and restore() to step(closure)"
 )
 
 LIGHTNING_CALLBACK = "Trainer(callbacks=[sam_fast.integrations.lightning.SAMCallback()])"
@@ -147,11 +154,13 @@ def closure_step(
                 optimizer.zero_grad()
                 if computes_first:
                     loss = closure()
+                    _check_where_the_step_stands(step, active=False)
                 optimizer.first_step(zero_grad=True)
             replayed = nullcontext() if random_state is None else random_state.replayed()
             uncounted = uncounted_forwards(model, extra_buffers, closure) if step.first_pass_done else nullcontext()
             with uncounted, replayed:
                 second_loss = closure()
+            _check_where_the_step_stands(step, active=True)
             if first_pass_done and not begun and not are_new(optimizer._gradients()):
                 raise RuntimeError(NO_SECOND_GRADIENT)
     except BaseException:
@@ -161,6 +170,11 @@ def closure_step(
     optimizer._update()
     mark_used(optimizer._gradients())
     return loss if computes_first else second_loss
+
+
+def _check_where_the_step_stands(step: StepState, active: bool) -> None:
+    if step.active is not active:
+        raise RuntimeError(STEPS_ITSELF)
 
 
 def _whole_step(optimizer: Any, closure: Callable[[], Any]) -> Any:
@@ -195,6 +209,8 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
             f"use {LIGHTNING_CALLBACK}"
         )
     optimizer._require_first_step("step() without a closure")
+    if optimizer._step.found_inf is not None:
+        check_unscaled(optimizer)
     optimizer._update()
 
 

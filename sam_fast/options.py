@@ -20,6 +20,9 @@ from torch.optim import SGD, Optimizer
 OPTIONS = ("rho", "adaptive", "eta", "perturb")
 """The options that SAM adds to every parameter group."""
 
+FLAGS = ("adaptive", "perturb")
+"""Those of them that are true or false."""
+
 OLD_WEIGHTS = "old_p"
 """Where the reference implementation keeps its backup, in the state that it saves."""
 
@@ -125,14 +128,19 @@ def name_of(param: Tensor, param_groups: Sequence[dict[str, Any]]) -> str:
     return "a parameter"
 
 
+def check_arguments(perturb_eps: Any, flatten: Any, stochastic_rounding: Any) -> None:
+    """Raise ValueError if an argument of the constructor is out of range."""
+    check_at_least_zero("perturb_eps", perturb_eps)
+    check_flag("flatten", flatten)
+    if stochastic_rounding is not None:
+        check_flag("stochastic_rounding", stochastic_rounding, "None, True or False")
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raise ValueError if an option of a group is out of range."""
-    for name in ("rho", "eta"):
+    for name, check in (("rho", check_at_least_zero), ("eta", check_at_least_zero), *((f, check_flag) for f in FLAGS)):
         if name in group:
-            check_at_least_zero(name, group[name])
-    for name in ("adaptive", "perturb"):
-        if group.get(name, False) not in (True, False):
-            raise ValueError(f"{name} must be True or False, got {group[name]!r}")
+            check(name, group[name])
 
 
 def check_at_least_zero(name: str, value: Any) -> None:
@@ -143,6 +151,12 @@ def check_at_least_zero(name: str, value: Any) -> None:
         number = math.nan
     if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
+    """Raise ValueError if ``value`` is not true or false: "False" from a configuration file would be taken for true."""
+    if value not in (True, False):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def check_base(base: Any) -> None:

@@ -91,6 +91,8 @@ class Passes:
                 gradient). With a GradScaler, only the second pass then decides whether the update is skipped, since the
                 ranks must agree.
 
+        The second pass comes after the block. If the body raises, the weights are w.
+
         Raises:
             RuntimeError: the weights are perturbed.
             TypeError: ``model`` is neither a module nor a list or tuple of modules.
@@ -100,7 +102,7 @@ class Passes:
         self._require_restored("first_pass")
         models = as_models(model, "first_pass(model)")
         self._step.random_state = RandomState.capture(devices_of(self.param_groups)) if replay_rng else None
-        self._step.own_gradient = not sync
+        self._step.own_gradient = self._step.without_sync = not sync
         self._step.first_pass_entered = True
         try:
             with ExitStack() as stack:
@@ -112,9 +114,11 @@ class Passes:
                 yield
             self._step.train_unused()
         except BaseException:
-            self._step.forget_first_pass()
+            self.restore()  # first_step may have been called inside
             self._perturbation.storage.give_up_pass()
             raise
+        finally:
+            self._step.without_sync = False
 
     @contextmanager
     def second_pass(self, model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
@@ -130,12 +134,13 @@ class Passes:
             extra_buffers: further buffers that are to end as they were; see :func:`sam_fast.disable_running_stats`.
 
         Raises:
-            RuntimeError: there was no first_step.
+            RuntimeError: there was no first_step, or this is inside ``first_pass(sync=False)``.
             TypeError: ``model`` or ``extra_buffers`` is of the wrong type. The weights are still perturbed, as after
                 any wrong call.
             ValueError: a pattern in ``extra_buffers`` fits nothing. The same holds.
         """
         self._require_first_step("second_pass")
+        self._step.require_sync("second_pass")
         models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
         if not self._step.active:  # a step that does not perturb may do without
             self.first_step()

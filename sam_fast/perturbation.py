@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ ParamGroups = Sequence[dict[str, Any]]
 _grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search for the attribute
 
 
+_latest: ref[Perturbation] | None = None
+"""The optimizer's that has perturbed last in this process."""
+
+
 def _takes_part(p: Tensor, perturb: bool) -> bool:
     """Whether a bucket must hold a parameter: it has a gradient, or may get one.
 
@@ -37,6 +42,11 @@ def _takes_part(p: Tensor, perturb: bool) -> bool:
     return (p.requires_grad or p.grad is not None) and is_plain(local_tensor(p) if is_dtensor(p) else p)
 
 
+def _has_grad_dtype(p: Tensor) -> bool:
+    """Whether autograd gives a parameter gradients of another dtype than its own (PyTorch 2.10)."""
+    return getattr(p, "grad_dtype", None) not in (None, p.dtype)
+
+
 class Perturbation:
     """Moves parameters to ``w + e`` and back to ``w``, over all parameters of all groups.
 
@@ -44,12 +54,14 @@ class Perturbation:
         backend: name of the backend to force, or None.
         flatten: move parameters and gradients into flat buffers.
         eps: added to the norm before it divides rho.
+        nested: it is restored before anything else happens, and may lie within another one's.
     """
 
-    def __init__(self, backend: str | None, flatten: bool, eps: float) -> None:
+    def __init__(self, backend: str | None, flatten: bool, eps: float, nested: bool = False) -> None:
         self.backend = backend
         self.flatten = flatten
         self.eps = eps
+        self.nested = nested
         self.active = False
         self.buckets: list[Bucket] = []
         self.storage: InPlace = Flat(backend) if flatten else InPlace()
@@ -62,6 +74,7 @@ class Perturbation:
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
         self._began = False  # a backup has been allocated
+        self._ref = ref(self)
 
     def holds(self, dtypes: Sequence[torch.dtype]) -> bool:
         """Whether there are parameters of one of these dtypes."""
@@ -80,8 +93,9 @@ class Perturbation:
         """True if the buckets are those of these groups and parameters."""
         if len(self._known) != len(param_groups):
             return False
-        for group, params in zip(param_groups, self._known, strict=True):  # no generator: this is asked at every step
-            if not same_objects(group["params"], params):
+        for group, known in zip(param_groups, self._known, strict=True):  # no generator: this is asked at every step
+            params = group["params"]
+            if not same_objects(params if params.__class__ is list else list(params), known):
                 return False
         return True
 
@@ -101,10 +115,11 @@ class Perturbation:
         shared = overlapping(tensors)
         if self.flatten:
             self._refuse_shared([*params, *(p for p, _ in left_out)], param_groups)
+            self._refuse_wide_gradients(params, param_groups)
         alike: dict[tuple[Any, ...], list[Member]] = {}
         for position, (member, tensor) in enumerate(zip(members, tensors, strict=True)):
             is_shared = position in shared
-            backend = self._choose_for_shared() if is_shared else storage.choose(tensor, self.backend)
+            backend = self._choose_for_shared() if is_shared else self._choose(storage, member[0], tensor)
             # What is never perturbed is in buckets of its own, which allocate no backup.
             perturbs = bool(param_groups[member[1]]["perturb"])
             key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]), perturbs)
@@ -143,6 +158,19 @@ class Perturbation:
             names = ", ".join(name_of(params[i], param_groups) for i in shared)
             raise ValueError(f"flatten=True would separate parameters that share memory ({names}): use flatten=False")
 
+    def _refuse_wide_gradients(self, params: Sequence[Tensor], param_groups: ParamGroups) -> None:
+        for p in filter(_has_grad_dtype, params):
+            raise ValueError(
+                f"flatten=True makes gradients of the parameters' dtypes, but {name_of(p, param_groups)} is "
+                f"{p.dtype} with grad_dtype {p.grad_dtype}: use flatten=False"  # type: ignore[attr-defined]
+            )
+
+    def _choose(self, storage: InPlace, param: Tensor, tensor: Tensor) -> Backend:
+        # The fused kernels read gradients in the parameter's dtype: float16 would lose the large ones and the small.
+        if _has_grad_dtype(param) and forced(self.backend) is None:
+            return BACKENDS["torch"]
+        return storage.choose(tensor, self.backend)
+
     def _choose_for_shared(self) -> Backend:
         # The fused kernels move all tensors at once; the torch backend backs all up, then moves one after the other.
         wanted = forced(self.backend)
@@ -163,7 +191,13 @@ class Perturbation:
             rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
             own_gradient: DTensor gradients that are partial sums are not added up.
         """
+        global _latest
         self.prepare(param_groups)
+        if not self.nested:
+            other = None if _latest is None else _latest()
+            if other is not None and other is not self and other.active:
+                self._refuse_perturbed(other, param_groups)
+            _latest = self._ref
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key)
@@ -190,6 +224,16 @@ class Perturbation:
             self.restore()
             raise
         self.measured = True
+
+    def _refuse_perturbed(self, other: Perturbation, param_groups: ParamGroups) -> None:
+        """Whichever of two restores last would undo the other's update, or leave its perturbation in the weights."""
+        perturbed = set(map(id, other._saved_params()))
+        for group in param_groups:
+            for p in group["params"]:
+                if group["perturb"] and p.grad is not None and id(p) in perturbed:
+                    raise RuntimeError(
+                        f"{name_of(p, param_groups)} is perturbed by another SAM: finish that one's step first"
+                    )
 
     def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
         """Those with a tensor in a group that is perturbed: the others need no backup."""

@@ -17,7 +17,7 @@ from .clipping import clipped
 from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
-from .options import OPTIONS, as_groups, check_at_least_zero, check_base, check_options, make_base, take_over_options
+from .options import OPTIONS, as_groups, check_arguments, check_base, check_options, make_base, take_over_options
 from .passes import Passes
 from .perturbation import Perturbation
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
@@ -102,15 +102,13 @@ class SAM(Passes, OptimizerWrapper):
         **base_kwargs: Any,
     ) -> None:
         make = make_base(params, base_optimizer, base_kwargs)
-        check_at_least_zero("perturb_eps", perturb_eps)
+        check_arguments(perturb_eps, flatten, stochastic_rounding)
         check_closure_option("closure", closure)
         check_schedule(schedule)
         if along != "gradient":
             raise ValueError(f'along must be "gradient", got {along!r}: docs/quality.md says why there is no other')
         forced(backend)
         groups = as_groups(params)
-        if stochastic_rounding not in (None, True, False):
-            raise ValueError(f"stochastic_rounding must be None, True or False, got {stochastic_rounding!r}")
         self._rounds = bool(stochastic_rounding)
         self._closure = closure
         self._schedule = schedule
@@ -205,9 +203,11 @@ class SAM(Passes, OptimizerWrapper):
             )
         groups = self.base_optimizer.param_groups
         for group in groups:
-            if "perturb" not in group:  # added to the base optimizer, or loaded into it
+            if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
                 self._fill_in_options(groups)
                 break
+        if step.unused:
+            step.train_unused()
         perturbs = self.will_perturb
         first_pass_done = perturbs or step.first_pass_entered or left_by_a_pass(self._gradients())
         if perturbs:
@@ -303,6 +303,8 @@ class SAM(Passes, OptimizerWrapper):
 
     def _update(self) -> None:
         base, step, perturbation = self.base_optimizer, self._step, self._perturbation
+        if step.without_sync:
+            step.require_sync("second_step()")
         step.zeroed = False
         settle_running_stats(base.param_groups, counts=not step.first_pass_done)
         scaling = UNSCALED

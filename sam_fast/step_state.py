@@ -30,18 +30,28 @@ class StepState:
 
     random_state: RandomState | None = None
     own_gradient: bool = False  # the gradient of this rank alone
+    without_sync: bool = False  # inside first_pass(sync=False)
     first_pass_entered: bool = False
     unused: list[Tensor] = field(default_factory=list)  # require no gradient while there is a first_pass
     path: str = NOT_STEPPED
     clip_grad_norm: float | None = None  # of the second gradient, for one step
     grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
     found_inf: Tensor | float | None = None
+    unscaling_is_right: bool = False  # as far as amp.check_unscaled knows
     warned_of_gradients: bool = False
 
     def forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step."""
         self.train_unused()
         self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
+
+    def require_sync(self, what: str) -> None:
+        """Raise RuntimeError where the second pass's gradients would be those of this process alone."""
+        if self.without_sync:
+            raise RuntimeError(
+                f"{what} inside first_pass(model, sync=False), where gradients are not synchronised: end the block "
+                "before the second pass"
+            )
 
     def train_unused(self) -> None:
         """What needed no gradient in ``first_pass`` requires one again. After an interruption: what is left of it."""

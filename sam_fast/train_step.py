@@ -6,13 +6,15 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .closures import are_new
-from .options import check_at_least_zero
+from .options import check_at_least_zero, check_flag
 from .passes import learns_graph
 from .unwrapping import unwrap
 
@@ -56,7 +58,7 @@ class TrainStep:
         backward: called with the loss in place of ``loss.backward()``: ``accelerator.backward``, ``fabric.backward``.
 
     Raises:
-        TypeError: ``model``, ``loss_fn`` or ``autocast`` is of the wrong type, or there is no SAM in ``optimizer``.
+        TypeError: an argument is of the wrong type, or there is no SAM in ``optimizer``.
         ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, ``scaler`` with
             ``backward``, ``backward`` of an Accelerator that accumulates, or a model in FSDP1.
     """
@@ -76,15 +78,10 @@ class TrainStep:
         sync: bool = True,
         backward: Callable[[Tensor], Any] | None = None,
     ) -> None:
+        check_kinds(model, loss_fn, autocast, scaler, backward)
+        check_flag("replay_rng", replay_rng)
+        check_flag("sync", sync)
         self.every = stride_of(ascent, replay_rng)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be called as loss_fn(model, *batch), got {type(loss_fn).__name__}")
-        if not (autocast is None or isinstance(autocast, torch.dtype) or is_context(autocast) or callable(autocast)):
-            raise TypeError(
-                f"autocast must be a dtype such as torch.bfloat16, a context manager or its maker, got {autocast!r}"
-            )
         if getattr(getattr(backward, "__self__", None), "gradient_accumulation_steps", 1) != 1:
             raise ValueError(
                 "this Accelerator divides every loss by its gradient_accumulation_steps: make it with "
@@ -112,8 +109,8 @@ class TrainStep:
                 tensor's first dimension is the batch's.
 
         Raises:
+            TypeError: what has to be cut into rows is packed, sparse or nested, or ``loss_fn`` returns no tensor.
             ValueError: no tensor in ``batch`` has a row.
-            TypeError: ``loss_fn`` returns no tensor.
             RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
         """
         rows = number_of_rows(batch)
@@ -203,6 +200,27 @@ def is_context(value: Any) -> bool:
     return hasattr(type(value), "__enter__")
 
 
+def check_kinds(model: Any, loss_fn: Any, autocast: Any, scaler: Any, backward: Any) -> None:
+    """Raise TypeError unless the arguments of :class:`TrainStep` are what they are called."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: TrainStep(model, optimizer, loss_fn)"
+        )
+    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+        raise TypeError(
+            f"loss_fn must be a function of the model and the batch, got {type(loss_fn).__name__}: "
+            "lambda model, x, y: criterion(model(x), y)"
+        )
+    if not (autocast is None or isinstance(autocast, torch.dtype) or is_context(autocast) or callable(autocast)):
+        raise TypeError(
+            f"autocast must be a dtype such as torch.bfloat16, a context manager or its maker, got {autocast!r}"
+        )
+    if scaler is not None and not hasattr(scaler, "scale"):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if backward is not None and not callable(backward):
+        raise TypeError(f"backward must be a function of the loss, got {type(backward).__name__}")
+
+
 @contextmanager
 def accumulating(model: nn.Module) -> Iterator[None]:
     """Gradients are not exchanged by DDP inside: a later micro-batch of the same pass exchanges their sum.
@@ -226,7 +244,7 @@ def stride_of(ascent: float, replay_rng: bool) -> int:
     Raises:
         ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``.
     """
-    if not 0.0 < ascent <= 1.0:
+    if not isinstance(ascent, Real) or not 0.0 < ascent <= 1.0:
         raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
     every = round(1 / ascent)
     if replay_rng and every > 1:
@@ -262,6 +280,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _mapped(value: Any, rows: int, f: Callable[[Tensor], Tensor]) -> Any:
     """``value`` with ``f`` of each tensor that has ``rows``, in containers of the same kind."""
+    if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.layout != torch.strided):
+        raise TypeError(
+            f"a batch with a {type(value).__name__} that is packed, sparse or nested cannot be cut into rows: make it "
+            "in loss_fn, or use ascent=1 and micro_batches=1"
+        )
     if isinstance(value, Tensor):
         return f(value) if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):

@@ -233,9 +233,12 @@ def test_groups_that_an_instance_got_later_or_loaded_take_the_options():
     mine = torch.optim.SGD(params, lr=0.1)
     plain = copy.deepcopy(mine.state_dict())
     optimizer = SAM(mine, rho=0.3)
-    mine.add_param_group({"params": more})
+    mine.add_param_group({"params": more, "perturb": False})
     two_passes(optimizer, [*params, *more], 1)
-    assert [group["rho"] for group in optimizer.param_groups] == [0.3, 0.3]
+    assert [(group["rho"], group["perturb"]) for group in optimizer.param_groups] == [(0.3, True), (0.3, False)]
+    mine.add_param_group({"params": make_params([5])})
+    two_passes(optimizer, [*params, *more], 2)
+    assert [group["perturb"] for group in optimizer.param_groups] == [True, False, True]
     only = SAM(torch.optim.SGD(make_params([4]), lr=0.1), rho=0.3)
     only.base_optimizer.load_state_dict(plain)
     two_passes(only, only.param_groups[0]["params"], 1)

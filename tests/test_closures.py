@@ -283,3 +283,24 @@ def test_second_without_a_new_gradient_is_an_error(flatten, left):
         loop.optimizer.step(loop.closure(1))
     assert loop.calls == calls
     assert same_bits(values(list(loop.model.parameters())), before)
+
+
+@pytest.mark.parametrize("ends_with", ["first_step", "second_step", "step", "restore"])
+def test_a_closure_that_begins_or_ends_a_step_is_an_error(ends_with: str) -> None:
+    """It was three steps in one, in silence, or an error that spoke of something else."""
+    loop = Loop(closure="both")
+    compute = loop.closure(0)
+
+    def closure() -> Any:
+        loss = compute()
+        if ends_with == "step":
+            loop.optimizer.step(compute)
+        elif ends_with == "first_step" or loop.optimizer.perturbed:
+            getattr(loop.optimizer, ends_with)()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"closure of step\(closure\) has begun or ended a step itself"):
+        loop.optimizer.step(closure)
+    assert not loop.optimizer.perturbed
+    if ends_with in ("first_step", "restore"):
+        assert loop.off() == 0.0

@@ -41,11 +41,27 @@ def test_a_bad_option_of_a_group_is_refused(option: str, value: float, how: str)
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("option", ["adaptive", "perturb"])
-@pytest.mark.parametrize("value", [0.1, "no", None])
-def test_a_switch_is_on_or_off(option: str, value: Any) -> None:
+@pytest.mark.parametrize("option", ["adaptive", "perturb", "flatten"])
+@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5])
+def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> None:
+    """A string from a configuration file was true, whatever it said."""
+    group = {"params": make_params([3]), option: value}
+    optimizer = SAM(make_params([4]), lr=0.1)
     with pytest.raises(ValueError, match=f"{option} must be True or False"):
-        SAM([{"params": make_params([3]), option: value}], lr=0.1)
+        SAM([group], lr=0.1) if option == "perturb" else SAM(make_params([3]), lr=0.1, **{option: value})
+    if option != "flatten":
+        with pytest.raises(ValueError, match=f"{option} must be True or False"):
+            optimizer.add_param_group(group)
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][0][option] = value
+        with pytest.raises(ValueError, match=f"{option} must be True or False"):
+            optimizer.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("true", [1, 1.0, torch.tensor(True)])
+def test_other_kinds_of_true_are_true(true: Any) -> None:
+    p = make_params([3])[0]
+    assert SAM([p], lr=0.1, adaptive=true, flatten=true).param_groups[0]["adaptive"] == 1
 
 
 def test_a_learning_rate_in_the_place_of_adaptive_is_an_error() -> None:
@@ -152,13 +168,16 @@ def test_a_parameter_that_is_in_another_group_is_refused_and_nothing_changes(fla
 # ---- Groups that change ----------------------------------------------------------------------------------------------
 
 
-def test_a_parameter_exchanged_in_its_group_takes_part(backend: str, flatten: bool) -> None:
+@pytest.mark.parametrize("holds", [list, tuple])
+def test_a_parameter_exchanged_in_its_group_takes_part(holds: type, backend: str, flatten: bool) -> None:
     old, stays = make_params([10, 20])
     new = make_params([30], seed=1)[0]
     optimizer = SAM([old, stays], lr=0.0, rho=0.1, backend=backend, flatten=flatten)
     optimizer.first_step()
     optimizer.second_step()
     optimizer.param_groups[0]["params"][0] = new
+    if holds is tuple:
+        optimizer.param_groups[0]["params"] = (new, stays)
     before = values([new, stays, old])
     optimizer.first_step()
     moved = [not same_bits([p], [q]) for p, q in zip([new, stays, old], before, strict=True)]

@@ -173,3 +173,39 @@ def test_kernels_reach_elements_beyond_two_to_the_31() -> None:
     assert torch.equal(weight[tail], torch.full_like(weight[tail], 1.0 + 0.5 * 2.0 / length))
     _cpu.restore(at, True, 1)
     assert torch.equal(weight[tail], torch.ones_like(weight[tail]))
+
+
+@pytest.mark.guarantee(id="gradient-layout")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_gradients_that_float16_does_not_hold(momentum: float, size: float) -> None:
+    """The large ones were infinite and the small ones zero: neither perturbed, and the first ended in the weights."""
+    p, own = make_params([100], torch.float16, grads=False)[0], make_params([100], torch.float16, grads=False)[0]
+    if not hasattr(p, "grad_dtype"):
+        pytest.skip("this PyTorch ties a gradient's dtype to its parameter's")
+    p.grad_dtype = own.grad_dtype = torch.float32
+    options = {"lr": 0.01 / size, "momentum": momentum}
+    optimizer, plain = SAM([p], rho=8.0, **options), torch.optim.SGD([own], **options)
+    for step in range(3):
+        before = p.detach().double()
+        p.grad = size * normal(p.shape, torch.Generator().manual_seed(step))
+        g = p.grad.double()
+        optimizer.first_step()
+        assert float(optimizer.grad_norm) == pytest.approx(float(g.norm()), rel=1e-6)
+        torch.testing.assert_close(p.detach().double(), before + 8.0 * g / g.norm(), rtol=1e-3, atol=1e-3)
+        p.grad = size * normal(p.shape, torch.Generator().manual_seed(step + 10))
+        own.grad = p.grad.clone()
+        optimizer.second_step()
+        plain.step()
+        torch.testing.assert_close(p, own, rtol=2e-3, atol=1e-3)
+
+
+def test_flatten_refuses_gradients_of_another_dtype_by_name() -> None:
+    params = make_params([5, 6], grads=False)
+    if not hasattr(params[1], "grad_dtype"):
+        pytest.skip("this PyTorch ties a gradient's dtype to its parameter's")
+    params[1].grad_dtype = torch.float64
+    addresses = [p.data_ptr() for p in params]
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 is torch.float32 with grad_dtype torch.float64"):
+        SAM(params, lr=0.1, flatten=True)
+    assert [p.data_ptr() for p in params] == addresses

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
-from sam_fast import SAM
+from sam_fast import SAM, norm_layers_only
 
 # ---- Closures --------------------------------------------------------------------------------------------------------
 
@@ -305,3 +305,54 @@ def test_step_inside_second_pass_works(backend):
         cross_entropy(model(x), y).backward()
         optimizer.step()
     assert not optimizer.perturbed
+
+
+def test_first_step_may_be_called_inside_first_pass() -> None:
+    """The second pass trains what the first had no use for, and weights come back if the rest of the body raises."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    optimizer = SAM(norm_layers_only(model), lr=0.1)
+    before = values(list(model.parameters()))
+    x = torch.randn(5, 4)
+
+    def first_pass_that_raises() -> None:
+        with optimizer.first_pass(model):
+            model(x).square().sum().backward()
+            optimizer.first_step(zero_grad=True)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        first_pass_that_raises()
+    assert not optimizer.perturbed
+    assert same_bits(list(model.parameters()), before)
+    with optimizer.first_pass(model):
+        model(x).pow(3).sum().backward()
+        optimizer.first_step(zero_grad=True)
+        model(x).pow(3).sum().backward()
+        optimizer.second_step()
+    assert not any(torch.equal(p, w) for p, w in zip(model[0].parameters(), before, strict=False))
+
+
+@pytest.mark.parametrize("call", ["second_pass", "second_step"])
+def test_a_second_pass_without_synchronisation_is_an_error(call: str) -> None:
+    """Replicas would part for good."""
+    model = nn.Linear(4, 3)
+    optimizer = SAM(model.parameters(), lr=0.1)
+    before = values(list(model.parameters()))
+
+    def both_passes() -> None:
+        with optimizer.first_pass(model, sync=False):
+            model(torch.randn(5, 4)).sum().backward()
+            optimizer.first_step()
+            if call == "second_step":
+                optimizer.second_step()
+            else:
+                with optimizer.second_pass(model):
+                    pass
+
+    with pytest.raises(RuntimeError, match="end the block"):
+        both_passes()
+    assert same_bits(list(model.parameters()), before)
+    with optimizer.first_pass(model, sync=False):
+        model(torch.randn(5, 4)).sum().backward()
+    optimizer.first_step()
+    optimizer.second_step()

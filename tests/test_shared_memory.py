@@ -9,6 +9,7 @@ from plain_sam import PlainSAM, furthest
 from torch import nn
 
 from sam_fast import SAM
+from sam_fast.sharpness import rho_sharpness
 
 CLOSE = 1e-12  # float64: a few roundings in numbers around 1
 
@@ -161,3 +162,37 @@ def test_parameters_that_share_memory_are_refused_by_a_forced_fused_backend() ->
         SAM(params, lr=0.1, backend="cpu")
     with pytest.raises(ValueError, match="share memory"):
         SAM(params, lr=0.1, flatten=True)
+
+
+def test_two_optimizers_do_not_perturb_a_parameter_at_the_same_time(flatten: bool) -> None:
+    """What the first had added stayed in the weights once both had restored. Other parameters may be perturbed."""
+    shared, own, unrelated = make_params([5, 6, 7])
+    first = SAM([shared, own], lr=0.0)
+    second = SAM([{"params": [unrelated]}, {"params": [shared]}], lr=0.0)
+    third = SAM([{"params": [unrelated]}, {"params": [own], "perturb": False}], lr=0.0, flatten=flatten)
+    before = values([shared, own, unrelated])
+    first.first_step()
+    with pytest.raises(RuntimeError, match="parameter 0 of group 1 is perturbed by another SAM"):
+        second.first_step()
+    assert not second.perturbed
+    third.first_step()
+    first.second_step()
+    third.second_step()
+    assert same_bits([shared, own, unrelated], before)
+    second.first_step()
+    second.second_step()
+    assert same_bits([shared, own, unrelated], before)
+
+
+def test_sharpness_may_be_measured_while_the_weights_are_perturbed() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = SAM(model.parameters(), lr=0.0)
+    before = values(list(model.parameters()))
+    x = torch.randn(5, 4)
+    model(x).square().mean().backward()
+    optimizer.first_step(zero_grad=True)
+    climbed = values(list(model.parameters()))
+    rho_sharpness(model, lambda model, x: model(x).square().mean(), [(x,)], rho=0.1)
+    assert same_bits(list(model.parameters()), climbed)
+    optimizer.second_step()
+    assert same_bits(list(model.parameters()), before)

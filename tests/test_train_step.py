@@ -232,16 +232,51 @@ def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
         TrainStep(model, SAM(model.parameters()), lambda m, x, y: (loss_of(m, x, y), x))(*batches()[0])
 
 
-def test_arguments_of_the_wrong_type_are_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("ascent", None),
+        ("ascent", "0.5"),
+        ("autocast", "bf16"),
+        ("autocast", True),
+        ("scaler", 1024.0),
+        ("backward", True),
+        ("replay_rng", "no"),
+        ("sync", "False"),
+        ("model", SAM),
+        ("loss_fn", nn.MSELoss()),
+        ("loss_fn", torch.zeros(())),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(option: str, value: Any) -> None:
     model = network()
+    given = {"model": model, "optimizer": SAM(model.parameters()), "loss_fn": loss_of, option: value}
+    with pytest.raises((TypeError, ValueError), match=f"{option} must be"):
+        TrainStep(**given)
+
+
+@pytest.mark.parametrize("kind", ["packed", "sparse", "nested"])
+def test_what_has_no_rows_to_be_cut_at_is_taken_whole_or_refused(kind: str) -> None:
+    rows = [torch.randn(4) for _ in range(6)]
+    batch: Any = {
+        "packed": lambda: nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (3, 2, 1)]),
+        "sparse": lambda: torch.stack(rows).to_sparse(),
+        "nested": lambda: torch.nested.nested_tensor(rows, layout=torch.jagged),
+    }[kind]()
+    model = nn.Linear(4, 2)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        values = {"packed": lambda: batch.data, "sparse": lambda: batch.to_dense(), "nested": lambda: batch.values()}
+        return model(values[kind]().reshape(-1, 4)).square().mean()
+
     sam = SAM(model.parameters())
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
-        TrainStep([model], sam, loss_of)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"loss_fn must be called as loss_fn\(model, \*batch\), got Tensor"):
-        TrainStep(model, sam, torch.zeros(()))  # type: ignore[arg-type]
-    for autocast in ("bfloat16", True):
-        with pytest.raises(TypeError, match="autocast must be a dtype"):
-            TrainStep(model, sam, loss_of, autocast=autocast)
+    before = copy.deepcopy(list(model.parameters()))
+    for options in ({"ascent": 0.5}, {"micro_batches": 2}):
+        with pytest.raises(TypeError, match="cannot be cut into rows"):
+            TrainStep(model, sam, loss, **options)(batch)
+        assert furthest(model.parameters(), before) == 0.0
+    TrainStep(model, sam, loss)(batch)
+    assert furthest(model.parameters(), before) > 0.0
 
 
 # ---- Clipping --------------------------------------------------------------------------------------------------------

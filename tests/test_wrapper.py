@@ -286,3 +286,30 @@ def test_entries_of_others_and_a_first_gradient_that_comes_later(base):
                 getattr(each, advance)()
     assert furthest(params, twin) < 1e-9
     assert all(optimizer.state[p]["mine"] == 1 for p in params)
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in an entry that is no parameter's, as MADGRAD and SPAM do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state["steps"] = self.state.get("steps", 0) + 1
+
+
+@pytest.mark.parametrize("whose", ["base optimizer's", "user's"])
+def test_entries_that_are_no_parameters(whose):
+    params, twin = make_params([5, 6], torch.float64), make_params([5, 6], torch.float64)
+    base = Counting if whose == "base optimizer's" else torch.optim.AdamW
+    options = {"lr": 0.1, "momentum": 0.9} if base is Counting else {"lr": 0.1}
+    optimizer, plain = SAM(params, base, rho=0.5, **options), PlainSAM(twin, base, rho=0.5, **options)
+    if whose == "user's":
+        optimizer.state["steps"] = 7
+    for step in range(6):
+        if step == 3:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for advance in ("first_step", "second_step"):
+            give_doubles(params, step), give_doubles(twin, step)
+            getattr(optimizer, advance)()
+            getattr(plain, advance)()
+    assert furthest(params, twin) < CLOSE
+    assert optimizer.state["steps"] == (6 if base is Counting else 7)

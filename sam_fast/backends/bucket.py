@@ -322,6 +322,8 @@ def step_gradient(bucket: Bucket, index: int) -> Tensor:
         grad = bucket.gradient_of(index)
     if grad is None or not is_plain(grad):
         raise NotFused("a gradient is sparse or has no memory of its own")
+    if bucket.dtype == torch.float16 != grad.dtype:
+        raise NotFused("float16 would not hold a gradient of another dtype, nor the state made of it")
     return grad
 
 

@@ -76,7 +76,7 @@ class Measurement:
         self._replicas: Any = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._fsdp = any(map(is_fsdp_module, self.module.modules()))
         forced(backend)
-        self._perturbation = Perturbation(backend, flatten=False, eps=PERTURB_EPS)
+        self._perturbation = Perturbation(backend, flatten=False, eps=PERTURB_EPS, nested=True)
 
     # ---- Batches and losses ------------------------------------------------------------------------------------------
 
