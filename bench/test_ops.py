@@ -46,7 +46,7 @@ def operation(op: str, problem: Problem, backend: str, check: bool = True) -> Co
         got, wanted = float(partials.sum().sqrt()), problem.norm
         assert abs(got - wanted) <= 1e-6 * wanted, f"the norm is {got}, not {wanted}, so it is not timed"
         perturb()
-        problem.close("perturb", params, problem.wanted[0])
+        problem.check_perturbed("perturb", params)
         bucket.restore()
         exact = all(torch.equal(p, q) for p, q in zip(params, problem.start, strict=True))
         assert exact, "restore is not exact, so it is not timed"
