@@ -30,7 +30,7 @@ from bench.records import TORCH_COPY, Estimate, Record, Run
 
 YARDSTICKS = (TORCH_COPY, REFERENCE, "2 x SGD", FOREACH, "loop over buffers")
 """What a record's figures are relative to: the first of these that is among its contenders."""
-SELECT = "test_op and float32 or host_overhead and 161 or test_optimizer_step and SGD and resnet18"
+SELECT = "operation and float32 or host_time-161 or SGD-resnet18"
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
 
 

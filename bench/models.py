@@ -1,4 +1,4 @@
-"""What is measured on: the parameter shapes of real models, two extremes, and small real networks."""
+"""What is measured on: the parameter shapes of real models, many tiny tensors, and small real networks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 MODELS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
 """Parameter shapes of real models, by model name."""
-TINY, ONE = "10,000 tensors of 16", "one tensor of 100M"
-SHAPES: dict[str, list[list[int]]] = {**MODELS, TINY: [[16]] * 10_000, ONE: [[100_000_000]]}
+TINY, LARGEST = "10,000 tensors of 16", "gpt2"
+SHAPES: dict[str, list[list[int]]] = {**MODELS, TINY: [[16]] * 10_000}
 
 
 def elements(name: str) -> int:

@@ -80,7 +80,7 @@ class Problem:
         return float(torch.stack(squares).sum().sqrt())
 
     def check(self, name: str, method: Method, norm_error: float = 0.0) -> None:
-        """After its first first_step and after ``STEPS`` steps the method must be where float64 says: the gradients stay
+        """After its first first_step and after ``STEPS`` steps the method must be where float64 says: gradients stay
         what they are, so SAM ends where the base optimizer alone does.
 
         Args:

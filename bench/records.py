@@ -14,7 +14,7 @@ from typing import Any
 COPY, TORCH_COPY = "streaming copy", "torch copy_"
 CEILING = 1.1
 """A GPU's memory is not faster than that, relative to the copy."""
-READ_ONLY = "op grad_norm"
+READ_ONLY = "grad_norm"
 """What only reads, which some memories do faster than they copy: groups that begin so."""
 
 
@@ -169,6 +169,6 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def disagreement(a: Run, b: Run, baseline: str = "reference") -> dict[str, float]:
     """By record: how far the two runs' ratios to the baseline are apart, relative to the smaller."""
-    pairs = [(r, other) for r in a.records if (other := b.get(r.group, r.case)) and baseline in r.rounds]
+    pairs = [(r, other) for r in a.records if (other := b.get(r.group, r.case)) and baseline in r.baselines]
     ratios = {r.key: sorted(x.faster_than(baseline).value for x in (r, other)) for r, other in pairs}
     return {key: high / low - 1 for key, (low, high) in ratios.items()}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.models import LARGE, MODELS
+from bench.models import LARGE, LARGEST, MODELS
 from bench.peers import BEST_PEERS, PEER_FOREACH, PUBLIC_LOOP, REFERENCE
 from bench.records import Record, Run, geometric_mean
-from bench.test_training import ASCENT, EVERY, PRICE, SGD_ONCE, UNPERTURBED
+from bench.training import ASCENT, EVERY, PRICE, SGD_ONCE, UNPERTURBED
 
 HOST, ALONE = "host time of first_step for 161 parameters under 60 us", ("first_step, host time, alone", "161 x 8")
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
@@ -72,8 +72,7 @@ def _seconds(run: Run, group: str, case: str) -> Found:
 def lines(cpu: Run, gpu: Run | None = None) -> list[Line]:
     """Every target."""
     first, sgd = (_all(cpu, group, MODELS) for group in ("first_step, SGD", "optimizer step, SGD"))
-    in_default = [name for name in MODELS if name != "gpt2"]  # which is left to --full
-    adamw = _all(cpu, "optimizer step, AdamW", MODELS) or _all(cpu, "optimizer step, AdamW", in_default)
+    adamw = _all(cpu, "optimizer step, AdamW", [name for name in MODELS if name != LARGEST])
     first_ratios, sgd_ratios, adamw_ratios, best = (
         _ratios(first),
         _ratios(sgd),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -14,22 +13,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from bench import peers
-from bench.harness import Bench, Contender, Plan, measure
+from bench.harness import Bench, Contender, measure
 from bench.models import MODELS
-from bench.peers import FOREACH, OURS, PEER_FOREACH, PEER_LOOP, REFERENCE
-from bench.problem import Problem, make_params
+from bench.peers import OURS, REFERENCE
+from bench.problem import Problem, copies, make_params
 from bench.records import Record
 from bench.timers import HostTimer
 from sam_fast import SAM
 
-pytestmark = pytest.mark.once
 MEMORY, WEAK_SCALING = "peak memory", "weak scaling"
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 PLAIN, FLAT = "SGD", "sam_fast, flatten"
@@ -37,78 +34,66 @@ WIDTH, LAYERS, BATCH = 2048, 8, 8
 RHO = 0.05
 
 
-# ---- Memory ----------------------------------------------------------------------------------------------------------
-
-
 def resident() -> int:
-    """Peak resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss is at least what the parent had when it started this process
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Peak resident set of this process so far, in bytes. Not ru_maxrss, which begins with the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def peak_bytes(contender: str, device: str) -> int:
+def peak_bytes(contender: str, device: str) -> float:
     """What three training steps need beyond what there was before the model. In a new process: a peak never sinks."""
-    if contender in (PEER_LOOP, PEER_FOREACH):
-        import pytorch_optimizer  # noqa: F401  # its own memory is not the step's
     x = torch.randn(BATCH, WIDTH, device=device)
     nn.Linear(WIDTH, 64, device=device)(x).sum().backward()
     before = resident() if device == "cpu" else torch.cuda.memory_allocated()
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, device=device), nn.ReLU())]
     model = nn.Sequential(*layers)
-    maker = peers.MAKERS[OURS if contender == FLAT else contender][0] if contender != PLAIN else None
-    options = {"rho": RHO, "adaptive": False, **SGD, **({"flatten": True} if contender == FLAT else {})}
     params = list(model.parameters())
-    optimizer = maker(params, torch.optim.SGD, **options) if maker else torch.optim.SGD(params, fused=True, **SGD)
+    if contender == PLAIN:
+        optimizer: Any = torch.optim.SGD(params, fused=True, **SGD)
+    else:
+        maker, extra = peers.MAKERS[contender.partition(",")[0]][0], {"flatten": True} if contender == FLAT else {}
+        optimizer = maker(params, torch.optim.SGD, rho=RHO, adaptive=False, **SGD, **extra)
     for _ in range(3):
         model(x).square().mean().backward()
-        if maker:
+        if contender != PLAIN:
             optimizer.first_step()
             optimizer.zero_grad()
             model(x).square().mean().backward()
-            optimizer.second_step()
-        else:
-            optimizer.step()
+        optimizer.step() if contender == PLAIN else optimizer.second_step()
         optimizer.zero_grad()
-    return (resident() if device == "cpu" else torch.cuda.max_memory_allocated()) - before
+    return float((resident() if device == "cpu" else torch.cuda.max_memory_allocated()) - before)
 
 
-def test_memory(bench: Bench) -> None:
+def memory(bench: Bench, group: str, name: str) -> None:
     """Peak memory of three training steps."""
-    names = [OURS, FLAT, PLAIN, REFERENCE, *([PEER_LOOP, PEER_FOREACH, FOREACH] if bench.full else [])]
     peaks = {}
-    for name in names:
-        with get_context("spawn").Pool(1) as pool:
-            peaks[name] = [float(pool.apply(peak_bytes, (name, bench.device)))]
+    with get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        for contender in (OURS, FLAT, PLAIN, REFERENCE):
+            peaks[contender] = pool.starmap(peak_bytes, [(contender, bench.device)] * 4, chunksize=1)
     elements = LAYERS * (WIDTH * WIDTH + WIDTH)
     # The weights and their gradients are there in any case; less was not measured right.
-    assert min(peaks.values())[0] > 2 * 4 * elements
+    assert min(map(min, peaks.values())) > 2 * 4 * elements
     how = "as the allocator says" if bench.device == "cuda" else "peak RSS of a child process"
-    facts = {"unit": "bytes", "how": how, "device": bench.machine.kind}
-    bench.add(Record(MEMORY, f"{LAYERS} linear layers of {WIDTH}", OURS, peaks, elements, facts=facts))
-
-
-# ---- Weak scaling ----------------------------------------------------------------------------------------------------
+    facts = {"unit": "bytes", "how": how, "device": bench.kind}
+    bench.add(Record(group, name, OURS, peaks, elements, facts=facts))
 
 
 def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
     """SAM around SGD with momentum, on parameters of these local shapes that have gradients. Refuses a wrong result:
     first_step must perturb by rho along the gradient, with its norm over all processes where they share."""
-    mesh = init_device_mesh(device, (distributed.get_world_size(),)) if sharded else None
-    params = start = make_params(shapes, device=device)
-    if mesh is not None:
-        shard = partial(DTensor.from_local, device_mesh=mesh, placements=[Shard(0)], run_check=False)
-        params = [nn.Parameter(shard(p.detach().clone())) for p in start]
-        for p, q in zip(params, start, strict=True):
-            p.grad = shard(q.grad)
-    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
-    # every process has the same gradients: the norm over all of them is sqrt(size) times that of one
     size = distributed.get_world_size() if sharded else 1
-    problem = Problem(start, rho=RHO / math.sqrt(size), options={"lr": 1e-6})
+    # every process has the same gradients: the norm over all of them is sqrt(size) times that of one
+    problem = Problem(make_params(shapes, device=device), rho=RHO / math.sqrt(size))
+    params, gradients = copies(problem.start), problem.gradients
+    if sharded:
+        mesh = init_device_mesh(device, (size,))
+        shard = partial(DTensor.from_local, device_mesh=mesh, placements=[Shard(0)], run_check=False)
+        params, gradients = [nn.Parameter(shard(p.detach())) for p in params], [shard(g) for g in gradients]
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
     optimizer.first_step()
-    got = [p.to_local() if isinstance(p, DTensor) else p for p in params]
-    problem.check_perturbed("first_step", got)
+    problem.check_perturbed("first_step", [p.to_local() if isinstance(p, DTensor) else p for p in params])
     optimizer.restore()
     return optimizer
 
@@ -128,7 +113,7 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
         steps = {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
         contenders[kind] = Contender(steps, distributed.barrier)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times, _ = measure(contenders, Plan(0.0, (rounds, rounds)), lambda _: HostTimer(synchronize, work=True))
+    times, _ = measure(contenders, 0.0, (rounds, rounds), lambda _: HostTimer(synchronize, work=True))
     slowest = torch.tensor([v for row in times.values() for v in row.values()], dtype=torch.float64, device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     if rank == 0:
@@ -136,34 +121,29 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
     distributed.destroy_process_group()
 
 
-def test_weak_scaling(bench: Bench) -> None:
+def weak_scaling(bench: Bench, group: str, name: str) -> None:
     """The optimizer's own time with several processes, each with one thread (or GPU) and the same number of parameters,
     as replicas or as shards of DTensors, relative to one. Processes on one machine share its memory: the streaming copy
     shows what that costs."""
     most = torch.cuda.device_count() if bench.device == "cuda" else min(os.cpu_count() or 1, 2)
     if most == 1:
-        pytest.skip("needs two cores, or two GPUs")
+        return bench.leave_out(f"{group}: needs two cores, or two GPUs")
     by_size: dict[str, dict[str, list[float]]] = {}
     for size in sorted({most, 1} | {n for n in (2, 4) if n < most}, reverse=True):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (size, f"{folder}/store", MODELS["resnet18"], 3 if bench.smoke else 30, bench.device)
+            arguments = (size, f"{folder}/store", MODELS[name], 3 if bench.smoke else 30, bench.device)
             multiprocessing.spawn(work, arguments, nprocs=size)
-            name = f"{size} process{'es' if size > 1 else ''}"
-            by_size[name] = json.loads(Path(f"{folder}/store.json").read_text())
-    for case in by_size["1 process"]:
-        rounds = {name: by_case[case] for name, by_case in by_size.items()}
-        bench.shown = bench.add(Record(WEAK_SCALING, case, next(iter(rounds)), rounds))
+            processes = f"{size} process{'es' if size > 1 else ''}"
+            by_size[processes] = json.loads(Path(f"{folder}/store.json").read_text())
+    for stage in by_size["1 process"]:
+        rounds = {processes: by_stage[stage] for processes, by_stage in by_size.items()}
+        bench.add(Record(group, stage, next(iter(rounds)), rounds))
 
 
-# ---- The import ------------------------------------------------------------------------------------------------------
-
-
-def test_import_time(bench: Bench) -> None:
+def import_time(bench: Bench, group: str, name: str) -> None:
     """Seconds that ``import sam_fast`` adds to ``import torch``, in fresh processes."""
     script = "import time, torch; t = time.perf_counter(); import sam_fast; print(time.perf_counter() - t)"
-    command = [sys.executable, "-c", script]
     cached = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    samples = [
-        float(subprocess.run(command, check=True, capture_output=True, text=True, env=cached).stdout) for _ in range(4)
-    ]
-    bench.shown = bench.add(Record("import sam_fast after import torch", "fresh process", OURS, {OURS: samples[1:]}))
+    command = [sys.executable, "-c", script]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True, env=cached) for _ in range(4)]
+    bench.add(Record(group, name, OURS, {OURS: [float(run.stdout) for run in runs[1:]]}))
