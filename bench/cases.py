@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.harness import PARTS
-from bench.models import LARGEST, MODELS, NETWORKS, TINY
+from bench.models import BY_ELEMENTS, BY_TENSORS, LARGEST, MODELS, NETWORKS, TINY
 from bench.optimizer import operations, optimizer_step
 from bench.peers import COMPILED, FOREACH, OURS, PEER_FOREACH, PEER_LOOP, PUBLIC_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.processes import MEMORY, WEAK_SCALING, import_time, memory, weak_scaling
@@ -42,79 +42,51 @@ def step(group: str, name: str, contenders: tuple[str, ...], on: tuple[str, ...]
     return Case(optimizer_step, group, name, {"contenders": contenders, **options}, on)
 
 
-def tensors(count: int, elements: int) -> dict[str, Any]:
-    return {"shapes": [[elements]] * count}
-
-
 # What launching takes comes first: on a GPU the profiler, which the others use, may leave every launch a little slower.
 HOST = [
-    step(
-        group,
-        f"{count} x 8{', flatten' if flatten else ''}",
-        contenders,
-        **tensors(count, 8),
-        **timing,
-        flatten=flatten,
-    )
+    row
     for count in (1, 161)
-    for flatten in (False, True)
-    for group, contenders, timing in (
-        ("host time", FEW, {"head_start": HOST_ALONE, "seconds": 0.4, "rounds": (5, 100)}),
+    for name, settings in ((f"{count} x 8", {}), (f"{count} x 8, flatten", {"flatten": True}))
+    for row in (
+        step("host time", name, FEW, head_start=HOST_ALONE, seconds=0.4, rounds=(5, 100), **settings),
         # the same where nothing else has used the caches in between
-        ("host time, alone", (OURS,), {"head_start": HOST_ALONE, "seconds": 0.1, "rounds": (15, 200)}),
+        step("host time, alone", name, (OURS,), head_start=HOST_ALONE, seconds=0.1, rounds=(15, 200), **settings),
     )
 ]
-LAUNCHES = [step("SGD, with launches", name, EVERY, GPU, head_start=WITH_LAUNCHES) for name in ("resnet18", "resnet50")]
 TRAINING = [
     *(Case(iteration, ITERATION, name) for name in NETWORKS),
     *(Case(fewer_passes, PRICE, name) for name in NETWORKS if name.startswith("ConvNet")),
     *(Case(unperturbed, UNPERTURBED, name) for name in ("resnet18", "resnet50")),
 ]
-"""The optimizer's part of a step that does not perturb is among them."""
 STEPS = [
+    *(step("SGD", f"{name}, with launches", EVERY, GPU, head_start=WITH_LAUNCHES) for name in ("resnet18", "resnet50")),
     step("SGD", "resnet18", (*EVERY, COMPILED), CPU),
     step("SGD", "resnet18", EVERY, GPU),
     step("SGD", "resnet50", EVERY),
     *(step("SGD", name, OF_TARGETS) for name in MODELS if name not in ("resnet18", "resnet50")),
     step("SGD", TINY, FEW),
+    step("SGD", "resnet18, flatten", FEW, flatten=True),
+    step("SGD", "resnet18, adaptive", FEW, adaptive=True),
+    step("SGD", "resnet18, bfloat16", FEW, dtype="bfloat16"),
+    step("SGD", "resnet18, triton backend", FEW, GPU, backend="triton"),
+    step("SGD", "resnet18, torch backend", FEW, backend="torch"),
     *(step("AdamW", name, FEW, base="AdamW") for name in MODELS if name != LARGEST),  # which would take the longest
-    step("SGD, flatten", "resnet18", FEW, flatten=True),
-    step("SGD, adaptive", "resnet18", FEW, adaptive=True),
-    step("SGD, bfloat16", "resnet18", FEW, dtype="bfloat16"),
-    step("SGD, triton backend", "resnet18", FEW, GPU, backend="triton"),
-    step("SGD, torch backend", "resnet18", FEW, backend="torch"),
     # reference.py is no straw man: a loop with the public implementation's operations, written independently
     *(
         step("reference and public loop", name, (REFERENCE, PUBLIC_LOOP), CPU)
         for name in ("resnet18", "efficientnet_b0")
     ),
-]
-SCALING = [
-    step(
-        f"scaling with the number of {what}",
-        f"{size:.0e} in {count}".replace("e+0", "e"),
-        (OURS, REFERENCE),
-        CPU,
-        **tensors(count, size // count),
-        seconds=0.3,
-    )
-    for what, sizes in (
-        ("parameters", [(10**n, 100) for n in range(4, 8)]),
-        ("tensors", [(10**6, 10**n) for n in range(4)]),
-    )
-    for size, count in sizes
+    *(step("scaling with the number of parameters", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_ELEMENTS),
+    *(step("scaling with the number of tensors", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_TENSORS),
 ]
 OPERATIONS = [
-    Case(operations, "operation", f"vit_base_patch16_224, {name}", {"shapes": "vit_base_patch16_224", **options})
-    for name, options in (
-        ("float32", {}),
-        ("float32, adaptive", {"adaptive": True}),
-        ("bfloat16", {"dtype": "bfloat16"}),
-    )
+    Case(operations, "operation", "vit_base_patch16_224, float32"),
+    Case(operations, "operation", "vit_base_patch16_224, float32, adaptive", {"adaptive": True}),
+    Case(operations, "operation", "vit_base_patch16_224, bfloat16", {"dtype": "bfloat16"}),
 ]
 PROCESSES = [
     Case(memory, MEMORY, "8 linear layers of 2048", parts=1),
     Case(weak_scaling, WEAK_SCALING, "resnet18", parts=1),
     Case(import_time, "import sam_fast after import torch", "fresh process", on=CPU, parts=1),
 ]
-CASES = [*HOST, *LAUNCHES, *TRAINING, *STEPS, *SCALING, *OPERATIONS, *PROCESSES]
+CASES = [*HOST, *TRAINING, *STEPS, *OPERATIONS, *PROCESSES]

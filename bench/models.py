@@ -13,7 +13,16 @@ from torch import Tensor, nn
 MODELS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
 """Parameter shapes of real models, by model name."""
 TINY, LARGEST = "10,000 tensors of 16", "gpt2"
-SHAPES: dict[str, list[list[int]]] = {**MODELS, TINY: [[16]] * 10_000}
+BY_ELEMENTS = {f"1e{n} in 100": [[10**n // 100]] * 100 for n in range(4, 8)}
+BY_TENSORS = {f"1e6 in {10**n}": [[10 ** (6 - n)]] * 10**n for n in range(4)}
+SHAPES: dict[str, list[list[int]]] = {
+    **MODELS,
+    TINY: [[16]] * 10_000,
+    **{f"{count} x 8": [[8]] * count for count in (1, 161)},
+    **BY_ELEMENTS,
+    **BY_TENSORS,
+}
+"""Of parameters, by the name of the set; of what is not a model's, numbers of elements and tensors are the name."""
 
 
 def elements(name: str) -> int:

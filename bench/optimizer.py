@@ -27,10 +27,9 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
 in, weights and momentum out; AdamW has two moments."""
 
 
-def make_problem(
-    bench: Bench, shapes: Sequence[Sequence[int]], base: str = "SGD", dtype: str = "float32", adaptive: bool = False
-) -> Problem:
-    start = make_params(shapes, getattr(torch, dtype), bench.device)
+def make_problem(bench: Bench, name: str, base: str = "SGD", dtype: str = "float32", adaptive: bool = False) -> Problem:
+    """On the shapes that a case's name begins with."""
+    start = make_params(SHAPES[name.partition(", ")[0]], getattr(torch, dtype), bench.device)
     return Problem(start, *BASES[base][:2], rho=0.5 if adaptive else 0.05, adaptive=adaptive)
 
 
@@ -39,7 +38,6 @@ def optimizer_step(
     group: str,
     name: str,
     contenders: Sequence[str],
-    shapes: Sequence[Sequence[int]] | None = None,
     base: str = "SGD",
     dtype: str = "float32",
     adaptive: bool = False,
@@ -48,11 +46,10 @@ def optimizer_step(
     head_start: float | str | None = "",
     **settings: Any,
 ) -> None:
-    """first_step, second_step and their sum, on ``shapes`` (by default the model's called ``name``). ``settings`` are
-    sam_fast's."""
+    """first_step, second_step and their sum. ``settings`` are sam_fast's."""
     if (backend := settings.get("backend")) not in (None, *usable(bench.device)):
         return bench.leave_out(f"{group}: the {backend} backend cannot be used here")
-    problem = make_problem(bench, shapes or SHAPES[name], base, dtype, adaptive)
+    problem = make_problem(bench, name, base, dtype, adaptive)
     methods = peers.make_all(bench, contenders, problem, **settings)
     timing = {} if head_start == "" else {"head_start": head_start}
     size = problem.elements * problem.start[0].element_size() // 4
@@ -70,12 +67,10 @@ def optimizer_step(
     )
 
 
-def operations(
-    bench: Bench, group: str, name: str, shapes: str, dtype: str = "float32", adaptive: bool = False
-) -> None:
+def operations(bench: Bench, group: str, name: str, dtype: str = "float32", adaptive: bool = False) -> None:
     """grad_norm, perturb and restore of a bucket by itself, on each backend. Restoring and stepping in one is
     second_step, which is among the steps."""
-    problem = make_problem(bench, SHAPES[shapes], "SGD", dtype, adaptive)
+    problem = make_problem(bench, name, "SGD", dtype, adaptive)
     contenders = {backend: operations_of(problem, backend, bench.unchecked()) for backend in usable(bench.device)}
     contenders[TORCH_COPY] = torch_copy(problem.start)
     size = problem.elements * problem.start[0].element_size()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from bench import peers
-from bench.harness import Bench, Contender, measure
+from bench.harness import Bench, Contender, measure, nothing
 from bench.models import MODELS
 from bench.peers import OURS, REFERENCE
 from bench.problem import Problem, copies, make_params
@@ -105,15 +106,16 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+    synchronize = torch.cuda.synchronize if device == "cuda" else nothing
     source = torch.randn(16_000_000, device=device)
     target = torch.empty_like(source)
-    contenders = {"": Contender({"streaming copy": lambda: target.copy_(source)}, distributed.barrier)}
+    stages: dict[str, Callable[[], object]] = {"streaming copy": lambda: target.copy_(source)}
     for kind in ("replica", "shard"):
         optimizer = optimizer_of(shapes, kind == "shard", device)
-        steps = {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
-        contenders[kind] = Contender(steps, distributed.barrier)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times, _ = measure(contenders, 0.0, (rounds, rounds), lambda _: HostTimer(synchronize, work=True))
+        stages |= {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
+    done = {name: lambda run=run: (run(), synchronize()) for name, run in stages.items()}
+    contender = {"": Contender(done, distributed.barrier)}
+    times, _ = measure(contender, 0.0, (rounds, rounds), lambda _: HostTimer(synchronize))
     slowest = torch.tensor([v for row in times.values() for v in row.values()], dtype=torch.float64, device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     if rank == 0:

@@ -2,9 +2,8 @@
 
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; several files of one device are parts of one
-run. Without any, everything is made again from what is there. ``--again``: a second run of the same commit, whose
-agreement with the first becomes part of the results.
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. Without any, everything is made again from
+what is there. ``--again``: a second run of the same commit, whose agreement with the first becomes part of the results.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from scipy.stats import gmean
 
 from bench import targets
 from bench.machine import ROOT
 from bench.models import MODELS
 from bench.peers import BEST_PEERS, REFERENCE
 from bench.processes import MEMORY, PLAIN, WEAK_SCALING
-from bench.records import Estimate, Record, Run, disagreement, geometric_mean
+from bench.records import Estimate, Record, Run, disagreement
 from bench.training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
 from bench.training import REFERENCE as SAM_REFERENCE
 
@@ -33,16 +33,16 @@ RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY
 """Groups whose tables say how much of this contender's cost each one's is; elsewhere: how many times faster we are."""
 SECTIONS = {
     "Whole optimizer step": (
-        r"(?P<table>optimizer step, (SGD|AdamW))(, (?P<row>.+))?|(?P<other>optimizer step, reference and public loop)",
+        "(?P<table>optimizer step, (SGD|AdamW|reference and public loop))",
         "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
     ),
-    "Its halves": (r"(?P<table>(first|second)_step, (SGD|AdamW))(, (?P<row>.+))?", ""),
+    "Its halves": ("(?P<table>(first|second)_step, (SGD|AdamW))", ""),
     "Operations": (
         r"(?P<row>.+), (?P<table>operation)",
         "Bytes that must move, over the bandwidth measured in the same rounds.",
     ),
-    "Host overhead": (r"(?P<row>(first|second)_step), (?P<table>host time.*)|(?P<other>import.*)", ""),
-    "Scaling": (r"optimizer step, (?P<table>scaling.*)", "Whole step with SGD. Cases are elements in tensors."),
+    "Host overhead": ("(?P<table>(first|second)_step, host time.*|import.*)", ""),
+    "Scaling": ("optimizer step, (?P<table>scaling.*)", "Whole step with SGD. Cases are elements in tensors."),
     "Weak scaling": (
         f"(?P<table>{WEAK_SCALING})",
         "Each process has a thread (or GPU) and resnet18's parameters, as replicas or as shards of DTensors: time of "
@@ -100,9 +100,9 @@ def row(record: Record, besides: str | None = None) -> dict[str, str]:
         return {**case, yardstick: cost(record, yardstick), **ratios}
     ratios = {name: interval(record.faster_than(name), 2) for name in record.baselines}
     cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **ratios}
-    share, rate = record.share_of_copy(), record.bandwidth()
-    if share is not None and rate is not None:
-        cells |= {"GB/s": f"{rate / 1e9:.1f}", "of the measured bandwidth": f"{100 * share.value:.0f} %"}
+    if record.shares():
+        cells["GB/s"] = f"{(record.bytes_moved or 0) / record.seconds().value / 1e9:.1f}"
+        cells["of the measured bandwidth"] = f"{100 * record.share_of_copy().value:.0f} %"
     return cells
 
 
@@ -119,7 +119,7 @@ def readme_table(cpu: Run) -> str:
         for r in steps
     ]
     if steps:
-        mean = geometric_mean(r.faster_than(REFERENCE).value for r in steps)
+        mean = gmean([r.faster_than(REFERENCE).value for r in steps])
         rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean:.1f}x**"})
     m = cpu.machine
     lines = [f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:", "", *table(rows)]
@@ -168,14 +168,14 @@ def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
         for r in run.records:
             if found := re.fullmatch(pattern, r.group):
                 names = found.groupdict()
-                tables.setdefault(names["table"] or names["other"], []).append(row(r, names.get("row")))
+                tables.setdefault(names["table"], []).append(row(r, names.get("row")))
         lines += [f"### {title}", "", *([text, ""] if text else [])] if tables else []
         lines += [f"![{title}](benchmarks/{PICTURES[title]}.png)", ""] if PICTURES.get(title) in pictures else []
         for name, rows in tables.items():
             lines += [f"**{name}**", "", *table(rows)]
     if run.agreement:
-        apart = pd.Series(run.agreement["all"])
-        worst = [{"record": k.replace(" | ", ", "), "apart": f"{100 * v:.1f} %"} for k, v in apart.nlargest(10).items()]
+        apart = targets.apart(run)
+        worst = [{"record": name, "apart": f"{100 * value:.1f} %"} for name, value in apart.nlargest(10).items()]
         said = f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart"
         within = f"{(apart <= 0.15).sum()} of {len(apart)} by at most 15 %. The ten worst:"
         lines += ["### Two runs", "", f"{said}. {within}", "", *table(worst)]
@@ -218,14 +218,6 @@ def draw(run: Run, folder: Path) -> list[str]:
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def compare_runs(first: Run, second: Run) -> None:
-    """Note in ``first`` how far ``second`` is from it."""
-    apart = {key: round(value, 4) for key, value in disagreement(first, second).items()}
-    where = max(apart, key=lambda key: apart[key])
-    found = {"largest": apart[where], "where": where.replace(" | ", ", "), "all": apart}
-    first.agreement = {"date": second.machine["date"], **found}
-
-
 def write(root: Path) -> list[Path]:
     """Make the page, the pictures and the README's table from ``root``'s results; returns the files."""
     cpu = results(root, "cpu")
@@ -244,16 +236,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--again", type=Path, help="a second run of the same commit")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
-    runs: dict[str, Run] = {}
-    for part in map(Run.load, arguments.runs):
-        run = runs.setdefault(part.machine["kind"], part)
-        if run is not part:
-            run.add(part)
-    for kind, run in runs.items():
+    for run in map(Run.load, arguments.runs):
+        kind = run.machine["kind"]
         if arguments.root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
             parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
         if arguments.again is not None and kind == "cpu":
-            compare_runs(run, Run.load(arguments.again))
+            second = Run.load(arguments.again)
+            apart = {name: round(value, 4) for name, value in disagreement(run, second).items()}
+            run.agreement = {"date": second.machine["date"], "apart": apart}
         run.save(arguments.root / "bench" / "results" / f"{kind}.json")
     for written in write(arguments.root):
         print(f"written: {written}")

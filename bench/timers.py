@@ -20,12 +20,12 @@ HOST_ALONE = None
 
 
 class HostTimer:
-    """By the host's clock. A device is waited for before and after: untimed, or, with ``work``, timed."""
+    """By the host's clock. A device is waited for before and after, untimed."""
 
     method, launches = "host clock", None
 
-    def __init__(self, synchronize: Callable[[], object] = lambda: None, work: bool = False) -> None:
-        self.synchronize, self.work = synchronize, work
+    def __init__(self, synchronize: Callable[[], object] = lambda: None) -> None:
+        self.synchronize = synchronize
 
     def __call__(self, run: Callable[[], object]) -> float:
         self.synchronize()
@@ -33,7 +33,7 @@ class HostTimer:
         run()
         taken = time.perf_counter() - begin
         self.synchronize()
-        return time.perf_counter() - begin if self.work else taken
+        return taken
 
 
 class Gpu:
