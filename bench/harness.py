@@ -7,10 +7,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,8 +27,6 @@ PARTS = 3
 machine's memory comes and goes."""
 CACHES = 10
 """How many times the cache the bytes that move must be, for their rate to be the memory's."""
-BACKED_BYTES, LARGE = 12 << 30, 30_000_000
-"""What the largest cases use together; and the number of elements of a large case."""
 
 
 def nothing() -> None:
@@ -119,22 +116,15 @@ def settle_allocator() -> None:
 def _glibc() -> Any:
     """By default its allocator gives freed memory back, and whether it does depends on what lies above: whether a
     baseline's temporaries cost page faults, which take longer than the step, would differ from round to round. From
-    here on it keeps what it has (M_TRIM_THRESHOLD, M_MMAP_MAX): after the warm-up nobody pays for page faults."""
+    here on it keeps what it has (M_TRIM_THRESHOLD, M_MMAP_MAX): after the warm-up nobody pays for page faults, nor for
+    a virtual machine's host, which provides memory slowly when it is first touched."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)
         libc.mallopt(-4, 0)
-    except (OSError, AttributeError):
+    except OSError:  # another C library
         return None
     return libc
-
-
-@cache
-def back_memory() -> None:
-    """Touch memory once, at most half of what is free: a virtual machine's host provides it when it is first touched,
-    slowly, and whichever baseline comes to it first would pay for that."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    torch.ones(min(BACKED_BYTES, free // 2), dtype=torch.uint8)
 
 
 class Bench:
@@ -152,8 +142,8 @@ class Bench:
         self.device = "cpu" if self.rehearsal else device
         self.smoke = smoke or self.rehearsal
         self.parts = 1 if self.gpu else 2 if smoke else PARTS
-        self.copy_bytes = 1 << 20 if self.smoke else 1 << 30 if self.gpu else 1 << 27
-        """How much the yardsticks move: more than the caches hold."""
+        self.copied = 2 * (1 << 20 if self.smoke else 1 << 30 if self.gpu else 1 << 27)
+        """Bytes that the yardsticks read and write: more than the caches hold."""
         self.cache_bytes = 0 if self.smoke else _cache_bytes(self.device)
         self.records: list[Record] = []
         self.left_out: list[str] = []
@@ -176,11 +166,11 @@ class Bench:
         the backup kernel on one tensor, whose stores go past the caches, and by an update in place, which some memories
         do faster. The faster of the two counts.
         """
-        source = torch.rand(self.copy_bytes // 4, device=self.device)
+        source = torch.rand(self.copied // 8, device=self.device)
         if self.device != "cpu":
             target = torch.empty_like(source)
             return {COPY: Contender(lambda: target.copy_(source), head_start=OURS)}
-        bucket, other = backends.choose(source).bucket([source], [0]), torch.rand(self.copy_bytes // 4)
+        bucket, other = backends.choose(source).bucket([source], [0]), torch.rand_like(source)
         copy, update = (lambda: bucket.save()), (lambda: other.neg_())
         return {COPY: Contender(copy, head_start=OURS), "update in place": Contender(update, head_start=OURS)}
 
@@ -221,40 +211,26 @@ class Bench:
             rounds = (3, 3)
         elif self.gpu:
             seconds, rounds = 2.5, (11, 60)
-        elif elements >= LARGE:
-            back_memory()
         moved = {stage: n for stage, n in (bytes_moved or {}).items() if n >= CACHES * self.cache_bytes}
         yardsticks = self.yardsticks if moved else {}
         flush = self.yardsticks[COPY].stages[""] if moved or self.device != "cpu" else nothing
         times, timers = measure({**contenders, **yardsticks}, seconds, rounds, self.timer, flush)
         copy_rounds = [min(both) for both in zip(*(times[""].pop(name) for name in yardsticks), strict=True)]
-        times = {stage: by_name for stage, by_name in times.items() if by_name}
-        parts = {stage: [stage] for stage in times}
+        stages = [stage for stage, by_name in times.items() if by_name]
+        parts = {stage: [stage] for stage in stages}
         if total is not None:
-            stages = list(times)
-            times[total] = {
-                n: [math.fsum(s) for s in zip(*(times[s][n] for s in stages), strict=True)] for n in contenders
-            }
-            moved |= {total: sum(moved.values())} if moved.keys() >= set(stages) else {}
             parts = {total: stages, **parts}
+            moved |= {total: sum(moved.values())} if moved.keys() >= set(stages) else {}
         facts |= {"device": self.kind, "threads": torch.get_num_threads()}
         made = []
-        for stage, its_parts in parts.items():
-            record = Record(
-                f"{stage}, {group}" if stage else group, case, next(iter(contenders)), times[stage], elements
-            )
-            record.facts = dict(facts)
+        for stage, its in parts.items():
+            by_name = {
+                n: [math.fsum(s) for s in zip(*(times[part][n] for part in its), strict=True)] for n in contenders
+            }
+            record = Record(f"{stage}, {group}".removeprefix(", "), case, next(iter(contenders)), by_name, elements)
+            record.facts = facts | (_how(contenders, [timers[part] for part in its]) if self.gpu else {})
             if stage in moved:
-                record.bytes_moved, record.copy_rounds, record.copy_bytes = (
-                    moved[stage],
-                    copy_rounds,
-                    2 * self.copy_bytes,
-                )
-            if self.gpu:
-                used = {name: [timers[part][name] for part in its_parts] for name in contenders}
-                methods = {name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()}
-                counts = {name: sum(t.launches or 0 for t in its) for name, its in used.items() if its[0].launches}
-                record.facts |= {"timed by": methods, "launches": counts}
+                record.bytes_moved, record.copy_rounds, record.copy_bytes = moved[stage], copy_rounds, self.copied
             made.append(self.add(record))
         wrong = "; ".join(f"{record.key}: {reason}" for record in made if (reason := record.invalid()))
         assert not wrong, wrong
@@ -272,6 +248,14 @@ class Bench:
             kept.copy_rounds = kept.copy_rounds + record.copy_rounds
         self.shown = self.shown or kept
         return kept
+
+
+def _how(names: Iterable[str], timers: list[dict[str, Any]]) -> dict[str, Any]:
+    """How each contender was timed in these stages, and its launches in all of them."""
+    used = {name: [by_name[name] for by_name in timers] for name in names}
+    methods = {name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()}
+    counts = {name: sum(t.launches or 0 for t in its) for name, its in used.items() if its[0].launches}
+    return {"timed by": methods, "launches": counts}
 
 
 def _cache_bytes(device: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -75,8 +75,8 @@ class Problem:
     @cached_property
     def norm(self) -> float:
         """``||T g||`` in float64."""
-        pairs = zip(self.start, self.gradients, strict=True)
-        squares = [((p.detach().double() if self.adaptive else 1.0) * g.double()).square().sum() for p, g in pairs]
+        pairs = _pieces(self.start, self.gradients)
+        squares = [((p.double() if self.adaptive else 1.0) * g.double()).square().sum() for p, g in pairs]
         return float(torch.stack(squares).sum().sqrt())
 
     def check(self, name: str, method: Method, norm_error: float = 0.0) -> None:
@@ -94,8 +94,8 @@ class Problem:
         self.check_perturbed(name, perturbed, norm_error)
         # AdamW's steps are of the size of lr whatever the gradient: one near zero may be rounded to either side of it.
         slack = 0.0 if self.base is torch.optim.SGD else 0.01 * STEPS * float(self.options["lr"])
-        for got, p, g in zip(stepped, self.start, self.gradients, strict=True):
-            wanted = nn.Parameter(p.detach().to(torch.float64, copy=True))
+        for got, p, g in _pieces(stepped, self.start, self.gradients):
+            wanted = nn.Parameter(p.to(torch.float64, copy=True))
             wanted.grad, base = g.double(), self.base([wanted], **self.options)
             for _ in range(STEPS):
                 base.step()
@@ -104,19 +104,25 @@ class Problem:
     def check_perturbed(self, name: str, got: Sequence[Tensor], norm_error: float = 0.0) -> None:
         """``got`` must be ``w + rho T^2 g / ||T g||``."""
         scale = self.rho / (self.norm + 1e-12)
-        for a, p, g in zip(got, self.start, self.gradients, strict=True):
-            w = p.detach().double()
+        for moved, p, g in _pieces(got, self.start, self.gradients):
+            w = p.double()
             e = scale * g.double() * (w.square() if self.adaptive else 1.0)
-            self._close(name, a, w + e, norm_error * e.abs())
+            self._close(name, moved, w + e, norm_error * e.abs())
 
     def _close(self, name: str, got: Tensor, wanted: Tensor, slack: Tensor | float) -> None:
         # Rounded once or twice to the parameter's dtype: units in the last place of a weight of sd 0.02, all below 0.2.
         # 16-bit momentum adds more.
         epsilon = torch.finfo(self.start[0].dtype).eps
         rtol, atol = (max(8 * epsilon, 1e-12), 0.05 * epsilon) if epsilon < 1e-4 else (2 * epsilon, 0.01 * epsilon)
-        error = (got.detach().double() - wanted).abs()
+        error = (got.double() - wanted).abs()
         if not bool((error <= rtol * wanted.abs() + atol + slack).all()):  # NaN is not
             raise AssertionError(f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g}")
+
+
+def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """What belongs together in these lists of tensors, in pieces that a cache holds."""
+    for tensors in zip(*lists, strict=True):
+        yield from zip(*(t.detach().reshape(-1).split(1 << 17) for t in tensors), strict=True)
 
 
 def _steps(method: Method, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -159,7 +159,7 @@ def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
 
 def test_a_benchmark_with_a_figure_that_cannot_be_right_fails():
     bench = Bench("rehearsal")
-    elements = 100 * bench.copy_bytes
+    elements = 100 * bench.copied
     with pytest.raises(
         AssertionError, match=r"perturb, operation \| big: invalid, an error in the measurement: sam_fast at"
     ):
@@ -247,7 +247,7 @@ def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it():
         return time
 
     bench.timer = timer
-    moved = bench.copy_bytes
+    moved = bench.copied // 2
     record = bench.run("g", "c", {"a": contenders["a"]}, elements=moved // 4, bytes_moved={"": moved})[0]
     assert record.copy_rounds == [1.0, 1.0, 1.0]
     assert record.share_of_copy().value == 0.125
