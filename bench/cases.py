@@ -55,7 +55,7 @@ HOST = [
 ]
 TRAINING = [
     *(Case(iteration, ITERATION, name) for name in NETWORKS),
-    *(Case(fewer_passes, PRICE, name) for name in NETWORKS if name.startswith("ConvNet")),
+    *(Case(fewer_passes, PRICE, name, parts=1) for name in NETWORKS if name.startswith("ConvNet")),
     *(Case(unperturbed, UNPERTURBED, name) for name in ("resnet18", "resnet50")),
 ]
 STEPS = [
@@ -80,9 +80,12 @@ STEPS = [
     *(step("scaling with the number of tensors", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_TENSORS),
 ]
 OPERATIONS = [
-    Case(operations, "operation", "vit_base_patch16_224, float32"),
-    Case(operations, "operation", "vit_base_patch16_224, float32, adaptive", {"adaptive": True}),
-    Case(operations, "operation", "vit_base_patch16_224, bfloat16", {"dtype": "bfloat16"}),
+    Case(operations, "operation", f"vit_base_patch16_224, {name}", options, parts=1)
+    for name, options in {
+        "float32": {},
+        "float32, adaptive": {"adaptive": True},
+        "bfloat16": {"dtype": "bfloat16"},
+    }.items()
 ]
 PROCESSES = [
     Case(memory, MEMORY, "8 linear layers of 2048", parts=1),

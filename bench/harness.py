@@ -104,27 +104,25 @@ def measure(
     return {stage: {name: values[WARMUP:] for name, values in row.items()} for stage, row in times.items()}, timers
 
 
+@cache
+def glibc() -> Any:
+    """For its allocator's settings; None where there is another C library."""
+    try:
+        return ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+
+
 def settle_allocator() -> None:
     """Give freed memory back to the system: what a check or an earlier benchmark has used must not serve this one's
-    temporaries."""
+    temporaries. From here on the allocator keeps what it has (M_TRIM_THRESHOLD, M_MMAP_MAX). By default it gives memory
+    back where it can, by chance, and a baseline's temporaries would cost page faults in one round and none in the next.
+    So after the warm-up nobody pays for page faults, nor for a virtual machine's host that provides memory slowly."""
     gc.collect()
-    if (libc := _glibc()) is not None:
+    if libc := glibc():
         libc.malloc_trim(0)
-
-
-@cache
-def _glibc() -> Any:
-    """By default its allocator gives freed memory back, and whether it does depends on what lies above: whether a
-    baseline's temporaries cost page faults, which take longer than the step, would differ from round to round. From
-    here on it keeps what it has (M_TRIM_THRESHOLD, M_MMAP_MAX): after the warm-up nobody pays for page faults, nor for
-    a virtual machine's host, which provides memory slowly when it is first touched."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)
         libc.mallopt(-4, 0)
-    except OSError:  # another C library
-        return None
-    return libc
 
 
 class Bench:

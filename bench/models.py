@@ -25,19 +25,14 @@ SHAPES: dict[str, list[list[int]]] = {
 """Of parameters, by the name of the set; of what is not a model's, numbers of elements and tensors are the name."""
 
 
-def elements(name: str) -> int:
-    return sum(math.prod(shape) for shape in SHAPES[name])
-
-
-LARGE = [name for name in MODELS if elements(name) >= 25_000_000]
+LARGE = [name for name, shapes in MODELS.items() if sum(map(math.prod, shapes)) >= 25_000_000]
 """Models that no cache holds: their bandwidth is the memory's."""
 
 
 def shrink() -> None:
     """Make every set tiny, for a run that only shows that the suite works."""
-    for shapes in (SHAPES, MODELS):
-        for name in shapes:
-            shapes[name] = [[min(n, 4) for n in shape] for shape in shapes[name][:5]]
+    for name, shapes in SHAPES.items():
+        SHAPES[name] = [[min(n, 4) for n in shape] for shape in shapes[:5]]
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> list[nn.Module]:

@@ -75,7 +75,7 @@ def operations(bench: Bench, group: str, name: str, dtype: str = "float32", adap
     contenders[TORCH_COPY] = torch_copy(problem.start)
     size = problem.elements * problem.start[0].element_size()
     moved = {"grad_norm": (2 if adaptive else 1) * size, "perturb": 4 * size, "restore": 2 * size}
-    bench.run(group, name, contenders, elements=problem.elements, bytes_moved=moved)
+    bench.run(group, name, contenders, elements=problem.elements, bytes_moved=moved, seconds=4.0, rounds=(12, 60))
 
 
 def operations_of(problem: Problem, backend: str, check: bool = True) -> Contender:

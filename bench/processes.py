@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from bench import peers
-from bench.harness import Bench, Contender, measure, nothing
-from bench.models import MODELS
+from bench.harness import Bench, Contender, glibc, measure, nothing
+from bench.models import SHAPES
 from bench.peers import OURS, REFERENCE
 from bench.problem import Problem, copies, make_params
 from bench.records import Record
@@ -43,6 +43,8 @@ def resident() -> int:
 
 def peak_bytes(contender: str, device: str) -> float:
     """What three training steps need beyond what there was before the model. In a new process: a peak never sinks."""
+    if libc := glibc():
+        libc.mallopt(-3, 1 << 16)  # a tensor's memory goes back when it is freed: what the allocator keeps is chance
     x = torch.randn(BATCH, WIDTH, device=device)
     nn.Linear(WIDTH, 64, device=device)(x).sum().backward()
     before = resident() if device == "cpu" else torch.cuda.memory_allocated()
@@ -67,10 +69,10 @@ def peak_bytes(contender: str, device: str) -> float:
 
 def memory(bench: Bench, group: str, name: str) -> None:
     """Peak memory of three training steps."""
-    peaks = {}
+    names = (OURS, FLAT, PLAIN, REFERENCE)
     with get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        for contender in (OURS, FLAT, PLAIN, REFERENCE):
-            peaks[contender] = pool.starmap(peak_bytes, [(contender, bench.device)] * 4, chunksize=1)
+        found = pool.starmap(peak_bytes, [(name, bench.device) for name in names], chunksize=1)
+    peaks = {name: [peak] for name, peak in zip(names, found, strict=True)}
     elements = LAYERS * (WIDTH * WIDTH + WIDTH)
     # The weights and their gradients are there in any case; less was not measured right.
     assert min(map(min, peaks.values())) > 2 * 4 * elements
@@ -133,7 +135,7 @@ def weak_scaling(bench: Bench, group: str, name: str) -> None:
     by_size: dict[str, dict[str, list[float]]] = {}
     for size in sorted({most, 1} | {n for n in (2, 4) if n < most}, reverse=True):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (size, f"{folder}/store", MODELS[name], 3 if bench.smoke else 30, bench.device)
+            arguments = (size, f"{folder}/store", SHAPES[name], 3 if bench.smoke else 30, bench.device)
             multiprocessing.spawn(work, arguments, nprocs=size)
             processes = f"{size} process{'es' if size > 1 else ''}"
             by_size[processes] = json.loads(Path(f"{folder}/store.json").read_text())

@@ -102,7 +102,7 @@ def iteration(bench: Bench, group: str, name: str) -> None:
         REFERENCE: perturbed(copy.deepcopy(model), x, y, ReferenceSAM),
     }
     elements = weights(model).numel()
-    bench.run(group, name, as_a_loop_waits(runs), elements=elements, seconds=2.0, settings=SETTINGS)
+    bench.run(group, name, as_a_loop_waits(runs), elements=elements, seconds=2.0, rounds=(4, 60), settings=SETTINGS)
 
 
 def fewer_passes(bench: Bench, group: str, name: str) -> None:
@@ -129,7 +129,7 @@ def fewer_passes(bench: Bench, group: str, name: str) -> None:
     }
     settings = {SGD_ONCE: f"{SETTINGS[SGD_ONCE]}, {CYCLE} iterations, as all"}
     elements = weights(model).numel()
-    bench.run(group, name, as_a_loop_waits(runs), elements=elements, seconds=3.0, settings=settings)
+    bench.run(group, name, as_a_loop_waits(runs), elements=elements, seconds=8.0, rounds=(8, 20), settings=settings)
 
 
 def unperturbed(bench: Bench, group: str, name: str) -> None:
