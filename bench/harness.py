@@ -83,7 +83,8 @@ def measure(
             timers.setdefault(stage, {})[name] = timer(contender.head_start)
     order, least, most = list(contenders), *rounds
     shuffle = random.Random(0).shuffle
-    settle_allocator()
+    keep_memory()
+    gc.collect()
     gc.disable()
     try:
         begin, done = 0.0, -WARMUP
@@ -113,14 +114,12 @@ def glibc() -> Any:
         return None
 
 
-def settle_allocator() -> None:
-    """Give freed memory back to the system: what a check or an earlier benchmark has used must not serve this one's
-    temporaries. From here on the allocator keeps what it has (M_TRIM_THRESHOLD, M_MMAP_MAX). By default it gives memory
-    back where it can, by chance, and a baseline's temporaries would cost page faults in one round and none in the next.
-    So after the warm-up nobody pays for page faults, nor for a virtual machine's host that provides memory slowly."""
-    gc.collect()
+@cache
+def keep_memory() -> None:
+    """From here on the allocator keeps what is freed (M_TRIM_THRESHOLD, M_MMAP_MAX). By default it gives memory back
+    where it can, by chance, and a baseline's temporaries would cost page faults in one round and none in the next. So
+    after the warm-up hardly a round pays for them, nor for a virtual machine's host that provides memory slowly."""
     if libc := glibc():
-        libc.malloc_trim(0)
         libc.mallopt(-1, -1)
         libc.mallopt(-4, 0)
 

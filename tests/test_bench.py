@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import compare, peers, report, targets
+from bench.cases import CASES
 from bench.harness import PARTS, Bench, Contender
 from bench.optimizer import operations_of
 from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE
@@ -252,6 +253,13 @@ def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it():
     assert record.copy_rounds == [1.0, 1.0, 1.0]
     assert record.share_of_copy().value == 0.125
     assert all(order[i - 1] == COPY for i, name in enumerate(order) if name == "a")  # what was flushed with
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_case_has_a_name_of_its_own(kind):
+    """By which its parts are put together, and its results checked once."""
+    rows = [case for case in CASES if kind in case.on]
+    assert len({case.id for case in rows}) == len({(case.group, case.name) for case in rows}) == len(rows) > 30
 
 
 def test_targets_that_were_not_measured_say_so():
