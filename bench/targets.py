@@ -39,7 +39,7 @@ def of(group: str, cases: Iterable[str] | None, value: Callable[[Record], float 
 
 
 def faster(group: str, cases: Iterable[str], baselines: Sequence[str] = (REFERENCE,)) -> Values:
-    """How many times faster than the fastest of the baselines. All must be there, but pytorch_optimizer's foreach: it is
+    """How many times faster than the fastest of the baselines. All must be there but pytorch_optimizer's foreach: it is
     slower than its loop, and not measured everywhere."""
 
     def ratio(r: Record) -> float | None:
