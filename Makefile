@@ -122,7 +122,7 @@ demo: $(VENV)/installed
 	-@$(MAKE) --no-print-directory data
 	$(BIN)/python -m examples.fashion_mnist $(DEMO)
 
-# BENCH takes other options: make bench BENCH="--device cuda", BENCH=--full, BENCH="-k resnet50".
+# BENCH takes other options: make bench BENCH="--device cuda", BENCH="-k resnet50".
 BENCH ?= --minutes 9
 RUNS = build/bench
 bench bench-again: $(VENV)/installed

@@ -14,69 +14,52 @@ compared.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from bench.machine import ROOT, first_line
 from bench.peers import FOREACH, REFERENCE
-from bench.records import TORCH_COPY, Estimate, Record, Run
+from bench.records import TORCH_COPY, Run
+from bench.training import SGD_TWICE
 
-YARDSTICKS = (TORCH_COPY, REFERENCE, "2 x SGD", FOREACH, "loop over buffers")
+REGRESSION = "REGRESSION"
+YARDSTICKS = (TORCH_COPY, REFERENCE, SGD_TWICE, FOREACH)
 """What a record's figures are relative to: the first of these that is among its contenders."""
-SELECT = "test_op and float32 or host_overhead and 161 or test_optimizer_step and SGD and resnet18"
+SELECT = "operation and float32 or host_time-161 or SGD-resnet18"
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
 
 
-@dataclass(frozen=True)
-class Change:
-    """How much slower HEAD is than BASE: 1.25 is 25 % slower. ``noise``: half the width of the interval, relative."""
-
-    key: str
-    contender: str
-    slower: float
-    noise: float
-
-    def verdict(self, threshold: float) -> str:
-        if self.slower * (1 - self.noise) > 1 + threshold:
-            return "REGRESSION"
-        faster = self.slower * (1 + self.noise) < 1 / (1 + threshold)
-        return "faster" if faster else "unclear" if self.noise > threshold else "same"
-
-
-def figures(record: Record) -> dict[str, Estimate]:
-    """Cost of what is this project's, relative to the record's yardstick (or in seconds, where it has none)."""
-    yardstick = next((name for name in YARDSTICKS if name in record.rounds), None)
-    ours = [n for n in record.rounds if n not in YARDSTICKS and n in (record.target, "torch", "triton")]
-    return {n: record.faster_than(n, yardstick) if yardstick else record.seconds(n) for n in ours}
+def figures(runs: Sequence[Run]) -> pd.DataFrame:
+    """What is this project's, by record and contender: its cost relative to the record's yardstick (or in seconds,
+    where it has none), the median over the runs; and the relative noise of that, within runs or between them, whichever
+    is larger."""
+    rows = []
+    for record in (record for run in runs for record in run.records):
+        yardstick = next((name for name in YARDSTICKS if name in record.rounds), None)
+        for name in {record.target, "torch", "triton"} & record.rounds.keys() - set(YARDSTICKS):
+            found = record.faster_than(name, yardstick) if yardstick else record.seconds(name)
+            rows.append((f"{record.key} | {name}", found.value, found.noise))
+    by_key = pd.DataFrame(rows, columns=["key", "cost", "noise"]).groupby("key")
+    cost, within = by_key["cost"].median(), by_key["noise"].median()
+    between = (by_key["cost"].max() - by_key["cost"].min()) / (2 * cost)
+    return pd.DataFrame({"cost": cost, "noise": np.maximum(within, between) / np.sqrt(by_key.size())})
 
 
-def changes(base: Sequence[Run], head: Sequence[Run]) -> list[Change]:
-    """Compare the records that both have; several runs of a side give a better idea of its noise."""
-    sides: list[dict[tuple[str, str], list[Estimate]]] = [{}, {}]
-    for found, runs in zip(sides, (base, head), strict=True):
-        for record in (record for run in runs for record in run.records):
-            for name, estimate in figures(record).items():
-                found.setdefault((record.key, name), []).append(estimate)
-    out = []
-    for key in sides[0].keys() & sides[1].keys():
-        (a, noise_a), (b, noise_b) = (_pooled(found[key]) for found in sides)
-        out.append(Change(*key, slower=b / a, noise=math.hypot(noise_a, noise_b)))
-    return sorted(out, key=lambda change: change.key)
-
-
-def _pooled(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """The median over runs, and its relative noise: that within runs or that between them, whichever is larger."""
-    values = [e.value for e in estimates]
-    middle = statistics.median(values)
-    within, between = statistics.median(e.noise for e in estimates), (max(values) - min(values)) / (2 * middle)
-    return middle, max(within, between) / math.sqrt(len(values))
+def changes(base: Sequence[Run], head: Sequence[Run], threshold: float) -> pd.DataFrame:
+    """What both have: how much slower HEAD is than BASE (1.25 is 25 % slower), the noise (half the width of the
+    interval, relative), and the verdict."""
+    both = figures(base).add_suffix(" base").join(figures(head).add_suffix(" head"), how="inner")
+    slower, noise = both["cost head"] / both["cost base"], np.hypot(both["noise base"], both["noise head"])
+    worse, better = slower * (1 - noise) > 1 + threshold, slower * (1 + noise) < 1 / (1 + threshold)
+    verdict = np.select([worse, better, noise > threshold], [REGRESSION, "faster", "unclear"], "same")
+    return pd.DataFrame({"slower": slower, "noise": noise, "verdict": verdict})
 
 
 # ---- Measuring two versions ------------------------------------------------------------------------------------------
@@ -140,7 +123,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--threshold", type=float, default=0.1, help="the slowdown that counts, beyond the noise (default: 0.1, 10 %%)"
     )
-    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     both = [arguments.base, arguments.head]
     files = [Path(side).is_file() for side in both]
@@ -152,21 +134,20 @@ def main(argv: list[str] | None = None) -> int:
         sites = [install(side) for side in both]
         if sites[0] == sites[1]:
             parser.error("BASE and HEAD are the same commit")
-        options = ["-k", arguments.select, "--device", arguments.device, *["--smoke"] * arguments.smoke]
+        options = ["-k", arguments.select, "--device", arguments.device]
         runs = [[measured(site, number, options) for site in sites] for number in range(arguments.repeats)]
         sides = [list(side) for side in zip(*runs, strict=True)]
-    found = changes(*sides)
-    if not found:
+    found = changes(*sides, arguments.threshold)
+    if found.empty:
         print("the two have no benchmark in common")
         return 2
     print("HEAD's time over BASE's, each relative to a baseline of the same rounds;", *map(len, sides), "runs")
-    names = [f"{c.key} | {c.contender}" for c in found]
-    for name, c in zip(names, found, strict=True):
-        verdict = c.verdict(arguments.threshold)
-        print(f"{name:{max(map(len, names))}s}  {c.slower:6.3f} ± {100 * c.noise:4.1f} %  {verdict}")
-    slower = sum(c.verdict(arguments.threshold) == "REGRESSION" for c in found)
-    print(f"{slower} of {len(found)} slower by more than {100 * arguments.threshold:.0f} % beyond the noise")
-    return 1 if slower else 0
+    width = max(map(len, found.index))
+    for name, slower, noise, verdict in found.itertuples():
+        print(f"{name:{width}s}  {slower:6.3f} ± {100 * noise:4.1f} %  {verdict}")
+    worse = int((found["verdict"] == REGRESSION).sum())
+    print(f"{worse} of {len(found)} slower by more than {100 * arguments.threshold:.0f} % beyond the noise")
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":

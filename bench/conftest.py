@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import models
+from bench.cases import CASES, Case
 from bench.harness import Bench
 from bench.machine import describe, load_average
 from bench.records import Run
@@ -25,7 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add, devices = parser.getgroup("sam_fast").addoption, ["cpu", "cuda", "rehearsal"]
     rehearsal = "rehearsal: as on a GPU, but on the CPU with tiny shapes, to see that it runs"
     add("--device", default="cpu", choices=devices, help=f"where to measure; {rehearsal}")
-    add("--full", action="store_true", help="all combinations, not only the default selection (hours)")
     add("--minutes", type=float, default=math.inf, help="start no further benchmark after so long")
     add("--smoke", action="store_true", help="tiny shapes and a few rounds: does it run at all?")
     add("--save", type=Path, help="write the run to this file after each case, for bench.report and bench.compare")
@@ -37,38 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a GPU and a PyTorch that sees it, which is not the case here")
-    bench = Bench(device, config.getoption("--full"), config.getoption("--smoke"))
+    bench = Bench(device, config.getoption("--smoke"))
     if bench.smoke:
         models.shrink()
-    rehearsal = "rehearsal" if bench.machine.rehearsal else ""
-    selection = rehearsal or ("smoke" if bench.smoke else "full" if bench.full else "default")
+    selection = "rehearsal" if bench.rehearsal else "smoke" if bench.smoke else "default"
     machine = {**describe(device, config.getoption("--commit")), "seconds": "0", "selection": selection}
     config.stash[BENCH], config.stash[RUN] = bench, Run(machine, bench.records, bench.left_out)
     config.stash[BEGIN] = time.monotonic()
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "part" in metafunc.fixturenames:
-        once = metafunc.definition.get_closest_marker("once") is not None
-        metafunc.parametrize("part", range(1 if once else metafunc.config.stash[BENCH].parts))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    bench = config.stash[BENCH]
-    full, kind = config.getoption("--full"), bench.machine.kind
-    left = []
-    for item in items:
-        mark = item.get_closest_marker("full")
-        unwanted = mark is not None and not full and kind in (mark.args or ("cpu", "cuda"))
-        if unwanted or (item.get_closest_marker("gpu") is not None and not bench.machine.gpu):
-            left.append(item)
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in left]
-    # The parts of a case far from each other. On a GPU what launching takes comes first: the profiler, which the others
-    # use, may leave every launch a little slower.
-    launching = ("host_overhead", "training", "with_launches") if bench.machine.gpu else ()
-    items.sort(key=lambda item: (item.callspec.params["part"], not any(name in item.nodeid for name in launching)))
+    bench = metafunc.config.stash[BENCH]
+    parts = [(case, n) for n in range(bench.parts) for case in CASES if n < case.parts and bench.kind in case.on]
+    metafunc.parametrize(("case", "part"), parts, ids=[f"{case.id}-{n}" for case, n in parts])
 
 
 def pytest_collection_finish() -> None:
@@ -93,26 +74,25 @@ REPLAY = Replay()
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, benchmark: Any, part: int) -> Iterator[Bench]:
-    """The run's :class:`Bench`. What the test measures first is shown in pytest-benchmark's table, all parts so far."""
+def bench(request: pytest.FixtureRequest, benchmark: Any, case: Case, part: int) -> Iterator[Bench]:
+    """The run's :class:`Bench`. What the case measures first is shown in pytest-benchmark's table, all parts so far."""
     bench, config = request.config.stash[BENCH], request.config
-    parameters = {name: value for name, value in request.node.callspec.params.items() if name != "part"}
-    bench.case, bench.shown = f"{request.node.originalname}{list(parameters.values())}", None
+    bench.case, bench.shown = case.id, None
     if time.monotonic() - config.stash[BEGIN] > 60 * config.getoption("--minutes"):
         if part == 0:
-            bench.leave_out(f"{bench.case}: the time was up (--minutes)")
+            bench.leave_out(f"{case.id}: the time was up (--minutes)")
         pytest.skip("the time was up")
     yield bench
     save(config)
-    if (record := bench.shown) is not None:
-        rounds = iter(record.rounds[record.target])
+    if bench.shown is not None:
+        rounds = bench.shown.rounds[bench.shown.target]
+        seconds = iter(rounds)
 
         def one() -> None:
-            REPLAY.now += next(rounds)
+            REPLAY.now += next(seconds)
 
-        benchmark.group = record.key
-        benchmark.extra_info.update(record.facts)
-        benchmark.pedantic(one, rounds=len(record.rounds[record.target]))
+        benchmark.group = bench.shown.key
+        benchmark.pedantic(one, rounds=len(rounds))
 
 
 def save(config: pytest.Config) -> None:
@@ -126,8 +106,7 @@ def save(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     run = config.stash[RUN]
     for record in run.records:
-        medians = {name: statistics.median(rounds) for name, rounds in record.rounds.items()}
-        figures = ", ".join(f"{name} {seconds:.4g}" for name, seconds in medians.items())
-        terminalreporter.write_line(f"{record.key}: {figures} {record.facts.get('unit', 's')}")
+        figures = [f"{name} {statistics.median(rounds):.4g}" for name, rounds in record.rounds.items()]
+        terminalreporter.write_line(f"{record.key}: {', '.join(figures)} {record.facts.get('unit', 's')}")
     for text in run.left_out:
         terminalreporter.write_line(f"not run: {text}")

@@ -54,7 +54,6 @@ BUILDS: tuple[dict[str, str], ...] = (
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 TESTS = ["-p", "bench.outcomes", "--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
 GPU_TESTS, OTHER_TESTS = ["tests/gpu"], ["tests", "--ignore=tests/gpu"]
-SELECT = "(not scaling or weak_scaling) and not import and not straw_man"
 
 
 @dataclass
@@ -281,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--wheels", type=Path, help="a folder of wheels for the steps, installed beside the environment")
     rehearsal = "rehearsal: the benchmarks on the CPU, to try this program"
     add("--device", default="cuda", choices=["cuda", "rehearsal"], help=rehearsal)
-    add("--select", default=SELECT, help="the benchmarks to run, as pytest's -k")
+    add("--select", default="", help="the benchmarks to run, as pytest's -k")
     arguments = parser.parse_args(argv)
     only = arguments.only.split(",")
     if unknown := set(only) - set(names):

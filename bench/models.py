@@ -1,4 +1,4 @@
-"""What is measured on: the parameter shapes of real models, two extremes, and small real networks."""
+"""What is measured on: the parameter shapes of real models, many tiny tensors, and small real networks."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from torch import Tensor, nn
 
 MODELS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
 """Parameter shapes of real models, by model name."""
-TINY, ONE = "10,000 tensors of 16", "one tensor of 100M"
-SHAPES: dict[str, list[list[int]]] = {**MODELS, TINY: [[16]] * 10_000, ONE: [[100_000_000]]}
+TINY, LARGEST = "10,000 tensors of 16", "gpt2"
+BY_ELEMENTS = {f"1e{n} in 100": [[10**n // 100]] * 100 for n in range(4, 8)}
+BY_TENSORS = {f"1e6 in {10**n}": [[10 ** (6 - n)]] * 10**n for n in range(4)}
+SHAPES: dict[str, list[list[int]]] = {
+    **MODELS,
+    TINY: [[16]] * 10_000,
+    **{f"{count} x 8": [[8]] * count for count in (1, 161)},
+    **BY_ELEMENTS,
+    **BY_TENSORS,
+}
+"""Of parameters, by the name of the set; of what is not a model's, numbers of elements and tensors are the name."""
 
 
-def elements(name: str) -> int:
-    return sum(math.prod(shape) for shape in SHAPES[name])
-
-
-LARGE = [name for name in MODELS if elements(name) >= 25_000_000]
+LARGE = [name for name, shapes in MODELS.items() if sum(map(math.prod, shapes)) >= 25_000_000]
 """Models that no cache holds: their bandwidth is the memory's."""
 
 
 def shrink() -> None:
     """Make every set tiny, for a run that only shows that the suite works."""
-    for shapes in (SHAPES, MODELS):
-        for name in shapes:
-            shapes[name] = [[min(n, 4) for n in shape] for shape in shapes[name][:5]]
+    for name, shapes in SHAPES.items():
+        SHAPES[name] = [[min(n, 4) for n in shape] for shape in shapes[:5]]
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> list[nn.Module]:

@@ -6,8 +6,8 @@ All have the two-call interface and are made alike: ``(params, base, rho=, adapt
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.machine import installed
 from bench.problem import Method, Problem, copies
 from sam_fast import SAM, backends
 from sam_fast.reference import ReferenceSAM
@@ -135,22 +136,16 @@ def make(name: str, problem: Problem, **settings: Any) -> Method:
 
 
 def make_all(bench: Any, names: Sequence[str], problem: Problem, **settings: Any) -> dict[str, Method]:
-    """sam_fast with these settings, unless it is named, and the baselines that can run here, all checked by ``bench``,
-    which is told about the others."""
+    """Those of the methods that can run here, sam_fast with these settings, their results checked once for each case.
+    ``bench`` is told about the others."""
     methods = {}
-    for name in names if OURS in names else (OURS, *names):
-        if name in (PEER_LOOP, PEER_FOREACH) and importlib.util.find_spec("pytorch_optimizer") is None:
+    for name in names:
+        if name in (PEER_LOOP, PEER_FOREACH) and not installed("pytorch_optimizer"):
             bench.leave_out(f"{name}: pytorch_optimizer is not installed")
-            continue
-        method = make(name, problem, **(settings if name == OURS else {}))
-        try:
-            bench.check(problem, {name: method}, norm_error=0.0 if name == OURS else NORM_ERROR)
-        except Exception as error:
-            if name != COMPILED or isinstance(error, AssertionError):
-                raise
-            bench.leave_out(
-                f"{name}: does not compile or run here: {type(error).__name__}: {str(error).splitlines()[0]}"
-            )
-            continue
-        methods[name] = method
+        elif name == COMPILED and shutil.which(os.environ.get("CXX", "g++")) is None:
+            bench.leave_out(f"{name}: there is no C++ compiler")
+        else:
+            methods[name] = make(name, problem, **(settings if name == OURS else {}))
+            if bench.unchecked():
+                problem.check(name, methods[name], norm_error=0.0 if name == OURS else NORM_ERROR)
     return methods

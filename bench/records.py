@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 COPY, TORCH_COPY = "streaming copy", "torch copy_"
 CEILING = 1.1
 """A GPU's memory is not faster than that, relative to the copy."""
-READ_ONLY = "op grad_norm"
+READ_ONLY = "grad_norm"
 """What only reads, which some memories do faster than they copy: groups that begin so."""
 
 
@@ -74,36 +73,25 @@ class Record:
         slows the whole machine for a while hits both."""
         return median([b / t for b, t in zip(self.rounds[baseline], self.rounds[name or self.target], strict=True)])
 
-    def fastest(self, names: Iterable[str]) -> str:
+    def fastest(self, names: Iterable[str]) -> str | None:
         """Of these, by its median."""
-        return min((n for n in names if n in self.rounds), key=lambda n: statistics.median(self.rounds[n]))
+        there = [name for name in names if name in self.rounds]
+        return min(there, key=lambda name: statistics.median(self.rounds[name]), default=None)
 
-    def bandwidth(self, name: str | None = None) -> float | None:
-        """Bytes per second, of the bytes that must move."""
-        seconds = statistics.median(self.rounds[name or self.target])
-        return None if self.bytes_moved is None else self.bytes_moved / seconds
-
-    def _shares(self, name: str | None = None) -> list[float]:
-        per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=True)
+    def shares(self, name: str | None = None) -> list[float]:
+        """Of the bandwidth measured in the same round; empty where memory is no bound."""
+        per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=False)
         return [(self.bytes_moved or 0) / seconds / (self.copy_bytes / copy) for seconds, copy in per_round]
 
-    def share_of_copy(self, name: str | None = None) -> Estimate | None:
-        """Of the bandwidth measured in the same round."""
-        return median(self._shares(name)) if self.bytes_moved is not None and self.copy_rounds else None
-
-    def floor(self) -> float | None:
-        """Seconds that the bytes take at the measured bandwidth."""
-        if self.bytes_moved is None or not self.copy_rounds:
-            return None
-        return self.bytes_moved / self.copy_bytes * statistics.median(self.copy_rounds)
+    def share_of_copy(self) -> Estimate:
+        return median(self.shares())
 
     def invalid(self) -> str:
         """Why this cannot have been measured right; empty if it can. On a GPU only what does not write may be faster
         than a copy. A CPU's cache can hold some of a case: no bound there."""
-        exempt = self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY)
-        if exempt or self.bytes_moved is None or not self.copy_rounds:
+        if self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY) or not self.copy_rounds:
             return ""
-        shares = {name: statistics.median(self._shares(name)) for name in self.rounds if name != TORCH_COPY}
+        shares = {name: statistics.median(self.shares(name)) for name in self.rounds if name != TORCH_COPY}
         above = [f"{name} at {100 * s:.0f} % of the copy's bandwidth" for name, s in shares.items() if s > CEILING]
         return f"invalid, an error in the measurement: {', '.join(above)}" if above else ""
 
@@ -116,7 +104,8 @@ class Run:
     records: list[Record] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     agreement: dict[str, Any] = field(default_factory=dict)
-    """How far a second run of the same commit was from this one (``bench.report --again``)."""
+    """``date``: of a second run of the same commit (``bench.report --again``); ``apart``: how far it was from this one,
+    by record (:func:`disagreement`)."""
 
     def find(self, group: str) -> list[Record]:
         return [r for r in self.records if r.group == group]
@@ -124,20 +113,12 @@ class Run:
     def get(self, group: str, case: str) -> Record | None:
         return next((r for r in self.records if (r.group, r.case) == (group, case)), None)
 
-    def add(self, part: Run) -> None:
-        """Take over the records of another part of this run, in place of those of the same cases."""
-        keys = {r.key for r in part.records}
-        self.records = [r for r in self.records if r.key not in keys] + part.records
-        self.left_out += [text for text in part.left_out if text not in self.left_out]
-        for fact in {"seconds", "load average"} & self.machine.keys() & part.machine.keys():
-            self.machine[fact] += f" + {part.machine[fact]}"
-
     def save(self, path: Path) -> None:
         """Write everything, all at once: whoever is killed meanwhile leaves the file as it was."""
         data = asdict(self)
         for record in data["records"]:
-            record["rounds"] = {name: _rounded(values) for name, values in record["rounds"].items()}
-            record["copy_rounds"] = _rounded(record["copy_rounds"])
+            for rounds in (record["copy_rounds"], *record["rounds"].values()):
+                rounds[:] = [float(f"{seconds:.4g}") for seconds in rounds]
         records = ",\n  ".join(json.dumps(r) for r in data.pop("records"))  # a line each: readable differences
         replace(path, json.dumps(data, indent=1)[:-2] + f',\n "records": [\n  {records}\n ]\n}}\n')
 
@@ -147,12 +128,8 @@ class Run:
         data = json.loads(path.read_text())
         records = [Record(**r) for r in data["records"]]
         data["records"] = [r for r in records if not r.invalid()]
-        data["left_out"] += [f"{r.key.replace(' | ', ', ')}: {reason}" for r in records if (reason := r.invalid())]
+        data["left_out"] += [f"{r.group}, {r.case}: {reason}" for r in records if (reason := r.invalid())]
         return cls(**data)
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [float(f"{v:.4g}") for v in values]
 
 
 def replace(path: Path, text: str) -> None:
@@ -163,12 +140,8 @@ def replace(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    return math.exp(statistics.fmean(math.log(v) for v in values))
-
-
 def disagreement(a: Run, b: Run, baseline: str = "reference") -> dict[str, float]:
     """By record: how far the two runs' ratios to the baseline are apart, relative to the smaller."""
-    pairs = [(r, other) for r in a.records if (other := b.get(r.group, r.case)) and baseline in r.rounds]
-    ratios = {r.key: sorted(x.faster_than(baseline).value for x in (r, other)) for r, other in pairs}
-    return {key: high / low - 1 for key, (low, high) in ratios.items()}
+    pairs = [(r, other) for r in a.records if (other := b.get(r.group, r.case)) and baseline in r.baselines]
+    ratios = {f"{r.group}, {r.case}": sorted(x.faster_than(baseline).value for x in (r, other)) for r, other in pairs}
+    return {name: high / low - 1 for name, (low, high) in ratios.items()}

@@ -2,9 +2,8 @@
 
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; several files of one device are parts of one
-run. Without any, everything is made again from what is there. ``--again``: a second run of the same commit, whose
-agreement with the first becomes part of the results.
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. Without any, everything is made again from
+what is there. ``--again``: a second run of the same commit, whose agreement with the first becomes part of the results.
 """
 
 from __future__ import annotations
@@ -18,46 +17,51 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from scipy.stats import gmean
 
 from bench import targets
 from bench.machine import ROOT
 from bench.models import MODELS
 from bench.peers import BEST_PEERS, REFERENCE
-from bench.records import Estimate, Record, Run, disagreement, geometric_mean
-from bench.test_processes import MEMORY, PLAIN, WEAK_SCALING
-from bench.test_training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
-from bench.test_training import REFERENCE as SAM_REFERENCE
+from bench.processes import MEMORY, PLAIN, WEAK_SCALING
+from bench.records import Estimate, Record, Run, disagreement
+from bench.training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
+from bench.training import REFERENCE as SAM_REFERENCE
 
 BEGIN, END = "<!-- benchmarks: made by bench.report -->", "<!-- end of benchmarks -->"
 RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY: PLAIN, WEAK_SCALING: "1 process"}
 """Groups whose tables say how much of this contender's cost each one's is; elsewhere: how many times faster we are."""
 SECTIONS = {
     "Whole optimizer step": (
-        "optimizer step, (?!scaling)",
+        "(?P<table>optimizer step, (SGD|AdamW|reference and public loop))",
         "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
     ),
-    "Its halves": ("(first|second)_step, (?!scaling|host time|reference)", ""),
-    "Operations": ("op |BatchNorm", "Bytes that must move, over the bandwidth measured in the same rounds."),
-    "Host overhead": (".*host time|import", ""),
-    "Scaling": ("optimizer step, scaling", "Cases are elements in tensors."),
+    "Its halves": ("(?P<table>(first|second)_step, (SGD|AdamW))", ""),
+    "Operations": (
+        r"(?P<row>.+), (?P<table>operation)",
+        "Bytes that must move, over the bandwidth measured in the same rounds.",
+    ),
+    "Host overhead": ("(?P<table>(first|second)_step, host time.*|import.*)", ""),
+    "Scaling": ("optimizer step, (?P<table>scaling.*)", "Whole step with SGD. Cases are elements in tensors."),
     "Weak scaling": (
-        WEAK_SCALING,
+        f"(?P<table>{WEAK_SCALING})",
         "Each process has a thread (or GPU) and resnet18's parameters, as replicas or as shards of DTensors: time of "
         "several over that of one.",
     ),
-    "Whole training iteration": (ITERATION, "Time over that of two iterations of SGD."),
-    "Fewer passes": (f"{PRICE}|{UNPERTURBED}", "Time over that of SGD."),
-    "Memory": (MEMORY, "Three training steps, above what was there before the model."),
+    "Whole training iteration": (f"(?P<table>{ITERATION})", "Time over that of two iterations of SGD."),
+    "Fewer passes": (f"(?P<table>{PRICE}|{UNPERTURBED})", "Time over that of SGD."),
+    "Memory": (f"(?P<table>{MEMORY})", "Three training steps, above what was there before the model."),
 }
+"""Title -> pattern of its groups, which says what their table is called and what their rows are besides the case, and
+an explanation."""
 PICTURES = {"Whole optimizer step": "step", "Whole training iteration": "training"}
-"""Title -> pattern of its groups and explanation; title -> picture."""
-
-
 HEAD = """# Benchmarks
 
 Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.
 
 Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.
+
+## Targets
 """.splitlines()
 
 
@@ -69,14 +73,9 @@ def results(root: Path, kind: str) -> Run | None:
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def framed(rows: list[dict[str, str]]) -> list[str]:
-    """A table of rows that may lack cells."""
-    frame = pd.DataFrame(rows).fillna("")
-    return [*table(list(frame.columns), frame.to_numpy().tolist()), ""] if rows else []
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """Of rows that may lack cells."""
+    return [pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True), ""] if rows else []
 
 
 def cost(record: Record, name: str | None = None) -> str:
@@ -91,42 +90,44 @@ def interval(estimate: Estimate, digits: int) -> str:
     return value if low == high else f"{value} ({low} - {high})"
 
 
-def row(record: Record) -> dict[str, str]:
-    """A record's line in its group's table."""
+def row(record: Record, besides: str | None = None) -> dict[str, str]:
+    """A record's line in its table."""
+    case = {"case": ", ".join(filter(None, [record.case, besides]))}
     if record.group in RELATIVE:
         yardstick = RELATIVE[record.group]
         others = [name for name in record.rounds if name != yardstick]
         ratios = {name: interval(record.faster_than(name, yardstick), 3) for name in others}
-        return {"case": record.case, yardstick: cost(record, yardstick), **ratios}
+        return {**case, yardstick: cost(record, yardstick), **ratios}
     ratios = {name: interval(record.faster_than(name), 2) for name in record.baselines}
-    cells = {"case": record.case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **ratios}
-    share, rate = record.share_of_copy(), record.bandwidth()
-    if share is not None and rate is not None:
-        cells |= {"GB/s": f"{rate / 1e9:.1f}", "of the measured bandwidth": f"{100 * share.value:.0f} %"}
+    cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **ratios}
+    if record.shares():
+        cells["GB/s"] = f"{(record.bytes_moved or 0) / record.seconds().value / 1e9:.1f}"
+        cells["of the measured bandwidth"] = f"{100 * record.share_of_copy().value:.0f} %"
     return cells
 
 
 def readme_table(cpu: Run) -> str:
     """What stands in the README between the two marks."""
     steps = [r for name in MODELS if (r := cpu.get("optimizer step, SGD", name)) and set(BEST_PEERS) & set(r.rounds)]
-    rows = []
-    for r in steps:
-        ratios = [r.faster_than(baseline).value for baseline in (REFERENCE, r.fastest(BEST_PEERS))]
-        rows.append([f"{r.case}, {r.elements / 1e6:.1f}M", cost(r), *(f"{ratio:.1f}x" for ratio in ratios)])
+    rows = [
+        {
+            "shapes, parameters": f"{r.case}, {r.elements / 1e6:.1f}M",
+            "whole step with SGD": cost(r),
+            "faster than the reference": f"{r.faster_than(REFERENCE).value:.1f}x",
+            "than its best peer": f"{r.faster_than(r.fastest(BEST_PEERS)).value:.1f}x",
+        }
+        for r in steps
+    ]
     if steps:
-        mean = geometric_mean(r.faster_than(REFERENCE).value for r in steps)
-        rows.append(["geometric mean", "", f"**{mean:.1f}x**", ""])
-    ends = []
-    for name in ("sam_fast", SAM_REFERENCE):
-        found = [r.faster_than(name, SGD_TWICE).value for r in cpu.find(ITERATION)] or [0.0]
-        ends.append(f"{min(found):.2f} to {max(found):.2f}")
-    sentence = f"A SAM iteration takes {ends[0]} of the time of two of SGD's; the reference's, {ends[1]}."
+        mean = gmean([r.faster_than(REFERENCE).value for r in steps])
+        rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean:.1f}x**"})
     m = cpu.machine
-    lines = [f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:", ""]
-    lines += table(
-        ["shapes, parameters", "whole step with SGD", "faster than the reference", "than its best peer"], rows
-    )
-    return "\n".join([BEGIN, "", *lines, "", *([sentence, ""] if cpu.find(ITERATION) else []), END])
+    lines = [f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:", "", *table(rows)]
+    if iterations := cpu.find(ITERATION):
+        ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
+        ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
+        lines += [f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.", ""]
+    return "\n".join([BEGIN, "", *lines, END])
 
 
 def replace_marked(text: str, new: str) -> str:
@@ -148,41 +149,36 @@ def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = ()) -
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
     wanted = [{"target": x.target, "measured": x.measured, "": x.state} for x in targets.lines(cpu, gpu)]
     not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
-    lines = [
-        *HEAD,
-        "",
-        "## Targets",
-        "",
-        *framed(wanted),
-        "## On the CPU",
-        "",
-        *page_of(cpu, pictures),
-        "## On a GPU",
-        "",
-    ]
+    lines = [*HEAD, "", *table(wanted), "## On the CPU", "", *page_of(cpu, pictures), "## On a GPU", ""]
     return "\n".join([*lines, *(page_of(gpu) if gpu else not_measured)]).rstrip("\n") + "\n"
 
 
 def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
     lines = [*(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
+    ways = {(way, name) for r in run.records for name, way in r.facts.get("timed by", {}).items()}
+    if ways:
+        by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False).agg("; ".join)
+        lines += ["### How each was timed", "", *table(by_way.to_dict("records"))]
     settings = {name: said for r in reversed(run.records) for name, said in r.facts.get("settings", {}).items()}
-    ways = {(w, n) for r in run.records for n, w in r.facts.get("timed by", {}).items()}
-    timed = [{"by": w, "contenders": "; ".join(sorted(n for v, n in ways if v == w))} for w in sorted(dict(ways))]
-    if timed:
-        lines += ["### How each was timed", "", *framed(timed)]
-    lines += ["### Contenders and their settings", ""] if settings else []
-    lines += framed([{"name": name, "settings": said} for name, said in sorted(settings.items())])
+    if settings:
+        said = [{"name": name, "settings": said} for name, said in sorted(settings.items())]
+        lines += ["### Contenders and their settings", "", *table(said)]
     for title, (pattern, text) in SECTIONS.items():
-        groups, picture = dict.fromkeys(r.group for r in run.records if re.match(pattern, r.group)), PICTURES.get(title)
-        lines += [f"### {title}", "", *([text, ""] if text else [])] if groups else []
-        lines += [f"![{title}](benchmarks/{picture}.png)", ""] if groups and picture in pictures else []
-        for group in groups:
-            lines += [f"**{group}**", "", *framed([row(r) for r in run.find(group)])]
+        tables: dict[str, list[dict[str, str]]] = {}
+        for r in run.records:
+            if found := re.fullmatch(pattern, r.group):
+                names = found.groupdict()
+                tables.setdefault(names["table"], []).append(row(r, names.get("row")))
+        lines += [f"### {title}", "", *([text, ""] if text else [])] if tables else []
+        lines += [f"![{title}](benchmarks/{PICTURES[title]}.png)", ""] if PICTURES.get(title) in pictures else []
+        for name, rows in tables.items():
+            lines += [f"**{name}**", "", *table(rows)]
     if run.agreement:
-        apart = pd.Series(run.agreement["all"]).nlargest(10)
-        worst = [{"record": key.replace(" | ", ", "), "apart": f"{100 * value:.1f} %"} for key, value in apart.items()]
+        apart = targets.apart(run)
+        worst = [{"record": name, "apart": f"{100 * value:.1f} %"} for name, value in apart.nlargest(10).items()]
         said = f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart"
-        lines += ["### Two runs", "", f"{said}, the ten worst of {len(run.agreement['all'])}.", "", *framed(worst)]
+        within = f"{(apart <= 0.15).sum()} of {len(apart)} by at most 15 %. The ten worst:"
+        lines += ["### Two runs", "", f"{said}. {within}", "", *table(worst)]
     return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
 
 
@@ -203,9 +199,8 @@ def draw(run: Run, folder: Path) -> list[str]:
         for r in run.find(ITERATION)
     }
     filled = {name: {title: rows for title, rows in found.items() if rows} for name, found in panels.items()}
-    for name, found in filled.items():
-        if not found:
-            continue
+    drawn = {name: found for name, found in filled.items() if found}
+    for name, found in drawn.items():
         size = (9, 3.6 * len(found))
         figure, axes = plt.subplots(len(found), 1, figsize=size, layout="constrained", squeeze=False)
         for axis, (title, rows) in zip(axes[:, 0], found.items(), strict=True):
@@ -217,18 +212,10 @@ def draw(run: Run, folder: Path) -> list[str]:
             axis.legend(fontsize=7, ncols=3)
         figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
         plt.close(figure)
-    return [name for name, found in filled.items() if found]
+    return list(drawn)
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
-
-
-def compare_runs(first: Run, second: Run) -> None:
-    """Note in ``first`` how far ``second`` is from it."""
-    apart = {key: round(value, 4) for key, value in disagreement(first, second).items()}
-    where = max(apart, key=lambda key: apart[key])
-    found = {"largest": apart[where], "where": where.replace(" | ", ", "), "all": apart}
-    first.agreement = {"date": second.machine["date"], **found}
 
 
 def write(root: Path) -> list[Path]:
@@ -251,16 +238,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--again", type=Path, help="a second run of the same commit")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
-    runs: dict[str, Run] = {}
-    for part in map(Run.load, arguments.runs):
-        run = runs.setdefault(part.machine["kind"], part)
-        if run is not part:
-            run.add(part)
-    for kind, run in runs.items():
+    for run in map(Run.load, arguments.runs):
+        kind = run.machine["kind"]
         if arguments.root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
             parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
         if arguments.again is not None and kind == "cpu":
-            compare_runs(run, Run.load(arguments.again))
+            second = Run.load(arguments.again)
+            apart = {name: round(value, 4) for name, value in disagreement(run, second).items()}
+            run.agreement = {"date": second.machine["date"], "apart": apart}
         run.save(arguments.root / "bench" / "results" / f"{kind}.json")
     for written in write(arguments.root):
         print(f"written: {written}")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.models import LARGE, MODELS
+import pandas as pd
+from scipy.stats import gmean
+
+from bench.models import LARGE, LARGEST, MODELS
 from bench.peers import BEST_PEERS, PEER_FOREACH, PUBLIC_LOOP, REFERENCE
-from bench.records import Record, Run, geometric_mean
-from bench.test_training import ASCENT, EVERY, PRICE, SGD_ONCE, UNPERTURBED
+from bench.records import Record, Run
+from bench.training import ASCENT, EVERY, PRICE, SGD_ONCE, UNPERTURBED
 
-HOST, ALONE = "host time of first_step for 161 parameters under 60 us", ("first_step, host time, alone", "161 x 8")
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
-UNITS = {"x": 1.0, "%": 1e2, "ms": 1e3, "us": 1e6}
+UNITS = {"x": 1.0, "%": 1e2, "ms": 1e3, "us": 1e6, "launches": 1.0}
 
-Found = tuple[float, str] | None
-"""A value and where it was found; None where it was not measured."""
+Values = Callable[[Run], pd.Series]
+"""What finds figures in a run, by case; none if one of them is missing."""
 
 
 @dataclass(frozen=True)
@@ -25,111 +27,116 @@ class Line:
     state: str
 
 
-def _line(target: str, bound: str, found: Found) -> Line:
-    """``bound``: as ``>= 3.5 x`` or ``<= 50 ms``."""
-    if found is None:
-        return Line(target, "", NOT_MEASURED)
-    sign, wanted, unit = bound.split()
-    value, where = UNITS[unit] * found[0], found[1]
-    met = value >= float(wanted) if sign == ">=" else value <= float(wanted)
-    text = f"{value:.2f}x" if unit == "x" else f"{value:.0f} {unit}"
-    return Line(target, f"{text}, {where}" if where else text, MET if met else NOT_MET)
+def of(group: str, cases: Iterable[str] | None, value: Callable[[Record], float | None]) -> Values:
+    """A figure of each of the group's records; of these cases, all of which must be there. What is None is left out."""
+
+    def find(run: Run) -> pd.Series:
+        records = {r.case: r for r in run.find(group)}
+        wanted = records if cases is None else cases if set(cases) <= set(records) else ()
+        return pd.Series({case: value(records[case]) for case in wanted}, dtype=float).dropna()
+
+    return find
 
 
-def _all(run: Run, group: str, names: Iterable[str]) -> list[Record]:
-    """The group's records of these models; none if one is missing."""
-    found = [r for name in names if (r := run.get(group, name)) is not None]
-    return found if len(found) == len(list(names)) else []
+def faster(group: str, cases: Iterable[str], baselines: Sequence[str] = (REFERENCE,)) -> Values:
+    """How many times faster than the fastest of the baselines. All must be there but pytorch_optimizer's foreach: it is
+    slower than its loop, and not measured everywhere."""
+
+    def ratio(r: Record) -> float | None:
+        complete = set(baselines) - set(r.rounds) <= {PEER_FOREACH}
+        return r.faster_than(best).value if complete and (best := r.fastest(baselines)) else None
+
+    return of(group, cases, ratio)
 
 
-def _ratios(records: list[Record], baselines: tuple[str, ...] = (REFERENCE,)) -> dict[str, float]:
-    """By case, how many times faster than the fastest of the baselines; empty if one was not measured."""
-    complete = all(set(baselines) - set(r.rounds) <= {PEER_FOREACH} for r in records)
-    return {r.case: r.faster_than(r.fastest(baselines)).value for r in records} if complete else {}
+def share(group: str, cases: Iterable[str]) -> Values:
+    return of(group, cases, lambda r: r.share_of_copy().value if r.shares() else None)
 
 
-def _mean(ratios: dict[str, float]) -> Found:
-    return (geometric_mean(ratios.values()), "") if ratios else None
+def apart(run: Run) -> pd.Series:
+    """How far the ratios of a second run were from this one's."""
+    return pd.Series(run.agreement.get("apart"), dtype=float)
 
 
-def _least(values: dict[str, float]) -> Found:
-    return min((value, f"least: {case}") for case, value in values.items()) if values else None
+def seconds(group: str, case: str) -> Values:
+    return of(group, [case], lambda r: r.seconds().value)
 
 
-def _most(values: dict[str, float]) -> Found:
-    return max((value, f"most: {case}") for case, value in values.items()) if values else None
+def of_sgd(name: str) -> Values:
+    """Time over SGD's, in batches of 128."""
+    return of(PRICE, ["ConvNet, batch 128"], lambda r: r.faster_than(name, SGD_ONCE).value)
 
 
-def _share(records: list[Record]) -> Found:
-    return _least({r.case: share.value for r in records if (share := r.share_of_copy()) is not None})
+WITHOUT_LARGEST = [name for name in MODELS if name != LARGEST]
+BIG = [name for name in LARGE if name != "resnet50"]
+"""80M parameters and more."""
+FIRST, STEP, ADAMW = "first_step, SGD", "optimizer step, SGD", "optimizer step, AdamW"
+THAN, WHOLE = "times faster than the reference", "whole step with"
+HOST = "host time of first_step for 161 parameters under 60 us, in a loop of its own"
+host_time = seconds("first_step, host time, alone", "161 x 8")
+straw = of("optimizer step, reference and public loop", None, lambda r: 1 / r.faster_than(PUBLIC_LOOP).value - 1)
+# the interval's lower end: no slower beyond the noise
+no_slower = of(UNPERTURBED, None, lambda r: r.faster_than("sam_fast", SGD_ONCE).low)
+than_peers = faster(STEP, MODELS, BEST_PEERS)
+foreach = faster(FIRST, ["resnet50"], [PEER_FOREACH])
+launches = of("second_step, SGD", ["resnet50"], lambda r: r.facts.get("launches", {}).get("sam_fast"))
 
-
-def _seconds(run: Run, group: str, case: str) -> Found:
-    record = run.get(group, case)
-    return (record.seconds().value, "") if record else None
+ON_THE_CPU: list[tuple[str, str, str, Values]] = [
+    (f"first_step at least 3.5 {THAN} on every set", ">= 3.5 x", "least", faster(FIRST, MODELS)),
+    ("first_step at least 4.5 times faster, geometric mean", ">= 4.5 x", "mean", faster(FIRST, MODELS)),
+    (f"{WHOLE} SGD at least 4 {THAN}, geometric mean", ">= 4 x", "mean", faster(STEP, MODELS)),
+    (f"{WHOLE} SGD at least 3 times faster on every set", ">= 3 x", "least", faster(STEP, MODELS)),
+    (f"{WHOLE} SGD at least twice as fast as the best peer, geometric mean", ">= 2 x", "mean", than_peers),
+    ("the same on every set", ">= 2 x", "least", than_peers),
+    (f"{WHOLE} AdamW at least 3 {THAN}, geometric mean", ">= 3 x", "mean", faster(ADAMW, WITHOUT_LARGEST)),
+    ("the same on every set", ">= 3 x", "least", faster(ADAMW, WITHOUT_LARGEST)),
+    ("SGD: at least 85 % of the measured bandwidth from 25M parameters on", ">= 85 %", "least", share(STEP, LARGE)),
+    ("AdamW: the same", ">= 85 %", "least", share(ADAMW, [name for name in LARGE if name != LARGEST])),
+    ("SAM with ascent=1/4 at most 1.35 of SGD's time, batches of 128", "<= 1.35 x", "most", of_sgd(ASCENT)),
+    ("SAM with every=4 at most 1.30 of SGD's time, batches of 128", "<= 1.30 x", "most", of_sgd(EVERY)),
+    ("a step that does not perturb no slower than SGD(fused=True), beyond the noise", "<= 1 x", "most", no_slower),
+    (HOST, "<= 60 us", "mean", host_time),
+    ("import adds under 50 ms", "<= 50 ms", "mean", seconds("import sam_fast after import torch", "fresh process")),
+    ("the reference at most 10 % slower than the public implementation's operations", "<= 10 %", "most", straw),
+    ("two runs agree: every ratio to the reference within 15 %", "<= 15 %", "most", apart),
+]
+"""What is wanted, the bound, which of the figures must keep it ("least", "most", or their geometric "mean")."""
+ON_A_GPU: list[tuple[str, str, str, Values]] = [
+    (
+        "first_step on resnet50 at least 10 times faster than the reference",
+        ">= 10 x",
+        "mean",
+        faster(FIRST, ["resnet50"]),
+    ),
+    ("the same at least 3 times faster than pytorch_optimizer's foreach SAM", ">= 3 x", "mean", foreach),
+    (
+        "whole step on resnet50 at least 10 times faster than the reference",
+        ">= 10 x",
+        "mean",
+        faster(STEP, ["resnet50"]),
+    ),
+    ("first_step at 90 % of a copy's rate from 80M parameters on", ">= 90 %", "least", share(FIRST, BIG)),
+    ("whole step at 90 % of the same", ">= 90 %", "least", share(STEP, BIG)),
+    (HOST, "<= 60 us", "mean", host_time),
+    ("second_step is one launch", "<= 1 launches", "mean", launches),
+]
 
 
 def lines(cpu: Run, gpu: Run | None = None) -> list[Line]:
     """Every target."""
-    first, sgd = (_all(cpu, group, MODELS) for group in ("first_step, SGD", "optimizer step, SGD"))
-    in_default = [name for name in MODELS if name != "gpt2"]  # which is left to --full
-    adamw = _all(cpu, "optimizer step, AdamW", MODELS) or _all(cpu, "optimizer step, AdamW", in_default)
-    first_ratios, sgd_ratios, adamw_ratios, best = (
-        _ratios(first),
-        _ratios(sgd),
-        _ratios(adamw),
-        _ratios(sgd, BEST_PEERS),
-    )
-    batch_128 = [r for r in cpu.find(PRICE) if r.case.endswith("batch 128")]
-    cheap = {name: _most({r.case: r.faster_than(name, SGD_ONCE).value for r in batch_128}) for name in (ASCENT, EVERY)}
-    # the interval's lower end: no slower beyond the noise
-    unperturbed = _most({r.case: r.faster_than("sam_fast", SGD_ONCE).low for r in cpu.find(UNPERTURBED)})
-    straw = cpu.find("optimizer step, reference and public loop")
-    loop = _most({r.case: 1 / r.faster_than(PUBLIC_LOOP).value - 1 for r in straw})
-    imported = _seconds(cpu, "import sam_fast after import torch", "fresh process")
-    apart = (cpu.agreement["largest"], f"most: {cpu.agreement['where']}") if cpu.agreement else None
-    large = [_share([r for r in records if r.case in LARGE]) for records in (sgd, adamw)]
-    faster, step = "times faster than the reference", "whole step with"
-    found: list[tuple[str, str, Found]] = [
-        (f"first_step at least 3.5 {faster} on every set", ">= 3.5 x", _least(first_ratios)),
-        ("first_step at least 4.5 times faster, geometric mean", ">= 4.5 x", _mean(first_ratios)),
-        (f"{step} SGD at least 4 {faster}, geometric mean", ">= 4 x", _mean(sgd_ratios)),
-        (f"{step} SGD at least 3 times faster on every set", ">= 3 x", _least(sgd_ratios)),
-        (f"{step} SGD at least twice as fast as the best of the peers, geometric mean", ">= 2 x", _mean(best)),
-        ("the same on every set", ">= 2 x", _least(best)),
-        (f"{step} AdamW at least 3 {faster}, geometric mean", ">= 3 x", _mean(adamw_ratios)),
-        ("the same on every set", ">= 3 x", _least(adamw_ratios)),
-        ("SGD: at least 85 % of the measured bandwidth from 25M parameters on", ">= 85 %", large[0]),
-        ("AdamW: the same", ">= 85 %", large[1]),
-        ("SAM with ascent=1/4 at most 1.35 of SGD's time, batches of 128", "<= 1.35 x", cheap[ASCENT]),
-        ("SAM with every=4 at most 1.30 of SGD's time, batches of 128", "<= 1.30 x", cheap[EVERY]),
-        ("a step that does not perturb no slower than SGD(fused=True), beyond the noise", "<= 1 x", unperturbed),
-        (f"{HOST}, in a loop of its own", "<= 60 us", _seconds(cpu, *ALONE)),
-        ("import adds under 50 ms", "<= 50 ms", imported),
-        ("the reference at most 10 % slower than the public implementation's operations", "<= 10 %", loop),
-        ("two runs agree: every ratio to the reference within 15 %", "<= 15 %", apart),
-    ]
-    return [_line(*target) for target in (*found, *_on_gpu(gpu or Run({})))]
-
-
-def _on_gpu(run: Run) -> list[tuple[str, str, Found]]:
-    """The targets on a GPU, out of a run with --device cuda."""
-    first, second, step = (run.get(f"{p}, SGD", "resnet50") for p in ("first_step", "second_step", "optimizer step"))
-    launches = second.facts.get("launches", {}).get("sam_fast") if second else None
-    big = [name for name in LARGE if name != "resnet50"]  # 80M parameters and more
-
-    def ratio(record: Record | None, baseline: str = REFERENCE) -> Found:
-        return (record.faster_than(baseline).value, "") if record and baseline in record.rounds else None
-
-    def share(group: str) -> Found:
-        return _share(_all(run, group, big))
-
+    on_a_gpu = [(f"GPU: {target}", *rest) for target, *rest in ON_A_GPU]
     return [
-        ("GPU: first_step on resnet50 at least 10 times faster than the reference", ">= 10 x", ratio(first)),
-        ("GPU: at least 3 times faster than pytorch_optimizer's foreach SAM", ">= 3 x", ratio(first, PEER_FOREACH)),
-        ("GPU: whole step on resnet50 at least 10 times faster than the reference", ">= 10 x", ratio(step)),
-        ("GPU: first_step at 90 % of a copy's rate from 80M parameters on", ">= 90 %", share("first_step, SGD")),
-        ("GPU: whole step at 90 % of the same", ">= 90 %", share("optimizer step, SGD")),
-        (f"GPU: {HOST}, in a loop of its own", "<= 60 us", _seconds(run, *ALONE)),
-        ("GPU: second_step is one launch", "<= 1 x", (launches, "launches") if launches else None),
+        *(_line(target, bound, which, values(cpu)) for target, bound, which, values in ON_THE_CPU),
+        *(_line(target, bound, which, values(gpu or Run({}))) for target, bound, which, values in on_a_gpu),
     ]
+
+
+def _line(target: str, bound: str, which: str, values: pd.Series) -> Line:
+    if values.empty:
+        return Line(target, "", NOT_MEASURED)
+    sign, wanted, unit = bound.split()
+    where = {"least": values.idxmin(), "most": values.idxmax()}.get(which)
+    value = UNITS[unit] * float(values[where] if where else gmean(values))
+    met = value >= float(wanted) if sign == ">=" else value <= float(wanted)
+    text = f"{value:.2f}x" if unit == "x" else f"{value:.0f} {unit}"
+    return Line(target, f"{text}, {which}: {where}" if where else text, MET if met else NOT_MET)

@@ -6,17 +6,19 @@ import os
 import random
 import subprocess
 import sys
+from itertools import cycle, repeat
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import compare, peers, report, targets
+from bench.cases import CASES
 from bench.harness import PARTS, Bench, Contender
+from bench.optimizer import operations_of
 from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE
 from bench.problem import Problem, make_params
 from bench.records import COPY, Record, Run, disagreement, median
-from bench.test_ops import operation, second_step
 from sam_fast import backends
 
 ROOT = Path(__file__).parent.parent
@@ -83,8 +85,9 @@ def test_a_planted_slowdown_of_a_quarter_is_a_regression_and_nothing_else_is(tmp
 
 
 def test_noise_alone_is_no_regression():
-    found = compare.changes([run_with(noise=1.0)], [run_with(noise=1.0, seed=1)])
-    assert "REGRESSION" not in {c.verdict(0.1) for c in found}
+    found = compare.changes([run_with(noise=1.0)], [run_with(noise=1.0, seed=1)], 0.1)
+    assert len(found) == 2
+    assert compare.REGRESSION not in set(found["verdict"])
 
 
 def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
@@ -138,14 +141,18 @@ def record_at(share: float, group: str, device: str = "cuda") -> Record:
 
 
 def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
-    wrong = [record_at(1.11, "op step_sgd"), record_at(1.4, "first_step, SGD")]
-    right = [record_at(1.09, "op step_adam"), record_at(1.4, "op grad_norm"), record_at(1.4, "op perturb", "cpu")]
+    wrong = [record_at(1.11, "second_step, SGD"), record_at(1.4, "first_step, SGD")]
+    right = [
+        record_at(1.09, "second_step, AdamW"),
+        record_at(1.4, "grad_norm, operation"),
+        record_at(1.4, "perturb, operation", "cpu"),
+    ]
     assert "cuda at 111 % of the copy's bandwidth" in wrong[0].invalid()
     assert not any(record.invalid() for record in right)
     Run({**MACHINE, "kind": "cuda"}, wrong + right).save(tmp_path / "run.json")
     run = Run.load(tmp_path / "run.json")
     assert [r.group for r in run.records] == [r.group for r in right]
-    assert [text.partition(",")[0] for text in run.left_out] == ["op step_sgd", "first_step"]
+    assert [text.partition(",")[0] for text in run.left_out] == ["second_step", "first_step"]
     assert "| 140 %" not in "\n".join(
         line for line in report.markdown(run_with(), run).splitlines() if "first_step" in line
     )
@@ -153,18 +160,25 @@ def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
 
 def test_a_benchmark_with_a_figure_that_cannot_be_right_fails():
     bench = Bench("rehearsal")
-    elements = 100 * bench.machine.copy_bytes
-    with pytest.raises(AssertionError, match=r"op perturb \| big: invalid, an error in the measurement: sam_fast at"):
+    elements = 100 * bench.copied
+    with pytest.raises(
+        AssertionError, match=r"perturb, operation \| big: invalid, an error in the measurement: sam_fast at"
+    ):
         bench.run(
-            "op perturb", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=16 * elements
+            "operation",
+            "big",
+            {"sam_fast": Contender({"perturb": lambda: None})},
+            elements=elements,
+            bytes_moved={"perturb": 16 * elements},
         )
     assert bench.records[0].invalid()
-    bench.run("op grad_norm", "big", {"sam_fast": Contender(lambda: None)}, elements=elements, bytes_moved=4 * elements)
+    reads = {"sam_fast": Contender({"grad_norm": lambda: None})}
+    bench.run("operation", "big", reads, elements=elements, bytes_moved={"grad_norm": 4 * elements})
 
 
 def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
     bench = Bench("rehearsal")
-    bench.machine.cache_bytes = 1
+    bench.cache_bytes = 1
     run = {"first_step": lambda: None, "second_step": lambda: None}
     records = bench.run(
         "g", "c", {"a": Contender(run)}, elements=1, bytes_moved={"first_step": 9, "second_step": 10}, total="all"
@@ -174,30 +188,14 @@ def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
 
 
 def test_what_a_cpu_s_cache_holds_has_no_bandwidth():
-    record = Bench().run("g", "c", {"a": Contender(lambda: None)}, elements=1, bytes_moved=100_000)[0]
+    record = Bench().run("g", "c", {"a": Contender(lambda: None)}, elements=1, bytes_moved={"": 100_000})[0]
     assert (record.bytes_moved, record.copy_rounds) == (None, [])
-
-
-@pytest.mark.parametrize(
-    ("op", "base", "options"),
-    [
-        ("step_sgd", torch.optim.SGD, {}),
-        ("step_sgd", torch.optim.AdamW, {}),
-        ("step_adam", torch.optim.SGD, {"momentum": 0.9}),
-    ],
-)
-def test_an_operation_is_timed_with_its_own_base_optimizer(op, base, options):
-    problem = Problem(make_params([[300, 7], [11], []]), base, {"lr": 1e-4, **options})
-    method = peers.make("sam_fast", problem)
-    problem.check("sam_fast", method)
-    with pytest.raises(AssertionError, match="was to be timed, but the base optimizer keeps"):
-        second_step(op, problem, method)
 
 
 @pytest.mark.parametrize("op", ["grad_norm", "perturb", "restore"])
 def test_a_wrong_operation_is_not_timed(op, monkeypatch):
     problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    operation(op, problem, "torch")
+    operations_of(problem, "torch")
     kind = type(backends.BACKENDS["torch"].bucket([torch.zeros(1)], [0]))
     original = getattr(kind, op)
 
@@ -211,7 +209,7 @@ def test_a_wrong_operation_is_not_timed(op, monkeypatch):
 
     monkeypatch.setattr(kind, op, wrong)
     with pytest.raises(AssertionError, match="so it is not timed"):
-        operation(op, problem, "torch")
+        operations_of(problem, "torch")
 
 
 def test_the_interval_covers_the_median():
@@ -229,18 +227,18 @@ def test_the_parts_of_a_case_are_one_record_and_only_the_first_is_checked():
     problem.check = lambda name, method, **slack: checked.append(name)
     for _ in range(PARTS):
         bench.case = "case"
-        bench.check(problem, {"a": peers.make("sam_fast", problem)})
+        peers.make_all(bench, ["sam_fast"], problem)
         bench.run("g", "c", {"a": Contender(lambda: None)}, elements=1)
-    assert checked == ["a"]
+    assert checked == ["sam_fast"]
     assert [len(r.rounds["a"]) for r in bench.records] == [3 * PARTS]
 
 
 def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it():
     """A share compares with the fastest way to stream: no kernel is measured against a slow copy."""
     bench, order = Bench(smoke=True), []
-    seconds = {COPY: iter([2.0, 1.0] * 9), "update in place": iter([1.0, 2.0] * 9), "a": iter([4.0] * 9)}
+    seconds = {COPY: cycle([2.0, 1.0]), "update in place": cycle([1.0, 2.0]), "a": repeat(4.0)}
     contenders = {name: Contender(lambda name=name: order.append(name)) for name in seconds}
-    bench.machine.yardsticks = {name: contenders[name] for name in (COPY, "update in place")}
+    bench.yardsticks = {name: contenders[name] for name in (COPY, "update in place")}
 
     def timer(head_start):
         def time(run):
@@ -249,12 +247,19 @@ def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it():
 
         return time
 
-    bench.machine.timer = timer
-    moved = bench.machine.copy_bytes
-    record = bench.run("g", "c", {"a": contenders["a"]}, elements=moved // 4, bytes_moved=moved)[0]
+    bench.timer = timer
+    moved = bench.copied // 2
+    record = bench.run("g", "c", {"a": contenders["a"]}, elements=moved // 4, bytes_moved={"": moved})[0]
     assert record.copy_rounds == [1.0, 1.0, 1.0]
     assert record.share_of_copy().value == 0.125
     assert all(order[i - 1] == COPY for i, name in enumerate(order) if name == "a")  # what was flushed with
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_case_has_a_name_of_its_own(kind):
+    """By which its parts are put together, and its results checked once."""
+    rows = [case for case in CASES if kind in case.on]
+    assert len({case.id for case in rows}) == len({(case.group, case.name) for case in rows}) == len(rows) > 30
 
 
 def test_targets_that_were_not_measured_say_so():
@@ -266,10 +271,7 @@ def test_targets_that_were_not_measured_say_so():
 def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     """A few cases with tiny shapes, as `make bench` runs them; then everything that bench.report makes of them."""
     saved = tmp_path / "run.json"
-    select = (
-        "(test_optimizer_step and SGD-efficientnet) or (test_op and grad_norm-float32-resnet50) or unperturbed or "
-        "(test_batchnorm_snapshot and 53)"
-    )
+    select = "optimizer_step-SGD-efficientnet or (operations and float32 and not adaptive) or unperturbed"
     command = [
         sys.executable,
         "-m",
@@ -290,9 +292,9 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = Run.load(saved)
-    groups = {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "op grad_norm", "unperturbed step"}
+    groups = {"optimizer step, SGD", "first_step, SGD", "second_step, SGD", "grad_norm, operation", "unperturbed step"}
     assert groups <= {r.group for r in run.records}
-    assert {len(r.rounds[r.target]) for r in run.records} == {6}  # two parts of three rounds
+    assert {len(r.rounds[r.target]) for r in run.records} == {3, 6}  # three in each of two parts; operations have one
     assert run.machine["selection"] == "smoke"
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -302,7 +304,7 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert readme.endswith("after\n")
     assert "old" not in readme
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert "| efficientnet_b0 |" in page
+    assert "| efficientnet_b0 " in page
     assert page.count("](benchmarks/") == len(list((tmp_path / "docs" / "benchmarks").glob("*.png"))) > 0
 
 

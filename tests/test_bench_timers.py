@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench import peers
-from bench.harness import Bench, Contender, Plan, measure, steps_of
+from bench.harness import Bench, Contender, measure, steps_of
 from bench.peers import REFERENCE
 from bench.problem import Problem, make_params
-from bench.timers import BASELINE, OURS, WITH_LAUNCHES, DeviceTimer, Gpu, HostTimer, Rehearsal
+from bench.timers import BASELINE, OURS, WARMUP, WITH_LAUNCHES, DeviceTimer, Gpu, HostTimer, Rehearsal
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_round_times_every_stage_of_every_contender_once():
@@ -19,7 +27,7 @@ def test_a_round_times_every_stage_of_every_contender_once():
         "a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")),
         "b": Contender(lambda: calls.append("b")),
     }
-    times, _ = measure(contenders, Plan(0.0, (4, 4)), lambda head_start: HostTimer())
+    times, _ = measure(contenders, 0.0, (4, 4), lambda head_start: HostTimer())
     assert {stage: {name: len(v) for name, v in by_name.items()} for stage, by_name in times.items()} == {
         "one": {"a": 4},
         "two": {"a": 4},
@@ -27,16 +35,53 @@ def test_a_round_times_every_stage_of_every_contender_once():
     }
     text = " ".join(calls)
     assert text.count("before a1 after before a2 after") == text.count("before a1") == text.count("after") / 2
-    assert calls.count("a1") == calls.count("a2") == calls.count("b") == 6  # two rounds are not counted
+    assert calls.count("a1") == calls.count("a2") == calls.count("b") == 4 + WARMUP
 
 
 def test_the_order_is_drawn_anew_for_each_round():
     calls: list[str] = []
     contenders = {name: Contender(lambda name=name: calls.append(name)) for name in "abcd"}
-    measure(contenders, Plan(0.0, (20, 20)), lambda head_start: HostTimer())
+    measure(contenders, 0.0, (20, 20), lambda head_start: HostTimer())
     rounds = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
     assert {tuple(sorted(names)) for names in rounds} == {tuple("abcd")}
     assert len(set(rounds)) > 10
+
+
+def test_rounds_fill_the_time_between_the_least_and_the_most():
+    def counted(seconds: float, rounds: tuple[int, int]) -> int:
+        times, _ = measure({"a": Contender(lambda: time.sleep(1e-3))}, seconds, rounds, lambda _: HostTimer())
+        return len(times[""]["a"])
+
+    assert counted(0.0, (2, 9)) == 2
+    assert counted(60.0, (2, 9)) == 9
+    assert 2 < counted(0.05, (2, 1000)) <= 50
+
+
+PAGE_FAULTS = """
+import resource, statistics, torch
+from bench.harness import Contender, measure
+from bench.timers import WARMUP, HostTimer
+
+source, counts = torch.rand(1 << 24), []
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def run():
+    before = faults()
+    temporaries = [source * 2 for _ in range(2)]
+    counts.append(faults() - before)
+
+measure({"a": Contender(run)}, 0.0, (15, 15), lambda _: HostTimer())
+print(int(statistics.median(counts[WARMUP:])))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its allocator's settings")
+def test_after_the_warm_up_hardly_a_round_pays_for_page_faults():
+    """In a process of its own, whose allocator is told so. By default these temporaries cost 32,768 pages a round."""
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0
 
 
 class FakeGpu(Rehearsal):

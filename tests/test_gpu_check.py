@@ -35,7 +35,7 @@ REHEARSAL = [
     "--commit",
     "c0ffee",
 ]
-OF_TARGETS = "(test_optimizer_step[SGD and (resnet50 or vit or gpt2)) or test_host_overhead[161-default"
+OF_TARGETS = "(optimizer_step-SGD- and (resnet50 or vit or gpt2)) or alone-161_x_8-"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -83,7 +83,7 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
 
 def test_a_run_that_is_killed_keeps_what_was_measured(tmp_path):
     process = subprocess.Popen(
-        [*REHEARSAL, "--results", str(tmp_path), "--select", "test_batchnorm_snapshot or test_op"],
+        [*REHEARSAL, "--results", str(tmp_path), "--select", "optimizer_step and SGD"],
         cwd=ROOT,
         env=ENVIRONMENT,
     )

@@ -1,0 +1,95 @@
+"""What is measured: one row for each case."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.harness import PARTS
+from bench.models import BY_ELEMENTS, BY_TENSORS, LARGEST, MODELS, NETWORKS, TINY
+from bench.optimizer import operations, optimizer_step
+from bench.peers import COMPILED, FOREACH, OURS, PEER_FOREACH, PEER_LOOP, PUBLIC_LOOP, REFERENCE, REFERENCE_FUSED
+from bench.processes import MEMORY, WEAK_SCALING, import_time, memory, weak_scaling
+from bench.timers import HOST_ALONE, WITH_LAUNCHES
+from bench.training import ITERATION, PRICE, UNPERTURBED, fewer_passes, iteration, unperturbed
+
+EVERY, FEW = (OURS, REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH), (OURS, REFERENCE, FOREACH)
+OF_TARGETS = (OURS, REFERENCE, PEER_LOOP, FOREACH)
+EVERYWHERE, CPU, GPU = ("cpu", "cuda"), ("cpu",), ("cuda",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``measure(bench, group, name, **options)`` makes the case's records, on these kinds of device, in at most so many
+    parts."""
+
+    measure: Callable[..., None]
+    group: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    on: tuple[str, ...] = EVERYWHERE
+    parts: int = PARTS
+
+    @property
+    def id(self) -> str:
+        """For pytest's -k: words and numbers without spaces."""
+        return "-".join(re.sub(r"[^\w.]+", "_", text) for text in (self.measure.__name__, self.group, self.name))
+
+
+def step(group: str, name: str, contenders: tuple[str, ...], on: tuple[str, ...] = EVERYWHERE, **options: Any) -> Case:
+    return Case(optimizer_step, group, name, {"contenders": contenders, **options}, on)
+
+
+# What launching takes comes first: on a GPU the profiler, which the others use, may leave every launch a little slower.
+HOST = [
+    row
+    for count in (1, 161)
+    for name, settings in ((f"{count} x 8", {}), (f"{count} x 8, flatten", {"flatten": True}))
+    for row in (
+        step("host time", name, FEW, head_start=HOST_ALONE, seconds=0.4, rounds=(5, 100), **settings),
+        # the same where nothing else has used the caches in between
+        step("host time, alone", name, (OURS,), head_start=HOST_ALONE, seconds=0.1, rounds=(15, 200), **settings),
+    )
+]
+TRAINING = [
+    *(Case(iteration, ITERATION, name) for name in NETWORKS),
+    *(Case(fewer_passes, PRICE, name, parts=1) for name in NETWORKS if name.startswith("ConvNet")),
+    *(Case(unperturbed, UNPERTURBED, name) for name in ("resnet18", "resnet50")),
+]
+STEPS = [
+    *(step("SGD", f"{name}, with launches", EVERY, GPU, head_start=WITH_LAUNCHES) for name in ("resnet18", "resnet50")),
+    step("SGD", "resnet18", (*EVERY, COMPILED), CPU),
+    step("SGD", "resnet18", EVERY, GPU),
+    step("SGD", "resnet50", EVERY),
+    *(step("SGD", name, OF_TARGETS) for name in MODELS if name not in ("resnet18", "resnet50")),
+    step("SGD", TINY, FEW),
+    step("SGD", "resnet18, flatten", FEW, flatten=True),
+    step("SGD", "resnet18, adaptive", FEW, adaptive=True),
+    step("SGD", "resnet18, bfloat16", FEW, dtype="bfloat16"),
+    step("SGD", "resnet18, triton backend", FEW, GPU, backend="triton"),
+    step("SGD", "resnet18, torch backend", FEW, backend="torch"),
+    *(step("AdamW", name, FEW, base="AdamW") for name in MODELS if name != LARGEST),  # which would take the longest
+    # reference.py is no straw man: a loop with the public implementation's operations, written independently
+    *(
+        step("reference and public loop", name, (REFERENCE, PUBLIC_LOOP), CPU)
+        for name in ("resnet18", "efficientnet_b0")
+    ),
+    *(step("scaling with the number of parameters", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_ELEMENTS),
+    *(step("scaling with the number of tensors", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_TENSORS),
+]
+OPERATIONS = [
+    Case(operations, "operation", f"vit_base_patch16_224, {name}", options, parts=1)
+    for name, options in {
+        "float32": {},
+        "float32, adaptive": {"adaptive": True},
+        "bfloat16": {"dtype": "bfloat16"},
+    }.items()
+]
+PROCESSES = [
+    Case(memory, MEMORY, "8 linear layers of 2048", parts=1),
+    Case(weak_scaling, WEAK_SCALING, "resnet18", parts=1),
+    Case(import_time, "import sam_fast after import torch", "fresh process", on=CPU, parts=1),
+]
+CASES = [*HOST, *TRAINING, *STEPS, *OPERATIONS, *PROCESSES]

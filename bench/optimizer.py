@@ -1,0 +1,123 @@
+"""The whole optimizer step, its two halves first_step (norm, backup, perturb) and second_step (restore and the base
+optimizer), and its operations one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import peers
+from bench.harness import Bench, Contender, steps_of
+from bench.models import SHAPES
+from bench.problem import Problem, backward, copies, make_params
+from bench.records import TORCH_COPY
+from bench.timers import OURS
+from sam_fast import backends
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
+    "SGD": (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}, 20),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 1e-2}, 28),
+}
+"""Name -> class, options, and the bytes per float32 element that second_step must move: backup, gradient and momentum
+in, weights and momentum out; AdamW has two moments."""
+
+
+def make_problem(bench: Bench, name: str, base: str = "SGD", dtype: str = "float32", adaptive: bool = False) -> Problem:
+    """On the shapes that a case's name begins with."""
+    start = make_params(SHAPES[name.partition(", ")[0]], getattr(torch, dtype), bench.device)
+    return Problem(start, *BASES[base][:2], rho=0.5 if adaptive else 0.05, adaptive=adaptive)
+
+
+def optimizer_step(
+    bench: Bench,
+    group: str,
+    name: str,
+    contenders: Sequence[str],
+    base: str = "SGD",
+    dtype: str = "float32",
+    adaptive: bool = False,
+    seconds: float = 1.0,
+    rounds: tuple[int, int] = (5, 60),
+    head_start: float | str | None = "",
+    **settings: Any,
+) -> None:
+    """first_step, second_step and their sum. ``settings`` are sam_fast's."""
+    if (backend := settings.get("backend")) not in (None, *usable(bench.device)):
+        return bench.leave_out(f"{group}: the {backend} backend cannot be used here")
+    problem = make_problem(bench, name, base, dtype, adaptive)
+    methods = peers.make_all(bench, contenders, problem, **settings)
+    timing = {} if head_start == "" else {"head_start": head_start}
+    size = problem.elements * problem.start[0].element_size() // 4
+    bench.run(
+        group,
+        name,
+        {name: steps_of(method, problem.gradients, **timing) for name, method in methods.items()},
+        elements=problem.elements,
+        # norm: g; perturb: w and g in, w and the backup out. The norm of an adaptive group reads the weights too.
+        bytes_moved={"first_step": (24 if adaptive else 20) * size, "second_step": BASES[base][2] * size},
+        total="optimizer step",
+        seconds=seconds,
+        rounds=rounds,
+        settings={name: method.settings for name, method in methods.items()},
+    )
+
+
+def operations(bench: Bench, group: str, name: str, dtype: str = "float32", adaptive: bool = False) -> None:
+    """grad_norm, perturb and restore of a bucket by itself, on each backend. Restoring and stepping in one is
+    second_step, which is among the steps."""
+    problem = make_problem(bench, name, "SGD", dtype, adaptive)
+    contenders = {backend: operations_of(problem, backend, bench.unchecked()) for backend in usable(bench.device)}
+    contenders[TORCH_COPY] = torch_copy(problem.start)
+    size = problem.elements * problem.start[0].element_size()
+    moved = {"grad_norm": (2 if adaptive else 1) * size, "perturb": 4 * size, "restore": 2 * size}
+    bench.run(group, name, contenders, elements=problem.elements, bytes_moved=moved, seconds=4.0, rounds=(12, 60))
+
+
+def operations_of(problem: Problem, backend: str, check: bool = True) -> Contender:
+    """One bucket's, whose tensors have gradients. A wrong result is not timed."""
+    params = copies(problem.start)
+    backward(params, problem.gradients)()
+    bucket = backends.choose(params[0], backend).bucket(params, [0] * len(params))
+    group = {"rho": problem.rho, "eta": 0.0, "adaptive": problem.adaptive, "perturb": True}
+    options = backends.GroupOptions([group])
+    partials = torch.zeros(bucket.num_partials, dtype=torch.float64, device=params[0].device)
+    stages = {
+        "grad_norm": partial(bucket.grad_norm, options, partials),
+        "perturb": partial(bucket.perturb, options, partials, 1e-12, partials.new_zeros(())),
+        "restore": partial(bucket.restore, release=False),
+    }
+    collect = partial(bucket.collect, options)
+    if check:
+        collect()
+        stages["grad_norm"]()
+        got, wanted = float(partials.sum().sqrt()), problem.norm
+        assert abs(got - wanted) <= 1e-6 * wanted, f"the norm is {got}, not {wanted}, so it is not timed"
+        stages["perturb"]()
+        problem.check_perturbed("perturb", params)
+        stages["restore"]()
+        exact = all(torch.equal(p, q) for p, q in zip(params, problem.start, strict=True))
+        assert exact, "restore is not exact, so it is not timed"
+    return Contender(stages, prepare=collect, head_start=OURS)
+
+
+def torch_copy(start: list[nn.Parameter]) -> Contender:
+    """What does not change with this project: Tensor.copy_ of the same weights."""
+    targets = [torch.empty_like(p) for p in start]
+
+    def run() -> None:
+        for target, p in zip(targets, start, strict=True):
+            target.copy_(p.detach())
+
+    return Contender(dict.fromkeys(("grad_norm", "perturb", "restore"), run))
+
+
+def usable(device: str) -> list[str]:
+    """Backends that take this device's tensors, the preferred one first."""
+    probe = torch.zeros(16, device=device)
+    names = [name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None]
+    return sorted(names, key=lambda name: name != backends.choose(probe).name)

@@ -1,0 +1,153 @@
+"""What takes a process of its own: peak memory, weak scaling, the import."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from bench import peers
+from bench.harness import Bench, Contender, glibc, measure, nothing
+from bench.models import SHAPES
+from bench.peers import OURS, REFERENCE
+from bench.problem import Problem, copies, make_params
+from bench.records import Record
+from bench.timers import HostTimer
+from sam_fast import SAM
+
+MEMORY, WEAK_SCALING = "peak memory", "weak scaling"
+SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
+PLAIN, FLAT = "SGD", "sam_fast, flatten"
+WIDTH, LAYERS, BATCH = 2048, 8, 8
+RHO = 0.05
+
+
+def resident() -> int:
+    """Peak resident set of this process so far, in bytes. Not ru_maxrss, which begins with the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def peak_bytes(contender: str, device: str) -> float:
+    """What three training steps need beyond what there was before the model. In a new process: a peak never sinks."""
+    if libc := glibc():
+        libc.mallopt(-3, 1 << 16)  # a tensor's memory goes back when it is freed: what the allocator keeps is chance
+    x = torch.randn(BATCH, WIDTH, device=device)
+    nn.Linear(WIDTH, 64, device=device)(x).sum().backward()
+    before = resident() if device == "cpu" else torch.cuda.memory_allocated()
+    layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, device=device), nn.ReLU())]
+    model = nn.Sequential(*layers)
+    params = list(model.parameters())
+    if contender == PLAIN:
+        optimizer: Any = torch.optim.SGD(params, fused=True, **SGD)
+    else:
+        maker, extra = peers.MAKERS[contender.partition(",")[0]][0], {"flatten": True} if contender == FLAT else {}
+        optimizer = maker(params, torch.optim.SGD, rho=RHO, adaptive=False, **SGD, **extra)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        if contender != PLAIN:
+            optimizer.first_step()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+        optimizer.step() if contender == PLAIN else optimizer.second_step()
+        optimizer.zero_grad()
+    return float((resident() if device == "cpu" else torch.cuda.max_memory_allocated()) - before)
+
+
+def memory(bench: Bench, group: str, name: str) -> None:
+    """Peak memory of three training steps."""
+    names = (OURS, FLAT, PLAIN, REFERENCE)
+    with get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        found = pool.starmap(peak_bytes, [(name, bench.device) for name in names], chunksize=1)
+    peaks = {name: [peak] for name, peak in zip(names, found, strict=True)}
+    elements = LAYERS * (WIDTH * WIDTH + WIDTH)
+    # The weights and their gradients are there in any case; less was not measured right.
+    assert min(map(min, peaks.values())) > 2 * 4 * elements
+    how = "as the allocator says" if bench.device == "cuda" else "peak RSS of a child process"
+    facts = {"unit": "bytes", "how": how, "device": bench.kind}
+    bench.add(Record(group, name, OURS, peaks, elements, facts=facts))
+
+
+def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
+    """SAM around SGD with momentum, on parameters of these local shapes that have gradients. Refuses a wrong result:
+    first_step must perturb by rho along the gradient, with its norm over all processes where they share."""
+    size = distributed.get_world_size() if sharded else 1
+    # every process has the same gradients: the norm over all of them is sqrt(size) times that of one
+    problem = Problem(make_params(shapes, device=device), rho=RHO / math.sqrt(size))
+    params, gradients = copies(problem.start), problem.gradients
+    if sharded:
+        mesh = init_device_mesh(device, (size,))
+        shard = partial(DTensor.from_local, device_mesh=mesh, placements=[Shard(0)], run_check=False)
+        params, gradients = [nn.Parameter(shard(p.detach())) for p in params], [shard(g) for g in gradients]
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
+    optimizer.first_step()
+    problem.check_perturbed("first_step", [p.to_local() if isinstance(p, DTensor) else p for p in params])
+    optimizer.restore()
+    return optimizer
+
+
+def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int, device: str) -> None:
+    """One process: its rounds of every case begin together with the others', and the slowest counts."""
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+    synchronize = torch.cuda.synchronize if device == "cuda" else nothing
+    source = torch.randn(16_000_000, device=device)
+    target = torch.empty_like(source)
+    stages: dict[str, Callable[[], object]] = {"streaming copy": lambda: target.copy_(source)}
+    for kind in ("replica", "shard"):
+        optimizer = optimizer_of(shapes, kind == "shard", device)
+        stages |= {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
+    done = {name: lambda run=run: (run(), synchronize()) for name, run in stages.items()}
+    contender = {"": Contender(done, distributed.barrier)}
+    times, _ = measure(contender, 0.0, (rounds, rounds), lambda _: HostTimer(synchronize))
+    slowest = torch.tensor([v for row in times.values() for v in row.values()], dtype=torch.float64, device=device)
+    distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
+    if rank == 0:
+        Path(f"{store}.json").write_text(json.dumps(dict(zip(times, slowest.tolist(), strict=True))))
+    distributed.destroy_process_group()
+
+
+def weak_scaling(bench: Bench, group: str, name: str) -> None:
+    """The optimizer's own time with several processes, each with one thread (or GPU) and the same number of parameters,
+    as replicas or as shards of DTensors, relative to one. Processes on one machine share its memory: the streaming copy
+    shows what that costs."""
+    most = torch.cuda.device_count() if bench.device == "cuda" else min(os.cpu_count() or 1, 2)
+    if most == 1:
+        return bench.leave_out(f"{group}: needs two cores, or two GPUs")
+    by_size: dict[str, dict[str, list[float]]] = {}
+    for size in sorted({most, 1} | {n for n in (2, 4) if n < most}, reverse=True):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (size, f"{folder}/store", SHAPES[name], 3 if bench.smoke else 30, bench.device)
+            multiprocessing.spawn(work, arguments, nprocs=size)
+            processes = f"{size} process{'es' if size > 1 else ''}"
+            by_size[processes] = json.loads(Path(f"{folder}/store.json").read_text())
+    for stage in by_size["1 process"]:
+        rounds = {processes: by_stage[stage] for processes, by_stage in by_size.items()}
+        bench.add(Record(group, stage, next(iter(rounds)), rounds))
+
+
+def import_time(bench: Bench, group: str, name: str) -> None:
+    """Seconds that ``import sam_fast`` adds to ``import torch``, in fresh processes."""
+    script = "import time, torch; t = time.perf_counter(); import sam_fast; print(time.perf_counter() - t)"
+    cached = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", script]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True, env=cached) for _ in range(4)]
+    bench.add(Record(group, name, OURS, {OURS: [float(run.stdout) for run in runs[1:]]}))
