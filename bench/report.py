@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -73,9 +74,15 @@ def results(root: Path, kind: str) -> Run | None:
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict[str, str]]) -> list[str]:
-    """Of rows that may lack cells."""
-    return [pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True), ""] if rows else []
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(line)} |" for line in lines)]
+
+
+def table_of(rows: list[dict[str, str]]) -> list[str]:
+    """Of rows that may lack cells, with an empty line after it."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    return [*table(head, [[row.get(name, "") for name in head] for row in rows]), ""] if rows else []
 
 
 def cost(record: Record, name: str | None = None) -> str:
@@ -122,7 +129,11 @@ def readme_table(cpu: Run) -> str:
         mean = gmean([r.faster_than(REFERENCE).value for r in steps])
         rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean:.1f}x**"})
     m = cpu.machine
-    lines = [f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:", "", *table(rows)]
+    lines = [
+        f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:",
+        "",
+        *table_of(rows),
+    ]
     if iterations := cpu.find(ITERATION):
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
         ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
@@ -149,7 +160,7 @@ def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = ()) -
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
     wanted = [{"target": x.target, "measured": x.measured, "": x.state} for x in targets.lines(cpu, gpu)]
     not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
-    lines = [*HEAD, "", *table(wanted), "## On the CPU", "", *page_of(cpu, pictures), "## On a GPU", ""]
+    lines = [*HEAD, "", *table_of(wanted), "## On the CPU", "", *page_of(cpu, pictures), "## On a GPU", ""]
     return "\n".join([*lines, *(page_of(gpu) if gpu else not_measured)]).rstrip("\n") + "\n"
 
 
@@ -158,11 +169,11 @@ def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
     ways = {(way, name) for r in run.records for name, way in r.facts.get("timed by", {}).items()}
     if ways:
         by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False).agg("; ".join)
-        lines += ["### How each was timed", "", *table(by_way.to_dict("records"))]
+        lines += ["### How each was timed", "", *table_of(by_way.to_dict("records"))]
     settings = {name: said for r in reversed(run.records) for name, said in r.facts.get("settings", {}).items()}
     if settings:
         said = [{"name": name, "settings": said} for name, said in sorted(settings.items())]
-        lines += ["### Contenders and their settings", "", *table(said)]
+        lines += ["### Contenders and their settings", "", *table_of(said)]
     for title, (pattern, text) in SECTIONS.items():
         tables: dict[str, list[dict[str, str]]] = {}
         for r in run.records:
@@ -172,13 +183,13 @@ def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
         lines += [f"### {title}", "", *([text, ""] if text else [])] if tables else []
         lines += [f"![{title}](benchmarks/{PICTURES[title]}.png)", ""] if PICTURES.get(title) in pictures else []
         for name, rows in tables.items():
-            lines += [f"**{name}**", "", *table(rows)]
+            lines += [f"**{name}**", "", *table_of(rows)]
     if run.agreement:
         apart = targets.apart(run)
         worst = [{"record": name, "apart": f"{100 * value:.1f} %"} for name, value in apart.nlargest(10).items()]
         said = f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart"
         within = f"{(apart <= 0.15).sum()} of {len(apart)} by at most 15 %. The ten worst:"
-        lines += ["### Two runs", "", f"{said}. {within}", "", *table(worst)]
+        lines += ["### Two runs", "", f"{said}. {within}", "", *table_of(worst)]
     return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
 
 
