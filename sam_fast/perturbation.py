@@ -232,7 +232,8 @@ class Perturbation:
             for p in group["params"]:
                 if group["perturb"] and p.grad is not None and id(p) in perturbed:
                     raise RuntimeError(
-                        f"{name_of(p, param_groups)} is perturbed by another SAM: finish that one's step first"
+                        f"{name_of(p, param_groups)} is perturbed by another SAM: finish that one's step first, or "
+                        "call its restore()"
                     )
 
     def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
