@@ -53,7 +53,8 @@ def test_interrupted_it_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         return train(name, *others)
 
     monkeypatch.setattr(command, "train", interrupted)
-    assert command.main([*FEW_STEPS, "--output", str(tmp_path)]) == 130
+    with pytest.raises(SystemExit, match="130"):
+        command.main([*FEW_STEPS, "--output", str(tmp_path)])
     assert [run["row"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == ["sgd", "sgd-2x"]
     assert re.findall(r"^S[^ ]+", capsys.readouterr().out, re.MULTILINE) == ["SGD", "SGD,", "SGD,"]
 
@@ -91,12 +92,12 @@ REFUSED = {
     "--seeds -1": "argument --seeds: a seed is out of range",
     "--seeds 1 100": "argument --seeds: seeds 100 to 104 chose the settings",
     "--tune --seeds 1": "argument --seeds: seeds 100 to 104 chose the settings: give them with --tune, and no others",
-    "--data short": "argument --data: short: 254 training images of 4 x 4, 2 test images; needed are 256 of 4 x 4",
-    "--data small": "argument --data: small: 256 training images of 3 x 3, 2 test images;",
-    "--data untested": "argument --data: untested: 256 training images of 4 x 4, 0 test images;",
+    "--data short": "argument --data: short: needed are at least 256 training images and 1 test image",
+    "--data small": "there are 256 x 3 x 3, 256, 2 x 3 x 3, 2",
+    "--data untested": "there are 256 x 4 x 4, 256, 0 x 4 x 4, 0",
     "--data unlearnt": "argument --data: unlearnt: test label 2 is above all training labels",
     "--data digits --output longer/train-images-idx3-ubyte": "argument --output:",
-    "--data nowhere": "argument --data: [Errno 2] No such file",
+    "--data nowhere": "argument --data: nowhere is no folder with train-images-idx3-ubyte or train-images-idx3-ubyte.gz in it",
     "--data longer": "argument --data: longer/train-images-idx3-ubyte: not an IDX file",
 }
 
@@ -156,7 +157,7 @@ def test_tuning_tries_all_radii_on_images_that_were_held_out(tmp_path, monkeypat
 
     pool = {i.numpy().tobytes() for i in data.load("digits").train_images}
     monkeypatch.setattr(command, "train", recorded)
-    assert command.main(["--data", "digits", "--tune", "--output", str(tmp_path)]) == 0
+    command.main(["--data", "digits", "--tune", "--output", str(tmp_path)])
     assert tried == [(rho, start, s) for s in (100, 101, 102) for start in (0.0, 0.75) for rho in command.RHOS]
     assert len(re.findall(r", rho [\d.]+ +50\.\d ± 0\.0 +40\.0 ± 0\.0 ", capsys.readouterr().out)) == 10
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import socket
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -19,8 +18,7 @@ from torch.nn.functional import avg_pool2d
 PACKAGE = Path("usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist has its files
 FETCHED = Path(__file__).parents[2] / "build/fashion-mnist" / PACKAGE  # by `make data`
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-SHA256 = "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"
-"""Of Fashion-MNIST's pixels and labels in the order of FILES."""
+SHA256 = "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"  # of what is in them, in this order
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class Dataset:
 def load(name: str) -> Dataset:
     """``auto`` is Fashion-MNIST, or else the digits with a warning that says why; ``digits``; or a folder.
 
-    Raises:
-        OSError, ValueError: a file of the folder cannot be read, or is not what its name says.
+    Raises OSError or ValueError: a file of the folder cannot be read, or is not what its name says.
     """
     if name == "auto":
         try:
@@ -52,8 +49,7 @@ def load(name: str) -> Dataset:
 def fashion_mnist() -> Dataset:
     """Fashion-MNIST from Debian's package, else OpenML's with a warning: the same pixels.
 
-    Raises:
-        OSError, ValueError: it cannot be had, or is not what it was.
+    Raises OSError or ValueError: it cannot be had, or is not what it was.
     """
     folder = next((f for f in (FETCHED, Path("/") / PACKAGE) if f.is_dir()), None)
     if folder is None:
@@ -72,9 +68,11 @@ def read_folder(folder: Path) -> list[np.ndarray]:
 
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes: 0, 0, 8, the number of dimensions, big-endian sizes, the elements."""
-    path = path if path.is_file() else path.with_name(f"{path.name}.gz")
-    content = path.read_bytes()
-    dims = 1 if "idx1" in path.name else 3
+    packed = path.with_name(f"{path.name}.gz")
+    if not path.is_file() and not packed.is_file():
+        raise FileNotFoundError(f"{path.parent} is no folder with {path.name} or {packed.name} in it")
+    path = path if path.is_file() else packed
+    content, dims = path.read_bytes(), 1 if "idx1" in path.name else 3
     try:
         content = gzip.decompress(content) if path.suffix == ".gz" else content
         magic, *shape = np.frombuffer(content, ">u4", count=1 + dims)
@@ -87,12 +85,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 def from_openml() -> list[np.ndarray]:
     """Fashion-MNIST as scikit-learn fetches and keeps it: the last 10,000 images are the test's."""
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        bunch = fetch_openml(data_id=40996, as_frame=False, parser="liac-arff")
-    finally:
-        socket.setdefaulttimeout(patience)
+    bunch = fetch_openml(data_id=40996, as_frame=False, parser="liac-arff")
     images, labels = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
     return [images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]]
 
@@ -109,26 +102,21 @@ def dataset(parts: list[np.ndarray], white: int, source: str) -> Dataset:
     """Images (n, height, width) from 0 to ``white`` and labels of training and test as the network takes them.
 
     Of images of 16 x 16 and more, 2 x 2 pixels are averaged: a quarter of the work.
-
-    Raises:
-        ValueError: images are too few or too small, or the parts do not match.
+    Raises ValueError: images are too few or too small, or the parts do not match.
     """
     images, labels, test_images, test_labels = (torch.tensor(part) for part in parts)
-    (height, width), counts = images.shape[1:], [len(images), len(test_images)]
-    if counts != [len(labels), len(test_labels)] or images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(f"{source}: numbers of images and labels, or sizes of images, do not match")
-    if counts[0] < 256 or counts[1] < 1 or min(height, width) < 4:
-        found = f"{counts[0]} training images of {height} x {width}, {counts[1]} test images"
-        raise ValueError(f"{source}: {found}; needed are 256 of 4 x 4, and 1")
+    size = images.shape[1:]
+    enough = len(images) == len(labels) >= 256 and len(test_images) == len(test_labels) >= 1 and min(size) >= 4
+    if not enough or test_images.shape[1:] != size:
+        shapes = ", ".join(" x ".join(map(str, part.shape)) for part in parts)
+        needed = "256 training images and 1 test image, all of one size of at least 4 x 4, and their labels"
+        raise ValueError(f"{source}: needed are at least {needed}; there are {shapes}")
     classes = int(labels.max()) + 1
     if test_labels.max() >= classes:
         raise ValueError(f"{source}: test label {int(test_labels.max())} is above all training labels")
-
-    def prepared(images: Tensor) -> Tensor:
-        images = images[:, None].float()
-        return (avg_pool2d(images, 2).round() if min(images.shape[2:]) >= 16 else images) / white
-
-    return Dataset(prepared(images), labels.long(), prepared(test_images), test_labels.long(), classes, source)
+    side = 2 if min(size) >= 16 else 1
+    images, test_images = (avg_pool2d(x[:, None].float(), side).round() / white for x in (images, test_images))
+    return Dataset(images, labels.long(), test_images, test_labels.long(), classes, source)
 
 
 def split_for_seed(data: Dataset, images: int, label_noise: float, seed: int, *, held_out: bool = False) -> Dataset:

@@ -1,12 +1,6 @@
-"""The table, what it says, the picture and the file of results: of the runs that are finished, and nothing else."""
+"""The table, what it says, and the picture: of the runs that are finished, and nothing else."""
 
 from __future__ import annotations
-
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,51 +9,42 @@ from tabulate import tabulate
 
 from .train import NOISE, ROWS, Row, Run
 
-COLUMNS = {
-    "accuracy": ("accuracy, %", ".1f"),
-    "noisy": (f"noisy, %\n(sd {NOISE:g})", ".1f"),
-    "sharpness": ("sharpness", ".3f"),
-    "seconds": ("seconds", ".1f"),
-}
-"""A column's heading and format."""
+COLUMNS = {"accuracy, %": ".1f", f"noisy, %\n(sd {NOISE:g})": ".1f", "sharpness": ".3f", "seconds": ".1f"}
+"""Heading and format of each column of ``figures``."""
 
 
-def values(runs: Sequence[Run], row: str, column: str) -> np.ndarray:
-    """A row's figures, in the order of the seeds."""
-    return np.array([getattr(run, column) for run in runs if run.row == row])
+def figures(runs: list[Run], row: str) -> np.ndarray:
+    """What the table shows of a row: (seeds, columns), in the order of the seeds."""
+    return np.array([(run.accuracy, run.noisy, run.sharpness, run.seconds) for run in runs if run.row == row])
 
 
-def spread(figures: np.ndarray, shown: str) -> str:
+def spread(column: np.ndarray, shown: str) -> str:
     """Mean ± standard deviation; of one figure the figure."""
-    return f"{figures.mean():{shown}}" + (f" ± {figures.std(ddof=1):{shown}}" if len(figures) > 1 else "")
+    return f"{column.mean():{shown}}" + (f" ± {column.std(ddof=1):{shown}}" if len(column) > 1 else "")
 
 
-def table(runs: Sequence[Run], rows: Mapping[str, Row] = ROWS) -> str:
-    """Mean ± standard deviation over each row's seeds."""
-    lines = []
+def table(runs: list[Run], rows: dict[str, Row]) -> str:
+    """Mean ± standard deviation over each row's seeds; below it, where SGD was trained, the others against SGD."""
+    sgd = figures(runs, "sgd")  # the first with each seed: it has all seeds that the others have
+    lines, comparisons = [], []
     for name, row in rows.items():
-        if seeds := len(values(runs, name, "seed")):
-            cells = [spread(values(runs, name, column), shown) for column, (_, shown) in COLUMNS.items()]
-            lines.append([row.title, *cells, seeds])
-    headings = ["trained with", *(heading for heading, _ in COLUMNS.values()), "seeds"]
-    return tabulate(lines, headings, disable_numparse=True)
+        own = figures(runs, name)
+        if len(own):
+            lines.append([row.title, *map(spread, own.T, COLUMNS.values()), len(own)])
+        if 0 < len(own) <= len(sgd) and name != "sgd":
+            comparisons.append(comparison(row.title, own, sgd[: len(own)]))
+    return "\n".join([tabulate(lines, ["trained with", *COLUMNS, "seeds"], disable_numparse=True), "", *comparisons])
 
 
-def conclusion(runs: Sequence[Run]) -> str:
-    """Each row against SGD, which is trained first with each seed, on the row's seeds."""
-    lines = []
-    for name, row in list(ROWS.items())[1:]:
-        own = {column: values(runs, name, column) for column in COLUMNS}
-        if seeds := len(own["accuracy"]):
-            sgd = {column: values(runs, "sgd", column)[:seeds] for column in COLUMNS}
-            lines.append(
-                f"{row.title}, against SGD on {seeds} seed(s):\n"
-                f"  accuracy {verdict(own['accuracy'] - sgd['accuracy'])}, "
-                f"on noisy images {verdict(own['noisy'] - sgd['noisy'])}, "
-                f"{np.mean(own['sharpness'] / sgd['sharpness']):.2f} times the sharpness, "
-                f"{np.mean(own['seconds'] / sgd['seconds']):.2f} times the seconds"
-            )
-    return "\n".join(lines)
+def comparison(title: str, own: np.ndarray, sgd: np.ndarray) -> str:
+    """A row's figures against SGD's with the same seeds."""
+    accuracy, noisy = (own - sgd).T[:2]
+    sharpness, seconds = (own / sgd).mean(axis=0)[2:]
+    return (
+        f"{title}, against SGD on {len(own)} seed(s):\n"
+        f"  accuracy {verdict(accuracy)}, on noisy images {verdict(noisy)}, "
+        f"{sharpness:.2f} times the sharpness, {seconds:.2f} times the seconds"
+    )
 
 
 def verdict(points: np.ndarray) -> str:
@@ -70,20 +55,12 @@ def verdict(points: np.ndarray) -> str:
     return f"{points.mean():+.1f} ± {sem(points):.1f} points" + ("" if clear else " (no clear difference)")
 
 
-def save(runs: Sequence[Run], settings: dict[str, Any], title: str, folder: Path) -> None:
-    """Write results.json and accuracy.png."""
-    content = {"title": title, "settings": settings, "runs": [asdict(run) for run in runs]}
-    text = json.dumps(content, indent=1, allow_nan=False, default=str)
-    (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
-    draw(runs, title).savefig(folder / "accuracy.png")
-
-
-def draw(runs: Sequence[Run], title: str) -> Figure:
+def draw(runs: list[Run], title: str) -> Figure:
     """Test accuracy over seconds of training: a line is the mean over the seeds, a band the standard deviation."""
     figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
     axes = figure.subplots()
     for (name, row), style in zip(ROWS.items(), ("--", ":", "-", "-."), strict=True):
-        curves = values(runs, name, "curve")  # seeds, points, (seconds, accuracy)
+        curves = np.array([run.curve for run in runs if run.row == name])  # seeds, points, (seconds, accuracy)
         if len(curves):
             seconds, mean = curves.mean(axis=0).T
             sd = curves[..., 1].std(axis=0, ddof=1) if len(curves) > 1 else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,29 +73,10 @@ def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(model(x), y)
 
 
-def training_step(row: Row, model: nn.Module, steps: int) -> tuple[Any, Callable[[Tensor, Tensor], Tensor]]:
-    """The row's optimizer, and a function that makes one of its ``steps`` on a batch and returns the loss."""
-    sgd = torch.optim.SGD(model.parameters(), row.lr, momentum=0.9, weight_decay=row.weight_decay)
-    if row.rho:
-        sam = SAM(sgd, rho=row.rho, schedule=Schedule(start=row.start, total=steps))
-        step = TrainStep(model, sam, loss_fn, ascent=row.ascent)
-        return sam, lambda x, y: step(x, y).loss
-
-    def sgd_step(x: Tensor, y: Tensor) -> Tensor:
-        sgd.zero_grad()
-        loss = loss_fn(model, x, y)
-        loss.backward()
-        sgd.step()
-        return loss.detach()
-
-    return sgd, sgd_step
-
-
 def train(name: str, row: Row, data: Dataset, seed: int, epochs: int) -> Run:
     """Train and measure. A seed has the same weights and batches in all rows; the learning rate follows half a cosine.
 
-    Raises:
-        FloatingPointError: the loss is no longer finite.
+    Raises FloatingPointError: the loss is no longer finite.
     """
     images, labels = data.train_images, data.train_labels
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +84,10 @@ def train(name: str, row: Row, data: Dataset, seed: int, epochs: int) -> Run:
     batches = torch.stack(orders)[:, : len(labels) // BATCH * BATCH].reshape(-1, BATCH)  # full ones: the rest sits out
     steps = len(batches)
     model = network(data, seed)
-    optimizer, step = training_step(row, model, steps)
+    optimizer: Any = torch.optim.SGD(model.parameters(), row.lr, momentum=0.9, weight_decay=row.weight_decay)
+    if row.rho:
+        optimizer = SAM(optimizer, rho=row.rho, schedule=Schedule(start=row.start, total=steps))
+        sam_step = TrainStep(model, optimizer, loss_fn, ascent=row.ascent)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     marks = {math.ceil(steps * i / POINTS) for i in range(1, POINTS + 1)}
     seconds, curve = 0.0, []
@@ -112,11 +95,18 @@ def train(name: str, row: Row, data: Dataset, seed: int, epochs: int) -> Run:
     with tqdm(batches, title, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
         for done, rows in enumerate(bar, 1):
             begin = time.process_time()
-            loss = float(step(images[rows], labels[rows]))
+            x, y = images[rows], labels[rows]
+            if row.rho:
+                loss = sam_step(x, y).loss
+            else:
+                optimizer.zero_grad()
+                loss = loss_fn(model, x, y)
+                loss.backward()
+                optimizer.step()
             scheduler.step()
             seconds += time.process_time() - begin
             if done in marks:
-                if not math.isfinite(loss):
+                if not loss.isfinite():
                     raise FloatingPointError(f"{title}: the loss is {loss} after {done} steps")
                 accuracy = evaluate(model, data.test_images, data.test_labels)[1]
                 curve.append((seconds, accuracy))
