@@ -46,14 +46,17 @@ def test_the_command_trains_all_rows_and_saves_what_it_prints(tmp_path):
         assert f"  {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}  " in line
 
 
-def test_interrupted_it_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "130"), (FloatingPointError("nan"), "given up: nan")]
+)
+def test_interrupted_it_keeps_what_is_finished(error, status, tmp_path, monkeypatch, capsys):
     def interrupted(name, *others):
         if name == "sam":
-            raise KeyboardInterrupt
+            raise error
         return train(name, *others)
 
     monkeypatch.setattr(command, "train", interrupted)
-    with pytest.raises(SystemExit, match="130"):
+    with pytest.raises(SystemExit, match=status):
         command.main([*FEW_STEPS, "--output", str(tmp_path)])
     assert [run["row"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == ["sgd", "sgd-2x"]
     assert re.findall(r"^S[^ ]+", capsys.readouterr().out, re.MULTILINE) == ["SGD", "SGD,", "SGD,"]
@@ -93,11 +96,12 @@ REFUSED = {
     "--seeds 1 100": "argument --seeds: seeds 100 to 104 chose the settings",
     "--tune --seeds 1": "argument --seeds: seeds 100 to 104 chose the settings: give them with --tune, and no others",
     "--data short": "argument --data: short: needed are at least 256 training images and 1 test image",
-    "--data small": "there are 256 x 3 x 3, 256, 2 x 3 x 3, 2",
-    "--data untested": "there are 256 x 4 x 4, 256, 0 x 4 x 4, 0",
+    "--data small": "there are train-images-idx3-ubyte (256, 3, 3), train-labels-idx1-ubyte (256,),",
+    "--data untested": "t10k-images-idx3-ubyte (0, 4, 4), t10k-labels-idx1-ubyte (0,)",
     "--data unlearnt": "argument --data: unlearnt: test label 2 is above all training labels",
+    "--data unlabelled": "t10k-images-idx3-ubyte (2, 4, 4), t10k-labels-idx1-ubyte (1,)",
     "--data digits --output longer/train-images-idx3-ubyte": "argument --output:",
-    "--data nowhere": "argument --data: nowhere is no folder with train-images-idx3-ubyte or train-images-idx3-ubyte.gz in it",
+    "--data nowhere": "argument --data: nowhere is no folder with train-images-idx3-ubyte or train-images-idx3",
     "--data longer": "argument --data: longer/train-images-idx3-ubyte: not an IDX file",
 }
 
@@ -110,6 +114,8 @@ def test_a_bad_option_is_named_at_once(arguments, tmp_path, monkeypatch, capsys)
     for name, content in BROKEN.items():
         write_set(tmp_path / name)
         (tmp_path / name / "t10k-labels-idx1-ubyte.gz").write_bytes(content)
+    write_set(tmp_path / "unlabelled")
+    (tmp_path / "unlabelled" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\1\0\0\0\1\1"))
     with pytest.raises(SystemExit, match="2"):
         command.main(arguments.split())
     assert REFUSED[arguments] in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """Is SAM worth its time? Trains a small network with SGD, with SGD for as long as SAM takes, with SAM, and with the
-cheapest SAM that docs/quality.md accepts. Prints a table, and saves it with a picture."""
-
-from __future__ import annotations
+cheapest SAM that docs/quality.md accepts: some minutes. Prints a table, and saves the figures and a picture."""
 
 import argparse
 import datetime
@@ -30,10 +28,10 @@ def options(arguments: list[str] | None) -> tuple[Any, Dataset]:
     """The options and the data; exits with 2 and a message that names the option where one cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m examples.fashion_mnist", description=__doc__)
     parser.add_argument("--data", default="auto", metavar="DIR", help=DATA)
-    parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: 0 1 2 3, to tune 100 101 102")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--tune", action="store_true", help="try values of rho, on training images held out")
+    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: 0 1 2 3, or 100 101 102 to tune")
+    parser.add_argument("--output", type=Path, default="demo-output", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--tune", action="store_true", help="compare values of rho, on images held out; saves nothing")
     chosen = parser.parse_args(arguments)
     chosen.seeds = list(dict.fromkeys(chosen.seeds or (TUNING_SEEDS[:3] if chosen.tune else range(4))))
     if chosen.epochs < 1:
@@ -43,14 +41,14 @@ def options(arguments: list[str] | None) -> tuple[Any, Dataset]:
     if any((seed in TUNING_SEEDS) != chosen.tune for seed in chosen.seeds):
         parser.error("argument --seeds: seeds 100 to 104 chose the settings: give them with --tune, and no others")
     try:
+        data = load(chosen.data)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --data: {error}")
+    try:
         chosen.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=chosen.output).close()
     except OSError as error:
         parser.error(f"argument --output: {error}")
-    try:
-        data = load(chosen.data)
-    except (OSError, ValueError) as error:
-        parser.error(f"argument --data: {error}")
     chosen.images = min(3000, 3 * len(data.train_images) // 4)
     return chosen, data
 
@@ -63,7 +61,7 @@ def compare(chosen: Any, data: Dataset) -> None:
         rows = {row.title: row for row in tuned}
     height, width = data.train_images.shape[2:]
     title = f"{data.source}, {chosen.images:,} images of {height} x {width}, {LABEL_NOISE:.0%} of the labels drawn anew"
-    print(f"{title}, {chosen.epochs} epochs; seeds {', '.join(map(str, chosen.seeds))}", flush=True)
+    print(f"{title}; epochs: {chosen.epochs}; seeds: {', '.join(map(str, chosen.seeds))}", flush=True)
     runs = []
     try:
         for seed in chosen.seeds:
@@ -74,10 +72,10 @@ def compare(chosen: Any, data: Dataset) -> None:
         if runs:
             print(f"\n{table(runs, rows)}")
         if runs and not chosen.tune:
-            settings = vars(chosen) | {"rows": {name: asdict(row) for name, row in rows.items()}}
-            settings |= {"torch": torch.__version__, "date": datetime.date.today().isoformat()}
-            content = {"title": title, "settings": settings, "runs": [asdict(run) for run in runs]}
-            text = json.dumps(content, indent=1, allow_nan=False, default=str)
+            settings = vars(chosen) | {"output": str(chosen.output), "rows": rows, "torch": torch.__version__}
+            settings["date"] = datetime.date.today().isoformat()
+            content = {"title": title, "settings": settings, "runs": runs}
+            text = json.dumps(content, indent=1, allow_nan=False, default=asdict)
             (chosen.output / "results.json").write_text(f"{text}\n", encoding="utf-8")
             draw(runs, title).savefig(chosen.output / "accuracy.png")
             print(f"\nThis is in {chosen.output}/results.json, with accuracy.png.")

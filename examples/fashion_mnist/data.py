@@ -1,7 +1,5 @@
 """The images that are trained and tested on: Fashion-MNIST, a folder in its format, or scikit-learn's digits."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import warnings
@@ -36,7 +34,7 @@ class Dataset:
 def load(name: str) -> Dataset:
     """``auto`` is Fashion-MNIST, or else the digits with a warning that says why; ``digits``; or a folder.
 
-    Raises OSError or ValueError: a file of the folder cannot be read, or is not what its name says.
+    Raises OSError or ValueError: a file of the folder cannot be read, or the four are not such a data set.
     """
     if name == "auto":
         try:
@@ -47,14 +45,18 @@ def load(name: str) -> Dataset:
 
 
 def fashion_mnist() -> Dataset:
-    """Fashion-MNIST from Debian's package, else OpenML's with a warning: the same pixels.
+    """Fashion-MNIST from Debian's package, else, with a warning, from OpenML: the same pixels.
 
     Raises OSError or ValueError: it cannot be had, or is not what it was.
     """
     folder = next((f for f in (FETCHED, Path("/") / PACKAGE) if f.is_dir()), None)
-    if folder is None:
+    if folder:
+        parts = read_folder(folder)
+    else:
         warnings.warn(f"Fashion-MNIST is OpenML's: {FETCHED} is not there, `make data` makes it", stacklevel=2)
-    parts = read_folder(folder) if folder else from_openml()
+        bunch = fetch_openml(data_id=40996, as_frame=False, parser="liac-arff")  # the test's 10,000 images come last
+        images, labels = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
+        parts = [images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]]
     content = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
     if content != SHA256:
         raise ValueError(f"{folder or 'OpenML'}: SHA-256 {content} is not {SHA256}")
@@ -62,32 +64,22 @@ def fashion_mnist() -> Dataset:
 
 
 def read_folder(folder: Path) -> list[np.ndarray]:
-    """The four files of a data set in Fashion-MNIST's format, gzipped or not."""
-    return [read_idx(folder / name) for name in FILES]
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes: 0, 0, 8, the number of dimensions, big-endian sizes, the elements."""
-    packed = path.with_name(f"{path.name}.gz")
-    if not path.is_file() and not packed.is_file():
-        raise FileNotFoundError(f"{path.parent} is no folder with {path.name} or {packed.name} in it")
-    path = path if path.is_file() else packed
-    content, dims = path.read_bytes(), 1 if "idx1" in path.name else 3
-    try:
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        magic, *shape = np.frombuffer(content, ">u4", count=1 + dims)
-        if magic != 0x800 + dims:
-            raise ValueError(f"it begins with {magic:#x}")
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes in {dims} dimension(s): {error}") from error
-
-
-def from_openml() -> list[np.ndarray]:
-    """Fashion-MNIST as scikit-learn fetches and keeps it: the last 10,000 images are the test's."""
-    bunch = fetch_openml(data_id=40996, as_frame=False, parser="liac-arff")
-    images, labels = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
-    return [images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]]
+    """IDX files, gzipped or not: the bytes 0, 0, 8 and the number of dimensions, big-endian sizes, the elements."""
+    parts = []
+    for name in FILES:
+        path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"{folder} is no folder with {name} or {name}.gz in it")
+        dims = 1 if "idx1" in name else 3
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            magic, *shape = np.frombuffer(content, ">u4", count=1 + dims)
+            if magic != 0x800 + dims:
+                raise ValueError(f"it begins with {magic:#x}")
+            parts.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape))
+        except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not an IDX file of unsigned bytes in {dims} dimension(s): {error}") from error
+    return parts
 
 
 def digits() -> Dataset:
@@ -102,15 +94,14 @@ def dataset(parts: list[np.ndarray], white: int, source: str) -> Dataset:
     """Images (n, height, width) from 0 to ``white`` and labels of training and test as the network takes them.
 
     Of images of 16 x 16 and more, 2 x 2 pixels are averaged: a quarter of the work.
-    Raises ValueError: images are too few or too small, or the parts do not match.
     """
     images, labels, test_images, test_labels = (torch.tensor(part) for part in parts)
     size = images.shape[1:]
     enough = len(images) == len(labels) >= 256 and len(test_images) == len(test_labels) >= 1 and min(size) >= 4
     if not enough or test_images.shape[1:] != size:
-        shapes = ", ".join(" x ".join(map(str, part.shape)) for part in parts)
+        found = ", ".join(f"{name} {part.shape}" for name, part in zip(FILES, parts, strict=True))
         needed = "256 training images and 1 test image, all of one size of at least 4 x 4, and their labels"
-        raise ValueError(f"{source}: needed are at least {needed}; there are {shapes}")
+        raise ValueError(f"{source}: needed are at least {needed}; there are {found}")
     classes = int(labels.max()) + 1
     if test_labels.max() >= classes:
         raise ValueError(f"{source}: test label {int(test_labels.max())} is above all training labels")

@@ -1,12 +1,9 @@
 """The network, and how well it does."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from .data import Dataset
 
@@ -47,4 +44,4 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
     logits = torch.cat([model(x) for x in images.split(500)])
     model.train()
     correct = int((logits.argmax(dim=1) == labels).sum())
-    return float(cross_entropy(logits.double(), labels)), 100 * correct / len(labels)
+    return float(nn.functional.cross_entropy(logits.double(), labels)), 100 * correct / len(labels)

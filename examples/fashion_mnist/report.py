@@ -1,7 +1,5 @@
 """The table, what it says, and the picture: of the runs that are finished, and nothing else."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import sem, ttest_1samp
@@ -10,11 +8,10 @@ from tabulate import tabulate
 from .train import NOISE, ROWS, Row, Run
 
 COLUMNS = {"accuracy, %": ".1f", f"noisy, %\n(sd {NOISE:g})": ".1f", "sharpness": ".3f", "seconds": ".1f"}
-"""Heading and format of each column of ``figures``."""
 
 
 def figures(runs: list[Run], row: str) -> np.ndarray:
-    """What the table shows of a row: (seeds, columns), in the order of the seeds."""
+    """What the table shows of a row: an array (seeds, COLUMNS), in the order of the seeds."""
     return np.array([(run.accuracy, run.noisy, run.sharpness, run.seconds) for run in runs if run.row == row])
 
 
@@ -29,22 +26,18 @@ def table(runs: list[Run], rows: dict[str, Row]) -> str:
     lines, comparisons = [], []
     for name, row in rows.items():
         own = figures(runs, name)
-        if len(own):
-            lines.append([row.title, *map(spread, own.T, COLUMNS.values()), len(own)])
-        if 0 < len(own) <= len(sgd) and name != "sgd":
-            comparisons.append(comparison(row.title, own, sgd[: len(own)]))
+        seeds = len(own)
+        if seeds:
+            lines.append([row.title, *map(spread, own.T, COLUMNS.values()), seeds])
+        if seeds and len(sgd) and name != "sgd":
+            accuracy, noisy = (own - sgd[:seeds]).T[:2]
+            sharpness, seconds = (own / sgd[:seeds]).mean(axis=0)[2:]
+            comparisons.append(
+                f"{row.title}, against SGD on {seeds} seed(s):\n"
+                f"  accuracy {verdict(accuracy)}, on noisy images {verdict(noisy)}, "
+                f"{sharpness:.2f} times the sharpness, {seconds:.2f} times the seconds"
+            )
     return "\n".join([tabulate(lines, ["trained with", *COLUMNS, "seeds"], disable_numparse=True), "", *comparisons])
-
-
-def comparison(title: str, own: np.ndarray, sgd: np.ndarray) -> str:
-    """A row's figures against SGD's with the same seeds."""
-    accuracy, noisy = (own - sgd).T[:2]
-    sharpness, seconds = (own / sgd).mean(axis=0)[2:]
-    return (
-        f"{title}, against SGD on {len(own)} seed(s):\n"
-        f"  accuracy {verdict(accuracy)}, on noisy images {verdict(noisy)}, "
-        f"{sharpness:.2f} times the sharpness, {seconds:.2f} times the seconds"
-    )
 
 
 def verdict(points: np.ndarray) -> str:

@@ -1,15 +1,11 @@
 """The rows of the table, and the training of one of them with one seed."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from sam_fast import SAM, Schedule, TrainStep
@@ -26,10 +22,7 @@ SHARPNESS_RHO = 0.05  # the same ball for all rows
 
 @dataclass(frozen=True)
 class Row:
-    """How a row trains. ``rho`` 0 is SGD alone; ``start`` and ``ascent`` are Schedule's and TrainStep's.
-
-    Learning rates and weight decays are those that bench/quality chose for task A, rho is ``--tune``'s.
-    """
+    """How a row trains. ``rho`` 0 is SGD alone; ``start`` and ``ascent`` are Schedule's and TrainStep's."""
 
     title: str
     lr: float
@@ -48,7 +41,8 @@ ROWS = {
         "SAM, first pass on 1/4, the last quarter of the steps", 0.05, 0.02, rho=0.2, start=0.75, ascent=1 / 4
     ),
 }
-"""By their names in bench/quality/contenders.py. The last one is the cheapest that docs/quality.md accepts."""
+"""By their names in bench/quality, which chose learning rates and weight decays (task A); ``--tune`` chose rho.
+The last one is the cheapest that docs/quality.md accepts."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Run:
 
 def loss_fn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of a batch."""
-    return cross_entropy(model(x), y)
+    return nn.functional.cross_entropy(model(x), y)
 
 
 def train(name: str, row: Row, data: Dataset, seed: int, epochs: int) -> Run:
@@ -84,7 +78,7 @@ def train(name: str, row: Row, data: Dataset, seed: int, epochs: int) -> Run:
     batches = torch.stack(orders)[:, : len(labels) // BATCH * BATCH].reshape(-1, BATCH)  # full ones: the rest sits out
     steps = len(batches)
     model = network(data, seed)
-    optimizer: Any = torch.optim.SGD(model.parameters(), row.lr, momentum=0.9, weight_decay=row.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), row.lr, momentum=0.9, weight_decay=row.weight_decay)
     if row.rho:
         optimizer = SAM(optimizer, rho=row.rho, schedule=Schedule(start=row.start, total=steps))
         sam_step = TrainStep(model, optimizer, loss_fn, ascent=row.ascent)
