@@ -128,13 +128,13 @@ def test_fashion_mnist_that_is_missing_or_another_is_no_fashion_mnist(tmp_path, 
     pixels, labels = np.full((10_256, 784), 51.0), np.array(["1", "0"] * 5128)
     monkeypatch.setattr(data, "fetch_openml", lambda **_: Namespace(data=pixels, target=labels))
     with (
-        pytest.warns(UserWarning, match=r"OpenML's.*make data"),
+        pytest.warns(UserWarning, match=r"OpenML is asked.*make data"),
         pytest.warns(UserWarning, match=r"could not be had, these are scikit-learn's digits: OpenML: SHA-256"),
     ):
         assert data.load("auto").source == "scikit-learn's digits"
     content = b"".join(b"\x33" * 784 * n + b"\1\0" * (n // 2) for n in (256, 10_000))
     monkeypatch.setattr(data, "SHA256", hashlib.sha256(content).hexdigest())
-    with pytest.warns(UserWarning, match="Fashion-MNIST is OpenML's"):
+    with pytest.warns(UserWarning, match="OpenML is asked for Fashion-MNIST"):
         found = data.load("auto")
     assert (found.test_images.shape, found.source) == ((10_000, 1, 14, 14), "Fashion-MNIST")
     assert found.test_images.unique().tolist() == pytest.approx([0.2])

@@ -1,5 +1,5 @@
 """Is SAM worth its time? Trains a small network with SGD, with SGD for as long as SAM takes, with SAM, and with the
-cheapest SAM that docs/quality.md accepts: some minutes. Prints a table, and saves the figures and a picture."""
+cheapest SAM that docs/quality.md accepts. Takes minutes, prints a table, and saves the figures and a picture."""
 
 import argparse
 import datetime
@@ -28,7 +28,7 @@ def options(arguments: list[str] | None) -> tuple[Any, Dataset]:
     """The options and the data; exits with 2 and a message that names the option where one cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m examples.fashion_mnist", description=__doc__)
     parser.add_argument("--data", default="auto", metavar="DIR", help=DATA)
-    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="passes over the images; default: 20")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: 0 1 2 3, or 100 101 102 to tune")
     parser.add_argument("--output", type=Path, default="demo-output", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--tune", action="store_true", help="compare values of rho, on images held out; saves nothing")

@@ -53,7 +53,7 @@ def fashion_mnist() -> Dataset:
     if folder:
         parts = read_folder(folder)
     else:
-        warnings.warn(f"Fashion-MNIST is OpenML's: {FETCHED} is not there, `make data` makes it", stacklevel=2)
+        warnings.warn(f"OpenML is asked for Fashion-MNIST: {FETCHED} is not there, `make data` makes it", stacklevel=2)
         bunch = fetch_openml(data_id=40996, as_frame=False, parser="liac-arff")  # the test's 10,000 images come last
         images, labels = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
         parts = [images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]]
