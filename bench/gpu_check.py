@@ -1,41 +1,35 @@
-"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found. See
-docs/gpu.md.
+"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found.
 
-    python3 -m bench.gpu_check [--results DIR] [--logs DIR] [--commit SHA] [--only STEPS] [--minutes M] [--wheels DIR]
+    python3 -m bench.gpu_check [options]
 
-Steps, in this order: build; tests (tests/gpu, by themselves); benchmarks (chosen cases of the suite in bench/);
-sanitizers (memcheck, racecheck); others (all other tests for GPUs). It uses the PyTorch of the Python that runs it and
+docs/gpu.md says what the steps do and what they leave behind. This uses the PyTorch of the Python that runs it and
 needs no network, no make and no git: the package is installed into that Python's environment, editable, without build
 isolation. A step that fails does not stop the next; where the CUDA module cannot be built, the rest goes on without it.
-
-Written after each step: ``gpu-check.json``, what became of it. While a step runs: ``<step>.log`` with every test's
-outcome as it is known, and after each benchmark ``cuda.json``, which bench.report reads. These are 8 files at most.
 Exits with 0 if everything that was asked for passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.machine import ROOT, describe, find, installed
-from bench.outcomes import count
 from bench.records import replace
 
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
 STEPS = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
-"""Step -> its share of the time.
-
-What one does not use goes to the next; the limits never add up to more than there is.
-"""
+"""Step -> its share of the time. What one does not use goes to the next."""
 SANITIZERS = ("memcheck", "racecheck")
 ASKED = {step: "sanitizers" if step in SANITIZERS else step for step in STEPS}
 """Step -> its name in --only."""
@@ -49,8 +43,7 @@ BUILDS: tuple[dict[str, str], ...] = (
     {"SAM_FAST_CUDA": "0", "SAM_FAST_NATIVE": "1"},
     {"SAM_FAST_NATIVE": "0"},
 )
-"""Tried one after the other: with CUDA kernels; without them, for the triton and torch backends; without any compiler.
-"""
+"""Tried in turn: with CUDA kernels; without them, for the triton and torch backends; without any compiler."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 TESTS = ["-p", "bench.outcomes", "--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
 GPU_TESTS, OTHER_TESTS = ["tests/gpu"], ["tests", "--ignore=tests/gpu"]
@@ -75,17 +68,14 @@ class Check:
         self, minutes: float, results: Path, logs: Path, only: list[str], machine: dict[str, str], missing: list[str]
     ) -> None:
         self.deadline = time.monotonic() + 60 * minutes - SPARE
-        self.file = results / "gpu-check.json"
-        self.logs = logs
-        self.waiting = {name: share for name, share in STEPS.items() if ASKED[name] in only}
-        self.asked = list(self.waiting)
-        self.machine = machine
-        self.missing = missing
+        self.file, self.logs = results / "gpu-check.json", logs
+        self.machine, self.missing = machine, missing
+        self.asked = [name for name in STEPS if ASKED[name] in only]
+        self.waiting = {name: STEPS[name] for name in self.asked}
         earlier = json.loads(self.file.read_text())["steps"] if self.file.is_file() else []
-        kept = {s["name"]: Step(**s) for s in earlier if s["commit"] == machine["commit"]}
-        commit, asked = machine["commit"], dict.fromkeys(self.asked)
-        self.steps = {n: Step(n, commit=commit) if n in asked else kept[n] for n in STEPS if n in {**asked, **kept}}
-        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        steps = {step["name"]: Step(**step) for step in earlier if step["commit"] == machine["commit"]}
+        steps |= {name: Step(name, commit=machine["commit"]) for name in self.asked}
+        self.steps = {name: steps[name] for name in STEPS if name in steps}
 
     def limit(self, name: str) -> float:
         """Seconds that a step may take now: its share of what is left."""
@@ -93,30 +83,25 @@ class Check:
 
     def run(self, name: str, command: list[str], **environment: str) -> Step:
         """Run a step's command, if it was asked for, and record how it ended."""
-        step = self.steps.get(name, Step(name))
         if name not in self.waiting:
-            return step
-        limit, program = self.limit(name), find(command[0])
+            return self.steps.get(name, Step(name))
+        step, limit, program = self.steps[name], self.limit(name), find(command[0])
         step.command = " ".join([*(f"{key}={value}" for key, value in environment.items()), *command])
         if program is None:
-            step.detail = f"{command[0]} is not installed"
-        elif limit < 5:
-            step.detail = "the time was up"
-        else:
-            self._run(step, [program, *command[1:]], limit, {**self.environment, **environment})
-        return self.done(step)
-
-    def _run(self, step: Step, command: list[str], limit: float, environment: dict[str, str]) -> None:
+            return self.done(name, step.state, f"{command[0]} is not installed")
+        if limit < 5:
+            return self.done(name, step.state, "the time was up")
         step.state, step.detail = RUNNING, "was running when this was written"
         self.write()
-        print(f"-- {step.name}, at most {limit:.0f} s: {step.command}", flush=True)
+        print(f"-- {name}, at most {limit:.0f} s: {step.command}", flush=True)
         begin = time.monotonic()
         self.logs.mkdir(parents=True, exist_ok=True)
-        path = self.logs / f"{step.name}.log"
-        with path.open("a" if step.name == "build" else "w") as log:
+        path = self.logs / f"{name}.log"
+        with path.open("a" if name == "build" else "w") as log:
             # In a process group of its own, so that what it has started can be stopped with it: other steps measure.
+            whole, env = [program, *command[1:]], {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                whole, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
                 code = process.wait(limit)
@@ -127,19 +112,17 @@ class Check:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         step.seconds = round(time.monotonic() - begin, 1)
-        step.state = PASSED if code == 0 else FAILED
         tail = path.read_text(errors="replace").splitlines()[-1 if code == 0 else -30 :]
-        step.detail = "\n".join([f"stopped after {limit:.0f} s"] * (code is None) + tail)
+        stopped = [f"stopped after {limit:.0f} s"] if code is None else []
+        return self.done(name, PASSED if code == 0 else FAILED, "\n".join(stopped + tail))
 
-    def skip(self, name: str, reason: str) -> None:
-        if name in self.waiting:
-            self.done(Step(name, detail=reason, commit=self.machine["commit"]))
-
-    def done(self, step: Step) -> Step:
-        self.waiting.pop(step.name, None)
-        self.steps[step.name] = step
+    def done(self, name: str, state: str, detail: str) -> Step:
+        """Record how a step that was asked for has ended."""
+        step = self.steps[name]
+        step.state, step.detail = state, detail
+        self.waiting.pop(name, None)
         self.write()
-        print(f"   {step.name}: {step.state} ({step.seconds:.0f} s)\n   {step.detail}", flush=True)
+        print(f"   {name}: {state} ({step.seconds:.0f} s)\n   {detail}", flush=True)
         return step
 
     def write(self) -> None:
@@ -150,25 +133,25 @@ class Check:
 def missing_here() -> list[str]:
     """What is not there, and what follows."""
     native = "no native module can be built, neither for GPUs nor for the CPU"
-    no_cuda = "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1"
-    setuptools = int(installed("setuptools").partition(".")[0] or 0) >= 77
-    needs = [
-        ("setuptools 77 or newer", setuptools, "the package cannot be built, and nothing runs"),
-        ("cmake", find("cmake"), native),
-        ("pybind11", installed("pybind11"), native),
-        ("nvcc", find("nvcc"), no_cuda),
-        ("pytest", installed("pytest"), "no tests and no benchmarks"),
-        ("pytest-benchmark", installed("pytest-benchmark"), "no benchmarks"),
-        ("pytest-xdist", installed("pytest-xdist"), "tests run one after the other and may not end in time"),
-        ("hypothesis", installed("hypothesis"), "tests/test_properties.py does not run"),
-        ("compute-sanitizer", find("compute-sanitizer"), "no sanitizers"),
-        (
-            "pytorch_optimizer",
-            installed("pytorch_optimizer"),
-            "it is left out of the peers; its target is not measured",
-        ),
-    ]
-    return [f"{what}: {follows}" for what, there, follows in needs if not there]
+    programs = {
+        "cmake": native,
+        "nvcc": "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1",
+        "compute-sanitizer": "no sanitizers",
+    }
+    packages = {
+        "pybind11": native,
+        "pytest": "no tests and no benchmarks",
+        "pytest-benchmark": "no benchmarks",
+        "pytest-xdist": "tests run one after the other and may not end in time",
+        "hypothesis": "tests/test_properties.py does not run",
+        "pytorch_optimizer": "it is left out of the peers; its target is not measured",
+    }
+    missing = {"setuptools 77 or newer": "the package cannot be built, and nothing runs"}
+    if int(installed("setuptools").partition(".")[0] or 0) >= 77:
+        missing.clear()
+    missing |= {program: follows for program, follows in programs.items() if not find(program)}
+    missing |= {package: follows for package, follows in packages.items() if not installed(package)}
+    return [f"{what}: {follows}" for what, follows in missing.items()]
 
 
 def use_wheels(folder: Path) -> None:
@@ -183,34 +166,33 @@ def use_wheels(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def build(check: Check, architecture: str) -> bool:
+def build(check: Check) -> bool:
     """Install the package, with CUDA kernels or else without. False if that fails, too."""
     if "build" not in check.waiting:
         return True
     (check.logs / "build.log").unlink(missing_ok=True)
-    share, reason = check.waiting["build"], ""
+    architecture, reason = check.machine.get("compute capability", "9.0").replace(".", ""), ""
     for options in BUILDS:
-        check.waiting["build"] = share
+        check.waiting["build"] = STEPS["build"]
         step = check.run("build", BUILD, CMAKE_CUDA_ARCHITECTURES=architecture, **options)
         if step.state != FAILED:
             break
         reason = reason or step.detail
         print(f"   the build with {options} failed", flush=True)
-    if step.state == PASSED and reason:
+    built = step.state == PASSED
+    if built and reason:
         # The later ones serve what needs no CUDA module; the step itself has failed.
         used = " ".join(f"{key}={value}" for key, value in options.items())
         said = f"without the CUDA module, whose build failed; what follows was built with {used}"
-        step.state, step.detail = FAILED, f"{said}\n{reason}"
-        check.done(step)
-        return True
-    return step.state == PASSED
+        check.done("build", FAILED, f"{said}\n{reason}")
+    return built
 
 
 def run_all(check: Check, arguments: argparse.Namespace) -> None:
     """Every step that was asked for, in order."""
-    if not build(check, check.machine.get("compute capability", "9.0").replace(".", "")):
+    if not build(check):
         for name in list(check.waiting):
-            check.skip(name, "the build failed")
+            check.done(name, NOT_RUN, "the build failed")
         return
     processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
     options = [*TESTS, *["-n", str(processes)] * bool(installed("pytest-xdist"))]
@@ -218,8 +200,8 @@ def run_all(check: Check, arguments: argparse.Namespace) -> None:
     tests(check, "tests", [*options, *GPU_TESTS])
     benchmarks(check, arguments)
     for tool in SANITIZERS:
-        if not list(ROOT.glob("sam_fast/_cuda*.so")):
-            check.skip(tool, "the CUDA module was not built")
+        if tool in check.waiting and not list(ROOT.glob("sam_fast/_cuda*.so")):
+            check.done(tool, NOT_RUN, "the CUDA module was not built")
         # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
         # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
         extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
@@ -232,8 +214,10 @@ def tests(check: Check, name: str, options: list[str]) -> None:
     step = check.run(name, [*PYTEST, *options], OMP_NUM_THREADS="1")
     log = check.logs / f"{name}.log"
     if step.seconds and log.is_file():
-        outcomes = count(log)
-        if step.state == PASSED and " passed" not in outcomes:
+        # as bench/outcomes.py has written them: "7 passed, 1 skipped"
+        found = Counter(re.findall(r"^:: (\w+) ", log.read_text(errors="replace"), re.MULTILINE))
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(found.items())) or "no test"
+        if step.state == PASSED and "passed" not in found:
             step.state = NOT_RUN
         step.detail = f"{outcomes}\n{step.detail}"
         check.write()
@@ -252,18 +236,15 @@ def benchmarks(check: Check, arguments: argparse.Namespace) -> None:
 
 
 def require_gpu() -> None:
-    needs = "gpu-check needs an NVIDIA GPU and a PyTorch that sees it"
-    try:
+    found = "no PyTorch"
+    with contextlib.suppress(ImportError):
         import torch
-    except ImportError:
-        raise SystemExit(f"{needs}: {sys.executable} has no PyTorch. Nothing was run or written.") from None
-    if not torch.cuda.is_available():
-        raise SystemExit(f"{needs}: torch.cuda.is_available() is False. Nothing was run or written.")
 
-
-def as_table(steps: dict[str, Step]) -> str:
-    rows = [(s.name, s.state, f"{s.seconds:.0f} s", s.detail.partition("\n")[0]) for s in steps.values()]
-    return "\n".join(f"{name:12s} {state:8s} {seconds:>6s}  {detail}" for name, state, seconds, detail in rows)
+        if torch.cuda.is_available():
+            return
+        found = f"torch {torch.__version__}, whose torch.cuda.is_available() is False"
+    needs = "gpu-check needs an NVIDIA GPU and a PyTorch that sees it"
+    raise SystemExit(f"{needs}: {sys.executable} has {found}. Nothing was run or written.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     check = Check(arguments.minutes, arguments.results, logs, only, machine, missing)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
     run_all(check, arguments)
-    print(as_table(check.steps))
+    for step in check.steps.values():
+        what, *_ = step.detail.splitlines() or [""]
+        print(f"{step.name:12s} {step.state:8s} {step.seconds:4.0f} s  {what}")
     print(f"written: {check.file}, the figures beside it, the logs in {logs}")
     return 0 if all(check.steps[name].state == PASSED for name in check.asked) else 1
 

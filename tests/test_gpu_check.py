@@ -231,13 +231,13 @@ def test_all_that_is_missing_is_said_at_once_with_what_follows(monkeypatch):
     wanted = [
         "setuptools 77 or newer",
         "cmake",
-        "pybind11",
         "nvcc",
+        "compute-sanitizer",
+        "pybind11",
         "pytest",
         "pytest-benchmark",
         "pytest-xdist",
         "hypothesis",
-        "compute-sanitizer",
     ]
     assert [line.partition(":")[0] for line in missing] == [*wanted, "pytorch_optimizer"]
     assert "left out of the peers" in missing[-1]
