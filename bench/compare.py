@@ -67,15 +67,14 @@ def changes(base: Sequence[Run], head: Sequence[Run], threshold: float) -> pd.Da
 def install(what: str) -> Path:
     """Build the package of a ref or source tree and put it, with this checkout's benchmarks, into a folder of its
     own."""
-    source, scratch = Path(what), ROOT / "build" / "compare"
-    name = f"tree-{source.resolve().name}"
+    source, scratch = Path(what).resolve(), ROOT / "build" / "compare"
     if not source.is_dir():
         commit = first_line("git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
         if not commit:
             raise SystemExit(f"{what!r} is neither a saved run, nor a source tree, nor a git ref")
-        name, source = commit[:12], scratch / f"{commit[:12]}-source"
+        source = scratch / commit[:12]
         export(commit, source)
-    site = scratch / name
+    site = scratch / f"{source.name}-built"
     shutil.rmtree(site, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "--target", str(site), str(source)], check=True)

@@ -41,12 +41,7 @@ class _Steps:
 
 
 class PublicLoop(_Steps):
-    """The public implementation's two steps, written down from the list of its operations and not from reference.py.
-
-    Per parameter and step: the norm of the gradient (times ``|w|`` if adaptive), stacked and normed again; a copy of
-    the weights, the perturbation as a tensor of its own, one addition; then ``p.data`` is the copy again, and the base
-    optimizer steps.
-    """
+    """The public implementation's two steps, written down from the list of its operations and not from reference.py."""
 
     @torch.no_grad()
     def first_step(self) -> None:

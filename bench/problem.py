@@ -79,8 +79,7 @@ class Problem:
         gradients stay what they are, so SAM ends where the base optimizer alone does.
 
         Args:
-            norm_error: what the optimizer's norm may be off by, relative. PyTorch's sum over one tensor of 100M float32
-                is off by some per cent.
+            norm_error: what the optimizer's norm may be off by, relative.
 
         Raises:
             AssertionError: they are not.

@@ -72,10 +72,6 @@ class Record:
         """The least of the ratios to those of these that were measured."""
         return min(self.faster_than(name).value for name in baselines if name in self.rounds)
 
-    def ratios(self) -> dict[str, Estimate]:
-        """To each baseline: how many times faster the target is."""
-        return {name: self.faster_than(name) for name in self.rounds if name != self.target}
-
     def shares(self, name: str | None = None) -> list[float]:
         """Of the bandwidth measured in the same round; empty where memory is no bound."""
         per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=False)

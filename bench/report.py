@@ -23,7 +23,7 @@ from scipy.stats import gmean
 
 from bench import targets
 from bench.machine import ROOT
-from bench.models import MODELS
+from bench.models import MODELS, NETWORKS
 from bench.peers import BEST_PEERS, REFERENCE
 from bench.processes import MEMORY, PLAIN, WEAK_SCALING
 from bench.records import Estimate, Record, Run, disagreement, median
@@ -56,7 +56,14 @@ SECTIONS = {
 }
 """Title -> pattern of its groups, which says what their table is called and what their rows are besides the case, and
 an explanation."""
-PICTURES = {"Whole optimizer step": "step", "Whole training iteration": "training"}
+PICTURES = {
+    "Whole optimizer step": (
+        "step",
+        {f"optimizer step, {base}": f"whole step with {base}: times faster than" for base in ("SGD", "AdamW")},
+    ),
+    "Whole training iteration": ("training", {ITERATION: "SAM's iteration / two of SGD's"}),
+}
+"""Title of a section -> its picture's name, and the picture's panels: group -> what its bars are."""
 HEAD = """# Benchmarks
 
 Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.
@@ -99,15 +106,20 @@ def interval(estimate: Estimate, digits: int) -> str:
     return value if low == high else f"{value} ({low} - {high})"
 
 
+def ratios(record: Record) -> dict[str, Estimate]:
+    """By contender: how many times faster we are, or its cost over that of the group's yardstick (:data:`RELATIVE`)."""
+    yardstick = RELATIVE.get(record.group, record.target)
+    return {name: record.faster_than(name, yardstick) for name in record.rounds if name != yardstick}
+
+
 def row(record: Record, besides: str | None = None) -> dict[str, str]:
     """A record's line in its table."""
     case = {"case": ", ".join(filter(None, [record.case, besides]))}
     if yardstick := RELATIVE.get(record.group):
-        others = [name for name in record.rounds if name != yardstick]
-        ratios = {name: interval(record.faster_than(name, yardstick), 3) for name in others}
-        return {**case, yardstick: cost(record, yardstick), **ratios}
-    ratios = {name: interval(ratio, 2) for name, ratio in record.ratios().items()}
-    cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **ratios}
+        others = {name: interval(ratio, 3) for name, ratio in ratios(record).items()}
+        return {**case, yardstick: cost(record, yardstick), **others}
+    others = {name: interval(ratio, 2) for name, ratio in ratios(record).items()}
+    cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **others}
     if shares := record.shares():
         cells["GB/s"] = f"{(record.bytes_moved or 0) / record.seconds().value / 1e9:.1f}"
         cells["of the measured bandwidth"] = f"{100 * median(shares).value:.0f} %"
@@ -166,7 +178,8 @@ def page_of(run: Run, pictures: Sequence[str] = ()) -> list[str]:
             if found := re.fullmatch(pattern, r.group):
                 tables[found["table"]].append(row(r, found.groupdict().get("row")))
         lines += [f"### {title}", "", *([text, ""] if text else [])] if tables else []
-        lines += [f"![{title}](benchmarks/{PICTURES[title]}.png)", ""] if PICTURES.get(title) in pictures else []
+        picture, _ = PICTURES.get(title, ("", {}))
+        lines += [f"![{title}](benchmarks/{picture}.png)", ""] if picture in pictures else []
         for name, rows in tables.items():
             lines += table_of(rows, f"**{name}**")
     if run.agreement:
@@ -181,25 +194,20 @@ def page_of(run: Run, pictures: Sequence[str] = ()) -> list[str]:
 def draw(run: Run, folder: Path) -> list[str]:
     """Bars with intervals of what the run has figures for; returns the pictures' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    step = {
-        f"whole step with {base}: times faster than": {
-            r.case: r.ratios() for r in run.find(f"optimizer step, {base}").values() if r.case in MODELS
-        }
-        for base in ("SGD", "AdamW")
-    }
-    iterations = {
-        r.case: {name: r.faster_than(name, SGD_TWICE) for name in r.rounds if name not in (SGD_ONCE, SGD_TWICE)}
-        for r in run.find(ITERATION).values()
-    }
     drawn = []
-    for name, panels in {"step": step, "training": {"SAM's iteration / two of SGD's": iterations}}.items():
-        filled = {title: rows for title, rows in panels.items() if rows}
+    for name, panels in PICTURES.values():
+        figures = {
+            title: {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
+            for group, title in panels.items()
+        }
+        filled = {title: rows for title, rows in figures.items() if rows}
         if not filled:
             continue
         size = (9, 3.6 * len(filled))
         figure, axes = plt.subplots(len(filled), 1, figsize=size, layout="constrained", squeeze=False)
         for axis, (title, rows) in zip(axes[:, 0], filled.items(), strict=True):
-            frame = pd.DataFrame(rows).T.dropna(axis="columns")  # without names that not every case has
+            # without names that not every case has, and SGD's single iteration
+            frame = pd.DataFrame(rows).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
             value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)
             errors = [[value[n] - low[n], high[n] - value[n]] for n in value]
             value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)

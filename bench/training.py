@@ -140,7 +140,7 @@ def unperturbed(bench: Bench, case: Case) -> None:
         run()
         results.append(nn.utils.parameters_to_vector(params).detach())
         optimizer.zero_grad()
-        contenders[name] = Contender({"": run}, make_gradients, optimizer.zero_grad)
+        settings = PLAIN if optimizer is base else ""
+        contenders[name] = Contender({"": run}, make_gradients, optimizer.zero_grad, settings=settings)
     torch.testing.assert_close(*results)
-    contenders[SGD_ONCE].settings = PLAIN
     bench.run(case, contenders, problem.elements)
