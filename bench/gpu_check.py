@@ -11,7 +11,6 @@ Exits with 0 if everything that was asked for passed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
@@ -64,13 +63,12 @@ class Step:
 class Check:
     """Runs steps one after the other within a time limit and writes down after each what became of it."""
 
-    def __init__(
-        self, minutes: float, results: Path, logs: Path, only: list[str], machine: dict[str, str], missing: list[str]
-    ) -> None:
-        self.deadline = time.monotonic() + 60 * minutes - SPARE
-        self.file, self.logs = results / "gpu-check.json", logs
-        self.machine, self.missing = machine, missing
-        self.asked = [name for name in STEPS if ASKED[name] in only]
+    def __init__(self, arguments: argparse.Namespace, machine: dict[str, str], missing: list[str]) -> None:
+        self.arguments, self.machine, self.missing = arguments, machine, missing
+        self.deadline = time.monotonic() + 60 * arguments.minutes - SPARE
+        self.file = arguments.results / "gpu-check.json"
+        self.logs = arguments.logs or arguments.results / "logs"
+        self.asked = [name for name in STEPS if ASKED[name] in arguments.only]
         self.waiting = {name: STEPS[name] for name in self.asked}
         earlier = json.loads(self.file.read_text())["steps"] if self.file.is_file() else []
         steps = {step["name"]: Step(**step) for step in earlier if step["commit"] == machine["commit"]}
@@ -82,9 +80,7 @@ class Check:
         return (self.deadline - time.monotonic()) * self.waiting[name] / sum(self.waiting.values())
 
     def run(self, name: str, command: list[str], **environment: str) -> Step:
-        """Run a step's command, if it was asked for, and record how it ended."""
-        if name not in self.waiting:
-            return self.steps.get(name, Step(name))
+        """Run a step's command and record how it ended."""
         step, limit, program = self.steps[name], self.limit(name), find(command[0])
         step.command = " ".join([*(f"{key}={value}" for key, value in environment.items()), *command])
         if program is None:
@@ -117,7 +113,7 @@ class Check:
         return self.done(name, PASSED if code == 0 else FAILED, "\n".join(stopped + tail))
 
     def done(self, name: str, state: str, detail: str) -> Step:
-        """Record how a step that was asked for has ended."""
+        """Record how a step has ended."""
         step = self.steps[name]
         step.state, step.detail = state, detail
         self.waiting.pop(name, None)
@@ -168,8 +164,6 @@ def use_wheels(folder: Path) -> None:
 
 def build(check: Check) -> bool:
     """Install the package, with CUDA kernels or else without. False if that fails, too."""
-    if "build" not in check.waiting:
-        return True
     (check.logs / "build.log").unlink(missing_ok=True)
     architecture, reason = check.machine.get("compute capability", "9.0").replace(".", ""), ""
     for options in BUILDS:
@@ -188,30 +182,11 @@ def build(check: Check) -> bool:
     return built
 
 
-def run_all(check: Check, arguments: argparse.Namespace) -> None:
-    """Every step that was asked for, in order."""
-    if not build(check):
-        for name in list(check.waiting):
-            check.done(name, NOT_RUN, "the build failed")
-        return
+def tests(check: Check, name: str, paths: list[str]) -> None:
     processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
     options = [*TESTS, *["-n", str(processes)] * bool(installed("pytest-xdist"))]
     options += ["--timeout=60"] * bool(installed("pytest-timeout"))
-    tests(check, "tests", [*options, *GPU_TESTS])
-    benchmarks(check, arguments)
-    for tool in SANITIZERS:
-        if tool in check.waiting and not list(ROOT.glob("sam_fast/_cuda*.so")):
-            check.done(tool, NOT_RUN, "the CUDA module was not built")
-        # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
-        # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
-        extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable]
-        check.run(tool, [*command, "tests/gpu/small_run.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    tests(check, "others", [*options, *OTHER_TESTS])
-
-
-def tests(check: Check, name: str, options: list[str]) -> None:
-    step = check.run(name, [*PYTEST, *options], OMP_NUM_THREADS="1")
+    step = check.run(name, [*PYTEST, *options, *paths], OMP_NUM_THREADS="1")
     log = check.logs / f"{name}.log"
     if step.seconds and log.is_file():
         # as bench/outcomes.py has written them: "7 passed, 1 skipped"
@@ -223,28 +198,51 @@ def tests(check: Check, name: str, options: list[str]) -> None:
         check.write()
 
 
-def benchmarks(check: Check, arguments: argparse.Namespace) -> None:
+def benchmarks(check: Check) -> None:
     """Chosen cases of the suite; what there is no time for is listed in the file."""
-    if "benchmarks" not in check.waiting:
-        return
-    (arguments.results / "cuda.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+    saved = check.arguments.results.resolve() / "cuda.json"
+    saved.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     minutes = max(check.limit("benchmarks") - 30, 5) / 60  # so that the last case ends in time
     command = [*PYTEST, "-p", "bench.outcomes", "-rN", "--benchmark-quiet", "bench", "--benchmark-only"]
-    command += ["--device", arguments.device, "--minutes", f"{minutes:.2f}", "-k", arguments.select]
-    saved = str((arguments.results / "cuda.json").resolve())
-    check.run("benchmarks", [*command, "--save", saved, "--commit", check.machine["commit"]])
+    command += ["--device", check.arguments.device, "--minutes", f"{minutes:.2f}", "-k", check.arguments.select]
+    check.run("benchmarks", [*command, "--save", str(saved), "--commit", check.machine["commit"]])
+
+
+def sanitizer(check: Check, tool: str) -> None:
+    if not list(ROOT.glob("sam_fast/_cuda*.so")):
+        check.done(tool, NOT_RUN, "the CUDA module was not built")
+        return
+    # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
+    # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
+    extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable]
+    check.run(tool, [*command, "tests/gpu/small_run.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def run_all(check: Check) -> None:
+    """Every step that was asked for, in order."""
+    for name in check.asked:
+        if name == "build":
+            if not build(check):
+                for later in list(check.waiting):
+                    check.done(later, NOT_RUN, "the build failed")
+                return
+        elif name == "benchmarks":
+            benchmarks(check)
+        elif name in SANITIZERS:
+            sanitizer(check, name)
+        else:
+            tests(check, name, GPU_TESTS if name == "tests" else OTHER_TESTS)
 
 
 def require_gpu() -> None:
-    found = "no PyTorch"
-    with contextlib.suppress(ImportError):
+    if installed("torch"):
         import torch
 
         if torch.cuda.is_available():
             return
-        found = f"torch {torch.__version__}, whose torch.cuda.is_available() is False"
-    needs = "gpu-check needs an NVIDIA GPU and a PyTorch that sees it"
-    raise SystemExit(f"{needs}: {sys.executable} has {found}. Nothing was run or written.")
+    seen = f"torch.cuda.is_available() must be True in {sys.executable}"
+    raise SystemExit(f"gpu-check needs an NVIDIA GPU and a PyTorch that sees it: {seen}. Nothing was run or written.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -256,15 +254,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--results", type=Path, default=results, help="for cuda.json and gpu-check.json (default: build/gpu-check)")
     add("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
     add("--commit", default="", help="the commit of these files, where they came without git")
-    add("--only", default=",".join(names), help="steps to run, of (and by default) " + ",".join(names))
+    steps = "steps to run, of (and by default) " + ",".join(names)
+    add("--only", default=names, type=lambda given: given.split(","), help=steps)
     add("--minutes", type=float, default=17.0, help="for everything (default: 17)")
     add("--wheels", type=Path, help="a folder of wheels for the steps, installed beside the environment")
     rehearsal = "rehearsal: the benchmarks on the CPU, to try this program"
     add("--device", default="cuda", choices=["cuda", "rehearsal"], help=rehearsal)
     add("--select", default="", help="the benchmarks to run, as pytest's -k")
     arguments = parser.parse_args(argv)
-    only = arguments.only.split(",")
-    if unknown := set(only) - set(names):
+    if unknown := set(arguments.only) - set(names):
         parser.error(f"--only names {', '.join(sorted(unknown))}: the steps are {', '.join(names)}")
     if arguments.wheels is not None:
         use_wheels(arguments.wheels)
@@ -272,15 +270,13 @@ def main(argv: list[str] | None = None) -> int:
         require_gpu()
     missing = missing_here()
     print("\n   ".join(["missing here:", *missing] if missing else ["nothing is missing"]), flush=True)
-    logs = arguments.logs or arguments.results / "logs"
-    machine = describe(arguments.device, arguments.commit)
-    check = Check(arguments.minutes, arguments.results, logs, only, machine, missing)
+    check = Check(arguments, describe(arguments.device, arguments.commit), missing)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
-    run_all(check, arguments)
+    run_all(check)
     for step in check.steps.values():
         what, *_ = step.detail.splitlines() or [""]
         print(f"{step.name:12s} {step.state:8s} {step.seconds:4.0f} s  {what}")
-    print(f"written: {check.file}, the figures beside it, the logs in {logs}")
+    print(f"written: {check.file}, the figures beside it, the logs in {check.logs}")
     return 0 if all(check.steps[name].state == PASSED for name in check.asked) else 1
 
 

@@ -142,7 +142,7 @@ def make_all(
 ) -> dict[str, Contender]:
     """Those that can run here, sam_fast with these settings, their results checked once for each case. ``bench`` is
     told about the others."""
-    missing = {}
+    missing: dict[str, str] = {}
     if not installed("pytorch_optimizer"):
         missing |= dict.fromkeys((PEER_LOOP, PEER_FOREACH), "pytorch_optimizer is not installed")
     if shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -106,9 +106,11 @@ ON_A_GPU: list[tuple[str, str, str, Values]] = [
 
 def rows(cpu: Run, gpu: Run | None = None) -> list[dict[str, str]]:
     """Every target: what was wanted, what was measured (empty where nothing was), and whether it is met."""
-    on_a_gpu = [(f"GPU: {target}", *rest) for target, *rest in ON_A_GPU]
-    figures = [(cpu, target) for target in ON_THE_CPU] + [(gpu or Run({}), target) for target in on_a_gpu]
-    return [{"target": target, **_judged(values(run), bound, which)} for run, (target, bound, which, values) in figures]
+    return [
+        {"target": where + target, **_judged(values(run), bound, which)}
+        for run, where, wanted in ((cpu, "", ON_THE_CPU), (gpu or Run({}), "GPU: ", ON_A_GPU))
+        for target, bound, which, values in wanted
+    ]
 
 
 def _judged(values: pd.Series, bound: str, which: str) -> dict[str, str]:

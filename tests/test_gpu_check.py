@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,8 @@ def test_a_run_that_is_killed_keeps_what_was_measured(tmp_path):
 
 
 def check_of(tmp_path: Path, only: str, minutes: float = 1.0, commit: str = "c") -> gpu_check.Check:
-    return gpu_check.Check(minutes, tmp_path, tmp_path / "logs", only.split(","), {"commit": commit}, [])
+    arguments = Namespace(minutes=minutes, results=tmp_path, logs=None, only=only.split(","))
+    return gpu_check.Check(arguments, {"commit": commit}, [])
 
 
 def test_a_build_that_fails_with_cuda_goes_on_without_and_is_a_failure(tmp_path, monkeypatch):
