@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from bench.harness import Case
@@ -17,30 +18,19 @@ OF_TARGETS = (OURS, REFERENCE, PEER_LOOP, FOREACH)
 EVERYWHERE, CPU, GPU = ("cpu", "cuda"), ("cpu",), ("cuda",)
 
 
-def step(
-    group: str,
-    name: str,
-    contenders: tuple[str, ...],
-    on: tuple[str, ...] = EVERYWHERE,
-    seconds: float = 1.0,
-    rounds: tuple[int, int] = (5, 60),
-    **options: Any,
-) -> Case:
-    options["contenders"] = contenders
-    return Case(optimizer_step, group, name, options, on, seconds=seconds, rounds=rounds)
+def step(group: str, name: str, contenders: tuple[str, ...], on: tuple[str, ...] = EVERYWHERE, **options: Any) -> Case:
+    return Case(optimizer_step, group, name, {"contenders": contenders, **options}, on)
 
 
 # What launching takes comes first: on a GPU the profiler, which the others use, may leave every launch a little slower.
-HOST = [
-    row
-    for count in (1, 161)
-    for name, settings in ((f"{count} x 8", {}), (f"{count} x 8, flatten", {"flatten": True}))
-    for row in (
-        step("host time", name, FEW, head_start=HOST_ALONE, seconds=0.4, rounds=(5, 100), **settings),
+HOST = []
+for name in ("1 x 8", "1 x 8, flatten", "161 x 8", "161 x 8, flatten"):
+    options: dict[str, Any] = {"head_start": HOST_ALONE, **({"flatten": True} if "flatten" in name else {})}
+    HOST += [
+        replace(step("host time", name, FEW, **options), seconds=0.4, rounds=(5, 100)),
         # the same where nothing else has used the caches in between
-        step("host time, alone", name, (OURS,), head_start=HOST_ALONE, seconds=0.1, rounds=(15, 200), **settings),
-    )
-]
+        replace(step("host time, alone", name, (OURS,), **options), seconds=0.1, rounds=(15, 200)),
+    ]
 CONVNETS = [name for name in NETWORKS if name.startswith("ConvNet")]
 TRAINING = [
     *(Case(iteration, ITERATION, name, seconds=2.0, rounds=(4, 60)) for name in NETWORKS),
@@ -65,16 +55,16 @@ STEPS = [
         step("reference and public loop", name, (REFERENCE, PUBLIC_LOOP), CPU)
         for name in ("resnet18", "efficientnet_b0")
     ),
-    *(step("scaling with the number of parameters", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_ELEMENTS),
-    *(step("scaling with the number of tensors", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_TENSORS),
+    *(
+        replace(step(f"scaling with the number of {what}", name, (OURS, REFERENCE), CPU), seconds=0.3)
+        for what, names in (("parameters", BY_ELEMENTS), ("tensors", BY_TENSORS))
+        for name in names
+    ),
 ]
+VARIANTS = {"float32": {}, "float32, adaptive": {"adaptive": True}, "bfloat16": {"dtype": "bfloat16"}}
 OPERATIONS = [
     Case(operations, "operation", f"vit_base_patch16_224, {name}", options, parts=1, seconds=4.0, rounds=(12, 60))
-    for name, options in {
-        "float32": {},
-        "float32, adaptive": {"adaptive": True},
-        "bfloat16": {"dtype": "bfloat16"},
-    }.items()
+    for name, options in VARIANTS.items()
 ]
 PROCESSES = [
     Case(memory, MEMORY, "8 linear layers of 2048", parts=1),
