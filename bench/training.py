@@ -17,7 +17,7 @@ import sam_fast
 from bench.harness import Bench, Case, Contender
 from bench.models import NETWORKS, SHAPES
 from bench.problem import Problem, backward, copies, make_params, params_of
-from bench.timers import WITH_LAUNCHES
+from bench.timers import WITH_LAUNCHES, Work
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 from sam_fast.reference import ReferenceSAM
 
@@ -25,7 +25,7 @@ SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 SGD_ONCE, SGD_TWICE, REFERENCE = "SGD", "2 x SGD", "SAM reference"
 ITERATION, PRICE, UNPERTURBED = "training iteration", "iteration, fewer passes", "unperturbed step"
 CYCLE = 4
-"""Iterations that are timed together: one of them perturbs under ``Schedule(every=4)``."""
+"""One of so many iterations perturbs under ``Schedule(every=4)``."""
 ASCENT, EVERY = "ascent=1/4", f"every={CYCLE}"
 
 
@@ -33,19 +33,18 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(model(x), y)
 
 
-def plain(model: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> Callable[[], None]:
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> Work:
     optimizer = torch.optim.SGD(model.parameters(), **SGD, fused=True)
 
-    def iterations() -> None:
-        for _ in range(times):
-            loss(model, x, y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def iteration() -> None:
+        loss(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return iterations
+    return iteration
 
 
-def perturbed(model: nn.Module, x: Tensor, y: Tensor, sam: Any = SAM) -> Callable[[], None]:
+def perturbed(model: nn.Module, x: Tensor, y: Tensor, sam: Any = SAM) -> Work:
     """The loop that runs with every SAM implementation."""
     optimizer = sam(model.parameters(), torch.optim.SGD, **SGD)
 
@@ -62,34 +61,28 @@ def perturbed(model: nn.Module, x: Tensor, y: Tensor, sam: Any = SAM) -> Callabl
 
 def scheduled(
     model: nn.Module, x: Tensor, y: Tensor, chosen: Any = nn.Module.parameters, schedule: Any = None, **options: Any
-) -> Callable[[], None]:
-    """``CYCLE`` of SAM's iterations, on chosen parameters, with TrainStep's ``options``."""
-    step = sam_fast.TrainStep(model, SAM(chosen(model), **SGD, schedule=schedule), loss, **options)
-
-    def iterations() -> None:
-        for _ in range(CYCLE):
-            step(x, y)
-
-    return iterations
+) -> Work:
+    """SAM on chosen parameters; ``options`` are TrainStep's."""
+    return partial(sam_fast.TrainStep(model, SAM(chosen(model), **SGD, schedule=schedule), loss, **options), x, y)
 
 
 PLAIN = "torch.optim.SGD(fused=True)"
-CONTENDERS: dict[str, dict[str, tuple[Callable[..., Callable[[], None]], str]]] = {
+CONTENDERS: dict[str, dict[str, tuple[Callable[..., Work], int, str]]] = {
     ITERATION: {
-        "sam_fast": (perturbed, ""),
-        SGD_ONCE: (plain, PLAIN),
-        SGD_TWICE: (partial(plain, times=2), "two iterations of the same"),
-        REFERENCE: (partial(perturbed, sam=ReferenceSAM), "sam_fast/reference.py, SGD's defaults"),
+        "sam_fast": (perturbed, 1, ""),
+        SGD_ONCE: (plain, 1, PLAIN),
+        SGD_TWICE: (plain, 2, "two iterations of the same"),
+        REFERENCE: (partial(perturbed, sam=ReferenceSAM), 1, "sam_fast/reference.py, SGD's defaults"),
     },
     PRICE: {
-        "sam_fast": (scheduled, ""),
-        ASCENT: (partial(scheduled, ascent=0.25), ""),
-        EVERY: (partial(scheduled, schedule=sam_fast.Schedule(every=CYCLE)), ""),
-        "norm layers only": (partial(scheduled, chosen=sam_fast.norm_layers_only), ""),
-        SGD_ONCE: (partial(plain, times=CYCLE), f"{PLAIN}, {CYCLE} iterations, as all"),
+        "sam_fast": (scheduled, CYCLE, ""),
+        ASCENT: (partial(scheduled, ascent=0.25), CYCLE, ""),
+        EVERY: (partial(scheduled, schedule=sam_fast.Schedule(every=CYCLE)), CYCLE, ""),
+        "norm layers only": (partial(scheduled, chosen=sam_fast.norm_layers_only), CYCLE, ""),
+        SGD_ONCE: (plain, CYCLE, f"{PLAIN}, {CYCLE} iterations, as all"),
     },
 }
-"""By group and name: what makes the iterations that are timed together, and its settings."""
+"""By group and name: what makes an iteration, how many are timed together, and the settings."""
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -119,10 +112,15 @@ def iteration(bench: Bench, case: Case) -> None:
     model, x, y = make().to(bench.device), x[:few], y[:few]
     if case.id not in bench.checked:
         check(model, x, y)
-    contenders = {
-        name: Contender({"": runs(copy.deepcopy(model), x, y)}, head_start=WITH_LAUNCHES, settings=settings)
-        for name, (runs, settings) in CONTENDERS[case.group].items()
-    }
+
+    def repeat(run: Work, times: int) -> None:
+        for _ in range(times):
+            run()
+
+    contenders = {}
+    for name, (make_iteration, times, settings) in CONTENDERS[case.group].items():
+        runs = partial(repeat, make_iteration(copy.deepcopy(model), x, y), times)
+        contenders[name] = Contender({"": runs}, head_start=WITH_LAUNCHES, settings=settings)
     bench.run(case, contenders, weights(model).numel())
 
 
