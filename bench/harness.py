@@ -75,7 +75,7 @@ def measure(
     gpu: Gpu | None = None,
     flush: Work = nothing,
 ) -> dict[str, dict[str, Timer]]:
-    """Timers by stage and contender, each with its seconds of each round.
+    """Timers by stage and contender, with the seconds of each round.
 
     A round runs every contender once, in an order drawn anew, so that none always finds the caches and the allocator as
     the same other left them. There are as many rounds as ``seconds`` allow, but at least and at most ``rounds``.
