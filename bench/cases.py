@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from bench.harness import PARTS
+from bench.harness import Case
 from bench.models import BY_ELEMENTS, BY_TENSORS, LARGEST, MODELS, NETWORKS, TINY
 from bench.optimizer import operations, optimizer_step
 from bench.peers import COMPILED, FOREACH, OURS, PEER_FOREACH, PEER_LOOP, PUBLIC_LOOP, REFERENCE, REFERENCE_FUSED
 from bench.processes import MEMORY, WEAK_SCALING, import_time, memory, weak_scaling
 from bench.timers import HOST_ALONE, WITH_LAUNCHES
-from bench.training import ITERATION, PRICE, UNPERTURBED, fewer_passes, iteration, unperturbed
+from bench.training import ITERATION, PRICE, UNPERTURBED, iteration, unperturbed
 
 EVERY, FEW = (OURS, REFERENCE, REFERENCE_FUSED, PEER_LOOP, PEER_FOREACH, FOREACH), (OURS, REFERENCE, FOREACH)
 OF_TARGETS = (OURS, REFERENCE, PEER_LOOP, FOREACH)
 EVERYWHERE, CPU, GPU = ("cpu", "cuda"), ("cpu",), ("cuda",)
-
-
-@dataclass(frozen=True)
-class Case:
-    """``measure(bench, group, name, **options)`` makes the case's records, on these kinds of device, in at most so many
-    parts."""
-
-    measure: Callable[..., None]
-    group: str
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    on: tuple[str, ...] = EVERYWHERE
-    parts: int = PARTS
-
-    @property
-    def id(self) -> str:
-        """For pytest's -k: words and numbers without spaces."""
-        return "-".join(re.sub(r"[^\w.]+", "_", text) for text in (self.measure.__name__, self.group, self.name))
 
 
 def step(group: str, name: str, contenders: tuple[str, ...], on: tuple[str, ...] = EVERYWHERE, **options: Any) -> Case:
@@ -43,19 +23,18 @@ def step(group: str, name: str, contenders: tuple[str, ...], on: tuple[str, ...]
 
 
 # What launching takes comes first: on a GPU the profiler, which the others use, may leave every launch a little slower.
-HOST = [
-    row
-    for count in (1, 161)
-    for name, settings in ((f"{count} x 8", {}), (f"{count} x 8, flatten", {"flatten": True}))
-    for row in (
-        step("host time", name, FEW, head_start=HOST_ALONE, seconds=0.4, rounds=(5, 100), **settings),
+HOST = []
+for name in ("1 x 8", "1 x 8, flatten", "161 x 8", "161 x 8, flatten"):
+    options: dict[str, Any] = {"head_start": HOST_ALONE, **({"flatten": True} if "flatten" in name else {})}
+    HOST += [
+        replace(step("host time", name, FEW, **options), seconds=0.4, rounds=(5, 100)),
         # the same where nothing else has used the caches in between
-        step("host time, alone", name, (OURS,), head_start=HOST_ALONE, seconds=0.1, rounds=(15, 200), **settings),
-    )
-]
+        replace(step("host time, alone", name, (OURS,), **options), seconds=0.1, rounds=(15, 200)),
+    ]
+CONVNETS = [name for name in NETWORKS if name.startswith("ConvNet")]
 TRAINING = [
-    *(Case(iteration, ITERATION, name) for name in NETWORKS),
-    *(Case(fewer_passes, PRICE, name, parts=1) for name in NETWORKS if name.startswith("ConvNet")),
+    *(Case(iteration, ITERATION, name, seconds=2.0, rounds=(4, 60)) for name in NETWORKS),
+    *(Case(iteration, PRICE, name, parts=1, seconds=8.0, rounds=(8, 20)) for name in CONVNETS),
     *(Case(unperturbed, UNPERTURBED, name) for name in ("resnet18", "resnet50")),
 ]
 STEPS = [
@@ -76,16 +55,16 @@ STEPS = [
         step("reference and public loop", name, (REFERENCE, PUBLIC_LOOP), CPU)
         for name in ("resnet18", "efficientnet_b0")
     ),
-    *(step("scaling with the number of parameters", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_ELEMENTS),
-    *(step("scaling with the number of tensors", name, (OURS, REFERENCE), CPU, seconds=0.3) for name in BY_TENSORS),
+    *(
+        replace(step(f"scaling with the number of {what}", name, (OURS, REFERENCE), CPU), seconds=0.3)
+        for what, names in (("parameters", BY_ELEMENTS), ("tensors", BY_TENSORS))
+        for name in names
+    ),
 ]
+VARIANTS = {"float32": {}, "float32, adaptive": {"adaptive": True}, "bfloat16": {"dtype": "bfloat16"}}
 OPERATIONS = [
-    Case(operations, "operation", f"vit_base_patch16_224, {name}", options, parts=1)
-    for name, options in {
-        "float32": {},
-        "float32, adaptive": {"adaptive": True},
-        "bfloat16": {"dtype": "bfloat16"},
-    }.items()
+    Case(operations, "operation", f"vit_base_patch16_224, {name}", options, parts=1, seconds=4.0, rounds=(12, 60))
+    for name, options in VARIANTS.items()
 ]
 PROCESSES = [
     Case(memory, MEMORY, "8 linear layers of 2048", parts=1),

@@ -33,7 +33,6 @@ REGRESSION = "REGRESSION"
 YARDSTICKS = (TORCH_COPY, REFERENCE, SGD_TWICE, FOREACH)
 """What a record's figures are relative to: the first of these that is among its contenders."""
 SELECT = "operation and float32 or host_time-161 or SGD-resnet18"
-PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
 
 
 def figures(runs: Sequence[Run]) -> pd.DataFrame:
@@ -68,18 +67,17 @@ def changes(base: Sequence[Run], head: Sequence[Run], threshold: float) -> pd.Da
 def install(what: str) -> Path:
     """Build the package of a ref or source tree and put it, with this checkout's benchmarks, into a folder of its
     own."""
-    source, scratch = Path(what), ROOT / "build" / "compare"
-    name = f"tree-{source.resolve().name}"
+    source, scratch = Path(what).resolve(), ROOT / "build" / "compare"
     if not source.is_dir():
         commit = first_line("git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
         if not commit:
             raise SystemExit(f"{what!r} is neither a saved run, nor a source tree, nor a git ref")
-        name, source = commit[:12], scratch / f"{commit[:12]}-source"
+        source = scratch / commit[:12]
         export(commit, source)
-    site = scratch / name
+    site = scratch / f"{source.name}-built"
     shutil.rmtree(site, ignore_errors=True)
-    constraints = ["-c", str(ROOT / "constraints.txt")]
-    subprocess.run([*PIP, *constraints, "--target", str(site), str(source)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "--target", str(site), str(source)], check=True)
     shutil.copytree(ROOT / "bench", site / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     return site
 
@@ -92,20 +90,21 @@ def export(commit: str, folder: Path) -> None:
         subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
 
 
+def python(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the package that is in ``site``."""
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, *command], cwd=site, env=environment, capture_output=True, text=True)
+
+
 def measured(site: Path, number: int, options: Sequence[str]) -> Run:
     """One run of the selected benchmarks with the package that is in ``site``."""
-    saved = site / f"run-{number}.json"
-
-    def python(*command: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-        whole = [sys.executable, *command]
-        return subprocess.run(whole, cwd=site, env=environment, capture_output=True, text=True, check=False)
-
-    probe = python("-c", "import sam_fast; print(sam_fast.__file__)")
+    probe = python(site, "-c", "import sam_fast; print(sam_fast.__file__)")
     if not probe.stdout.startswith(str(site)):
         raise SystemExit(f"the package under {site} is not what Python imports there: {probe.stdout}{probe.stderr}")
+    saved = site / f"run-{number}.json"
     pytest = ["-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--rootdir", str(site)]
-    done = python(*pytest, str(site / "bench"), "--save", str(saved), *options)
+    done = python(site, *pytest, str(site / "bench"), "--save", str(saved), *options)
     if done.returncode != 0:
         raise SystemExit(f"the benchmarks failed in {site}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     return Run.load(saved)
@@ -115,28 +114,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", help="a saved run, a git ref or a source tree")
-    parser.add_argument("head", help="what is compared with it, of the same kinds")
-    parser.add_argument("--select", default=SELECT, help="the benchmarks to run, as pytest's -k (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each version (default: 3)")
-    parser.add_argument(
-        "--threshold", type=float, default=0.1, help="the slowdown that counts, beyond the noise (default: 0.1, 10 %%)"
-    )
+    add = parser.add_argument
+    add("base", help="a saved run, a git ref or a source tree")
+    add("head", help="what is compared with it, of the same kinds")
+    add("--select", default=SELECT, help="the benchmarks to run, as pytest's -k (default: %(default)s)")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    add("--repeats", type=int, default=3, help="runs of each version (default: 3)")
+    slowdown = "the slowdown that counts, beyond the noise (default: 0.1, 10 %%)"
+    add("--threshold", type=float, default=0.1, help=slowdown)
     arguments = parser.parse_args(argv)
     both = [arguments.base, arguments.head]
     files = [Path(side).is_file() for side in both]
-    if any(files):
-        if not all(files):
-            parser.error("BASE and HEAD must both be saved runs, or neither")
+    if all(files):
         sides = [[Run.load(Path(side))] for side in both]
+    elif any(files):
+        parser.error("BASE and HEAD must both be saved runs, or neither")
     else:
         sites = [install(side) for side in both]
         if sites[0] == sites[1]:
             parser.error("BASE and HEAD are the same commit")
         options = ["-k", arguments.select, "--device", arguments.device]
         runs = [[measured(site, number, options) for site in sites] for number in range(arguments.repeats)]
-        sides = [list(side) for side in zip(*runs, strict=True)]
+        sides = list(zip(*runs, strict=True))
     found = changes(*sides, arguments.threshold)
     if found.empty:
         print("the two have no benchmark in common")
@@ -145,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     width = max(map(len, found.index))
     for name, slower, noise, verdict in found.itertuples():
         print(f"{name:{width}s}  {slower:6.3f} ± {100 * noise:4.1f} %  {verdict}")
-    worse = int((found["verdict"] == REGRESSION).sum())
+    worse = (found["verdict"] == REGRESSION).sum()
     print(f"{worse} of {len(found)} slower by more than {100 * arguments.threshold:.0f} % beyond the noise")
     return 1 if worse else 0
 

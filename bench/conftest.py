@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bench import models
-from bench.cases import CASES, Case
-from bench.harness import Bench
+from bench.cases import CASES
+from bench.harness import Bench, Case
 from bench.machine import describe, load_average
 from bench.records import Run
 
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     bench = Bench(device, config.getoption("--smoke"))
     if bench.smoke:
         models.shrink()
-    selection = "rehearsal" if bench.rehearsal else "smoke" if bench.smoke else "default"
+    selection = device if device == "rehearsal" else "smoke" if bench.smoke else "default"
     machine = {**describe(device, config.getoption("--commit")), "seconds": "0", "selection": selection}
     config.stash[BENCH], config.stash[RUN] = bench, Run(machine, bench.records, bench.left_out)
     config.stash[BEGIN] = time.monotonic()
@@ -62,8 +62,7 @@ class Replay:
     """pytest-benchmark's timer: it advances only by what the harness has measured, whose contenders take turns, so that
     its table shows the same numbers for every device."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         self.now += 1e-12  # a timer that stood still would have no precision to determine
@@ -77,7 +76,7 @@ REPLAY = Replay()
 def bench(request: pytest.FixtureRequest, benchmark: Any, case: Case, part: int) -> Iterator[Bench]:
     """The run's :class:`Bench`. What the case measures first is shown in pytest-benchmark's table, all parts so far."""
     bench, config = request.config.stash[BENCH], request.config
-    bench.case, bench.shown = case.id, None
+    bench.shown = None
     if time.monotonic() - config.stash[BEGIN] > 60 * config.getoption("--minutes"):
         if part == 0:
             bench.leave_out(f"{case.id}: the time was up (--minutes)")

@@ -1,15 +1,10 @@
-"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found. See
-docs/gpu.md.
+"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found.
 
-    python3 -m bench.gpu_check [--results DIR] [--logs DIR] [--commit SHA] [--only STEPS] [--minutes M] [--wheels DIR]
+    python3 -m bench.gpu_check [options]
 
-Steps, in this order: build; tests (tests/gpu, by themselves); benchmarks (chosen cases of the suite in bench/);
-sanitizers (memcheck, racecheck); others (all other tests for GPUs). It uses the PyTorch of the Python that runs it and
+docs/gpu.md says what the steps do and what they leave behind. This uses the PyTorch of the Python that runs it and
 needs no network, no make and no git: the package is installed into that Python's environment, editable, without build
 isolation. A step that fails does not stop the next; where the CUDA module cannot be built, the rest goes on without it.
-
-Written after each step: ``gpu-check.json``, what became of it. While a step runs: ``<step>.log`` with every test's
-outcome as it is known, and after each benchmark ``cuda.json``, which bench.report reads. These are 8 files at most.
 Exits with 0 if everything that was asked for passed.
 """
 
@@ -19,23 +14,21 @@ import argparse
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.machine import ROOT, describe, find, installed
-from bench.outcomes import count
 from bench.records import replace
 
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
 STEPS = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
-"""Step -> its share of the time.
-
-What one does not use goes to the next; the limits never add up to more than there is.
-"""
+"""Step -> its share of the time. What one does not use goes to the next."""
 SANITIZERS = ("memcheck", "racecheck")
 ASKED = {step: "sanitizers" if step in SANITIZERS else step for step in STEPS}
 """Step -> its name in --only."""
@@ -49,8 +42,7 @@ BUILDS: tuple[dict[str, str], ...] = (
     {"SAM_FAST_CUDA": "0", "SAM_FAST_NATIVE": "1"},
     {"SAM_FAST_NATIVE": "0"},
 )
-"""Tried one after the other: with CUDA kernels; without them, for the triton and torch backends; without any compiler.
-"""
+"""Tried in turn: with CUDA kernels; without them, for the triton and torch backends; without any compiler."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 TESTS = ["-p", "bench.outcomes", "--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
 GPU_TESTS, OTHER_TESTS = ["tests/gpu"], ["tests", "--ignore=tests/gpu"]
@@ -71,52 +63,41 @@ class Step:
 class Check:
     """Runs steps one after the other within a time limit and writes down after each what became of it."""
 
-    def __init__(
-        self, minutes: float, results: Path, logs: Path, only: list[str], machine: dict[str, str], missing: list[str]
-    ) -> None:
-        self.deadline = time.monotonic() + 60 * minutes - SPARE
-        self.file = results / "gpu-check.json"
-        self.logs = logs
-        self.waiting = {name: share for name, share in STEPS.items() if ASKED[name] in only}
-        self.asked = list(self.waiting)
-        self.machine = machine
-        self.missing = missing
+    def __init__(self, arguments: argparse.Namespace, machine: dict[str, str], missing: list[str]) -> None:
+        self.arguments, self.machine, self.missing = arguments, machine, missing
+        self.deadline = time.monotonic() + 60 * arguments.minutes - SPARE
+        self.file = arguments.results / "gpu-check.json"
+        self.logs = arguments.logs or arguments.results / "logs"
+        self.asked = [name for name in STEPS if ASKED[name] in arguments.only]
+        self.waiting = {name: STEPS[name] for name in self.asked}
         earlier = json.loads(self.file.read_text())["steps"] if self.file.is_file() else []
-        kept = {s["name"]: Step(**s) for s in earlier if s["commit"] == machine["commit"]}
-        commit, asked = machine["commit"], dict.fromkeys(self.asked)
-        self.steps = {n: Step(n, commit=commit) if n in asked else kept[n] for n in STEPS if n in {**asked, **kept}}
-        self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        steps = {step["name"]: Step(**step) for step in earlier if step["commit"] == machine["commit"]}
+        steps |= {name: Step(name, commit=machine["commit"]) for name in self.asked}
+        self.steps = {name: steps[name] for name in STEPS if name in steps}
 
     def limit(self, name: str) -> float:
         """Seconds that a step may take now: its share of what is left."""
         return (self.deadline - time.monotonic()) * self.waiting[name] / sum(self.waiting.values())
 
     def run(self, name: str, command: list[str], **environment: str) -> Step:
-        """Run a step's command, if it was asked for, and record how it ended."""
-        step = self.steps.get(name, Step(name))
-        if name not in self.waiting:
-            return step
-        limit, program = self.limit(name), find(command[0])
+        """Run a step's command and record how it ended."""
+        step, limit, program = self.steps[name], self.limit(name), find(command[0])
         step.command = " ".join([*(f"{key}={value}" for key, value in environment.items()), *command])
         if program is None:
-            step.detail = f"{command[0]} is not installed"
-        elif limit < 5:
-            step.detail = "the time was up"
-        else:
-            self._run(step, [program, *command[1:]], limit, {**self.environment, **environment})
-        return self.done(step)
-
-    def _run(self, step: Step, command: list[str], limit: float, environment: dict[str, str]) -> None:
+            return self.done(name, step.state, f"{command[0]} is not installed")
+        if limit < 5:
+            return self.done(name, step.state, "the time was up")
         step.state, step.detail = RUNNING, "was running when this was written"
         self.write()
-        print(f"-- {step.name}, at most {limit:.0f} s: {step.command}", flush=True)
+        print(f"-- {name}, at most {limit:.0f} s: {step.command}", flush=True)
         begin = time.monotonic()
         self.logs.mkdir(parents=True, exist_ok=True)
-        path = self.logs / f"{step.name}.log"
-        with path.open("a" if step.name == "build" else "w") as log:
+        path = self.logs / f"{name}.log"
+        with path.open("a" if name == "build" else "w") as log:
             # In a process group of its own, so that what it has started can be stopped with it: other steps measure.
+            whole, env = [program, *command[1:]], {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                whole, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
                 code = process.wait(limit)
@@ -127,19 +108,17 @@ class Check:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         step.seconds = round(time.monotonic() - begin, 1)
-        step.state = PASSED if code == 0 else FAILED
         tail = path.read_text(errors="replace").splitlines()[-1 if code == 0 else -30 :]
-        step.detail = "\n".join([f"stopped after {limit:.0f} s"] * (code is None) + tail)
+        stopped = [f"stopped after {limit:.0f} s"] if code is None else []
+        return self.done(name, PASSED if code == 0 else FAILED, "\n".join(stopped + tail))
 
-    def skip(self, name: str, reason: str) -> None:
-        if name in self.waiting:
-            self.done(Step(name, detail=reason, commit=self.machine["commit"]))
-
-    def done(self, step: Step) -> Step:
-        self.waiting.pop(step.name, None)
-        self.steps[step.name] = step
+    def done(self, name: str, state: str, detail: str) -> Step:
+        """Record how a step has ended."""
+        step = self.steps[name]
+        step.state, step.detail = state, detail
+        self.waiting.pop(name, None)
         self.write()
-        print(f"   {step.name}: {step.state} ({step.seconds:.0f} s)\n   {step.detail}", flush=True)
+        print(f"   {name}: {state} ({step.seconds:.0f} s)\n   {detail}", flush=True)
         return step
 
     def write(self) -> None:
@@ -150,25 +129,25 @@ class Check:
 def missing_here() -> list[str]:
     """What is not there, and what follows."""
     native = "no native module can be built, neither for GPUs nor for the CPU"
-    no_cuda = "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1"
-    setuptools = int(installed("setuptools").partition(".")[0] or 0) >= 77
-    needs = [
-        ("setuptools 77 or newer", setuptools, "the package cannot be built, and nothing runs"),
-        ("cmake", find("cmake"), native),
-        ("pybind11", installed("pybind11"), native),
-        ("nvcc", find("nvcc"), no_cuda),
-        ("pytest", installed("pytest"), "no tests and no benchmarks"),
-        ("pytest-benchmark", installed("pytest-benchmark"), "no benchmarks"),
-        ("pytest-xdist", installed("pytest-xdist"), "tests run one after the other and may not end in time"),
-        ("hypothesis", installed("hypothesis"), "tests/test_properties.py does not run"),
-        ("compute-sanitizer", find("compute-sanitizer"), "no sanitizers"),
-        (
-            "pytorch_optimizer",
-            installed("pytorch_optimizer"),
-            "it is left out of the peers; its target is not measured",
-        ),
-    ]
-    return [f"{what}: {follows}" for what, there, follows in needs if not there]
+    programs = {
+        "cmake": native,
+        "nvcc": "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1",
+        "compute-sanitizer": "no sanitizers",
+    }
+    packages = {
+        "pybind11": native,
+        "pytest": "no tests and no benchmarks",
+        "pytest-benchmark": "no benchmarks",
+        "pytest-xdist": "tests run one after the other and may not end in time",
+        "hypothesis": "tests/test_properties.py does not run",
+        "pytorch_optimizer": "it is left out of the peers; its target is not measured",
+    }
+    missing = {"setuptools 77 or newer": "the package cannot be built, and nothing runs"}
+    if int(installed("setuptools").partition(".")[0] or 0) >= 77:
+        missing.clear()
+    missing |= {program: follows for program, follows in programs.items() if not find(program)}
+    missing |= {package: follows for package, follows in packages.items() if not installed(package)}
+    return [f"{what}: {follows}" for what, follows in missing.items()]
 
 
 def use_wheels(folder: Path) -> None:
@@ -183,87 +162,87 @@ def use_wheels(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def build(check: Check, architecture: str) -> bool:
+def build(check: Check) -> bool:
     """Install the package, with CUDA kernels or else without. False if that fails, too."""
-    if "build" not in check.waiting:
-        return True
     (check.logs / "build.log").unlink(missing_ok=True)
-    share, reason = check.waiting["build"], ""
+    architecture, reason = check.machine.get("compute capability", "9.0").replace(".", ""), ""
     for options in BUILDS:
-        check.waiting["build"] = share
+        check.waiting["build"] = STEPS["build"]
         step = check.run("build", BUILD, CMAKE_CUDA_ARCHITECTURES=architecture, **options)
         if step.state != FAILED:
             break
         reason = reason or step.detail
         print(f"   the build with {options} failed", flush=True)
-    if step.state == PASSED and reason:
+    built = step.state == PASSED
+    if built and reason:
         # The later ones serve what needs no CUDA module; the step itself has failed.
         used = " ".join(f"{key}={value}" for key, value in options.items())
         said = f"without the CUDA module, whose build failed; what follows was built with {used}"
-        step.state, step.detail = FAILED, f"{said}\n{reason}"
-        check.done(step)
-        return True
-    return step.state == PASSED
+        check.done("build", FAILED, f"{said}\n{reason}")
+    return built
 
 
-def run_all(check: Check, arguments: argparse.Namespace) -> None:
-    """Every step that was asked for, in order."""
-    if not build(check, check.machine.get("compute capability", "9.0").replace(".", "")):
-        for name in list(check.waiting):
-            check.skip(name, "the build failed")
-        return
+def tests(check: Check, name: str, paths: list[str]) -> None:
     processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
     options = [*TESTS, *["-n", str(processes)] * bool(installed("pytest-xdist"))]
     options += ["--timeout=60"] * bool(installed("pytest-timeout"))
-    tests(check, "tests", [*options, *GPU_TESTS])
-    benchmarks(check, arguments)
-    for tool in SANITIZERS:
-        if not list(ROOT.glob("sam_fast/_cuda*.so")):
-            check.skip(tool, "the CUDA module was not built")
-        # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
-        # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
-        extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable]
-        check.run(tool, [*command, "tests/gpu/small_run.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    tests(check, "others", [*options, *OTHER_TESTS])
-
-
-def tests(check: Check, name: str, options: list[str]) -> None:
-    step = check.run(name, [*PYTEST, *options], OMP_NUM_THREADS="1")
+    step = check.run(name, [*PYTEST, *options, *paths], OMP_NUM_THREADS="1")
     log = check.logs / f"{name}.log"
     if step.seconds and log.is_file():
-        outcomes = count(log)
-        if step.state == PASSED and " passed" not in outcomes:
+        # as bench/outcomes.py has written them: "7 passed, 1 skipped"
+        found = Counter(re.findall(r"^:: (\w+) ", log.read_text(errors="replace"), re.MULTILINE))
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(found.items())) or "no test"
+        if step.state == PASSED and "passed" not in found:
             step.state = NOT_RUN
         step.detail = f"{outcomes}\n{step.detail}"
         check.write()
 
 
-def benchmarks(check: Check, arguments: argparse.Namespace) -> None:
+def benchmarks(check: Check) -> None:
     """Chosen cases of the suite; what there is no time for is listed in the file."""
-    if "benchmarks" not in check.waiting:
-        return
-    (arguments.results / "cuda.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+    saved = check.arguments.results.resolve() / "cuda.json"
+    saved.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     minutes = max(check.limit("benchmarks") - 30, 5) / 60  # so that the last case ends in time
     command = [*PYTEST, "-p", "bench.outcomes", "-rN", "--benchmark-quiet", "bench", "--benchmark-only"]
-    command += ["--device", arguments.device, "--minutes", f"{minutes:.2f}", "-k", arguments.select]
-    saved = str((arguments.results / "cuda.json").resolve())
-    check.run("benchmarks", [*command, "--save", saved, "--commit", check.machine["commit"]])
+    command += ["--device", check.arguments.device, "--minutes", f"{minutes:.2f}", "-k", check.arguments.select]
+    check.run("benchmarks", [*command, "--save", str(saved), "--commit", check.machine["commit"]])
+
+
+def sanitizer(check: Check, tool: str) -> None:
+    if not list(ROOT.glob("sam_fast/_cuda*.so")):
+        check.done(tool, NOT_RUN, "the CUDA module was not built")
+        return
+    # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
+    # PyTorch itself probes for what the driver may not have: errors of the API are not ours.
+    extra = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = ["compute-sanitizer", "--tool", tool, *extra, "--error-exitcode", "9", sys.executable]
+    check.run(tool, [*command, "tests/gpu/small_run.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def run_all(check: Check) -> None:
+    """Every step that was asked for, in order."""
+    for name in check.asked:
+        if name == "build":
+            if not build(check):
+                for later in list(check.waiting):
+                    check.done(later, NOT_RUN, "the build failed")
+                return
+        elif name == "benchmarks":
+            benchmarks(check)
+        elif name in SANITIZERS:
+            sanitizer(check, name)
+        else:
+            tests(check, name, GPU_TESTS if name == "tests" else OTHER_TESTS)
 
 
 def require_gpu() -> None:
-    needs = "gpu-check needs an NVIDIA GPU and a PyTorch that sees it"
-    try:
+    if installed("torch"):
         import torch
-    except ImportError:
-        raise SystemExit(f"{needs}: {sys.executable} has no PyTorch. Nothing was run or written.") from None
-    if not torch.cuda.is_available():
-        raise SystemExit(f"{needs}: torch.cuda.is_available() is False. Nothing was run or written.")
 
-
-def as_table(steps: dict[str, Step]) -> str:
-    rows = [(s.name, s.state, f"{s.seconds:.0f} s", s.detail.partition("\n")[0]) for s in steps.values()]
-    return "\n".join(f"{name:12s} {state:8s} {seconds:>6s}  {detail}" for name, state, seconds, detail in rows)
+        if torch.cuda.is_available():
+            return
+    seen = f"torch.cuda.is_available() must be True in {sys.executable}"
+    raise SystemExit(f"gpu-check needs an NVIDIA GPU and a PyTorch that sees it: {seen}. Nothing was run or written.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,15 +254,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--results", type=Path, default=results, help="for cuda.json and gpu-check.json (default: build/gpu-check)")
     add("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
     add("--commit", default="", help="the commit of these files, where they came without git")
-    add("--only", default=",".join(names), help="steps to run, of (and by default) " + ",".join(names))
+    steps = "steps to run, of (and by default) " + ",".join(names)
+    add("--only", default=names, type=lambda given: given.split(","), help=steps)
     add("--minutes", type=float, default=17.0, help="for everything (default: 17)")
     add("--wheels", type=Path, help="a folder of wheels for the steps, installed beside the environment")
     rehearsal = "rehearsal: the benchmarks on the CPU, to try this program"
     add("--device", default="cuda", choices=["cuda", "rehearsal"], help=rehearsal)
     add("--select", default="", help="the benchmarks to run, as pytest's -k")
     arguments = parser.parse_args(argv)
-    only = arguments.only.split(",")
-    if unknown := set(only) - set(names):
+    if unknown := set(arguments.only) - set(names):
         parser.error(f"--only names {', '.join(sorted(unknown))}: the steps are {', '.join(names)}")
     if arguments.wheels is not None:
         use_wheels(arguments.wheels)
@@ -291,13 +270,13 @@ def main(argv: list[str] | None = None) -> int:
         require_gpu()
     missing = missing_here()
     print("\n   ".join(["missing here:", *missing] if missing else ["nothing is missing"]), flush=True)
-    logs = arguments.logs or arguments.results / "logs"
-    machine = describe(arguments.device, arguments.commit)
-    check = Check(arguments.minutes, arguments.results, logs, only, machine, missing)
+    check = Check(arguments, describe(arguments.device, arguments.commit), missing)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
-    run_all(check, arguments)
-    print(as_table(check.steps))
-    print(f"written: {check.file}, the figures beside it, the logs in {logs}")
+    run_all(check)
+    for step in check.steps.values():
+        what, *_ = step.detail.splitlines() or [""]
+        print(f"{step.name:12s} {step.state:8s} {step.seconds:4.0f} s  {what}")
+    print(f"written: {check.file}, the figures beside it, the logs in {check.logs}")
     return 0 if all(check.steps[name].state == PASSED for name in check.asked) else 1
 
 

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,22 +38,13 @@ def installed(package: str) -> str:
 
 def describe(device: str, commit: str = "") -> dict[str, str]:
     """Device, versions, commit, date."""
-    name = {"device": "none: a rehearsal on the CPU, whose figures say nothing"}
-    if device == "cpu":
-        import torch
-
-        import sam_fast
-
-        isa = sam_fast.backends.build_info().get("cpu: instruction set in use", "no native module")
-        name = {"device": processor(), "threads": str(torch.get_num_threads()), "instruction set": isa}
-    elif device == "cuda":
-        name = gpu()
+    rehearsal = {"device": "none: a rehearsal on the CPU, whose figures say nothing"}
     packages = {package: installed(package) for package in ("torch", "pytorch_optimizer", "triton")}
     return {
         "kind": "cpu" if device == "cpu" else "cuda",
-        **name,
+        **(cpu() if device == "cpu" else gpu() if device == "cuda" else rehearsal),
         **{package: version for package, version in packages.items() if version},
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "load average": load_average(),
         **commit_and_date(commit),
     }
@@ -70,6 +60,15 @@ def commit_and_date(commit: str = "") -> dict[str, str]:
 def load_average() -> str:
     """At the end of a run on an idle machine: at most its number of threads."""
     return f"{os.getloadavg()[0]:.1f}"
+
+
+def cpu() -> dict[str, str]:
+    import torch
+
+    from sam_fast import backends
+
+    isa = backends.build_info().get("cpu: instruction set in use", "no native module")
+    return {"device": processor(), "threads": str(torch.get_num_threads()), "instruction set": isa}
 
 
 def gpu() -> dict[str, str]:

@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from bench import peers
-from bench.harness import Bench, Contender, steps_of
+from bench.harness import Bench, Case, Contender
 from bench.models import SHAPES
+from bench.peers import make_all
 from bench.problem import Problem, backward, copies, make_params
 from bench.records import TORCH_COPY
-from bench.timers import OURS
+from bench.timers import HEAD_START
 from sam_fast import backends
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
@@ -27,55 +26,52 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
 in, weights and momentum out; AdamW has two moments."""
 
 
-def make_problem(bench: Bench, name: str, base: str = "SGD", dtype: str = "float32", adaptive: bool = False) -> Problem:
+def make_problem(
+    bench: Bench, case: Case, base: str = "SGD", dtype: str = "float32", adaptive: bool = False
+) -> Problem:
     """On the shapes that a case's name begins with."""
-    start = make_params(SHAPES[name.partition(", ")[0]], getattr(torch, dtype), bench.device)
+    start = make_params(SHAPES[case.name.partition(", ")[0]], getattr(torch, dtype), bench.device)
     return Problem(start, *BASES[base][:2], rho=0.5 if adaptive else 0.05, adaptive=adaptive)
 
 
 def optimizer_step(
     bench: Bench,
-    group: str,
-    name: str,
+    case: Case,
     contenders: Sequence[str],
     base: str = "SGD",
     dtype: str = "float32",
     adaptive: bool = False,
-    seconds: float = 1.0,
-    rounds: tuple[int, int] = (5, 60),
-    head_start: float | str | None = "",
+    head_start: float | None = HEAD_START,
     **settings: Any,
 ) -> None:
     """first_step, second_step and their sum. ``settings`` are sam_fast's."""
     if (backend := settings.get("backend")) not in (None, *usable(bench.device)):
-        return bench.leave_out(f"{group}: the {backend} backend cannot be used here")
-    problem = make_problem(bench, name, base, dtype, adaptive)
-    methods = peers.make_all(bench, contenders, problem, **settings)
-    timing = {} if head_start == "" else {"head_start": head_start}
+        return bench.leave_out(f"{case.group}: the {backend} backend cannot be used here")
+    problem = make_problem(bench, case, base, dtype, adaptive)
+    made = make_all(bench, case, contenders, problem, head_start, **settings)
     size = problem.elements * problem.start[0].element_size() // 4
-    bench.run(
-        group,
-        name,
-        {name: steps_of(method, problem.gradients, **timing) for name, method in methods.items()},
-        elements=problem.elements,
-        # norm: g; perturb: w and g in, w and the backup out. The norm of an adaptive group reads the weights too.
-        bytes_moved={"first_step": (24 if adaptive else 20) * size, "second_step": BASES[base][2] * size},
-        total="optimizer step",
-        seconds=seconds,
-        rounds=rounds,
-        settings={name: method.settings for name, method in methods.items()},
-    )
+    # norm: g; perturb: w and g in, w and the backup out. The norm of an adaptive group reads the weights too.
+    moved = {"first_step": (24 if adaptive else 20) * size, "second_step": BASES[base][2] * size}
+    bench.run(case, made, problem.elements, moved, total="optimizer step")
 
 
-def operations(bench: Bench, group: str, name: str, dtype: str = "float32", adaptive: bool = False) -> None:
+def operations(bench: Bench, case: Case, dtype: str = "float32", adaptive: bool = False) -> None:
     """grad_norm, perturb and restore of a bucket by itself, on each backend. Restoring and stepping in one is
     second_step, which is among the steps."""
-    problem = make_problem(bench, name, "SGD", dtype, adaptive)
-    contenders = {backend: operations_of(problem, backend, bench.unchecked()) for backend in usable(bench.device)}
-    contenders[TORCH_COPY] = torch_copy(problem.start)
+    problem = make_problem(bench, case, "SGD", dtype, adaptive)
+    check = case.id not in bench.checked
+    contenders = {backend: operations_of(problem, backend, check) for backend in usable(bench.device)}
+    targets = [torch.empty_like(p) for p in problem.start]
+
+    def copy() -> None:
+        """What does not change with this project: Tensor.copy_ of the same weights."""
+        for target, p in zip(targets, problem.start, strict=True):
+            target.copy_(p.detach())
+
     size = problem.elements * problem.start[0].element_size()
     moved = {"grad_norm": (2 if adaptive else 1) * size, "perturb": 4 * size, "restore": 2 * size}
-    bench.run(group, name, contenders, elements=problem.elements, bytes_moved=moved, seconds=4.0, rounds=(12, 60))
+    contenders[TORCH_COPY] = Contender(dict.fromkeys(moved, copy))
+    bench.run(case, contenders, problem.elements, moved)
 
 
 def operations_of(problem: Problem, backend: str, check: bool = True) -> Contender:
@@ -102,18 +98,7 @@ def operations_of(problem: Problem, backend: str, check: bool = True) -> Contend
         stages["restore"]()
         exact = all(torch.equal(p, q) for p, q in zip(params, problem.start, strict=True))
         assert exact, "restore is not exact, so it is not timed"
-    return Contender(stages, prepare=collect, head_start=OURS)
-
-
-def torch_copy(start: list[nn.Parameter]) -> Contender:
-    """What does not change with this project: Tensor.copy_ of the same weights."""
-    targets = [torch.empty_like(p) for p in start]
-
-    def run() -> None:
-        for target, p in zip(targets, start, strict=True):
-            target.copy_(p.detach())
-
-    return Contender(dict.fromkeys(("grad_norm", "perturb", "restore"), run))
+    return Contender(stages, prepare=collect, head_start=HEAD_START)
 
 
 def usable(device: str) -> list[str]:

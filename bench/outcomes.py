@@ -4,10 +4,7 @@ killed has them in its log. ``python -m pytest -p bench.outcomes --no-summary``
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Generator
-from pathlib import Path
 
 import pytest
 
@@ -27,9 +24,3 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
         print(f"{MARK}error {report.nodeid} {report.longreprtext}", flush=True)
-
-
-def count(log: Path) -> str:
-    """``7 passed, 1 skipped`` out of such a log."""
-    found = Counter(re.findall(rf"^{MARK}(\w+) ", log.read_text(errors="replace"), re.MULTILINE))
-    return ", ".join(f"{number} {outcome}" for outcome, number in sorted(found.items())) or "no test"

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.harness import Bench, Case, Contender
 from bench.machine import installed
-from bench.problem import Method, Problem, copies
+from bench.problem import Problem, backward, copies, params_of
+from bench.timers import BASELINE_HEAD_START, HEAD_START
 from sam_fast import SAM, backends
 from sam_fast.reference import ReferenceSAM
 
@@ -35,16 +37,11 @@ class _Steps:
     def __init__(self, params: Sequence[nn.Parameter], base: Any, rho: float, adaptive: bool, **options: Any) -> None:
         self.base = base(params, **options)
         self.params, self.rho, self.adaptive = list(params), rho, adaptive
-        self.zero_grad = self.base.zero_grad
+        self.param_groups, self.zero_grad = self.base.param_groups, self.base.zero_grad
 
 
 class PublicLoop(_Steps):
-    """The public implementation's two steps, written down from the list of its operations and not from reference.py.
-
-    Per parameter and step: the norm of the gradient (times ``|w|`` if adaptive), stacked and normed again; a copy of
-    the weights, the perturbation as a tensor of its own, one addition; then ``p.data`` is the copy again, and the base
-    optimizer steps.
-    """
+    """The public implementation's two steps, written down from the list of its operations and not from reference.py."""
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -71,7 +68,9 @@ class ForeachSAM(_Steps):
     def __init__(self, params: Sequence[nn.Parameter], base: Any, compiled: bool = False, **options: Any) -> None:
         super().__init__(params, base, **options)
         self.backup = [torch.empty_like(p) for p in self.params]
-        self.perturb = _compiled_perturb() if compiled else _foreach_perturb
+        self.perturb = _foreach_perturb
+        if compiled:
+            self.perturb = torch.compile(_foreach_perturb, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -93,11 +92,6 @@ def _foreach_perturb(params: list[Tensor], grads: list[Any], backup: list[Tensor
     torch._foreach_add_(params, torch._foreach_mul(scaled, rho / (norm + 1e-12)))
 
 
-@cache
-def _compiled_perturb() -> Any:
-    return torch.compile(_foreach_perturb, fullgraph=True, dynamic=False)
-
-
 def _peer(foreach: bool, params: Sequence[nn.Parameter], base: Any, **options: Any) -> Any:
     from pytorch_optimizer import SAM as PeerSAM
 
@@ -109,7 +103,7 @@ def _peer(foreach: bool, params: Sequence[nn.Parameter], base: Any, **options: A
 
 
 MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
-    OURS: (SAM, "SAM"),
+    OURS: (SAM, "make_all says which"),
     REFERENCE: (ReferenceSAM, "sam_fast/reference.py, base optimizer with its defaults"),
     REFERENCE_FUSED: (partial(ReferenceSAM, fused=True), "sam_fast/reference.py, base optimizer with fused=True"),
     PEER_LOOP: (partial(_peer, False), "pytorch_optimizer's SAM(fused=True), foreach=False on a GPU"),
@@ -124,28 +118,45 @@ MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
 """Name -> what makes it, and with which settings."""
 
 
-def make(name: str, problem: Problem, **settings: Any) -> Method:
-    """One method on parameters of its own; ``settings`` are further ones, of sam_fast."""
-    maker, said = MAKERS[name]
-    params = copies(problem.start)
-    if name == OURS:
-        given = ", ".join(f"{key}={value!r}" for key, value in settings.items()) or "default settings"
-        said = f"SAM, {given}, {backends.choose(params[0], settings.get('backend')).name} backend"
+def make(name: str, problem: Problem, **settings: Any) -> Any:
+    """An optimizer on parameters of its own, with these settings besides the problem's."""
     options = {"rho": problem.rho, "adaptive": problem.adaptive, **problem.options, **settings}
-    return Method(maker(params, problem.base, **options), params, said)
+    return MAKERS[name][0](copies(problem.start), problem.base, **options)
 
 
-def make_all(bench: Any, names: Sequence[str], problem: Problem, **settings: Any) -> dict[str, Method]:
-    """Those of the methods that can run here, sam_fast with these settings, their results checked once for each case.
-    ``bench`` is told about the others."""
-    methods = {}
+def steps_of(optimizer: Any, gradients: Sequence[Tensor], head_start: float | None = HEAD_START) -> Contender:
+    """first_step and second_step as in a training loop: each finds the gradients of a new backward pass."""
+    if head_start == HEAD_START and not isinstance(optimizer, SAM):
+        head_start = BASELINE_HEAD_START
+    stages = {"first_step": optimizer.first_step, "second_step": optimizer.second_step}
+    return Contender(stages, backward(params_of(optimizer), gradients), optimizer.zero_grad, head_start)
+
+
+def make_all(
+    bench: Bench,
+    case: Case,
+    names: Sequence[str],
+    problem: Problem,
+    head_start: float | None = HEAD_START,
+    **settings: Any,
+) -> dict[str, Contender]:
+    """Those that can run here, sam_fast with these settings, their results checked once for each case. ``bench`` is
+    told about the others."""
+    missing: dict[str, str] = {}
+    if not installed("pytorch_optimizer"):
+        missing |= dict.fromkeys((PEER_LOOP, PEER_FOREACH), "pytorch_optimizer is not installed")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        missing[COMPILED] = "there is no C++ compiler"
+    given = ", ".join(f"{key}={value!r}" for key, value in settings.items()) or "default settings"
+    backend = backends.choose(problem.start[0], settings.get("backend")).name
+    made = {}
     for name in names:
-        if name in (PEER_LOOP, PEER_FOREACH) and not installed("pytorch_optimizer"):
-            bench.leave_out(f"{name}: pytorch_optimizer is not installed")
-        elif name == COMPILED and shutil.which(os.environ.get("CXX", "g++")) is None:
-            bench.leave_out(f"{name}: there is no C++ compiler")
-        else:
-            methods[name] = make(name, problem, **(settings if name == OURS else {}))
-            if bench.unchecked():
-                problem.check(name, methods[name], norm_error=0.0 if name == OURS else NORM_ERROR)
-    return methods
+        if name in missing:
+            bench.leave_out(f"{name}: {missing[name]}")
+            continue
+        optimizer = make(name, problem, **(settings if name == OURS else {}))
+        if case.id not in bench.checked:
+            problem.check(name, optimizer, norm_error=0.0 if name == OURS else NORM_ERROR)
+        made[name] = steps_of(optimizer, problem.gradients, head_start)
+        made[name].settings = f"SAM, {given}, {backend} backend" if name == OURS else MAKERS[name][1]
+    return made

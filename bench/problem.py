@@ -1,4 +1,4 @@
-"""What every method is given, and the check that none is timed whose result is wrong."""
+"""What every contender is given, and the check that none is timed whose result is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 STEPS = 2
-"""That a method makes in the check: the first makes the base optimizer's state, fused second steps begin later."""
+"""That are made in the check: the first makes the base optimizer's state, fused second steps begin later."""
 
 
 def make_params(
@@ -45,13 +45,8 @@ def backward(params: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Cal
     return run
 
 
-@dataclass
-class Method:
-    """One way to make SAM's step, and the parameters it works on."""
-
-    optimizer: Any
-    params: list[nn.Parameter]
-    settings: str = ""
+def params_of(optimizer: Any) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 @dataclass
@@ -64,9 +59,9 @@ class Problem:
     rho: float = 0.05
     adaptive: bool = False
 
-    @cached_property
-    def gradients(self) -> list[Tensor]:
-        return [p.grad.clone() for p in self.start if p.grad is not None]
+    @property
+    def gradients(self) -> list[Any]:
+        return [p.grad for p in self.start]
 
     @property
     def elements(self) -> int:
@@ -79,22 +74,30 @@ class Problem:
         squares = [((p.double() if self.adaptive else 1.0) * g.double()).square().sum() for p, g in pairs]
         return float(torch.stack(squares).sum().sqrt())
 
-    def check(self, name: str, method: Method, norm_error: float = 0.0) -> None:
-        """After its first first_step and after ``STEPS`` steps the method must be where float64 says: gradients stay
-        what they are, so SAM ends where the base optimizer alone does.
+    def check(self, name: str, optimizer: Any, norm_error: float = 0.0) -> None:
+        """After its first first_step and after ``STEPS`` steps the optimizer's parameters must be where float64 says:
+        gradients stay what they are, so SAM ends where the base optimizer alone does.
 
         Args:
-            norm_error: what the method's norm may be off by, relative. PyTorch's sum over one tensor of 100M float32 is
-                off by some per cent.
+            norm_error: what the optimizer's norm may be off by, relative.
 
         Raises:
-            AssertionError: it is not.
+            AssertionError: they are not.
         """
-        perturbed, stepped = _steps(method, self.gradients)
-        self.check_perturbed(name, perturbed, norm_error)
+        params = params_of(optimizer)
+        make_gradients = backward(params, self.gradients)
+        for step in range(STEPS):
+            make_gradients()
+            optimizer.first_step()
+            if step == 0:
+                self.check_perturbed(name, params, norm_error)
+            optimizer.zero_grad()
+            make_gradients()
+            optimizer.second_step()
+            optimizer.zero_grad()
         # AdamW's steps are of the size of lr whatever the gradient: one near zero may be rounded to either side of it.
         slack = 0.0 if self.base is torch.optim.SGD else 0.01 * STEPS * float(self.options["lr"])
-        for got, p, g in _pieces(stepped, self.start, self.gradients):
+        for got, p, g in _pieces(params, self.start, self.gradients):
             wanted = nn.Parameter(p.to(torch.float64, copy=True))
             wanted.grad, base = g.double(), self.base([wanted], **self.options)
             for _ in range(STEPS):
@@ -123,18 +126,3 @@ def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """What belongs together in these lists of tensors, in pieces that a cache holds."""
     for tensors in zip(*lists, strict=True):
         yield from zip(*(t.detach().reshape(-1).split(1 << 17) for t in tensors), strict=True)
-
-
-def _steps(method: Method, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights after the first first_step, and after ``STEPS`` steps."""
-    perturbed: list[Tensor] = []
-    make_gradients, optimizer = backward(method.params, gradients), method.optimizer
-    for _ in range(STEPS):
-        make_gradients()
-        optimizer.first_step()
-        perturbed = perturbed or [p.detach().clone() for p in method.params]
-        optimizer.zero_grad()
-        make_gradients()
-        optimizer.second_step()
-        optimizer.zero_grad()
-    return perturbed, [p.detach().clone() for p in method.params]

@@ -19,18 +19,25 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from bench import peers
-from bench.harness import Bench, Contender, glibc, measure, nothing
+from bench.harness import Bench, Case, Contender, mallopt, measure
 from bench.models import SHAPES
 from bench.peers import OURS, REFERENCE
 from bench.problem import Problem, copies, make_params
 from bench.records import Record
-from bench.timers import HostTimer
+from bench.timers import synchronize
 from sam_fast import SAM
+from sam_fast.reference import ReferenceSAM
 
 MEMORY, WEAK_SCALING = "peak memory", "weak scaling"
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
-PLAIN, FLAT = "SGD", "sam_fast, flatten"
+PLAIN = "SGD"
+MAKERS: dict[str, Callable[..., Any]] = {
+    OURS: SAM,
+    "sam_fast, flatten": partial(SAM, flatten=True),
+    PLAIN: lambda params, base, **options: base(params, fused=True, **options),
+    REFERENCE: ReferenceSAM,
+}
+"""Whose memory is measured."""
 WIDTH, LAYERS, BATCH = 2048, 8, 8
 RHO = 0.05
 
@@ -43,42 +50,32 @@ def resident() -> int:
 
 def peak_bytes(contender: str, device: str) -> float:
     """What three training steps need beyond what there was before the model. In a new process: a peak never sinks."""
-    if libc := glibc():
-        libc.mallopt(-3, 1 << 16)  # a tensor's memory goes back when it is freed: what the allocator keeps is chance
+    mallopt(-3, 1 << 16)  # a tensor's memory goes back when it is freed: what the allocator keeps is chance
     x = torch.randn(BATCH, WIDTH, device=device)
     nn.Linear(WIDTH, 64, device=device)(x).sum().backward()
     before = resident() if device == "cpu" else torch.cuda.memory_allocated()
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, device=device), nn.ReLU())]
     model = nn.Sequential(*layers)
-    params = list(model.parameters())
-    if contender == PLAIN:
-        optimizer: Any = torch.optim.SGD(params, fused=True, **SGD)
-    else:
-        maker, extra = peers.MAKERS[contender.partition(",")[0]][0], {"flatten": True} if contender == FLAT else {}
-        optimizer = maker(params, torch.optim.SGD, rho=RHO, adaptive=False, **SGD, **extra)
-    for _ in range(3):
+    optimizer = MAKERS[contender](model.parameters(), torch.optim.SGD, **SGD)
+    steps = [optimizer.step] if contender == PLAIN else [optimizer.first_step, optimizer.second_step]
+    for step in 3 * steps:
         model(x).square().mean().backward()
-        if contender != PLAIN:
-            optimizer.first_step()
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-        optimizer.step() if contender == PLAIN else optimizer.second_step()
+        step()
         optimizer.zero_grad()
     return float((resident() if device == "cpu" else torch.cuda.max_memory_allocated()) - before)
 
 
-def memory(bench: Bench, group: str, name: str) -> None:
+def memory(bench: Bench, case: Case) -> None:
     """Peak memory of three training steps."""
-    names = (OURS, FLAT, PLAIN, REFERENCE)
     with get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        found = pool.starmap(peak_bytes, [(name, bench.device) for name in names], chunksize=1)
-    peaks = {name: [peak] for name, peak in zip(names, found, strict=True)}
+        found = pool.starmap(peak_bytes, [(name, bench.device) for name in MAKERS], chunksize=1)
+    peaks = {name: [peak] for name, peak in zip(MAKERS, found, strict=True)}
     elements = LAYERS * (WIDTH * WIDTH + WIDTH)
     # The weights and their gradients are there in any case; less was not measured right.
     assert min(map(min, peaks.values())) > 2 * 4 * elements
     how = "as the allocator says" if bench.device == "cuda" else "peak RSS of a child process"
     facts = {"unit": "bytes", "how": how, "device": bench.kind}
-    bench.add(Record(group, name, OURS, peaks, elements, facts=facts))
+    bench.add(Record(case.group, case.name, OURS, peaks, elements, facts=facts))
 
 
 def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
@@ -108,7 +105,6 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
-    synchronize = torch.cuda.synchronize if device == "cuda" else nothing
     source = torch.randn(16_000_000, device=device)
     target = torch.empty_like(source)
     stages: dict[str, Callable[[], object]] = {"streaming copy": lambda: target.copy_(source)}
@@ -116,38 +112,37 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
         optimizer = optimizer_of(shapes, kind == "shard", device)
         stages |= {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
     done = {name: lambda run=run: (run(), synchronize()) for name, run in stages.items()}
-    contender = {"": Contender(done, distributed.barrier)}
-    times, _ = measure(contender, 0.0, (rounds, rounds), lambda _: HostTimer(synchronize))
-    slowest = torch.tensor([v for row in times.values() for v in row.values()], dtype=torch.float64, device=device)
+    timers = measure({"": Contender(done, distributed.barrier)}, 0.0, (rounds, rounds))
+    slowest = torch.tensor([row[""].rounds for row in timers.values()], dtype=torch.float64, device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps(dict(zip(times, slowest.tolist(), strict=True))))
+        Path(f"{store}.json").write_text(json.dumps(dict(zip(timers, slowest.tolist(), strict=True))))
     distributed.destroy_process_group()
 
 
-def weak_scaling(bench: Bench, group: str, name: str) -> None:
+def weak_scaling(bench: Bench, case: Case) -> None:
     """The optimizer's own time with several processes, each with one thread (or GPU) and the same number of parameters,
     as replicas or as shards of DTensors, relative to one. Processes on one machine share its memory: the streaming copy
     shows what that costs."""
     most = torch.cuda.device_count() if bench.device == "cuda" else min(os.cpu_count() or 1, 2)
     if most == 1:
-        return bench.leave_out(f"{group}: needs two cores, or two GPUs")
+        return bench.leave_out(f"{case.group}: needs two cores, or two GPUs")
     by_size: dict[str, dict[str, list[float]]] = {}
     for size in sorted({most, 1} | {n for n in (2, 4) if n < most}, reverse=True):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (size, f"{folder}/store", SHAPES[name], 3 if bench.smoke else 30, bench.device)
+            arguments = (size, f"{folder}/store", SHAPES[case.name], 3 if bench.smoke else 30, bench.device)
             multiprocessing.spawn(work, arguments, nprocs=size)
             processes = f"{size} process{'es' if size > 1 else ''}"
             by_size[processes] = json.loads(Path(f"{folder}/store.json").read_text())
     for stage in by_size["1 process"]:
         rounds = {processes: by_stage[stage] for processes, by_stage in by_size.items()}
-        bench.add(Record(group, stage, next(iter(rounds)), rounds))
+        bench.add(Record(case.group, stage, next(iter(rounds)), rounds))
 
 
-def import_time(bench: Bench, group: str, name: str) -> None:
+def import_time(bench: Bench, case: Case) -> None:
     """Seconds that ``import sam_fast`` adds to ``import torch``, in fresh processes."""
     script = "import time, torch; t = time.perf_counter(); import sam_fast; print(time.perf_counter() - t)"
     cached = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", script]
     runs = [subprocess.run(command, check=True, capture_output=True, text=True, env=cached) for _ in range(4)]
-    bench.add(Record(group, name, OURS, {OURS: [float(run.stdout) for run in runs[1:]]}))
+    bench.add(Record(case.group, case.name, OURS, {OURS: [float(run.stdout) for run in runs[1:]]}))

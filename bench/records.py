@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 COPY, TORCH_COPY = "streaming copy", "torch copy_"
 CEILING = 1.1
@@ -17,8 +17,7 @@ READ_ONLY = "grad_norm"
 """What only reads, which some memories do faster than they copy: groups that begin so."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A median and the 95 % confidence interval of it."""
 
     value: float
@@ -61,10 +60,6 @@ class Record:
     def key(self) -> str:
         return f"{self.group} | {self.case}"
 
-    @property
-    def baselines(self) -> list[str]:
-        return [name for name in self.rounds if name != self.target]
-
     def seconds(self, name: str | None = None) -> Estimate:
         return median(self.rounds[name or self.target])
 
@@ -73,18 +68,14 @@ class Record:
         slows the whole machine for a while hits both."""
         return median([b / t for b, t in zip(self.rounds[baseline], self.rounds[name or self.target], strict=True)])
 
-    def fastest(self, names: Iterable[str]) -> str | None:
-        """Of these, by its median."""
-        there = [name for name in names if name in self.rounds]
-        return min(there, key=lambda name: statistics.median(self.rounds[name]), default=None)
+    def faster_than_best(self, baselines: Iterable[str]) -> float:
+        """The least of the ratios to those of these that were measured."""
+        return min(self.faster_than(name).value for name in baselines if name in self.rounds)
 
     def shares(self, name: str | None = None) -> list[float]:
         """Of the bandwidth measured in the same round; empty where memory is no bound."""
         per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=False)
         return [(self.bytes_moved or 0) / seconds / (self.copy_bytes / copy) for seconds, copy in per_round]
-
-    def share_of_copy(self) -> Estimate:
-        return median(self.shares())
 
     def invalid(self) -> str:
         """Why this cannot have been measured right; empty if it can. On a GPU only what does not write may be faster
@@ -107,11 +98,9 @@ class Run:
     """``date``: of a second run of the same commit (``bench.report --again``); ``apart``: how far it was from this one,
     by record (:func:`disagreement`)."""
 
-    def find(self, group: str) -> list[Record]:
-        return [r for r in self.records if r.group == group]
-
-    def get(self, group: str, case: str) -> Record | None:
-        return next((r for r in self.records if (r.group, r.case) == (group, case)), None)
+    def find(self, group: str) -> dict[str, Record]:
+        """By case."""
+        return {r.case: r for r in self.records if r.group == group}
 
     def save(self, path: Path) -> None:
         """Write everything, all at once: whoever is killed meanwhile leaves the file as it was."""
@@ -142,6 +131,10 @@ def replace(path: Path, text: str) -> None:
 
 def disagreement(a: Run, b: Run, baseline: str = "reference") -> dict[str, float]:
     """By record: how far the two runs' ratios to the baseline are apart, relative to the smaller."""
-    pairs = [(r, other) for r in a.records if (other := b.get(r.group, r.case)) and baseline in r.baselines]
-    ratios = {f"{r.group}, {r.case}": sorted(x.faster_than(baseline).value for x in (r, other)) for r, other in pairs}
-    return {name: high / low - 1 for name, (low, high) in ratios.items()}
+    found = {}
+    for r in a.records:
+        other = b.find(r.group).get(r.case)
+        if other and baseline in r.rounds and baseline != r.target:
+            low, high = sorted(x.faster_than(baseline).value for x in (r, other))
+            found[f"{r.group}, {r.case}"] = high / low - 1
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from scipy.stats import gmean
 
 from bench import targets
 from bench.machine import ROOT
-from bench.models import MODELS
+from bench.models import MODELS, NETWORKS
 from bench.peers import BEST_PEERS, REFERENCE
 from bench.processes import MEMORY, PLAIN, WEAK_SCALING
-from bench.records import Estimate, Record, Run, disagreement
+from bench.records import Estimate, Record, Run, disagreement, median
 from bench.training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
 from bench.training import REFERENCE as SAM_REFERENCE
 
@@ -55,7 +56,14 @@ SECTIONS = {
 }
 """Title -> pattern of its groups, which says what their table is called and what their rows are besides the case, and
 an explanation."""
-PICTURES = {"Whole optimizer step": "step", "Whole training iteration": "training"}
+PICTURES = {
+    "Whole optimizer step": (
+        "step",
+        {f"optimizer step, {base}": f"whole step with {base}: times faster than" for base in ("SGD", "AdamW")},
+    ),
+    "Whole training iteration": ("training", {ITERATION: "SAM's iteration / two of SGD's"}),
+}
+"""Title of a section -> its picture's name, and the picture's panels: group -> what its bars are."""
 HEAD = """# Benchmarks
 
 Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.
@@ -79,10 +87,11 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(line)} |" for line in lines)]
 
 
-def table_of(rows: list[dict[str, str]]) -> list[str]:
-    """Of rows that may lack cells, with an empty line after it."""
+def table_of(rows: list[dict[str, str]], heading: str = "") -> list[str]:
+    """Of rows that may lack cells, below its heading and with an empty line after it; nothing where there is no row."""
     head = list(dict.fromkeys(name for row in rows for name in row))
-    return [*table(head, [[row.get(name, "") for name in head] for row in rows]), ""] if rows else []
+    lines = [*table(head, [[row.get(name, "") for name in head] for row in rows]), ""]
+    return [*([heading, ""] if heading else []), *lines] if rows else []
 
 
 def cost(record: Record, name: str | None = None) -> str:
@@ -93,35 +102,41 @@ def cost(record: Record, name: str | None = None) -> str:
 
 
 def interval(estimate: Estimate, digits: int) -> str:
-    value, low, high = (f"{x:.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (f"{x:.{digits}f}" for x in estimate)
     return value if low == high else f"{value} ({low} - {high})"
+
+
+def ratios(record: Record) -> dict[str, Estimate]:
+    """By contender: how many times faster we are, or its cost over that of the group's yardstick (:data:`RELATIVE`)."""
+    yardstick = RELATIVE.get(record.group, record.target)
+    return {name: record.faster_than(name, yardstick) for name in record.rounds if name != yardstick}
 
 
 def row(record: Record, besides: str | None = None) -> dict[str, str]:
     """A record's line in its table."""
     case = {"case": ", ".join(filter(None, [record.case, besides]))}
-    if record.group in RELATIVE:
-        yardstick = RELATIVE[record.group]
-        others = [name for name in record.rounds if name != yardstick]
-        ratios = {name: interval(record.faster_than(name, yardstick), 3) for name in others}
-        return {**case, yardstick: cost(record, yardstick), **ratios}
-    ratios = {name: interval(record.faster_than(name), 2) for name in record.baselines}
-    cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **ratios}
-    if record.shares():
+    if yardstick := RELATIVE.get(record.group):
+        others = {name: interval(ratio, 3) for name, ratio in ratios(record).items()}
+        return {**case, yardstick: cost(record, yardstick), **others}
+    others = {name: interval(ratio, 2) for name, ratio in ratios(record).items()}
+    cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **others}
+    if shares := record.shares():
         cells["GB/s"] = f"{(record.bytes_moved or 0) / record.seconds().value / 1e9:.1f}"
-        cells["of the measured bandwidth"] = f"{100 * record.share_of_copy().value:.0f} %"
+        cells["of the measured bandwidth"] = f"{100 * median(shares).value:.0f} %"
     return cells
 
 
 def readme_table(cpu: Run) -> str:
     """What stands in the README between the two marks."""
-    steps = [r for name in MODELS if (r := cpu.get("optimizer step, SGD", name)) and set(BEST_PEERS) & set(r.rounds)]
+    steps = [
+        r for r in cpu.find("optimizer step, SGD").values() if r.case in MODELS and set(BEST_PEERS) & set(r.rounds)
+    ]
     rows = [
         {
             "shapes, parameters": f"{r.case}, {r.elements / 1e6:.1f}M",
             "whole step with SGD": cost(r),
             "faster than the reference": f"{r.faster_than(REFERENCE).value:.1f}x",
-            "than its best peer": f"{r.faster_than(r.fastest(BEST_PEERS)).value:.1f}x",
+            "than its best peer": f"{r.faster_than_best(BEST_PEERS):.1f}x",
         }
         for r in steps
     ]
@@ -129,61 +144,44 @@ def readme_table(cpu: Run) -> str:
         mean = gmean([r.faster_than(REFERENCE).value for r in steps])
         rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean:.1f}x**"})
     m = cpu.machine
-    lines = [
-        f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:",
-        "",
-        *table_of(rows),
-    ]
-    if iterations := cpu.find(ITERATION):
+    head = f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:"
+    lines = [BEGIN, "", head, "", *table_of(rows)]
+    if iterations := cpu.find(ITERATION).values():
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
         ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
         lines += [f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.", ""]
-    return "\n".join([BEGIN, "", *lines, END])
-
-
-def replace_marked(text: str, new: str) -> str:
-    """``text`` with what stands between the marks replaced.
-
-    Raises:
-        ValueError: the marks are missing.
-    """
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
-    return text[:begin] + new + text[end + len(END) :]
+    return "\n".join([*lines, END])
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def markdown(cpu: Run, gpu: Run | None = None, pictures: tuple[str, ...] = ()) -> str:
+def markdown(cpu: Run, gpu: Run | None = None, pictures: Sequence[str] = ()) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
-    wanted = [{"target": x.target, "measured": x.measured, "": x.state} for x in targets.lines(cpu, gpu)]
     not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
-    lines = [*HEAD, "", *table_of(wanted), "## On the CPU", "", *page_of(cpu, pictures), "## On a GPU", ""]
-    return "\n".join([*lines, *(page_of(gpu) if gpu else not_measured)]).rstrip("\n") + "\n"
+    on_a_gpu = page_of(gpu) if gpu else not_measured
+    lines = [*HEAD, "", *table_of(targets.rows(cpu, gpu)), "## On the CPU", "", *page_of(cpu, pictures)]
+    return "\n".join([*lines, "## On a GPU", "", *on_a_gpu]).rstrip("\n") + "\n"
 
 
-def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
+def page_of(run: Run, pictures: Sequence[str] = ()) -> list[str]:
     lines = [*(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
     ways = {(way, name) for r in run.records for name, way in r.facts.get("timed by", {}).items()}
-    if ways:
-        by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False).agg("; ".join)
-        lines += ["### How each was timed", "", *table_of(by_way.to_dict("records"))]
+    by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False).agg("; ".join)
+    lines += table_of(by_way.to_dict("records"), "### How each was timed")
     settings = {name: said for r in reversed(run.records) for name, said in r.facts.get("settings", {}).items()}
-    if settings:
-        said = [{"name": name, "settings": said} for name, said in sorted(settings.items())]
-        lines += ["### Contenders and their settings", "", *table_of(said)]
+    said = [{"name": name, "settings": said} for name, said in sorted(settings.items())]
+    lines += table_of(said, "### Contenders and their settings")
     for title, (pattern, text) in SECTIONS.items():
-        tables: dict[str, list[dict[str, str]]] = {}
+        tables: dict[str, list[dict[str, str]]] = defaultdict(list)
         for r in run.records:
             if found := re.fullmatch(pattern, r.group):
-                names = found.groupdict()
-                tables.setdefault(names["table"], []).append(row(r, names.get("row")))
+                tables[found["table"]].append(row(r, found.groupdict().get("row")))
         lines += [f"### {title}", "", *([text, ""] if text else [])] if tables else []
-        lines += [f"![{title}](benchmarks/{PICTURES[title]}.png)", ""] if PICTURES.get(title) in pictures else []
+        picture, _ = PICTURES.get(title, ("", {}))
+        lines += [f"![{title}](benchmarks/{picture}.png)", ""] if picture in pictures else []
         for name, rows in tables.items():
-            lines += [f"**{name}**", "", *table_of(rows)]
+            lines += table_of(rows, f"**{name}**")
     if run.agreement:
         apart = targets.apart(run)
         worst = [{"record": name, "apart": f"{100 * value:.1f} %"} for name, value in apart.nlargest(10).items()]
@@ -193,52 +191,32 @@ def page_of(run: Run, pictures: tuple[str, ...] = ()) -> list[str]:
     return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
-
-
 def draw(run: Run, folder: Path) -> list[str]:
     """Bars with intervals of what the run has figures for; returns the pictures' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    panels: dict[str, dict[str, dict[str, dict[str, Estimate]]]] = {"step": {}, "training": {}}
-    for base in ("SGD", "AdamW"):
-        records = [r for r in run.find(f"optimizer step, {base}") if r.case in MODELS]
-        panels["step"][f"whole step with {base}: times faster than"] = {
-            r.case: {name: r.faster_than(name) for name in r.baselines} for r in records
+    drawn = []
+    for name, panels in PICTURES.values():
+        figures = {
+            title: {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
+            for group, title in panels.items()
         }
-    panels["training"]["SAM's iteration / two of SGD's"] = {
-        r.case: {n: r.faster_than(n, SGD_TWICE) for n in r.rounds if n not in (SGD_ONCE, SGD_TWICE)}
-        for r in run.find(ITERATION)
-    }
-    filled = {name: {title: rows for title, rows in found.items() if rows} for name, found in panels.items()}
-    drawn = {name: found for name, found in filled.items() if found}
-    for name, found in drawn.items():
-        size = (9, 3.6 * len(found))
-        figure, axes = plt.subplots(len(found), 1, figsize=size, layout="constrained", squeeze=False)
-        for axis, (title, rows) in zip(axes[:, 0], found.items(), strict=True):
-            frame = pd.DataFrame(rows).T.dropna(axis="columns")  # without names that not every case has
-            value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in ("value", "low", "high"))
+        filled = {title: rows for title, rows in figures.items() if rows}
+        if not filled:
+            continue
+        size = (9, 3.6 * len(filled))
+        figure, axes = plt.subplots(len(filled), 1, figsize=size, layout="constrained", squeeze=False)
+        for axis, (title, rows) in zip(axes[:, 0], filled.items(), strict=True):
+            # without names that not every case has, and SGD's single iteration
+            frame = pd.DataFrame(rows).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
+            value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)
             errors = [[value[n] - low[n], high[n] - value[n]] for n in value]
             value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)
             axis.axhline(1, color="black", lw=0.8)
             axis.legend(fontsize=7, ncols=3)
         figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
         plt.close(figure)
-    return list(drawn)
-
-
-# ---- Writing ---------------------------------------------------------------------------------------------------------
-
-
-def write(root: Path) -> list[Path]:
-    """Make the page, the pictures and the README's table from ``root``'s results; returns the files."""
-    cpu = results(root, "cpu")
-    if cpu is None:
-        raise SystemExit(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
-    page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    drawn = draw(cpu, root / "docs" / "benchmarks")
-    page.write_text(markdown(cpu, results(root, "cuda"), tuple(drawn)))
-    readme.write_text(replace_marked(readme.read_text(), readme_table(cpu)))
-    return [page, readme]
+        drawn.append(name)
+    return drawn
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -258,8 +236,16 @@ def main(argv: list[str] | None = None) -> None:
             apart = {name: round(value, 4) for name, value in disagreement(run, second).items()}
             run.agreement = {"date": second.machine["date"], "apart": apart}
         run.save(arguments.root / "bench" / "results" / f"{kind}.json")
-    for written in write(arguments.root):
-        print(f"written: {written}")
+    cpu, root = results(arguments.root, "cpu"), arguments.root
+    if cpu is None:
+        parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
+    page, readme = root / "docs" / "benchmarks.md", root / "README.md"
+    text, marks = re.subn(f"{BEGIN}.*{END}", lambda _: readme_table(cpu), readme.read_text(), flags=re.DOTALL)
+    if not marks:
+        parser.error(f"{readme} lacks the marks {BEGIN} and {END}")
+    page.write_text(markdown(cpu, results(root, "cuda"), draw(cpu, root / "docs" / "benchmarks")))
+    readme.write_text(text)
+    print(f"written: {page}\nwritten: {readme}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bench.cases import Case
-from bench.harness import Bench
+from bench.harness import Bench, Case
 
 
 def test(bench: Bench, case: Case) -> None:
-    case.measure(bench, case.group, case.name, **case.options)
+    case.measure(bench, case, **case.options)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,51 +14,75 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sam_fast
-from bench.harness import Bench, Contender
+from bench.harness import Bench, Case, Contender
 from bench.models import NETWORKS, SHAPES
-from bench.problem import backward, make_params
-from bench.timers import WITH_LAUNCHES
+from bench.problem import Problem, backward, copies, make_params, params_of
+from bench.timers import WITH_LAUNCHES, Work
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 from sam_fast.reference import ReferenceSAM
 
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 SGD_ONCE, SGD_TWICE, REFERENCE = "SGD", "2 x SGD", "SAM reference"
 ITERATION, PRICE, UNPERTURBED = "training iteration", "iteration, fewer passes", "unperturbed step"
-SETTINGS = {
-    SGD_ONCE: "torch.optim.SGD(fused=True)",
-    SGD_TWICE: "two iterations of the same",
-    REFERENCE: "sam_fast/reference.py, SGD's defaults",
-}
 CYCLE = 4
-"""Iterations that are timed together: one of them perturbs under ``Schedule(every=4)``."""
+"""One of so many iterations perturbs under ``Schedule(every=4)``."""
 ASCENT, EVERY = "ascent=1/4", f"every={CYCLE}"
 
 
-def plain(model: nn.Module, x: Tensor, y: Tensor, times: int = 1) -> Callable[[], None]:
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(model(x), y)
+
+
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> Work:
     optimizer = torch.optim.SGD(model.parameters(), **SGD, fused=True)
 
-    def iterations() -> None:
-        for _ in range(times):
-            cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def iteration() -> None:
+        loss(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return iterations
+    return iteration
 
 
-def perturbed(model: nn.Module, x: Tensor, y: Tensor, sam: Any = SAM) -> Callable[[], None]:
+def perturbed(model: nn.Module, x: Tensor, y: Tensor, sam: Any = SAM) -> Work:
     """The loop that runs with every SAM implementation."""
     optimizer = sam(model.parameters(), torch.optim.SGD, **SGD)
 
     def iteration() -> None:
-        cross_entropy(model(x), y).backward()
+        loss(model, x, y).backward()
         optimizer.first_step(zero_grad=True)
         disable_running_stats(model)
-        cross_entropy(model(x), y).backward()
+        loss(model, x, y).backward()
         optimizer.second_step(zero_grad=True)
         enable_running_stats(model)
 
     return iteration
+
+
+def scheduled(
+    model: nn.Module, x: Tensor, y: Tensor, chosen: Any = nn.Module.parameters, schedule: Any = None, **options: Any
+) -> Work:
+    """SAM on chosen parameters; ``options`` are TrainStep's."""
+    return partial(sam_fast.TrainStep(model, SAM(chosen(model), **SGD, schedule=schedule), loss, **options), x, y)
+
+
+PLAIN = "torch.optim.SGD(fused=True)"
+CONTENDERS: dict[str, dict[str, tuple[Callable[..., Work], int, str]]] = {
+    ITERATION: {
+        "sam_fast": (perturbed, 1, ""),
+        SGD_ONCE: (plain, 1, PLAIN),
+        SGD_TWICE: (plain, 2, "two iterations of the same"),
+        REFERENCE: (partial(perturbed, sam=ReferenceSAM), 1, "sam_fast/reference.py, SGD's defaults"),
+    },
+    PRICE: {
+        "sam_fast": (scheduled, CYCLE, ""),
+        ASCENT: (partial(scheduled, ascent=0.25), CYCLE, ""),
+        EVERY: (partial(scheduled, schedule=sam_fast.Schedule(every=CYCLE)), CYCLE, ""),
+        "norm layers only": (partial(scheduled, chosen=sam_fast.norm_layers_only), CYCLE, ""),
+        SGD_ONCE: (plain, CYCLE, f"{PLAIN}, {CYCLE} iterations, as all"),
+    },
+}
+"""By group and name: what makes an iteration, how many are timed together, and the settings."""
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -79,74 +104,41 @@ def check(model: nn.Module, x: Tensor, y: Tensor) -> None:
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
-def network(bench: Bench, name: str) -> tuple[nn.Module, Tensor, Tensor]:
+def iteration(bench: Bench, case: Case) -> None:
     torch.manual_seed(0)
-    make, batch = NETWORKS[name]
+    make, batch = NETWORKS[case.name]
     x, y = (t.to(bench.device) for t in batch())
     few = 8 if bench.smoke and len(x) > 8 else None
-    return make().to(bench.device), x[:few], y[:few]
-
-
-def as_a_loop_waits(runs: dict[str, Callable[[], None]]) -> dict[str, Contender]:
-    return {name: Contender(run, head_start=WITH_LAUNCHES) for name, run in runs.items()}
-
-
-def iteration(bench: Bench, group: str, name: str) -> None:
-    model, x, y = network(bench, name)
-    if bench.unchecked():
+    model, x, y = make().to(bench.device), x[:few], y[:few]
+    if case.id not in bench.checked:
         check(model, x, y)
-    runs = {
-        "sam_fast": perturbed(copy.deepcopy(model), x, y),
-        SGD_ONCE: plain(copy.deepcopy(model), x, y),
-        SGD_TWICE: plain(copy.deepcopy(model), x, y, 2),
-        REFERENCE: perturbed(copy.deepcopy(model), x, y, ReferenceSAM),
-    }
-    elements = weights(model).numel()
-    bench.run(group, name, as_a_loop_waits(runs), elements=elements, seconds=2.0, rounds=(4, 60), settings=SETTINGS)
+
+    def repeat(run: Work, times: int) -> None:
+        for _ in range(times):
+            run()
+
+    contenders = {}
+    for name, (make_iteration, times, settings) in CONTENDERS[case.group].items():
+        runs = partial(repeat, make_iteration(copy.deepcopy(model), x, y), times)
+        contenders[name] = Contender({"": runs}, head_start=WITH_LAUNCHES, settings=settings)
+    bench.run(case, contenders, weights(model).numel())
 
 
-def fewer_passes(bench: Bench, group: str, name: str) -> None:
-    model, x, y = network(bench, name)
-
-    def cycle(norm_layers: bool = False, schedule: Any = None, **options: Any) -> Callable[[], None]:
-        trained = copy.deepcopy(model)
-        params = sam_fast.norm_layers_only(trained) if norm_layers else trained.parameters()
-        optimizer = SAM(params, **SGD, schedule=schedule)
-        step = sam_fast.TrainStep(trained, optimizer, lambda m, x, y: cross_entropy(m(x), y), **options)
-
-        def iterations() -> None:
-            for _ in range(CYCLE):
-                step(x, y)
-
-        return iterations
-
-    runs = {
-        "sam_fast": cycle(),
-        ASCENT: cycle(ascent=0.25),
-        EVERY: cycle(schedule=sam_fast.Schedule(every=CYCLE)),
-        "norm layers only": cycle(norm_layers=True),
-        SGD_ONCE: plain(copy.deepcopy(model), x, y, CYCLE),
-    }
-    settings = {SGD_ONCE: f"{SETTINGS[SGD_ONCE]}, {CYCLE} iterations, as all"}
-    elements = weights(model).numel()
-    bench.run(group, name, as_a_loop_waits(runs), elements=elements, seconds=8.0, rounds=(8, 20), settings=settings)
-
-
-def unperturbed(bench: Bench, group: str, name: str) -> None:
+def unperturbed(bench: Bench, case: Case) -> None:
     """first_step and second_step of a step that does not perturb, against the base optimizer alone."""
+    problem = Problem(make_params(SHAPES[case.name], device=bench.device))
+    ours = SAM(copies(problem.start), **SGD, schedule=sam_fast.Schedule(start=10**9))
+    base = torch.optim.SGD(copies(problem.start), **SGD, fused=True)
+    runs = {"sam_fast": (ours, lambda: (ours.first_step(), ours.step())), SGD_ONCE: (base, base.step)}
     contenders, results = {}, []
-    for contender in ("sam_fast", SGD_ONCE):
-        params = make_params(SHAPES[name], device=bench.device)
-        make_gradients = backward(params, [p.grad.clone() for p in params if p.grad is not None])
-        if contender == SGD_ONCE:
-            optimizer: Any = torch.optim.SGD(params, **SGD, fused=True)
-            run = optimizer.step
-        else:
-            optimizer = SAM(params, **SGD, schedule=sam_fast.Schedule(start=10**9))
-            run = lambda optimizer=optimizer: (optimizer.first_step(), optimizer.step())  # noqa: E731
+    for name, (optimizer, run) in runs.items():
+        params = params_of(optimizer)
+        make_gradients = backward(params, problem.gradients)
+        make_gradients()
         run()
-        results.append(torch.cat([p.detach().reshape(-1) for p in params]))
+        results.append(nn.utils.parameters_to_vector(params).detach())
         optimizer.zero_grad()
-        contenders[contender] = Contender(run, make_gradients, optimizer.zero_grad)
+        settings = PLAIN if optimizer is base else ""
+        contenders[name] = Contender({"": run}, make_gradients, optimizer.zero_grad, settings=settings)
     torch.testing.assert_close(*results)
-    bench.run(group, name, contenders, elements=results[0].numel(), settings={SGD_ONCE: SETTINGS[SGD_ONCE]})
+    bench.run(case, contenders, problem.elements)

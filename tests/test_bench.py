@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, peers, report, targets
+from bench import compare, harness, peers, report, targets
 from bench.cases import CASES
-from bench.harness import PARTS, Bench, Contender
+from bench.harness import PARTS, Bench, Case, Contender, nothing
 from bench.optimizer import operations_of
 from bench.peers import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE
-from bench.problem import Problem, make_params
+from bench.problem import Problem, make_params, params_of
 from bench.records import COPY, Record, Run, disagreement, median
 from sam_fast import backends
 
@@ -31,6 +31,9 @@ MACHINE = {
     "date": "2026-01-01T00:00",
     "commit": "c" * 40,
 }
+
+
+CASE = Case(nothing, "g", "c")
 
 
 def run_with(slower: float = 1.0, seed: int = 0, noise: float = 0.05, machine: float = 1.0) -> Run:
@@ -61,9 +64,7 @@ def test_the_median_s_interval_is_the_textbook_s():
 def test_ratios_are_taken_within_a_round():
     record = Record("g", "c", "a", {"a": [1.0, 10.0, 2.0], "b": [3.0, 30.0, 6.0]}, 10, 40, [1.0, 10.0, 2.0], 80)
     assert record.faster_than("b") == median([3.0, 3.0, 3.0])
-    share = record.share_of_copy()
-    assert share is not None
-    assert share.value == 0.5
+    assert record.shares() == [0.5, 0.5, 0.5]
 
 
 def test_a_planted_slowdown_of_a_quarter_is_a_regression_and_nothing_else_is(tmp_path, capsys):
@@ -102,18 +103,18 @@ def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
 @pytest.mark.parametrize("mistake", ["first_step", "second_step"])
 def test_a_wrong_result_is_not_timed(mistake):
     problem = Problem(make_params([[300, 7], [11], []]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    method = peers.make("sam_fast", problem)
+    optimizer = peers.make("sam_fast", problem)
     problem.check("right", peers.make("sam_fast", problem))
-    original = getattr(method.optimizer, mistake)
+    original = getattr(optimizer, mistake)
 
     def wrong() -> None:
         original()
         with torch.no_grad():
-            method.params[0][299, 6] *= 1 + 3e-6  # the last element, 25 units in the last place
+            params_of(optimizer)[0][299, 6] *= 1 + 3e-6  # the last element, 25 units in the last place
 
-    setattr(method.optimizer, mistake, wrong)
+    setattr(optimizer, mistake, wrong)
     with pytest.raises(AssertionError, match="is wrong, so it is not timed"):
-        problem.check("wrong", method)
+        problem.check("wrong", optimizer)
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["", "adaptive"])
@@ -165,30 +166,27 @@ def test_a_benchmark_with_a_figure_that_cannot_be_right_fails():
         AssertionError, match=r"perturb, operation \| big: invalid, an error in the measurement: sam_fast at"
     ):
         bench.run(
-            "operation",
-            "big",
-            {"sam_fast": Contender({"perturb": lambda: None})},
-            elements=elements,
+            Case(nothing, "operation", "big"),
+            {"sam_fast": Contender({"perturb": nothing})},
+            elements,
             bytes_moved={"perturb": 16 * elements},
         )
     assert bench.records[0].invalid()
-    reads = {"sam_fast": Contender({"grad_norm": lambda: None})}
-    bench.run("operation", "big", reads, elements=elements, bytes_moved={"grad_norm": 4 * elements})
+    reads = {"sam_fast": Contender({"grad_norm": nothing})}
+    bench.run(Case(nothing, "operation", "big"), reads, elements, bytes_moved={"grad_norm": 4 * elements})
 
 
 def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
     bench = Bench("rehearsal")
     bench.cache_bytes = 1
-    run = {"first_step": lambda: None, "second_step": lambda: None}
-    records = bench.run(
-        "g", "c", {"a": Contender(run)}, elements=1, bytes_moved={"first_step": 9, "second_step": 10}, total="all"
-    )
+    run = {"first_step": nothing, "second_step": nothing}
+    records = bench.run(CASE, {"a": Contender(run)}, 1, bytes_moved={"first_step": 9, "second_step": 10}, total="all")
     assert {r.group: r.bytes_moved for r in records} == {"all, g": None, "first_step, g": None, "second_step, g": 10}
     assert COPY not in records[0].rounds
 
 
 def test_what_a_cpu_s_cache_holds_has_no_bandwidth():
-    record = Bench().run("g", "c", {"a": Contender(lambda: None)}, elements=1, bytes_moved={"": 100_000})[0]
+    record = Bench().run(CASE, {"a": Contender({"": nothing})}, 1, bytes_moved={"": 100_000})[0]
     assert (record.bytes_moved, record.copy_rounds) == (None, [])
 
 
@@ -224,34 +222,31 @@ def test_the_parts_of_a_case_are_one_record_and_only_the_first_is_checked():
     bench = Bench(smoke=True)
     problem = Problem(make_params([[30, 7]]), torch.optim.SGD, {"lr": 1e-4})
     checked = []
-    problem.check = lambda name, method, **slack: checked.append(name)
+    problem.check = lambda name, optimizer, **slack: checked.append(name)
     for _ in range(PARTS):
-        bench.case = "case"
-        peers.make_all(bench, ["sam_fast"], problem)
-        bench.run("g", "c", {"a": Contender(lambda: None)}, elements=1)
+        peers.make_all(bench, CASE, ["sam_fast"], problem)
+        bench.run(CASE, {"a": Contender({"": nothing})}, 1)
     assert checked == ["sam_fast"]
     assert [len(r.rounds["a"]) for r in bench.records] == [3 * PARTS]
 
 
-def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it():
+def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it(monkeypatch):
     """A share compares with the fastest way to stream: no kernel is measured against a slow copy."""
     bench, order = Bench(smoke=True), []
     seconds = {COPY: cycle([2.0, 1.0]), "update in place": cycle([1.0, 2.0]), "a": repeat(4.0)}
-    contenders = {name: Contender(lambda name=name: order.append(name)) for name in seconds}
-    bench.yardsticks = {name: contenders[name] for name in (COPY, "update in place")}
+    runs = {name: lambda name=name: order.append(name) for name in seconds}
+    bench.yardsticks = {name: Contender({COPY: runs[name]}) for name in (COPY, "update in place")}
 
-    def timer(head_start):
-        def time(run):
+    class FakeTimer(harness.Timer):
+        def __call__(self, run):
             run()
-            return next(seconds[order[-1]])
+            self.rounds.append(next(seconds[order[-1]]))
 
-        return time
-
-    bench.timer = timer
+    monkeypatch.setattr(harness, "Timer", FakeTimer)
     moved = bench.copied // 2
-    record = bench.run("g", "c", {"a": contenders["a"]}, elements=moved // 4, bytes_moved={"": moved})[0]
+    record = bench.run(CASE, {"a": Contender({"": runs["a"]})}, moved // 4, bytes_moved={"": moved})[0]
     assert record.copy_rounds == [1.0, 1.0, 1.0]
-    assert record.share_of_copy().value == 0.125
+    assert record.shares() == [0.125] * 3
     assert all(order[i - 1] == COPY for i, name in enumerate(order) if name == "a")  # what was flushed with
 
 
@@ -263,9 +258,9 @@ def test_every_case_has_a_name_of_its_own(kind):
 
 
 def test_targets_that_were_not_measured_say_so():
-    states = {line.target: line.state for line in targets.lines(Run(MACHINE))}
-    assert set(states.values()) == {targets.NOT_MEASURED}
-    assert {line.measured for line in targets.lines(Run(MACHINE))} == {""}
+    rows = targets.rows(Run(MACHINE))
+    assert len(rows) == len(targets.ON_THE_CPU) + len(targets.ON_A_GPU)
+    assert {(row["measured"], row[""]) for row in rows} == {("", targets.NOT_MEASURED)}
 
 
 def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from bench import peers
-from bench.harness import Bench, Contender, measure, steps_of
-from bench.peers import REFERENCE
+from bench.harness import Bench, Case, Contender, measure, nothing
+from bench.peers import REFERENCE, steps_of
 from bench.problem import Problem, make_params
-from bench.timers import BASELINE, OURS, WARMUP, WITH_LAUNCHES, DeviceTimer, Gpu, HostTimer, Rehearsal
+from bench.timers import BASELINE_HEAD_START, HEAD_START, HOST_ALONE, WARMUP, WITH_LAUNCHES, Gpu, Timer
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,10 +25,10 @@ def test_a_round_times_every_stage_of_every_contender_once():
     stages = {"one": lambda: calls.append("a1"), "two": lambda: calls.append("a2")}
     contenders = {
         "a": Contender(stages, lambda: calls.append("before"), lambda: calls.append("after")),
-        "b": Contender(lambda: calls.append("b")),
+        "b": Contender({"": lambda: calls.append("b")}),
     }
-    times, _ = measure(contenders, 0.0, (4, 4), lambda head_start: HostTimer())
-    assert {stage: {name: len(v) for name, v in by_name.items()} for stage, by_name in times.items()} == {
+    timers = measure(contenders, 0.0, (4, 4))
+    assert {stage: {name: len(t.rounds) for name, t in by_name.items()} for stage, by_name in timers.items()} == {
         "one": {"a": 4},
         "two": {"a": 4},
         "": {"b": 4},
@@ -40,8 +40,8 @@ def test_a_round_times_every_stage_of_every_contender_once():
 
 def test_the_order_is_drawn_anew_for_each_round():
     calls: list[str] = []
-    contenders = {name: Contender(lambda name=name: calls.append(name)) for name in "abcd"}
-    measure(contenders, 0.0, (20, 20), lambda head_start: HostTimer())
+    contenders = {name: Contender({"": lambda name=name: calls.append(name)}) for name in "abcd"}
+    measure(contenders, 0.0, (20, 20))
     rounds = [tuple(calls[i : i + 4]) for i in range(0, len(calls), 4)]
     assert {tuple(sorted(names)) for names in rounds} == {tuple("abcd")}
     assert len(set(rounds)) > 10
@@ -49,8 +49,8 @@ def test_the_order_is_drawn_anew_for_each_round():
 
 def test_rounds_fill_the_time_between_the_least_and_the_most():
     def counted(seconds: float, rounds: tuple[int, int]) -> int:
-        times, _ = measure({"a": Contender(lambda: time.sleep(1e-3))}, seconds, rounds, lambda _: HostTimer())
-        return len(times[""]["a"])
+        timers = measure({"a": Contender({"": lambda: time.sleep(1e-3)})}, seconds, rounds)
+        return len(timers[""]["a"].rounds)
 
     assert counted(0.0, (2, 9)) == 2
     assert counted(60.0, (2, 9)) == 9
@@ -60,7 +60,7 @@ def test_rounds_fill_the_time_between_the_least_and_the_most():
 PAGE_FAULTS = """
 import resource, statistics, torch
 from bench.harness import Contender, measure
-from bench.timers import WARMUP, HostTimer
+from bench.timers import WARMUP
 
 source, counts = torch.rand(1 << 24), []
 
@@ -72,7 +72,7 @@ def run():
     temporaries = [source * 2 for _ in range(2)]
     counts.append(faults() - before)
 
-measure({"a": Contender(run)}, 0.0, (15, 15), lambda _: HostTimer())
+measure({"a": Contender({"": run})}, 0.0, (15, 15))
 print(int(statistics.median(counts[WARMUP:])))
 """
 
@@ -84,73 +84,88 @@ def test_after_the_warm_up_hardly_a_round_pays_for_page_faults():
     assert int(done.stdout) == 0
 
 
-class FakeGpu(Rehearsal):
-    """A device that records what it is told to do.
-
-    ``late``: it wakes up before everything is launched.
-    """
+class FakeGpu(Gpu):
+    """Whose events say 7 s and whose profiler finds two kernels. ``late``: awake before everything is launched."""
 
     def __init__(self, late: bool) -> None:
-        self.calls: list[object] = []
+        self.late = late
 
-        class Event(Rehearsal.Event):
-            def record(event) -> None:
-                self.calls.append("record")
+    def by_events(self, run, head_start: float) -> tuple[float, bool]:
+        run()
+        return 7.0, self.late
 
-            def query(event) -> bool:
-                return late
-
-            def elapsed_time(event, end: object) -> float:
-                return 7.0
-
-        self.Event = Event
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
-
-    def sleep(self, seconds: float) -> None:
-        self.calls.append(seconds)
-
-    def kernel_seconds(self, run) -> list[float]:
+    def by_kernels(self, run) -> list[float]:
         run()
         return [0.5, 0.25]
 
 
-def test_without_a_head_start_the_device_is_idle_when_the_time_begins():
-    gpu = FakeGpu(late=True)
-    timer = DeviceTimer(WITH_LAUNCHES, gpu)
+@pytest.mark.parametrize("head_start", [WITH_LAUNCHES, HEAD_START])
+def test_the_device_is_idle_or_asleep_when_the_time_begins(head_start, monkeypatch):
+    calls: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(cycles / 2e9))
+    assert Gpu().by_events(lambda: calls.append("run"), head_start) == (7e-3, True)
+    asleep = [head_start] if head_start else []
+    assert calls == ["synchronize", *asleep, "record", "run", "record", "wait"]
+
+
+def test_without_a_head_start_events_count_in_every_round():
+    timer = Timer(WITH_LAUNCHES, FakeGpu(late=True))
     for _ in range(3):
-        gpu.calls.clear()
-        assert timer(lambda: gpu.calls.append("run")) == 7e-3
-        assert gpu.calls == ["synchronize", "record", "run", "record"]
+        timer(nothing)
+    assert timer.rounds == [7.0] * 3
+    assert timer.launches == 0
     assert timer.method == "events, with launches"
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 def test_where_the_head_start_is_too_short_the_kernels_are_added_up(late):
-    gpu = FakeGpu(late)
-    timer = DeviceTimer(OURS, gpu)
-    times = [timer(lambda: None) for _ in range(4)]
-    assert gpu.calls[:4] == ["synchronize", 3e-3, "record", "record"]
-    assert times == [0.75, 7e-3, *([0.75] * 2 if late else [7e-3] * 2)]  # the first counts launches
+    timer = Timer(HEAD_START, FakeGpu(late))
+    for _ in range(4):
+        timer(nothing)
+    assert timer.rounds == [0.75, 7.0, *([0.75] * 2 if late else [7.0] * 2)]  # the first counts launches
     assert timer.launches == 2
     assert timer.method == ("sum of the kernels' durations" if late else "events, 3 ms head start")
+
+
+def test_the_host_alone_is_timed_by_its_clock():
+    timer = Timer(HOST_ALONE, FakeGpu(late=True))
+    timer(nothing)
+    assert 0 < timer.rounds[0] < 1
+    assert timer.method == "host clock"
 
 
 def test_head_starts_are_as_long_as_they_must_be_and_said_in_the_record():
     problem = Problem(make_params([[30, 7], [11]]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
     ours, reference = (steps_of(peers.make(name, problem), problem.gradients) for name in ("sam_fast", REFERENCE))
-    assert (ours.head_start, reference.head_start) == (OURS, BASELINE) == (3e-3, 20e-3)
-    record = Bench("rehearsal").run("g", "c", {"sam_fast": ours, "reference": reference}, elements=221)[0]
+    assert (ours.head_start, reference.head_start) == (HEAD_START, BASELINE_HEAD_START) == (3e-3, 20e-3)
+    case = Case(nothing, "g", "c")
+    record = Bench("rehearsal").run(case, {"sam_fast": ours, "reference": reference}, 221)[0]
     assert record.facts["timed by"] == {"sam_fast": "events, 3 ms head start", "reference": "events, 20 ms head start"}
 
 
 def test_the_profiler_s_kernels_are_counted():
     class OnTheCpu(Gpu):
         kind = "CPU"
-
-        def synchronize(self) -> None:
-            pass
 
     x = torch.ones(1000)
 
@@ -159,6 +174,6 @@ def test_the_profiler_s_kernels_are_counted():
             for _ in range(5):
                 x.neg_()
 
-    durations = OnTheCpu().kernel_seconds(run)
+    durations = OnTheCpu().by_kernels(run)
     assert len(durations) == 5
     assert 0 < sum(durations) < 10

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,8 @@ def test_a_run_that_is_killed_keeps_what_was_measured(tmp_path):
 
 
 def check_of(tmp_path: Path, only: str, minutes: float = 1.0, commit: str = "c") -> gpu_check.Check:
-    return gpu_check.Check(minutes, tmp_path, tmp_path / "logs", only.split(","), {"commit": commit}, [])
+    arguments = Namespace(minutes=minutes, results=tmp_path, logs=None, only=only.split(","))
+    return gpu_check.Check(arguments, {"commit": commit}, [])
 
 
 def test_a_build_that_fails_with_cuda_goes_on_without_and_is_a_failure(tmp_path, monkeypatch):
@@ -231,13 +233,13 @@ def test_all_that_is_missing_is_said_at_once_with_what_follows(monkeypatch):
     wanted = [
         "setuptools 77 or newer",
         "cmake",
-        "pybind11",
         "nvcc",
+        "compute-sanitizer",
+        "pybind11",
         "pytest",
         "pytest-benchmark",
         "pytest-xdist",
         "hypothesis",
-        "compute-sanitizer",
     ]
     assert [line.partition(":")[0] for line in missing] == [*wanted, "pytorch_optimizer"]
     assert "left out of the peers" in missing[-1]
