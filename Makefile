@@ -25,7 +25,7 @@ SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find cs
 all: test
 
 # The environment is built again when the native sources or the requirements change; Python files are used from where they are. The CUDA kernels
-# are built for one architecture here; tests/test_cuda_compile.py compiles them for all.
+# are built for one architecture here; tests/test_cuda_compile.py compiles them for all (nightly).
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(CONSTRAINTS) > $(VENV)/constraints.txt

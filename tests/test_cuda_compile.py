@@ -10,14 +10,20 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cuda_emulation.build import operations, steps
 
 CSRC = Path(__file__).parent.parent / "csrc"
-ARCHITECTURES = ["80", "90", "100"]
+ARCHITECTURES = [
+    pytest.param("80", marks=pytest.mark.nightly),
+    "90",  # whose compilation CI waits for
+    pytest.param("100", marks=pytest.mark.nightly),
+]
 STEPS = steps(CSRC)
 OPERATIONS = [*operations(CSRC), *STEPS]
 DTYPES = {"float32": "Native<float>", "float64": "Native<double>", "bfloat16": "bf16", "float16": "f16"}
@@ -55,12 +61,12 @@ needs_cuobjdump = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Every operation compiled for every architecture, warnings being errors."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """What compiles an operation for an architecture, once, warnings being errors."""
     folder = tmp_path_factory.mktemp("cubins")
 
-    def compile_one(case: tuple[str, str]) -> Path:
-        operation, architecture = case
+    @cache
+    def compile_one(operation: str, architecture: str) -> Path:
         out = folder / f"{operation}_{architecture}.cubin"
         command = [
             str(NVCC),
@@ -78,9 +84,7 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pa
         assert done.returncode == 0, done.stdout + done.stderr
         return out
 
-    cases = [(operation, architecture) for architecture in ARCHITECTURES for operation in OPERATIONS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(cases, pool.map(compile_one, cases), strict=True))
+    return compile_one
 
 
 def dump(cubin: Path, *options: str) -> str:
@@ -91,14 +95,18 @@ def demangle(text: str) -> str:
     return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
 
 
-each = pytest.mark.parametrize(("operation", "architecture"), [(o, a) for a in ARCHITECTURES for o in OPERATIONS])
+def each(test: Any) -> Any:
+    """Each operation for each architecture."""
+    return pytest.mark.parametrize("architecture", ARCHITECTURES)(
+        pytest.mark.parametrize("operation", OPERATIONS)(test)
+    )
 
 
 @needs_cuobjdump
 @pytest.mark.slow
 @each
-def test_no_spills_and_few_registers(cubins, operation, architecture):
-    usage = dump(cubins[operation, architecture], "--dump-resource-usage")
+def test_no_spills_and_few_registers(compiled, operation, architecture):
+    usage = dump(compiled(operation, architecture), "--dump-resource-usage")
     found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(found) == KERNELS.get(operation, 18), usage
     for registers, stack, local in found:
@@ -106,6 +114,7 @@ def test_no_spills_and_few_registers(cubins, operation, architecture):
         assert int(registers) <= MAX_REGISTERS
 
 
+@cache
 def functions(cubin: Path) -> dict[str, str]:
     """Demangled kernel name -> its machine code."""
     parts = re.split(r"\n\s*Function : ", dump(cubin, "-sass"))[1:]
@@ -135,7 +144,7 @@ def by_bytes(found: Counter[str], kind: str) -> dict[int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["90"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
+def test_main_path_moves_sixteen_bytes_at_a_time(compiled, architecture, dtype):
     """At least, in vectors of 16 bytes:
 
     perturb    4 of w and of g in, 4 of the backup and of w out, for SAM and once more for ASAM
@@ -143,16 +152,16 @@ def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
     Sgd        2 of the backup, of g and of the momentum in, 2 of w and of the momentum out
     Adam       1 each of five in, of four out
     """
-    for name, code in functions(cubins["perturb", architecture]).items():
+    for name, code in functions(compiled("perturb", architecture)).items():
         if DTYPES[dtype] in name:
             found = accesses(code)
             assert wide(found, "LDG") >= 16, found
             assert wide(found, "STG") >= 16, found
-    for name, code in functions(cubins["grad_norm", architecture]).items():
+    for name, code in functions(compiled("grad_norm", architecture)).items():
         if DTYPES[dtype] in name:
             assert wide(accesses(code), "LDG") >= 12
     for operation, loads in (("Sgd", 6), ("Adam", 5)):
-        for name, code in functions(cubins[operation, architecture]).items():
+        for name, code in functions(compiled(operation, architecture)).items():
             if DTYPES[dtype] in name:
                 found = accesses(code)
                 assert wide(found, "LDG") >= loads, found
@@ -162,19 +171,18 @@ def test_main_path_moves_sixteen_bytes_at_a_time(cubins, architecture, dtype):
 @needs_cuobjdump
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_copies_move_sixteen_bytes_at_a_time(cubins, architecture):
-    for code in functions(cubins["copy", architecture]).values():
+def test_copies_move_sixteen_bytes_at_a_time(compiled, architecture):
+    for code in functions(compiled("copy", architecture)).values():
         found = accesses(code)
         assert (wide(found, "LDG"), wide(found, "STG")) == (4, 4), found
 
 
 @needs_cuobjdump
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_tensors_at_any_address_take_the_widest_accesses_that_suit_them(cubins, operation, architecture):
+@each
+def test_tensors_at_any_address_take_the_widest_accesses_that_suit_them(compiled, operation, architecture):
     """Every width from 16 bytes down to an element's, in loads and stores."""
-    for name, code in functions(cubins[operation, architecture]).items():
+    for name, code in functions(compiled(operation, architecture)).items():
         itemsize = 1 if operation == "copy" else 8 if "Native<double>" in name else 4 if "Native<float>" in name else 2
         widths = {width for width in (16, 8, 4, 2, 1) if width >= itemsize}
         assert widths <= by_bytes(accesses(code), "LDG").keys(), name
@@ -185,10 +193,10 @@ def test_tensors_at_any_address_take_the_widest_accesses_that_suit_them(cubins, 
 @needs_cuobjdump
 @pytest.mark.slow
 @each
-def test_memory_is_reached_by_global_accesses_and_nothing_is_fused(cubins, operation, architecture):
+def test_memory_is_reached_by_global_accesses_and_nothing_is_fused(compiled, operation, architecture):
     """Generic and local accesses are slower. A fused multiply-add where none is written would make the result differ
     from the CPU's (float64 divisions use it inside). In steps it is written, as on the CPU."""
-    for name, code in functions(cubins[operation, architecture]).items():
+    for name, code in functions(compiled(operation, architecture)).items():
         assert not [access for access in accesses(code) if access.startswith(("LD.", "ST.", "LDL", "STL"))]
         if operation in STEPS and "Native<double>" not in name:
             assert re.search(r"\bFFMA\b", code), name
