@@ -1,9 +1,10 @@
 """Turns saved runs into bench/results/*.json, docs/benchmarks.md with its pictures, and the README's table.
 
-    python -m bench.report [RUN.json ...] [--again SECOND.json] [--root DIR]
+    python -m bench.report [RUN.json ...] [--again SECOND.json] [--name cpu-OTHER] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. Without any, everything is made again from
-what is there. ``--again``: a second run of the same commit, whose agreement with the first becomes part of the results.
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; with ``--name`` one on another CPU goes beside
+them. Without any, everything is made again from what is there. ``--again``: a second run of the same commit, whose
+agreement with the first becomes part of the results.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY
 SECTIONS = {
     "Whole optimizer step": (
         "(?P<table>optimizer step, (SGD|AdamW|reference and public loop))",
-        "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline.",
+        "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline. "
+        "The bandwidth is given where the last level cache would hold at most a tenth of the bytes that move.",
     ),
     "Its halves": ("(?P<table>(first|second)_step, (SGD|AdamW))", ""),
     "Operations": (
@@ -74,9 +76,9 @@ Ratios are medians over rounds of the quotient within the round, with the 95 % i
 """.splitlines()
 
 
-def results(root: Path, kind: str) -> Run | None:
-    path = root / "bench" / "results" / f"{kind}.json"
-    return Run.load(path) if path.is_file() else None
+def results(root: Path, names: str) -> list[Run]:
+    """The saved runs whose files are named so; a ``*`` stands for anything."""
+    return [Run.load(path) for path in sorted((root / "bench" / "results").glob(f"{names}.json"))]
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -126,11 +128,21 @@ def row(record: Record, besides: str | None = None) -> dict[str, str]:
     return cells
 
 
-def readme_table(cpu: Run) -> str:
+def steps_of(run: Run) -> list[Record]:
+    """Whole steps with SGD on the models' shapes."""
+    records = run.find("optimizer step, SGD").values()
+    return [r for r in records if r.case in MODELS and set(BEST_PEERS) & set(r.rounds)]
+
+
+def mean_of(run: Run) -> str:
+    """How many times faster than the reference these are."""
+    ratios = [r.faster_than(REFERENCE).value for r in steps_of(run)]
+    return f"{gmean(ratios):.1f}x" if ratios else targets.NOT_MEASURED
+
+
+def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
     """What stands in the README between the two marks."""
-    steps = [
-        r for r in cpu.find("optimizer step, SGD").values() if r.case in MODELS and set(BEST_PEERS) & set(r.rounds)
-    ]
+    steps = steps_of(cpu)
     rows = [
         {
             "shapes, parameters": f"{r.case}, {r.elements / 1e6:.1f}M",
@@ -140,27 +152,31 @@ def readme_table(cpu: Run) -> str:
         }
         for r in steps
     ]
-    if steps:
-        mean = gmean([r.faster_than(REFERENCE).value for r in steps])
-        rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean:.1f}x**"})
+    rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean_of(cpu)}**"})
     m = cpu.machine
     head = f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:"
     lines = [BEGIN, "", head, "", *table_of(rows)]
+    said = [f"On {run.machine['device']}, the mean is {mean_of(run)}." for run in others]
     if iterations := cpu.find(ITERATION).values():
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
         ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
-        lines += [f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.", ""]
+        said.append(f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.")
+    lines += [" ".join(said), ""] if said else []
     return "\n".join([*lines, END])
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def markdown(cpu: Run, gpu: Run | None = None, pictures: Sequence[str] = ()) -> str:
+def markdown(cpu: Run, gpus: Sequence[Run] = (), others: Sequence[Run] = (), pictures: Sequence[str] = ()) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
     not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
+    gpu = gpus[0] if gpus else None
     on_a_gpu = page_of(gpu) if gpu else not_measured
-    lines = [*HEAD, "", *table_of(targets.rows(cpu, gpu)), "## On the CPU", "", *page_of(cpu, pictures)]
+    lines = [*HEAD, "", *table_of([*targets.on_the_cpu(cpu), *targets.on_a_gpu(gpu)])]
+    lines += ["## On the CPU", "", *page_of(cpu, pictures)]
+    for other in others:
+        lines += ["## On another CPU", "", *table_of(targets.on_the_cpu(other)), *page_of(other)]
     return "\n".join([*lines, "## On a GPU", "", *on_a_gpu]).rstrip("\n") + "\n"
 
 
@@ -225,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="files written by `pytest bench --save`")
     parser.add_argument("--again", type=Path, help="a second run of the same commit")
+    parser.add_argument("--name", help="of the file in bench/results (default: cpu or cuda)")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
     for run in map(Run.load, arguments.runs):
@@ -235,15 +252,17 @@ def main(argv: list[str] | None = None) -> None:
             second = Run.load(arguments.again)
             apart = {name: round(value, 4) for name, value in disagreement(run, second).items()}
             run.agreement = {"date": second.machine["date"], "apart": apart}
-        run.save(arguments.root / "bench" / "results" / f"{kind}.json")
-    cpu, root = results(arguments.root, "cpu"), arguments.root
-    if cpu is None:
+        run.save(arguments.root / "bench" / "results" / f"{arguments.name or kind}.json")
+    root = arguments.root
+    cpus, gpus, others = (results(root, names) for names in ("cpu", "cuda", "cpu-*"))
+    if not cpus:
         parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    text, marks = re.subn(f"{BEGIN}.*{END}", lambda _: readme_table(cpu), readme.read_text(), flags=re.DOTALL)
+    between = readme_table(cpus[0], others)
+    text, marks = re.subn(f"{BEGIN}.*{END}", lambda _: between, readme.read_text(), flags=re.DOTALL)
     if not marks:
         parser.error(f"{readme} lacks the marks {BEGIN} and {END}")
-    page.write_text(markdown(cpu, results(root, "cuda"), draw(cpu, root / "docs" / "benchmarks")))
+    page.write_text(markdown(cpus[0], gpus, others, draw(cpus[0], root / "docs" / "benchmarks")))
     readme.write_text(text)
     print(f"written: {page}\nwritten: {readme}")
 

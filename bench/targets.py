@@ -104,13 +104,14 @@ ON_A_GPU: list[tuple[str, str, str, Values]] = [
 ]
 
 
-def rows(cpu: Run, gpu: Run | None = None) -> list[dict[str, str]]:
+def on_the_cpu(run: Run) -> list[dict[str, str]]:
     """Every target: what was wanted, what was measured (empty where nothing was), and whether it is met."""
-    return [
-        {"target": where + target, **_judged(values(run), bound, which)}
-        for run, where, wanted in ((cpu, "", ON_THE_CPU), (gpu or Run({}), "GPU: ", ON_A_GPU))
-        for target, bound, which, values in wanted
-    ]
+    return [{"target": target, **_judged(values(run), bound, which)} for target, bound, which, values in ON_THE_CPU]
+
+
+def on_a_gpu(run: Run | None) -> list[dict[str, str]]:
+    found = run or Run({})
+    return [{"target": f"GPU: {t}", **_judged(values(found), bound, which)} for t, bound, which, values in ON_A_GPU]
 
 
 def _judged(values: pd.Series, bound: str, which: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ def info() -> int:
             **{name: f"not usable: {why}" for name, why in unusable.items()},
         },
     )
+    if os.environ.get(backends.BACKEND_VARIABLE):
+        _section("Environment", {backends.BACKEND_VARIABLE: _forced()})
     broken = backends.unusable_devices()
     if broken:
         _section("Devices", {where: f"not usable: {why}" for where, why in broken.items()})
@@ -57,6 +60,14 @@ def _section(title: str, entries: dict[str, str]) -> None:
     print(title)
     for name, text in entries.items():
         print(f"  {name:<{width}}  {text}")
+
+
+def _forced() -> str:
+    try:
+        backends.forced(None)
+    except (ValueError, RuntimeError) as error:
+        return f"no optimizer can be made: {error}"
+    return f"{os.environ[backends.BACKEND_VARIABLE]} for every parameter"
 
 
 def _triton() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 from itertools import cycle, repeat
@@ -155,7 +156,7 @@ def test_what_is_faster_than_a_copy_is_an_error_and_is_not_published(tmp_path):
     assert [r.group for r in run.records] == [r.group for r in right]
     assert [text.partition(",")[0] for text in run.left_out] == ["second_step", "first_step"]
     assert "| 140 %" not in "\n".join(
-        line for line in report.markdown(run_with(), run).splitlines() if "first_step" in line
+        line for line in report.markdown(run_with(), [run]).splitlines() if "first_step" in line
     )
 
 
@@ -258,8 +259,7 @@ def test_every_case_has_a_name_of_its_own(kind):
 
 
 def test_targets_that_were_not_measured_say_so():
-    rows = targets.rows(Run(MACHINE))
-    assert len(rows) == len(targets.ON_THE_CPU) + len(targets.ON_A_GPU)
+    rows = targets.on_the_cpu(Run(MACHINE)) + targets.on_a_gpu(None)
     assert {(row["measured"], row[""]) for row in rows} == {("", targets.NOT_MEASURED)}
 
 
@@ -294,19 +294,25 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.main([str(saved), "--root", str(tmp_path)])
+    run.machine["device"] = "an abacus"
+    run.save(saved)
+    report.main([str(saved), "--root", str(tmp_path), "--name", "cpu-other"])
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
     assert "old" not in readme
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert "| efficientnet_b0 " in page
+    first, second = page.split("## On another CPU")
+    assert "| efficientnet_b0 " in first
+    assert "| efficientnet_b0 " in second
+    assert "- device: an abacus" in second
+    assert re.search(r"On an abacus, the mean is [\d.]+x\.", readme)
     assert page.count("](benchmarks/") == len(list((tmp_path / "docs" / "benchmarks").glob("*.png"))) > 0
 
 
 def test_readme_and_page_are_made_from_the_saved_results():
     """Nobody edits a figure: run `python -m bench.report` after changing results, README or the report itself."""
-    cpu = report.results(ROOT, "cpu")
-    assert cpu is not None
-    assert report.readme_table(cpu) in (ROOT / "README.md").read_text()
-    pictures = tuple(path.stem for path in (ROOT / "docs" / "benchmarks").glob("*.png"))
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(cpu, report.results(ROOT, "cuda"), pictures)
+    (cpu,), gpus, others = (report.results(ROOT, names) for names in ("cpu", "cuda", "cpu-*"))
+    assert report.readme_table(cpu, others) in (ROOT / "README.md").read_text()
+    pictures = [path.stem for path in (ROOT / "docs" / "benchmarks").glob("*.png")]
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(cpu, gpus, others, pictures)

@@ -305,6 +305,19 @@ def test_info_names_versions_backends_and_the_build(capsys):
         assert word in printed
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("", None), ("torch", "torch for every parameter"), ("fast", "no optimizer can be made: .*'fast' is unknown")],
+)
+def test_info_says_which_backend_the_environment_forces(value, said, capsys, monkeypatch):
+    from sam_fast.__main__ import main
+
+    monkeypatch.setenv("SAM_FAST_BACKEND", value)
+    assert main(["info"]) == 0
+    found = re.search("SAM_FAST_BACKEND  (.*)", capsys.readouterr().out)
+    assert (found is None) if said is None else re.match(said, found[1])
+
+
 def test_versions_agree():
     from importlib.metadata import version
 
