@@ -72,7 +72,7 @@ def install(what: str) -> Path:
         commit = first_line("git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
         if not commit:
             raise SystemExit(f"{what!r} is neither a saved run, nor a source tree, nor a git ref")
-        source = scratch / commit[:12]
+        source = scratch / f"{commit[:12]}-source"
         export(commit, source)
     site = scratch / f"{source.name}-built"
     shutil.rmtree(site, ignore_errors=True)

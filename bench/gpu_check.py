@@ -236,12 +236,14 @@ def run_all(check: Check) -> None:
 
 
 def require_gpu() -> None:
-    if installed("torch"):
+    try:
         import torch
 
         if torch.cuda.is_available():
             return
-    seen = f"torch.cuda.is_available() must be True in {sys.executable}"
+        seen = "torch.cuda.is_available() is False"
+    except ImportError:
+        seen = f"{sys.executable} has no PyTorch"
     raise SystemExit(f"gpu-check needs an NVIDIA GPU and a PyTorch that sees it: {seen}. Nothing was run or written.")
 
 

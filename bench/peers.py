@@ -103,7 +103,7 @@ def _peer(foreach: bool, params: Sequence[nn.Parameter], base: Any, **options: A
 
 
 MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
-    OURS: (SAM, "make_all says which"),
+    OURS: (SAM, ""),  # make_all says which settings
     REFERENCE: (ReferenceSAM, "sam_fast/reference.py, base optimizer with its defaults"),
     REFERENCE_FUSED: (partial(ReferenceSAM, fused=True), "sam_fast/reference.py, base optimizer with fused=True"),
     PEER_LOOP: (partial(_peer, False), "pytorch_optimizer's SAM(fused=True), foreach=False on a GPU"),

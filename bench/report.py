@@ -1,10 +1,10 @@
 """Turns saved runs into bench/results/*.json, docs/benchmarks.md with its pictures, and the README's table.
 
-    python -m bench.report [RUN.json ...] [--again SECOND.json] [--name cpu-OTHER] [--root DIR]
+    python -m bench.report [RUN.json ...] [--again SECOND.json] [--name OTHER] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device; with ``--name`` one on another CPU goes beside
-them. Without any, everything is made again from what is there. ``--again``: a second run of the same commit, whose
-agreement with the first becomes part of the results.
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. With ``--name``, one on another CPU goes to
+``cpu-OTHER.json`` beside them. Without any, everything is made again from what is there. ``--again``: a second run of
+the same commit, whose agreement with the first becomes part of the results.
 """
 
 from __future__ import annotations
@@ -156,11 +156,12 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
     m = cpu.machine
     head = f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:"
     lines = [BEGIN, "", head, "", *table_of(rows)]
-    said = [f"On {run.machine['device']}, the mean is {mean_of(run)}." for run in others]
+    said = []
     if iterations := cpu.find(ITERATION).values():
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
         ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
         said.append(f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.")
+    said += [f"On {run.machine['device']}, the mean of the table is {mean_of(run)}." for run in others]
     lines += [" ".join(said), ""] if said else []
     return "\n".join([*lines, END])
 
@@ -241,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="files written by `pytest bench --save`")
     parser.add_argument("--again", type=Path, help="a second run of the same commit")
-    parser.add_argument("--name", help="of the file in bench/results (default: cpu or cuda)")
+    parser.add_argument("--name", help="of another CPU, whose run has a section of its own")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
     for run in map(Run.load, arguments.runs):
@@ -252,7 +253,10 @@ def main(argv: list[str] | None = None) -> None:
             second = Run.load(arguments.again)
             apart = {name: round(value, 4) for name, value in disagreement(run, second).items()}
             run.agreement = {"date": second.machine["date"], "apart": apart}
-        run.save(arguments.root / "bench" / "results" / f"{arguments.name or kind}.json")
+        if arguments.name and (kind != "cpu" or len(arguments.runs) > 1):
+            parser.error("--name takes one run, on a CPU")
+        stem = f"{kind}-{arguments.name}" if arguments.name else kind
+        run.save(arguments.root / "bench" / "results" / f"{stem}.json")
     root = arguments.root
     cpus, gpus, others = (results(root, names) for names in ("cpu", "cuda", "cpu-*"))
     if not cpus:

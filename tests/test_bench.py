@@ -260,6 +260,7 @@ def test_every_case_has_a_name_of_its_own(kind):
 
 def test_targets_that_were_not_measured_say_so():
     rows = targets.on_the_cpu(Run(MACHINE)) + targets.on_a_gpu(None)
+    assert len(rows) == len(targets.ON_THE_CPU) + len(targets.ON_A_GPU)
     assert {(row["measured"], row[""]) for row in rows} == {("", targets.NOT_MEASURED)}
 
 
@@ -296,7 +297,8 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     report.main([str(saved), "--root", str(tmp_path)])
     run.machine["device"] = "an abacus"
     run.save(saved)
-    report.main([str(saved), "--root", str(tmp_path), "--name", "cpu-other"])
+    report.main([str(saved), "--root", str(tmp_path), "--name", "other"])
+    assert (tmp_path / "bench" / "results" / "cpu-other.json").is_file()
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
@@ -306,7 +308,7 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert "| efficientnet_b0 " in first
     assert "| efficientnet_b0 " in second
     assert "- device: an abacus" in second
-    assert re.search(r"On an abacus, the mean is [\d.]+x\.", readme)
+    assert re.search(r"On an abacus, the mean of the table is [\d.]+x\.", readme)
     assert page.count("](benchmarks/") == len(list((tmp_path / "docs" / "benchmarks").glob("*.png"))) > 0
 
 

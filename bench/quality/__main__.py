@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import socket
 import time
 from typing import Any
 
@@ -50,6 +51,7 @@ def row(task: str, contender: str, seeds: list[int]) -> int:
 
 
 def main() -> int:
+    socket.setdefaulttimeout(30)  # OpenML may not answer
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="do the missing runs; a stopped one goes on where it was")
