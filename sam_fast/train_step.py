@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -39,7 +40,8 @@ class TrainStep:
     """Does a whole SAM iteration: ``result = step(*batch)``.
 
     BatchNorm statistics, random state, scaler, clipping and gradient synchronisation are as they must be. If anything
-    raises, the weights are restored and the gradients reset.
+    raises, the weights are restored and the gradients reset. Warns in its first call if the optimizer has none of the
+    model's trainable parameters.
 
     Args:
         model: the model as it is called, in DDP or FSDP2 or not.
@@ -100,6 +102,7 @@ class TrainStep:
         self.sam = unwrap(optimizer)
         self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
         self.clip_grad_norm, self.replay_rng, self.sync, self.backward = clip_grad_norm, replay_rng, sync, backward
+        self._called = False
 
     def __call__(self, *batch: Any) -> StepResult:
         """One iteration.
@@ -117,6 +120,9 @@ class TrainStep:
         if not rows:
             raise ValueError("the batch has no tensor with rows: pass what loss_fn takes after the model")
         sam = self.sam
+        if not self._called:
+            self._called = True
+            self._warn_of_other_parameters()
         if not sam._step.zeroed or are_new(sam._gradients()):
             sam.zero_grad()
         try:
@@ -140,6 +146,16 @@ class TrainStep:
         same_samples = first is not None and self.every == 1
         loss = first if first is not None and same_samples else second
         return StepResult(loss, second - loss if same_samples else None, grad_norm)
+
+    def _warn_of_other_parameters(self) -> None:
+        trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if trainable and trainable.isdisjoint(id(p) for group in self.sam.param_groups for p in group["params"]):
+            warnings.warn(
+                "the optimizer has none of the model's trainable parameters, and will not train it: make it of "
+                "model.parameters(), after fully_shard() or whatever else replaces them",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _pass(self, batch: Any, rows: int, at_most: int, sync: bool) -> Tensor:
         """Forward and backward over micro-batches of ``at_most`` rows. Returns the mean loss."""

@@ -385,3 +385,16 @@ def test_unwrap_finds_the_sam_inside() -> None:
     one.optimizer.opt = one
     with pytest.raises(TypeError, match="Wrapper"):
         unwrap(one)
+
+
+def test_an_optimizer_of_other_parameters_is_warned_of_once() -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
+    step = TrainStep(copy.deepcopy(model), SAM(model.parameters(), lr=0.1), lambda m, x, y: cross_entropy(m(x), y))
+    with pytest.warns(RuntimeWarning, match="none of the model's trainable parameters") as caught:
+        step(x, y)
+    assert [warning.filename for warning in caught] == [__file__]
+    step(x, y)  # in silence: a warning would be an error here
+    # a part of them is somebody's choice, and a model without any has them elsewhere
+    head = nn.Sequential(nn.Linear(3, 3), model)
+    TrainStep(head, SAM(model.parameters(), lr=0.1), lambda m, x, y: cross_entropy(m(x), y))(x, y)
+    TrainStep(nn.Tanh(), SAM(model.parameters(), lr=0.1), lambda m, x, y: cross_entropy(model(m(x)), y))(x, y)
