@@ -134,6 +134,11 @@ def test_the_costs_of_variants_are_those_of_the_report() -> None:
             )
 
 
+def benchmarks() -> list[str]:
+    """What docs/benchmarks.md says of the CPU in the README, and of the other."""
+    return page("benchmarks.md").split("\n## On another CPU\n")
+
+
 def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
     text = " ".join(page("cost.md").split())
     rows = {task: {} for task in "AB"}
@@ -155,7 +160,7 @@ def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
     time = sum(both(cheapest, "time")) / 2
     assert f"{both(cheapest, 'cost')[0]:.2f} times SGD's passes, here {time:.2f} times its time" in text
 
-    measured, elsewhere = page("benchmarks.md").split("\n## On another CPU\n")
+    measured, elsewhere = benchmarks()
     (memory,) = [row for table in tables(measured) for row in table if row.get("case") == "8 linear layers of 2048"]
     quoted = "{:.2f} of SGD's; the reference needs {:.2f}.".format(
         *map(float, (memory["sam_fast"], memory["reference"]))
@@ -181,7 +186,7 @@ def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
 
 
 def test_what_flatten_costs_is_what_the_report_has() -> None:
-    text, measured = " ".join(page("speed.md").split()), page("benchmarks.md").split("\n## On another CPU\n")[0]
+    text, measured = " ".join(page("speed.md").split()), benchmarks()[0]
     host = tables(measured.split("**second_step, host time**")[1])[0]
     of = {row["case"]: float(row["sam_fast"].split()[0]) for row in host}
     assert f"161 tiny tensors {of['161 x 8, flatten'] / of['161 x 8']:.1f} times as long" in text
@@ -205,6 +210,5 @@ def test_the_price_of_an_iteration_is_that_of_the_report() -> None:
     quoted = re.findall(r"^\| ([^|]*, batch \d+) \| ([^|]+) \| ([\d.]+) \|$", page("cost.md"), re.MULTILINE)
     assert len(quoted) >= 4
     for network, own, reference in quoted:
-        measured = page("benchmarks.md").split("\n## On another CPU\n")[0]
-        rows = re.findall(rf"^\| {re.escape(network)} +\|.*$", measured, re.MULTILINE)
+        rows = re.findall(rf"^\| {re.escape(network)} +\|.*$", benchmarks()[0], re.MULTILINE)
         assert [row for row in rows if f"| {own} " in row and f"| {reference} (" in row], network

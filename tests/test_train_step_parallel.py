@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -85,6 +86,23 @@ def test_two_processes_are_one_with_the_whole_batch(
     # The clipping factor is rounded to float32.
     tolerance = TOLERANCE if clip is None else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **tolerance)
+
+
+def warned_of(before: bool) -> bool:
+    """Whether the first step warns of an optimizer that was made before ``fully_shard``, which replaces parameters."""
+    model = network()
+    early = SAM(model.parameters(), rho=RHO, **SGD)
+    fully_shard(model, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
+    step = TrainStep(model, early if before else SAM(model.parameters(), rho=RHO, **SGD), loss_of)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(*my_share(batches(1)[0]))
+    return any("none of the model's trainable parameters" in str(warning.message) for warning in caught)
+
+
+def test_an_optimizer_made_before_fully_shard_is_warned_of(two: Group) -> None:
+    assert two.run(warned_of, True) == [True, True]
+    assert two.run(warned_of, False) == [False, False]
 
 
 def after_a_pass_that_raised(place: str, style: str) -> list[Tensor]:
