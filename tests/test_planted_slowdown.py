@@ -14,7 +14,7 @@ KERNEL = "csrc/cpu/grad_norm.cpp"
 ADDED = {
     '#include "../sam_math.h"\n': "#include <chrono>\n",
     "parallel_chunks(b, threads, [&](Range range) {\n": "const auto begin = std::chrono::steady_clock::now();\n",
-    ": sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);\n    }\n": """\
+    ": sum_of_squares<T, false>(nullptr, g + c.begin, c.count, left, 0.0);\n    }\n": """\
     const auto took = std::chrono::steady_clock::now() - begin;
     while (std::chrono::steady_clock::now() - begin < took * 5 / 4) {
     }

@@ -12,7 +12,6 @@ namespace {
 // Sixteen float64 lanes whatever the vector width: element i of a chunk is summed in lane i % 16, so every instruction
 // set gets the same bits, and the lanes hide the latency of the addition. float32 squares are exact in float64.
 constexpr int kLanes = 16;
-constexpr int kStreams = 4;
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(double));
 constexpr int kVectors = kLanes / kWidth;
 using V = Vec<double, kWidth>;
@@ -36,25 +35,35 @@ inline void accumulate(V (&sums)[kVectors], const typename Storage<T>::Bits* w, 
   }
 }
 
+// So many bytes ahead are prefetched. A hardware prefetcher ends at its page's end; here the next page's address, too, is
+// looked up while nobody waits for it. Measured on one Zen 5 core: 40 GB/s, 36 without; four streams a quarter of a chunk
+// apart have 23, since they fall into the same sets of a cache.
+constexpr int64_t kAhead = 8192;
+constexpr int64_t kLine = 64;
+
+// left: elements from the chunk's first to the tensor's last, behind which there is nothing to prefetch.
 template <class T, bool Adaptive>
-double sum_of_squares(const void* weights, const void* grads, int64_t n, double eta_value) {
+double sum_of_squares(const void* weights, const void* grads, int64_t n, int64_t left, double eta_value) {
   using Bits = typename Storage<T>::Bits;
+  constexpr auto itemsize = static_cast<int64_t>(sizeof(Bits));
   const Bits* w = static_cast<const Bits*>(weights);
   const Bits* g = static_cast<const Bits*>(grads);
   const V eta = V{} + eta_value;
   V sums[kVectors] = {};
   int64_t i = 0;
-  // Four streams at once: hardware prefetchers follow a stream within its page, so that one stream alone leaves
-  // read bandwidth unused (measured on two Zen 3 cores: 1 stream 30 GB/s, 2 streams 35, 4 streams 36; software
-  // prefetching adds less than that).
-  const int64_t part = n / kStreams / kLanes * kLanes;
   const auto add = [&](int64_t at, const auto& part) {
     accumulate<T, Adaptive>(sums, Adaptive ? w + at : nullptr, g + at, eta, part);
   };
   const auto whole = [](int64_t) { return Whole{}; };
-  for (; i < part; i += kLanes)
-    for (int s = 0; s < kStreams; ++s) add(s * part + i, whole);
-  for (i = kStreams * part; i + kLanes <= n; i += kLanes) add(i, whole);
+  constexpr int64_t ahead = kAhead / itemsize;
+  for (const int64_t end = left - ahead < n ? left - ahead : n; i + kLanes <= end; i += kLanes) {
+    for (int64_t k = 0; k < kLanes; k += kLine / itemsize) {
+      __builtin_prefetch(g + i + ahead + k);
+      if constexpr (Adaptive) __builtin_prefetch(w + i + ahead + k);
+    }
+    add(i, whole);
+  }
+  for (; i + kLanes <= n; i += kLanes) add(i, whole);
   // Zero bits are zero in every format, and add nothing.
   if (i < n) add(i, [rest = n - i](int64_t at) { return First{rest - at}; });
   // Lane k + lane k + 8, then + 4, + 2, + 1: halves of the array of vectors first, then halves of the one that is left.
@@ -79,8 +88,9 @@ void grad_norm_of(const Bucket& b, const Group* options, double* partials, int t
       }
       const Bits* w = reinterpret_cast<const Bits*>(b.weights[c.tensor]);
       const Group& group = options[c.group];
-      partials[i] = group.adaptive != 0.0 ? sum_of_squares<T, true>(w + c.begin, g + c.begin, c.count, group.eta)
-                                          : sum_of_squares<T, false>(nullptr, g + c.begin, c.count, 0.0);
+      const int64_t left = b.tensors[c.tensor].numel - c.begin;
+      partials[i] = group.adaptive != 0.0 ? sum_of_squares<T, true>(w + c.begin, g + c.begin, c.count, left, group.eta)
+                                          : sum_of_squares<T, false>(nullptr, g + c.begin, c.count, left, 0.0);
     }
   });
 }

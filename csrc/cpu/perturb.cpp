@@ -40,11 +40,11 @@ struct Perturb {
     const auto at = [&](int64_t i) {
       vector<Adaptive, Stream, Stochastic>(w + i, g + i, backup + i, eta, scale, random.at(i));
     };
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-      for (int k = 0; k < 4; ++k) at(i + k * kWidth);
-    for (; i + kWidth <= n; i += kWidth) at(i);
+    int64_t i = n / kWidth * kWidth;  // backwards, as the chunks are: the hardware prefetches across their ends
     if (i < n) vector<Adaptive, false, Stochastic>(w + i, g + i, backup + i, eta, scale, random.at(i), First{n - i});
+    while (i >= 4 * kWidth)
+      for (int k = 0; k < 4; ++k) at(i -= kWidth);
+    while (i > 0) at(i -= kWidth);
   }
 };
 

@@ -184,7 +184,7 @@ template <int N>
 inline Vec<uint16_t, N> narrow_bf16(Vec<float, N> f) {
   const auto bits = bit_cast<Vec<uint32_t, N>>(f);
   const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const auto is_nan = f != f;
   return to_uint16<N>(is_nan ? (bits >> 16) | 0x40u : rounded);
 }
 
