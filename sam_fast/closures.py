@@ -98,12 +98,19 @@ def are_new(gradients: Iterable[Tensor]) -> bool:
     return any(getattr(grad, USED, None) != grad._version for grad in gradients)
 
 
+def all_zero(gradients: Iterable[Tensor]) -> bool:
+    """Whether every element of every gradient is zero. This looks at them on the host, the small ones first: after a
+    backward pass one of these says no, and an embedding's need not be read.
+    """
+    return not any(grad.any() for grad in sorted(gradients, key=Tensor.numel))
+
+
 def left_by_a_pass(gradients: Iterable[Tensor]) -> bool:
     """Whether there are gradients that are new and not all zero, as after ``model.zero_grad(set_to_none=False)``. Where
     there are new ones, this looks at their values on the host.
     """
     gradients = list(gradients)
-    return are_new(gradients) and any(grad.any() for grad in gradients)
+    return are_new(gradients) and not all_zero(gradients)
 
 
 def closure_step(
@@ -224,7 +231,7 @@ def _can_only_make_state(optimizer: Any) -> bool:
     if optimizer.state or not all("lr" in group and float(group["lr"]) == 0.0 for group in optimizer.param_groups):
         return False
     grads = list(optimizer._gradients())
-    return bool(grads) and not any(grad.any() for grad in grads)
+    return bool(grads) and all_zero(grads)
 
 
 def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) -> bool:
@@ -264,7 +271,7 @@ def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
     """
     step = optimizer._step
     surely = passes == SECOND or step.first_pass_entered
-    if not (surely or optimizer.needs_first_pass) and not any(grad.any() for grad in optimizer._gradients()):
+    if not (surely or optimizer.needs_first_pass) and all_zero(optimizer._gradients()):
         return False
     optimizer.first_step(zero_grad=True)
     if surely:
