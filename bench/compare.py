@@ -32,7 +32,7 @@ from bench.training import SGD_TWICE
 REGRESSION = "REGRESSION"
 YARDSTICKS = (TORCH_COPY, REFERENCE, SGD_TWICE, FOREACH)
 """What a record's figures are relative to: the first of these that is among its contenders."""
-SELECT = "operation and float32 or host_time-161 or SGD-resnet18"
+SELECT = "operation and float32 or in_a_loop-161 or SGD-resnet18"
 
 
 def figures(runs: Sequence[Run]) -> pd.DataFrame:

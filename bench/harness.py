@@ -49,6 +49,8 @@ class Case:
     seconds: float = 1.0
     """That a part takes on a CPU, with at least and at most so many ``rounds``; on a GPU all cases take the same."""
     rounds: tuple[int, int] = (5, 60)
+    lead_in: int = 0
+    """How many times a contender runs untimed before each round, to find the caches as it leaves them itself."""
 
     @property
     def id(self) -> str:
@@ -74,6 +76,7 @@ def measure(
     rounds: tuple[int, int],
     gpu: Gpu | None = None,
     flush: Work = nothing,
+    lead_in: int = 0,
 ) -> dict[str, dict[str, Timer]]:
     """Timers by stage and contender, with the seconds of each round.
 
@@ -97,11 +100,15 @@ def measure(
             shuffle(order)
             for name in order:
                 contender = contenders[name]
-                for stage, run in contender.stages.items():
-                    contender.prepare()
-                    flush()
-                    timers[stage][name](run)
-                    contender.finish()
+                for repeat in range(lead_in + 1):
+                    for stage, run in contender.stages.items():
+                        contender.prepare()
+                        flush()
+                        if repeat < lead_in:
+                            run()
+                        else:
+                            timers[stage][name](run)
+                        contender.finish()
             done += 1
     finally:
         gc.enable()
@@ -190,7 +197,7 @@ class Bench:
         moved = {stage: n for stage, n in (bytes_moved or {}).items() if n >= CACHES * self.cache_bytes}
         yardsticks = self.yardsticks if moved else {}
         flush = self.yardsticks[COPY].stages[COPY] if moved or self.device != "cpu" else nothing
-        timers = measure({**contenders, **yardsticks}, seconds, rounds, self.gpu, flush)
+        timers = measure({**contenders, **yardsticks}, seconds, rounds, self.gpu, flush, case.lead_in)
         copies = [timer.rounds for timer in timers.pop(COPY, {}).values()]
         parts = {stage: [by_name] for stage, by_name in timers.items()}
         if total is not None:

@@ -2,8 +2,8 @@
 
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--name OTHER] [--root DIR]
 
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. With ``--name``, one on another CPU goes to
-``cpu-OTHER.json`` beside them. Without any, everything is made again from what is there. ``--again``: a second run of
+A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. With ``--name``, one on another CPU, or with
+other threads, goes to ``cpu-OTHER.json`` beside them. Without any, everything is made again from what is there. ``--again``: a second run of
 the same commit, whose agreement with the first becomes part of the results.
 """
 
@@ -31,6 +31,8 @@ from bench.records import Estimate, Record, Run, disagreement, median
 from bench.training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
 from bench.training import REFERENCE as SAM_REFERENCE
 
+OTHER = "Another run:"
+"""How the title begins of a section with a run beside the one in the README."""
 BEGIN, END = "<!-- benchmarks: made by bench.report -->", "<!-- end of benchmarks -->"
 RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY: PLAIN, WEAK_SCALING: "1 process"}
 """Groups whose tables say how much of this contender's cost each one's is; elsewhere: how many times faster we are."""
@@ -140,6 +142,12 @@ def mean_of(run: Run) -> str:
     return f"{gmean(ratios):.1f}x" if ratios else targets.NOT_MEASURED
 
 
+def where(run: Run) -> str:
+    """A CPU's threads and name."""
+    threads = run.machine["threads"]
+    return f"{threads} thread{'' if threads == '1' else 's'} on {run.machine['device']}"
+
+
 def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
     """What stands in the README between the two marks."""
     steps = steps_of(cpu)
@@ -154,14 +162,14 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
     ]
     rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean_of(cpu)}**"})
     m = cpu.machine
-    head = f"{m['device']}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:"
+    head = f"{where(cpu)}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:"
     lines = [BEGIN, "", head, "", *table_of(rows)]
     said = []
     if iterations := cpu.find(ITERATION).values():
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
         ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
         said.append(f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.")
-    said += [f"On {run.machine['device']}, the mean of the table is {mean_of(run)}." for run in others]
+    said += [f"With {where(run)}, the mean of the table is {mean_of(run)}." for run in others]
     lines += [" ".join(said), ""] if said else []
     return "\n".join([*lines, END])
 
@@ -177,7 +185,7 @@ def markdown(cpu: Run, gpus: Sequence[Run] = (), others: Sequence[Run] = (), pic
     lines = [*HEAD, "", *table_of([*targets.on_the_cpu(cpu), *targets.on_a_gpu(gpu)])]
     lines += ["## On the CPU", "", *page_of(cpu, pictures)]
     for other in others:
-        lines += ["## On another CPU", "", *table_of(targets.on_the_cpu(other)), *page_of(other)]
+        lines += [f"## {OTHER} {where(other)}", "", *table_of(targets.on_the_cpu(other)), *page_of(other)]
     return "\n".join([*lines, "## On a GPU", "", *on_a_gpu]).rstrip("\n") + "\n"
 
 
@@ -242,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="files written by `pytest bench --save`")
     parser.add_argument("--again", type=Path, help="a second run of the same commit")
-    parser.add_argument("--name", help="of another CPU, whose run has a section of its own")
+    parser.add_argument("--name", help="of a run on another CPU or with other threads, which has a section of its own")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
     for run in map(Run.load, arguments.runs):

@@ -65,7 +65,7 @@ BIG = [name for name in LARGE if name != "resnet50"]
 FIRST, STEP, ADAMW = "first_step, SGD", "optimizer step, SGD", "optimizer step, AdamW"
 THAN, WHOLE = "times faster than the reference", "whole step with"
 HOST = "host time of first_step for 161 parameters under 60 us, in a loop of its own"
-host_time = seconds("first_step, host time, alone", "161 x 8")
+host_time = seconds("first_step, host time, in a loop", "161 x 8")
 straw = of("optimizer step, reference and public loop", None, lambda r: 1 / r.faster_than(PUBLIC_LOOP).value - 1)
 # the interval's lower end: no slower beyond the noise
 no_slower = of(UNPERTURBED, None, lambda r: r.faster_than("sam_fast", SGD_ONCE).low)

@@ -304,11 +304,12 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert readme.endswith("after\n")
     assert "old" not in readme
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
-    first, second = page.split("## On another CPU")
+    first, second = page.split(f"## {report.OTHER} ")
     assert "| efficientnet_b0 " in first
     assert "| efficientnet_b0 " in second
     assert "- device: an abacus" in second
-    assert re.search(r"On an abacus, the mean of the table is [\d.]+x\.", readme)
+    assert second.startswith(report.where(run))
+    assert re.search(r"threads? on an abacus, the mean of the table is [\d.]+x\.", readme)
     assert page.count("](benchmarks/") == len(list((tmp_path / "docs" / "benchmarks").glob("*.png"))) > 0
 
 

@@ -38,6 +38,15 @@ def test_a_round_times_every_stage_of_every_contender_once():
     assert calls.count("a1") == calls.count("a2") == calls.count("b") == 4 + WARMUP
 
 
+def test_a_contender_that_leads_in_runs_untimed_before_each_round():
+    calls: list[str] = []
+    contenders = {name: Contender({"": lambda name=name: calls.append(name)}) for name in "ab"}
+    timers = measure(contenders, 0.0, (4, 4), lead_in=1)
+    assert [len(timer.rounds) for timer in timers[""].values()] == [4, 4]
+    assert len(calls) == 2 * 2 * (4 + WARMUP)
+    assert calls[::2] == calls[1::2]
+
+
 def test_the_order_is_drawn_anew_for_each_round():
     calls: list[str] = []
     contenders = {name: Contender({"": lambda name=name: calls.append(name)}) for name in "abcd"}
