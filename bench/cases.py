@@ -22,15 +22,23 @@ def step(group: str, name: str, contenders: tuple[str, ...], on: tuple[str, ...]
     return Case(optimizer_step, group, name, {"contenders": contenders, **options}, on)
 
 
-# What launching takes comes first: on a GPU the profiler, which the others use, may leave every launch a little slower.
+# Tiny tensors come first, and once: what they cost depends on how scattered the heap is by then. On a GPU the profiler,
+# which the others use, may leave every launch a little slower.
+LOOP: dict[str, Any] = {"parts": 1, "lead_in": 1}
 HOST = [
     replace(
-        step("host time, in a loop", name, FEW, head_start=HOST_ALONE, **({"flatten": True} if "flatten" in name else {})),
-        seconds=0.5,
-        rounds=(5, 100),
-        lead_in=1,
+        step("host time, in a loop", f"{name}{kind}", FEW, head_start=HOST_ALONE, **settings),
+        seconds=1.5,
+        rounds=(5, 200),
+        **LOOP,
     )
-    for name in ("1 x 8", "1 x 8, flatten", "161 x 8", "161 x 8, flatten")
+    for name in ("1 x 8", "161 x 8")
+    for kind, settings in (("", {}), (", flatten", {"flatten": True}))
+]
+SCALING = [
+    replace(step(f"scaling with the number of {what}", name, (OURS, REFERENCE), CPU), **LOOP)
+    for what, names in (("parameters", BY_ELEMENTS), ("tensors", BY_TENSORS))
+    for name in names
 ]
 CONVNETS = [name for name in NETWORKS if name.startswith("ConvNet")]
 TRAINING = [
@@ -56,11 +64,6 @@ STEPS = [
         step("reference and public loop", name, (REFERENCE, PUBLIC_LOOP), CPU)
         for name in ("resnet18", "efficientnet_b0")
     ),
-    *(
-        replace(step(f"scaling with the number of {what}", name, (OURS, REFERENCE), CPU), seconds=0.3)
-        for what, names in (("parameters", BY_ELEMENTS), ("tensors", BY_TENSORS))
-        for name in names
-    ),
 ]
 VARIANTS = {"float32": {}, "float32, adaptive": {"adaptive": True}, "bfloat16": {"dtype": "bfloat16"}}
 OPERATIONS = [
@@ -72,4 +75,4 @@ PROCESSES = [
     Case(weak_scaling, WEAK_SCALING, "resnet18", parts=1),
     Case(import_time, "import sam_fast after import torch", "fresh process", on=CPU, parts=1),
 ]
-CASES = [*HOST, *TRAINING, *STEPS, *OPERATIONS, *PROCESSES]
+CASES = [*HOST, *SCALING, *TRAINING, *STEPS, *OPERATIONS, *PROCESSES]

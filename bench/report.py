@@ -3,8 +3,8 @@
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--name OTHER] [--root DIR]
 
 A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. With ``--name``, one on another CPU, or with
-other threads, goes to ``cpu-OTHER.json`` beside them. Without any, everything is made again from what is there. ``--again``: a second run of
-the same commit, whose agreement with the first becomes part of the results.
+other threads, goes to ``cpu-OTHER.json`` beside them. Without any, everything is made again from what is there.
+``--again``: a second run of the same commit, whose agreement with the first becomes part of the results.
 """
 
 from __future__ import annotations
@@ -169,7 +169,10 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
         ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
         said.append(f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.")
-    said += [f"With {where(run)}, the mean of the table is {mean_of(run)}." for run in others]
+    for run in others:
+        commit = run.machine["commit"]
+        earlier = "" if commit == m["commit"] else f" (commit {commit[:7]})"
+        said.append(f"With {where(run)}{earlier}, the mean of the table is {mean_of(run)}.")
     lines += [" ".join(said), ""] if said else []
     return "\n".join([*lines, END])
 
