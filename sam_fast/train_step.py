@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -305,9 +305,14 @@ def _mapped(value: Any, rows: int, f: Callable[[Tensor], Tensor]) -> Any:
         return f(value) if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):
         named = {key: _mapped(item, rows, f) for key, item in value.items()}
-        if isinstance(value, defaultdict):
-            return defaultdict(value.default_factory, named)
-        return type(value)(named)  # type: ignore[call-arg]
+        if not isinstance(value, MutableMapping):
+            return type(value)(named)  # type: ignore[call-arg]
+        made = copy(value)  # with what else the object has: a default, attributes
+        if hasattr(made, "__dict__"):
+            vars(made).update(_mapped(vars(value), rows, f))
+        for key, item in named.items():
+            made[key] = item
+        return made
     if isinstance(value, (list, tuple)):
         items = [_mapped(item, rows, f) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
