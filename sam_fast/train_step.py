@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ class TrainStep:
         optimizer: a SAM, or a framework's wrapper of one.
         loss_fn: ``loss_fn(model, *batch)`` returns the loss, a mean over the batch's rows.
         ascent: share of the batch that the first pass sees, at most 1: rows 0, k, 2k, ... with ``k = round(1/ascent)``
-            of every tensor whose first dimension is the batch's. A quarter makes a step cost 1.25 (NFNets,
+            of all that has a row for each of the batch's. A quarter makes a step cost 1.25 (NFNets,
             https://arxiv.org/abs/2102.06171). Batches should be shuffled.
         micro_batches: both passes accumulate gradients over so many parts of the batch.
         autocast: what forward passes and the loss run in: a dtype, a context manager, or a function that returns one.
@@ -109,16 +109,20 @@ class TrainStep:
 
         Args:
             batch: goes to ``loss_fn`` after the model: tensors, or lists, tuples and mappings of them; the first
-                tensor's first dimension is the batch's.
+                tensor's first dimension is the batch's. Arrays and lists with an item for each row are cut as tensors.
 
         Raises:
-            TypeError: what has to be cut into rows is packed, sparse or nested, or ``loss_fn`` returns no tensor.
+            TypeError: what has to be cut into rows is packed, sparse or nested, or a list in which either lists or
+                tensors may be the samples; or ``loss_fn`` returns no tensor.
             ValueError: no tensor in ``batch`` has a row.
             RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
         """
         rows = number_of_rows(batch)
         if not rows:
-            raise ValueError("the batch has no tensor with rows: pass what loss_fn takes after the model")
+            raise ValueError(
+                "the batch has no tensor with rows: pass what loss_fn takes after the model (tensors are looked for in "
+                "lists, tuples and mappings, not in other objects)"
+            )
         sam = self.sam
         if not self._called:
             self._called = True
@@ -129,7 +133,7 @@ class TrainStep:
             first = None
             if sam.needs_first_pass:
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
-                    part = batch if self.every == 1 else every_row(batch, rows, self.every)
+                    part = batch if self.every == 1 else every_row(batch, self.every)
                     first = self._pass(part, number_of_rows(part), -(-rows // self.micro_batches), self.sync)
             sam.first_step(zero_grad=first is not None)
             with sam.second_pass(self.model):
@@ -162,7 +166,7 @@ class TrainStep:
         total: Tensor | None = None
         for begin in range(0, rows, at_most):
             end = min(begin + at_most, rows)
-            part = batch if end - begin == rows else slice_rows(batch, rows, begin, end)
+            part = batch if end - begin == rows else slice_rows(batch, begin, end)
             with ExitStack() as stack:
                 if sync and end < rows:
                     stack.enter_context(accumulating(self.model))
@@ -270,17 +274,24 @@ def stride_of(ascent: float, replay_rng: bool) -> int:
 
 def number_of_rows(batch: Any) -> int:
     """The first dimension of the first tensor that has one."""
-    return next((len(t) for t in _tensors(batch) if t.dim()), 0)
+    first = _first_tensor(batch)
+    return 0 if first is None else len(first)
 
 
-def every_row(batch: Any, rows: int, every: int) -> Any:
-    """Rows 0, ``every``, 2 * ``every``, ... of every tensor that has ``rows``."""
-    return _mapped(batch, rows, lambda t: t[::every])
+def every_row(batch: tuple[Any, ...], every: int) -> tuple[Any, ...]:
+    """Rows 0, ``every``, 2 * ``every``, ... of everything in ``batch`` that has as many rows as the batch."""
+    first = _first_tensor(batch)
+    return tuple(_mapped(item, first, lambda rows: rows[::every]) for item in batch)
 
 
-def slice_rows(batch: Any, rows: int, begin: int, end: int) -> Any:
-    """Some rows of every tensor that has ``rows``."""
-    return _mapped(batch, rows, lambda t: t[begin:end])
+def slice_rows(batch: tuple[Any, ...], begin: int, end: int) -> tuple[Any, ...]:
+    """Some rows of everything in ``batch`` that has as many rows as the batch."""
+    first = _first_tensor(batch)
+    return tuple(_mapped(item, first, lambda rows: rows[begin:end]) for item in batch)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    return next((t for t in _tensors(batch) if t.dim()), None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -294,21 +305,42 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _mapped(value: Any, rows: int, f: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``f`` of each tensor that has ``rows``, in containers of the same kind."""
+def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:
+    """``value`` with ``f`` of each tensor, array, and list of samples with as many rows as ``first``, the batch's first
+    tensor, in containers of the same kind.
+    """
     if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.layout != torch.strided):
         raise TypeError(
             f"a batch with a {type(value).__name__} that is packed, sparse or nested cannot be cut into rows: make it "
             "in loss_fn, or use ascent=1 and micro_batches=1"
         )
-    if isinstance(value, Tensor):
-        return f(value) if value.dim() and len(value) == rows else value
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        return f(value) if tuple(getattr(value, "shape", ()))[:1] == (len(first),) else value
     if isinstance(value, Mapping):
-        named = {key: _mapped(item, rows, f) for key, item in value.items()}
-        if isinstance(value, defaultdict):
-            return defaultdict(value.default_factory, named)
-        return type(value)(named)  # type: ignore[call-arg]
+        named = {key: _mapped(item, first, f) for key, item in value.items()}
+        if not isinstance(value, MutableMapping):
+            return type(value)(named)  # type: ignore[call-arg]
+        made = copy(value)  # with what else the object has: a default, attributes
+        if hasattr(made, "__dict__"):
+            vars(made).update(_mapped(vars(value), first, f))
+        for key, item in named.items():
+            made[key] = item
+        return made
     if isinstance(value, (list, tuple)):
-        items = [_mapped(item, rows, f) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if hasattr(value, "_fields"):
+            return type(value)(*(_mapped(item, first, f) for item in value))
+        return type(value)(f(value) if _holds_samples(value, first) else [_mapped(item, first, f) for item in value])
     return value
+
+
+def _holds_samples(items: Sequence[Any], first: Tensor) -> bool:
+    """Whether there is an item for each row, as in lists of strings or of tensors that differ in size."""
+    if len(items) != len(first) or any(t is first for t in _tensors(items)):
+        return False
+    if len(items) > 1 and all(number_of_rows(item) == len(first) for item in items):
+        raise TypeError(
+            f"a {type(items).__name__} of {len(first)} items of {len(first)} rows cannot be cut into rows, since "
+            "either may be the samples: leave such small batches out (drop_last=True), or use ascent=1 and "
+            "micro_batches=1"
+        )
+    return True

@@ -51,7 +51,7 @@ class Window:
         if self.every > 1:
             if not number_of_rows([args, kwargs]):
                 raise ValueError("ascent below 1 takes rows of the batch's tensors, but there is no tensor with rows")
-            args, kwargs = every_row((args, kwargs), number_of_rows([args, kwargs]), self.every)
+            args, kwargs = every_row((args, kwargs), self.every)
         return forward(*args, **kwargs)
 
     def keep_last(self) -> None:

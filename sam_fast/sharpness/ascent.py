@@ -94,7 +94,7 @@ def rho_sharpness(
                 raise ValueError(f"m={m} is more than the {rows} rows of the first batch")
             low = high = 0.0
             for begin in range(0, rows, size):
-                part = batch if size >= rows else slice_rows(batch, rows, begin, min(begin + size, rows))
+                part = batch if size >= rows else slice_rows(batch, begin, min(begin + size, rows))
                 at_w, at_worst = _ascend(measured, part, rho, adaptive, eta)
                 share = min(size, rows - begin) / rows
                 low, high = low + share * at_w, high + share * at_worst
