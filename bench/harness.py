@@ -80,8 +80,8 @@ def measure(
 ) -> dict[str, dict[str, Timer]]:
     """Timers by stage and contender, with the seconds of each round.
 
-    A round runs every contender once, in an order drawn anew, so that none always finds the caches and the allocator as
-    the same other left them. There are as many rounds as ``seconds`` allow, but at least and at most ``rounds``.
+    A round times every contender once, in an order drawn anew, so that none always finds the caches and the allocator
+    as the same other left them; with ``lead_in``, as it left them itself. There are as many rounds as ``seconds`` allow, but at least and at most ``rounds``.
     """
     timers: dict[str, dict[str, Timer]] = defaultdict(dict)
     for name, contender in contenders.items():

@@ -1,4 +1,4 @@
-// What Python hands to the kernels: one description of a bucket, and tables of options. sam_fast/backends/addresses.py
+// What Python hands to the kernels: one description of a bucket, and tables of options. sam_fast/backends/native.py
 // fills them; tests compare the members' names.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace sam {
 
-// Matches sam_fast.backends.addresses.DTYPE_CODES.
+// Matches DTYPE_CODES in sam_fast/backends/native.py.
 enum class DType : int64_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // One tensor of the bucket: a parameter, or with flattening all parameters of a group.
