@@ -142,7 +142,7 @@ def closure_step(
             "seen. Call zero_grad() to "
             "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
         )
-    if step.random_state is not None and not first_pass_done:
+    if step.random_states and not first_pass_done:
         raise ValueError(
             "first_pass(replay_rng=True), but the closure is to be called for both passes: use step(closure, "
             "replay_rng=True)"
@@ -154,7 +154,7 @@ def closure_step(
                 first_pass_done = _first_step_along_what_is_there(optimizer, passes)
             computes_first = not first_pass_done and optimizer.needs_first_pass
             if first_pass_done:
-                random_state, step.random_state = step.random_state, None
+                random_state = step.next_random_state()
             else:
                 replays = replay_rng and computes_first
                 random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replays else None
