@@ -298,8 +298,14 @@ class Perturbation:
         if not self.fits(param_groups) or any(p.grad is not None for p, _ in self._left_out_with_gradient()):
             return None
         everything = GroupOptions([{"rho": 0.0, "eta": 0.0, "adaptive": False, "perturb": True}] * len(param_groups))
-        if not self._collect(everything, False):
-            return None
+        try:
+            if not self._collected(everything, False):
+                return None
+        except ParameterError as error:
+            raise RuntimeError(
+                f"clip_grad_norm cannot clip the gradient of {name_of(error.param, param_groups)}, which is sparse or "
+                "of another shape than its parameter: build the layer with sparse=False, or leave clip_grad_norm out"
+            ) from None
         return self._measured(everything).own_norm()
 
     def _measured(self, options: GroupOptions) -> Norm:
