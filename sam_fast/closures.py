@@ -228,7 +228,8 @@ def _can_only_make_state(optimizer: Any) -> bool:
     This is how torch.distributed.checkpoint has an optimizer make its state before it saves or loads it. A training
     loop that forgets first_step() has gradients.
     """
-    if optimizer.state or not all("lr" in group and float(group["lr"]) == 0.0 for group in optimizer.param_groups):
+    rates = [group.get("lr") for group in optimizer.param_groups]  # None: an optimizer that finds its own
+    if optimizer.state or not all(lr is not None and float(lr) == 0.0 for lr in rates):
         return False
     grads = list(optimizer._gradients())
     return bool(grads) and all_zero(grads)

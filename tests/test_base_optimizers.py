@@ -304,3 +304,26 @@ def test_state_that_the_base_optimizer_makes_of_a_new_group_is_its_own():
         two_passes(optimizer, params, step)
         two_passes(plain, twin, step)
     assert furthest(params, twin) < 1e-9
+
+
+class FindsItsRate(torch.optim.Optimizer):
+    """Has no learning rate, as Adafactor with relative_step=True."""
+
+    def __init__(self, params: Any, lr: float | None = None) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=0.1)
+
+
+@pytest.mark.guarantee(id="misuse")
+def test_a_step_without_first_step_says_so_whatever_the_learning_rate_is():
+    params = make_params([4])
+    optimizer = SAM(params, FindsItsRate)
+    give_doubles(params, 1)
+    with pytest.raises(RuntimeError, match="needs first_step"):
+        optimizer.step()
