@@ -123,8 +123,9 @@ def name_of(param: Tensor, param_groups: Sequence[dict[str, Any]]) -> str:
     for index, group in enumerate(param_groups):
         for position, p in enumerate(group["params"]):
             if p is param:
-                names = group.get("param_names")
-                return f"parameter {names[position]!r}" if names else f"parameter {position} of group {index}"
+                names = group.get("param_names") or []  # shorter, where somebody has appended to the parameters
+                numbered = f"parameter {position} of group {index}"
+                return f"parameter {names[position]!r}" if position < len(names) else numbered
     return "a parameter"
 
 
