@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ class BaseStep:
     """Calls ``base.step()`` so that hooks run once, and entries that somebody else keeps in its state do no harm.
 
     PyTorch's optimizers take a state that is not empty for one of their own. What SAM's users keep in
-    ``optimizer.state[p]`` before the base optimizer's first step with p is set aside for that step.
+    ``optimizer.state[p]`` before the base optimizer's first step with p is set aside for that step. But they may also
+    put the base optimizer's own state there, restored by name or made for a parameter that has grown: the names tell.
     """
 
     def __init__(self, base: Optimizer) -> None:
@@ -61,12 +64,22 @@ class BaseStep:
         for p, entry in base.state.items():
             if not isinstance(p, Tensor) or not entry:
                 continue
-            its_own = not entry.keys().isdisjoint(rule.all_names) if rule is not None else id(p) in self._initialised
+            cls: Any = type(base)
+            names = _names_in(cls) - base.defaults.keys() if rule is None else rule.all_names
+            its_own = not entry.keys().isdisjoint(names) or (rule is None and id(p) in self._initialised)
             if not its_own:
                 self._foreign |= entry.keys()
                 aside[p] = dict(entry)
                 entry.clear()
         return aside
+
+
+@cache
+def _names_in(cls: type[Optimizer]) -> frozenset[str]:
+    """The strings in the code of a class of optimizers: the names of its states are among them."""
+    methods = [method for c in cls.__mro__[: cls.__mro__.index(Optimizer)] for method in vars(c).values()]
+    codes = [inspect.unwrap(method).__code__ for method in methods if inspect.isfunction(method)]
+    return frozenset(name for code in codes for name in code.co_consts if isinstance(name, str))
 
 
 def _step_of(base: Optimizer) -> Callable[[], Any]:

@@ -12,6 +12,11 @@ from torch.optim import Optimizer
 from .amp import Scaling, unscale
 from .perturbation import Perturbation
 
+IN_PLACE = (torch.float16, torch.complex32, torch.complex64, torch.complex128)
+"""Dtypes of gradients that no base optimizer's own step may unscale: float16 loses small ones, GradScaler's operation
+takes no complex ones.
+"""
+
 EPS = 1e-6
 """Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
 
@@ -29,7 +34,7 @@ def clipped(perturbation: Perturbation, base: Optimizer, scaling: Scaling, max_n
         max_norm: in units of the gradients.
     """
     norm = perturbation.norm_of_gradients(base.param_groups)
-    if norm is None or perturbation.holds((torch.float16,)):
+    if norm is None or perturbation.holds(IN_PLACE):
         if scaling.grad_scale is not None:
             unscale(base, scaling.grad_scale)
         torch.nn.utils.clip_grad_norm_(with_gradient(base.param_groups), max_norm)

@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakSet, finalize, ref
 
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
@@ -101,8 +102,9 @@ class _Uncounted:
         inside: set[nn.Module] = set()
         layers = find_layers([module], self._extra_buffers, inside, every_pattern=False)
         self.seen |= inside
-        snapshot = BatchNormSnapshot._of_layers(layers)
-        snapshot.save()
+        snapshot = BatchNormSnapshot._of_layers(layers, in_place=True)
+        with temporarily_clear_interpreter_stack():  # within torch.func.grad new tensors have no memory
+            snapshot.save()
         self._stack.callback(snapshot._restore_in_place)
 
 

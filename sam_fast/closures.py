@@ -142,7 +142,7 @@ def closure_step(
             "seen. Call zero_grad() to "
             "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
         )
-    if step.random_state is not None and not first_pass_done:
+    if step.random_states and not first_pass_done:
         raise ValueError(
             "first_pass(replay_rng=True), but the closure is to be called for both passes: use step(closure, "
             "replay_rng=True)"
@@ -154,7 +154,7 @@ def closure_step(
                 first_pass_done = _first_step_along_what_is_there(optimizer, passes)
             computes_first = not first_pass_done and optimizer.needs_first_pass
             if first_pass_done:
-                random_state, step.random_state = step.random_state, None
+                random_state = step.next_random_state()
             else:
                 replays = replay_rng and computes_first
                 random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replays else None
@@ -228,7 +228,8 @@ def _can_only_make_state(optimizer: Any) -> bool:
     This is how torch.distributed.checkpoint has an optimizer make its state before it saves or loads it. A training
     loop that forgets first_step() has gradients.
     """
-    if optimizer.state or not all("lr" in group and float(group["lr"]) == 0.0 for group in optimizer.param_groups):
+    rates = [group.get("lr") for group in optimizer.param_groups]  # None: an optimizer that finds its own
+    if optimizer.state or not all(lr is not None and float(lr) == 0.0 for lr in rates):
         return False
     grads = list(optimizer._gradients())
     return bool(grads) and all_zero(grads)

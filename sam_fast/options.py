@@ -70,11 +70,14 @@ def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> 
         raise TypeError(
             f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}"
         )
-    return lambda groups: found(groups, **base_kwargs)
+    # Some, as MuonWithAuxAdam, take no entries that they do not know: the options are taken over afterwards.
+    return lambda groups: found(
+        [{k: v for k, v in group.items() if k not in OPTIONS} for group in groups], **base_kwargs
+    )
 
 
 def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -> None:
-    """Give groups that a base optimizer has made itself the SAM options of the groups that their parameters came in.
+    """Give the groups that a base optimizer has made the SAM options of the groups that their parameters came in.
 
     Raises:
         ValueError: a group mixes parameters that came with different options.
@@ -84,6 +87,8 @@ def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -
         if all(name in group for name in OPTIONS):
             continue
         found = [options_of[id(p)] for p in group["params"] if id(p) in options_of]
+        if not found and len(made) == len(given):  # without parameters, or with others that the base has made of them
+            found = [given[index]]
         for name in OPTIONS if found else ():
             if any(options[name] != found[0][name] for options in found):
                 raise ValueError(
@@ -123,8 +128,9 @@ def name_of(param: Tensor, param_groups: Sequence[dict[str, Any]]) -> str:
     for index, group in enumerate(param_groups):
         for position, p in enumerate(group["params"]):
             if p is param:
-                names = group.get("param_names")
-                return f"parameter {names[position]!r}" if names else f"parameter {position} of group {index}"
+                names = group.get("param_names") or []  # shorter, where somebody has appended to the parameters
+                numbered = f"parameter {position} of group {index}"
+                return f"parameter {names[position]!r}" if position < len(names) else numbered
     return "a parameter"
 
 

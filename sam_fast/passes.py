@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batchnorm import frozen_running_stats
+from .closures import are_new
 from .devices import devices_of
 from .perturbation import Perturbation
 from .random_state import RandomState
@@ -70,6 +71,9 @@ class Passes:
         """Give the current step up."""
         raise NotImplementedError
 
+    def _gradients(self) -> Iterator[Tensor]:
+        raise NotImplementedError
+
     def _require_first_step(self, what: str) -> None:
         raise NotImplementedError
 
@@ -86,7 +90,8 @@ class Passes:
         Args:
             model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
             replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to
-                start from, so that dropout draws the same masks in both passes.
+                start from, so that dropout draws the same masks in both passes. Either may be entered once, or once for
+                each micro-batch.
             sync: False to run this pass without gradient synchronisation (m-sharpness: each rank perturbs along its own
                 gradient). With a GradScaler, only the second pass then decides whether the update is skipped, since the
                 ranks must agree.
@@ -101,7 +106,10 @@ class Passes:
         """
         self._require_restored("first_pass")
         models = as_models(model, "first_pass(model)")
-        self._step.random_state = RandomState.capture(devices_of(self.param_groups)) if replay_rng else None
+        if not (replay_rng and are_new(self._gradients())):  # else it adds to the first pass of other micro-batches
+            self._step.random_states.clear()
+        if replay_rng:
+            self._step.random_states.append(RandomState.capture(devices_of(self.param_groups)))
         self._step.own_gradient = self._step.without_sync = not sync
         self._step.first_pass_entered = True
         try:
@@ -144,7 +152,7 @@ class Passes:
         models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
         if not self._step.active:  # a step that does not perturb may do without
             self.first_step()
-        random_state, self._step.random_state = self._step.random_state, None
+        random_state = self._step.next_random_state()
         try:
             if self._perturbation.storage.process_wide:
                 for module in models:

@@ -11,6 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn.utils import parametrize
 
 from .amp import UNSCALED, Scaling
 from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forced
@@ -45,6 +46,12 @@ def _takes_part(p: Tensor, perturb: bool) -> bool:
 def _has_grad_dtype(p: Tensor) -> bool:
     """Whether autograd gives a parameter gradients of another dtype than its own (PyTorch 2.10)."""
     return getattr(p, "grad_dtype", None) not in (None, p.dtype)
+
+
+def forget_old_weights() -> None:
+    """Drop autocast's casts of weights, and what ``parametrize.cached()`` keeps: both would hide ``w + e``."""
+    torch.clear_autocast_cache()
+    getattr(parametrize, "_cache", {}).clear()
 
 
 class Perturbation:
@@ -291,8 +298,14 @@ class Perturbation:
         if not self.fits(param_groups) or any(p.grad is not None for p, _ in self._left_out_with_gradient()):
             return None
         everything = GroupOptions([{"rho": 0.0, "eta": 0.0, "adaptive": False, "perturb": True}] * len(param_groups))
-        if not self._collect(everything, False):
-            return None
+        try:
+            if not self._collected(everything, False):
+                return None
+        except ParameterError as error:
+            raise RuntimeError(
+                f"clip_grad_norm cannot clip the gradient of {name_of(error.param, param_groups)}, which is sparse or "
+                "of another shape than its parameter: build the layer with sparse=False, or leave clip_grad_norm out"
+            ) from None
         return self._measured(everything).own_norm()
 
     def _measured(self, options: GroupOptions) -> Norm:
@@ -334,9 +347,9 @@ class Perturbation:
         return [p for bucket in self.buckets for p in bucket.saved_params()]
 
     def _mark_written(self, params: list[Tensor]) -> None:
-        """Let autograd know of weights that kernels have written, and autocast, which keeps casts of the old ones."""
+        """Let autograd know of weights that kernels have written, and whatever keeps something made of the old ones."""
         increment_version(self.storage.written(params) if self.storage.process_wide else params)
-        torch.clear_autocast_cache()
+        forget_old_weights()
 
     def zero_grad(self) -> None:
         """With ``flatten=True``: zero the gradients in the flat buffers, and let go of those outside."""

@@ -51,13 +51,20 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draw from this state inside; outside the generators go on as if nothing had been drawn."""
-        sources = [source for source, _ in self._states]
-        outside = RandomState.capture(
-            (s for s in sources if isinstance(s, torch.device)), (s for s in sources if isinstance(s, torch.Generator))
-        )
+        """Draw from this state inside; outside the generators go on as if nothing had been drawn. The next time goes on
+        where this one ended.
+        """
+        outside = self._now()
         self.apply()
         try:
             yield
         finally:
+            self._states = self._now()._states
             outside.apply()
+
+    def _now(self) -> RandomState:
+        """The state that the same generators have now."""
+        sources = [source for source, _ in self._states]
+        return RandomState.capture(
+            (s for s in sources if isinstance(s, torch.device)), (s for s in sources if isinstance(s, torch.Generator))
+        )

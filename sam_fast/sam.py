@@ -19,7 +19,7 @@ from .compiling import leave_uncompiled
 from .fused_step import fused_step
 from .options import OPTIONS, as_groups, check_arguments, check_base, check_options, make_base, take_over_options
 from .passes import Passes
-from .perturbation import Perturbation
+from .perturbation import Perturbation, forget_old_weights
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 from .running_stats import ExtraBuffers, Models
 from .schedule import STEP, Schedule, ScheduleWatch, check_schedule, count_step, start_counter, steps_taken
@@ -326,7 +326,7 @@ class SAM(Passes, OptimizerWrapper):
                 if perturbed:
                     perturbation.restore()
                 step_base(base, applied, self._base_step)
-                torch.clear_autocast_cache()
+                forget_old_weights()
         finally:
             if not perturbation.active:
                 step.active = step.first_pass_done = step.perturbs = False

@@ -26,9 +26,16 @@ from .running_stats import (
 )
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether it stands for another one inside a torch.func transform, and has no memory of its own."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+def _with_memory(tensor: Tensor | None, unwrap: bool) -> Tensor | None:
+    """The tensor, or None if it has no memory of its own: lazy, or standing for another one inside a torch.func
+    transform, such as vmap over an ensemble. With ``unwrap`` then that other one.
+    """
+    functorch = torch._C._functorch
+    if tensor is None:
+        return None
+    while unwrap and (functorch.is_batchedtensor(tensor) or functorch.is_gradtrackingtensor(tensor)):
+        tensor = functorch.get_unwrapped(tensor)
+    return None if is_lazy(tensor) or functorch.is_functorch_wrapped_tensor(tensor) else tensor
 
 
 class BatchNormSnapshot:
@@ -48,12 +55,16 @@ class BatchNormSnapshot:
         ValueError: a pattern in ``extra_buffers`` fits nothing.
     """
 
+    _in_place = False
+
     def __init__(self, model: Models, extra_buffers: ExtraBuffers = ()) -> None:
         self._use(find_layers(as_models(model, "BatchNormSnapshot(model)"), extra_buffers))
 
     @classmethod
-    def _of_layers(cls, layers: Layers) -> BatchNormSnapshot:
+    def _of_layers(cls, layers: Layers, in_place: bool = False) -> BatchNormSnapshot:
+        """``in_place``: it is only restored in place."""
         snapshot = cls.__new__(cls)
+        snapshot._in_place = in_place
         snapshot._use(layers)
         return snapshot
 
@@ -167,7 +178,7 @@ class BatchNormSnapshot:
             self._place_layers += [index] * len(places)
         # A lazy buffer becomes a real one without becoming another object: remembered as None, it is looked at again
         # next time.
-        self._tensors = [None if t is None or is_lazy(t) or _is_transformed(t) else t for t in self._look_up()]
+        self._tensors = [_with_memory(tensor, self._in_place) for tensor in self._look_up()]
         members: dict[tuple[torch.device, torch.dtype, Backend], list[Tensor]] = {}
         seen: set[int] = set()
         for tensor in self._tensors:

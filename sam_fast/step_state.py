@@ -28,7 +28,7 @@ class StepState:
     perturbs: bool = False
     zeroed: bool = False
 
-    random_state: RandomState | None = None
+    random_states: list[RandomState] = field(default_factory=list)  # one for each time that first_pass was asked to
     own_gradient: bool = False  # the gradient of this rank alone
     without_sync: bool = False  # inside first_pass(sync=False)
     first_pass_entered: bool = False
@@ -43,7 +43,13 @@ class StepState:
     def forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step."""
         self.train_unused()
-        self.random_state, self.own_gradient, self.first_pass_entered = None, False, False
+        self.random_states.clear()
+        self.own_gradient, self.first_pass_entered = False, False
+
+    def next_random_state(self) -> RandomState | None:
+        """What the next second pass draws from: the first passes' states in turn, of which the last goes on."""
+        states = self.random_states
+        return states.pop(0) if len(states) > 1 else next(iter(states), None)
 
     def require_sync(self, what: str) -> None:
         """Raise RuntimeError where the second pass's gradients would be those of this process alone."""

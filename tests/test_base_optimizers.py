@@ -304,3 +304,54 @@ def test_state_that_the_base_optimizer_makes_of_a_new_group_is_its_own():
         two_passes(optimizer, params, step)
         two_passes(plain, twin, step)
     assert furthest(params, twin) < 1e-9
+
+
+class FindsItsRate(torch.optim.Optimizer):
+    """Has no learning rate, as Adafactor with relative_step=True."""
+
+    def __init__(self, params: Any, lr: float | None = None) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=0.1)
+
+
+@pytest.mark.guarantee(id="misuse")
+def test_a_step_without_first_step_says_so_whatever_the_learning_rate_is():
+    params = make_params([4])
+    optimizer = SAM(params, FindsItsRate)
+    give_doubles(params, 1)
+    with pytest.raises(RuntimeError, match="needs first_step"):
+        optimizer.step()
+
+
+class Strict(torch.optim.SGD):
+    """Takes no entries in groups that it does not know, as MuonWithAuxAdam."""
+
+    def __init__(self, groups: Any, lr: float) -> None:
+        assert all(group.keys() <= {"params", "lr", "use_muon"} for group in groups)
+        super().__init__([{**group, "params": group["params"][::-1]} for group in groups], lr=lr)
+
+
+@pytest.mark.guarantee(id="base-optimizer")
+def test_a_base_optimizer_need_not_take_sams_options():
+    params, twin = make_params([5, 9, 3], torch.float64), make_params([5, 9, 3], torch.float64)
+
+    def groups(params: Any) -> list[dict[str, Any]]:
+        return [
+            {"params": params[:2], "use_muon": True, "rho": 0.5},
+            {"params": params[2:], "use_muon": False, "perturb": False, "lr": 0.01},
+            {"params": [], "use_muon": False, "rho": 0.3},
+        ]
+
+    optimizer, other = SAM(groups(params), Strict, rho=0.1, lr=0.1), SAM(groups(twin), torch.optim.SGD, rho=0.1, lr=0.1)
+    for name in ("rho", "perturb", "lr"):
+        assert [group[name] for group in optimizer.param_groups] == [group[name] for group in other.param_groups]
+    for step in range(3):
+        two_passes(optimizer, params, step)
+        two_passes(other, twin, step)
+    assert furthest(params, twin) < 1e-12

@@ -290,6 +290,33 @@ def test_functional_call_with_buffers_of_ones_own(make: Callable[[], nn.Module],
         assert same_bits([own[name]], [buffer]) or name in reassigned
 
 
+@pytest.mark.guarantee(id="statistics-in-closures")
+@pytest.mark.parametrize("per_model", [False, True], ids=["vmap", "vmap-of-grad"])
+def test_the_stacked_buffers_of_an_ensemble(per_model: bool) -> None:
+    models = [nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)) for _ in range(3)]
+    params, buffers = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+    skeleton, x = copy.deepcopy(models[0]), torch.randn(6, 4)
+
+    def loss_of(params: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(skeleton, (params, buffers), x).square().mean()
+
+    def closure() -> Tensor:
+        if not per_model:
+            loss = torch.vmap(loss_of)(params, buffers).sum()
+            loss.backward()
+            return loss
+        grads, losses = torch.vmap(torch.func.grad_and_value(loss_of))(params, buffers)
+        for name, p in params.items():
+            p.grad = grads[name].detach()
+        return losses.sum()
+
+    SAM(params.values(), lr=0.1, rho=0.1).step(closure)
+    for model in models:
+        model(x)
+    for name, right in torch.func.stack_module_state(models)[1].items():  # type: ignore[arg-type]
+        torch.testing.assert_close(buffers[name], right)
+
+
 def test_a_closure_without_modules_costs_nothing_and_warns_of_nothing() -> None:
     p = nn.Parameter(torch.ones(3))
 

@@ -127,6 +127,43 @@ def test_without_replay_the_masks_differ():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.guarantee(id="replay-rng")
+@pytest.mark.parametrize("each_first", [False, True])
+@pytest.mark.parametrize("each_second", [False, True])
+def test_replay_draws_the_same_masks_for_all_micro_batches(each_first, each_second):
+    model = nn.Sequential(nn.Linear(20, 50), nn.Dropout(0.5))
+    optimizer = SAM(model.parameters(), lr=0.1)
+
+    def masks_in(entered: Any, each: bool) -> list[torch.Tensor]:
+        masks = []
+        with contextlib.nullcontext() if each else entered():
+            for x in torch.ones(3, 4, 20):
+                with entered() if each else contextlib.nullcontext():
+                    out = model(x)
+                    out.sum().backward()
+                    masks.append(out == 0)
+        return masks
+
+    def first_pass() -> Any:
+        torch.rand(int(each_first))  # something draws between the micro-batches
+        return optimizer.first_pass(model, replay_rng=True)
+
+    def second_pass() -> Any:
+        return optimizer.second_pass(model)
+
+    masks_in(first_pass, each_first)
+    optimizer.zero_grad()  # given up: it is none of the next step's
+    for _ in range(2):
+        first = masks_in(first_pass, each_first)
+        optimizer.first_step(zero_grad=True)
+        second = masks_in(second_pass, each_second)
+        optimizer.second_step(zero_grad=True)
+        if each_second or not each_first:
+            assert torch.equal(torch.stack(first), torch.stack(second))
+        else:  # the second pass does not know of what was drawn in between
+            assert torch.equal(first[0], second[0])
+
+
 class Dropping:
     """A closure that keeps its dropout masks, and raises in the given call."""
 

@@ -212,6 +212,15 @@ def test_parameters_without_a_gradient_keep_their_version(backend):
     assert params[0]._version == version
 
 
+def test_a_parameter_that_was_appended_to_a_named_group_is_called_by_its_number():
+    optimizer = SAM(nn.Linear(3, 2).named_parameters(), lr=0.1)
+    added = nn.Parameter(torch.ones(4))
+    optimizer.param_groups[0]["params"].append(added)
+    added.grad = torch.ones(4).to_sparse()
+    with pytest.raises(RuntimeError, match=r"parameter 2 of group 0 .*sparse gradient"):
+        optimizer.first_step()
+
+
 @pytest.mark.guarantee(id="misuse")
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_sparse_gradient_is_refused_and_nothing_has_moved(make, bad):

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from plain_sam import furthest
+from plain_sam import PlainSAM, furthest
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -281,6 +281,49 @@ def test_what_has_no_rows_to_be_cut_at_is_taken_whole_or_refused(kind: str) -> N
 
 
 # ---- Clipping --------------------------------------------------------------------------------------------------------
+
+
+class ComplexNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128))
+        self.scale = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight).abs() * self.scale
+
+
+@pytest.mark.guarantee(id="clip-grad-norm")
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_clipping_of_complex_gradients(base: Any, max_norm: float) -> None:
+    model, x = ComplexNet(), torch.randn(6, 4, dtype=torch.complex128)
+    twin = copy.deepcopy(model)
+    step = TrainStep(
+        model,
+        SAM(model.parameters(), base, lr=0.01),
+        lambda model, x: model(x).square().mean(),
+        clip_grad_norm=max_norm,
+    )
+    plain = PlainSAM(twin.parameters(), base, lr=0.01)
+    for _ in range(3):
+        step(x)
+        twin(x).square().mean().backward()
+        plain.first_step()
+        twin(x).square().mean().backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), max_norm)
+        plain.second_step()
+    assert furthest(model.parameters(), twin.parameters()) < 1e-9
+
+
+def test_a_sparse_gradient_that_cannot_be_clipped_is_named() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
+    groups = [{"params": model[1].parameters()}, {"params": model[0].parameters(), "perturb": False}]
+    before = copy.deepcopy(list(model.parameters()))
+    step = TrainStep(model, SAM(groups), lambda model, x: model(x).square().mean(), clip_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm cannot clip .* parameter 0 of group 1.* sparse=False"):
+        step(torch.arange(6))
+    assert furthest(model.parameters(), before) == 0.0
 
 
 @pytest.mark.guarantee(id="clip-grad-norm")

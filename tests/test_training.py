@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from cases import SmallNet, batches, same_bits, same_step
+from plain_sam import PlainSAM, furthest
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrize import cached, register_parametrization
 
 from sam_fast import SAM, frozen_running_stats
 from sam_fast.reference import ReferenceSAM
@@ -181,3 +183,40 @@ def test_a_thousand_steps_without_a_learning_rate_change_no_bit(backend, flatten
         optimizer.first_step()
         optimizer.second_step(zero_grad=True)
     assert same_bits(list(model.parameters()), before)
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.triu() + x.triu(1).mT
+
+
+@pytest.mark.guarantee(id="stale-graph")
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_what_parametrizations_keep_is_made_of_the_weights_as_they_are(base, by_closure):
+    """The backward pass of this one needs no saved tensors: a second one through the old graph raises nothing."""
+    model = register_parametrization(nn.Linear(4, 4).double(), "weight", Symmetric())
+    twin = copy.deepcopy(model)
+    optimizer, plain = SAM(model.parameters(), base, rho=0.5, lr=0.1), PlainSAM(twin.parameters(), base, 0.5, lr=0.1)
+    x = torch.randn(6, 4, dtype=torch.float64)
+
+    def backward(model: nn.Module) -> torch.Tensor:
+        loss = model(x).tanh().square().mean()
+        loss.backward()
+        return loss
+
+    with cached():
+        for _ in range(3):
+            if by_closure:
+                optimizer.step(lambda: backward(model), passes="both")
+            else:
+                backward(model)
+                optimizer.first_step(zero_grad=True)
+                backward(model)
+                optimizer.second_step(zero_grad=True)
+    for _ in range(3):
+        backward(twin)
+        plain.first_step()
+        backward(twin)
+        plain.second_step()
+    assert furthest(model.parameters(), twin.parameters()) < 1e-9

@@ -57,10 +57,10 @@ def test_what_first_pass_was_told_reaches_the_step(sets):
     with told.first_pass(nn.ParameterList(params), replay_rng=True, sync=False):
         pass
     assert other._step.own_gradient
-    assert other._step.random_state is not None
+    assert other._step.random_states
     two_passes(other, params, 1)
     assert not told._step.own_gradient
-    assert told._step.random_state is None
+    assert not told._step.random_states
 
 
 def test_a_group_added_through_a_wrapper_is_there():
@@ -286,6 +286,34 @@ def test_entries_of_others_and_a_first_gradient_that_comes_later(base):
                 getattr(each, advance)()
     assert furthest(params, twin) < 1e-9
     assert all(optimizer.state[p]["mine"] == 1 for p in params)
+
+
+@pytest.mark.guarantee(id="others-state")
+@pytest.mark.parametrize("base", [torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adamax, torch.optim.AdamW])
+@pytest.mark.parametrize("when", ["restored by name", "added", "replaced"])
+def test_the_base_optimizers_own_state_may_be_put_there_by_hand(base, when):
+    params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
+    count = 1 if when == "added" else 2
+    optimizer, plain = SAM(params[:count], base, lr=0.01), PlainSAM(twin[:count], base, lr=0.01)
+    for step in range(6):
+        if step == 3:
+            for own, each in ((params, optimizer), (twin, plain.base)):
+                states = [copy.deepcopy(each.state[p]) for p in own[:count]]
+                if when == "restored by name":
+                    each.state.clear()
+                elif when == "replaced":
+                    own[1] = each.param_groups[0]["params"][1] = torch.nn.Parameter(own[1].detach().clone())
+                else:
+                    each.add_param_group({"params": own[1:]})
+                    new = torch.full_like(own[1], 0.5)
+                    states.append({name: t if t.dim() == 0 else new.clone() for name, t in states[0].items()})
+                each.state.update(zip(own, copy.deepcopy(states), strict=True))
+            if when == "restored by name":  # in another program
+                optimizer, state = SAM(params, base, lr=0.01), optimizer.state
+                optimizer.state.update(state)
+        for each, own in ((optimizer, params), (plain, twin)):
+            two_passes(each, own, step)
+    assert furthest(params, twin) < 1e-9
 
 
 class Counting(torch.optim.SGD):
