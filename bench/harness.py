@@ -81,7 +81,8 @@ def measure(
     """Timers by stage and contender, with the seconds of each round.
 
     A round times every contender once, in an order drawn anew, so that none always finds the caches and the allocator
-    as the same other left them; with ``lead_in``, as it left them itself. There are as many rounds as ``seconds`` allow, but at least and at most ``rounds``.
+    as the same other left them; with ``lead_in``, as it left them itself. There are as many rounds as ``seconds``
+    allow, but at least and at most ``rounds``.
     """
     timers: dict[str, dict[str, Timer]] = defaultdict(dict)
     for name, contender in contenders.items():

@@ -59,13 +59,13 @@ class BaseStep:
             self._look_at(base)
 
     def _set_aside(self, base: Optimizer) -> dict[Tensor, dict[str, Any]]:
-        rule = RULE_OF[type(base)]
+        cls: Any = type(base)
+        rule = RULE_OF[cls]
+        names = _names_in(cls) - base.defaults.keys() if rule is None else rule.all_names
         aside = {}
         for p, entry in base.state.items():
             if not isinstance(p, Tensor) or not entry:
                 continue
-            cls: Any = type(base)
-            names = _names_in(cls) - base.defaults.keys() if rule is None else rule.all_names
             its_own = not entry.keys().isdisjoint(names) or (rule is None and id(p) in self._initialised)
             if not its_own:
                 self._foreign |= entry.keys()

@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from threading import get_ident
 from types import CodeType, FunctionType, ModuleType
@@ -14,7 +14,6 @@ from typing import Any
 from weakref import WeakSet, finalize, ref
 
 from torch import nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
@@ -72,6 +71,12 @@ def uncounted_forwards(
         yield
         if compiled and models is None and not any(_has_tensors(module) for module in second.seen):
             _warn(compiled)
+
+
+try:
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+except ImportError:  # not public: where it is gone, closures with torch.func.grad do without
+    temporarily_clear_interpreter_stack = nullcontext  # type: ignore[assignment]
 
 
 class _Uncounted:
