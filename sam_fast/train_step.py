@@ -314,8 +314,10 @@ def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:
             f"a batch with a {type(value).__name__} that is packed, sparse or nested cannot be cut into rows: make it "
             "in loss_fn, or use ascent=1 and micro_batches=1"
         )
-    if isinstance(value, Tensor) or hasattr(value, "__array__"):
-        return f(value) if tuple(getattr(value, "shape", ()))[:1] == (len(first),) else value
+    if tuple(getattr(value, "shape", ()))[:1] == (len(first),):  # a tensor, an array, a TensorDict
+        return f(value)
+    if isinstance(value, Tensor):
+        return value
     if isinstance(value, Mapping):
         named = {key: _mapped(item, first, f) for key, item in value.items()}
         if not isinstance(value, MutableMapping):

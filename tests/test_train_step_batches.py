@@ -38,6 +38,35 @@ def test_a_part_of_a_batch_has_its_attributes(options: dict[str, Any]) -> None:
     assert len(batch["x"]) == len(batch.weight) == 8
 
 
+class Rows(UserDict[str, torch.Tensor]):
+    """As a TensorDict: has a shape, is cut itself, and takes no entry with other rows."""
+
+    def __init__(self, data: dict[str, torch.Tensor]) -> None:
+        self.shape = (len(next(iter(data.values()))),)
+        super().__init__(data)
+
+    def __getitem__(self, key: Any) -> Any:
+        return Rows({k: v[key] for k, v in self.data.items()}) if isinstance(key, slice) else self.data[key]
+
+    def __setitem__(self, key: str, item: torch.Tensor) -> None:
+        assert len(item) == self.shape[0]
+        super().__setitem__(key, item)
+
+
+@pytest.mark.parametrize("options", PARTS)
+def test_a_mapping_with_a_shape_is_cut_as_a_whole(options: dict[str, Any]) -> None:
+    model, seen = nn.Linear(5, 1), set()
+
+    def loss(model: nn.Module, batch: Rows) -> torch.Tensor:
+        seen.add((type(batch), len(batch["x"]), len(batch["y"])))
+        return model(batch["x"]).square().mean()
+
+    TrainStep(model, SAM(model.parameters(), lr=0.1), loss, **options)(
+        Rows({"x": torch.randn(8, 5), "y": torch.zeros(8)})
+    )
+    assert seen == ({(Rows, 2, 2), (Rows, 8, 8)} if "ascent" in options else {(Rows, 2, 2)})
+
+
 @pytest.mark.parametrize("options", PARTS)
 @pytest.mark.parametrize(
     "kind",
