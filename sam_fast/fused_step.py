@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,15 +71,28 @@ def _rule_for(base: Optimizer) -> Rule:
 
     Global hooks are not asked: they see SAM's own step.
     """
-    rule = RULE_OF[type(base)]
+    cls: Any = type(base)  # to mypy, no class is hashable
+    rule = RULE_OF[cls]
     if rule is None:
-        raise NotFused(f"{type(base).__qualname__} is not one of {', '.join(fused_classes())}")
+        raise NotFused(f"{cls.__qualname__} is not one of {', '.join(fused_classes())}")
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         raise NotFused("the base optimizer has step hooks of its own: register them on SAM")
     step = vars(base).get("step")
     if step is not None and not hasattr(step, WRAPPED_BY_SCHEDULER):
         raise NotFused("the base optimizer's step was replaced")
+    if not _is_own_step(cls, cls.step):
+        raise NotFused(f"{cls.__qualname__}.step was replaced")
     return rule
+
+
+@lru_cache(maxsize=64)
+def _is_own_step(cls: Any, step: Any) -> bool:
+    """Whether a class's ``step`` is what it or a base class defines, within wrappers of PyTorch alone."""
+    while (inner := getattr(step, "__wrapped__", None)) is not None:
+        if not getattr(step, "__globals__", {}).get("__name__", "").startswith("torch."):
+            return False
+        step = inner
+    return any(getattr(step, "__qualname__", "") == f"{c.__qualname__}.step" for c in cls.__mro__)
 
 
 def _on_host(scaling: Scaling, buckets: Sequence[Bucket]) -> Scaling:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -59,6 +61,32 @@ def test_what_the_kernels_do_not_do_is_the_base_optimizers_step(kind, taken):
     with torch.no_grad() if kind != "lr with gradient" else torch.enable_grad():
         twin_optimizer.base_optimizer.step()
     assert same_bits(values(params), values(twin))
+
+
+@pytest.mark.parametrize("wraps", [True, False], ids=["wraps", "bare"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_was_patched_in_its_class_is_called(base, wraps, monkeypatch):
+    """AdamW's is Adam's. PyTorch wraps the patch once more when it makes the next optimizer of the class."""
+    params, original = make_params([100, 7]), base.step
+    before = SAM(params, base, lr=0.1)
+    calls = mock.Mock()
+
+    def patched(self: Any, closure: Any = None) -> Any:
+        calls()
+        return original(self, closure)
+
+    monkeypatch.setattr(base, "step", functools.wraps(original)(patched) if wraps else patched)
+    for count, optimizer in enumerate([before, SAM(params, base, lr=0.1)], start=1):
+        give(params, count, 0.01)
+        optimizer.first_step()
+        optimizer.second_step()
+        assert calls.call_count == count
+        assert optimizer.second_step_path == f"{base.__name__}.step was replaced"
+    monkeypatch.undo()
+    give(params, 3, 0.01)
+    before.first_step()
+    before.second_step()
+    assert before.second_step_path == "fused"
 
 
 def test_parameters_that_moved_between_the_passes(taken):
