@@ -154,6 +154,17 @@ def test_which_rho_is_what_the_tuning_chose() -> None:
     assert "| normalization layers only | four to eight did best there" in text
 
 
+def test_frameworks_are_tested_with_the_versions_that_the_page_names() -> None:
+    root = DOCS.parent
+    pinned = (root / "tests/integrations/requirements.txt").read_text() + (root / "constraints.txt").read_text()
+    installed = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==([\d.]+)$", pinned, re.MULTILINE))
+    table = next(table for table in tables(page("integrations.md")) if "tested with" in table[0])
+    named = [entry.split() for row in table for entry in row["tested with"].replace("PyTorch", "torch").split(", ")]
+    assert len(named) > 15
+    for name, version in named:
+        assert f"{installed[name]}.".startswith(f"{version}."), name
+
+
 def benchmarks() -> list[str]:
     """What docs/benchmarks.md says of the run in the README, and of each other one."""
     return page("benchmarks.md").split("\n## Another run: ")
