@@ -26,7 +26,8 @@ class StepResult(NamedTuple):
     Attributes:
         loss: mean over the whole batch, in the dtype of ``loss_fn``'s; at w where the first pass saw all of it, else
             the second pass's.
-        sharpness: L(w + e) - L(w), in the same dtype, where both passes saw the same samples, else None.
+        sharpness: L(w + e) - L(w), in the same dtype, where both passes saw the same samples, else None. With dropout
+            the two losses have different masks, unless ``replay_rng=True``.
         grad_norm: ``||T g||`` of the direction, in float64, times what ``backward`` may have scaled the loss by; None
             where the step did not perturb.
     """
@@ -48,8 +49,8 @@ class TrainStep:
         optimizer: a SAM, or a framework's wrapper of one.
         loss_fn: ``loss_fn(model, *batch)`` returns the loss, a mean over the batch's rows.
         ascent: share of the batch that the first pass sees, at most 1: rows 0, k, 2k, ... with ``k = round(1/ascent)``
-            of all that has a row for each of the batch's. A quarter makes a step cost 1.25 (NFNets,
-            https://arxiv.org/abs/2102.06171). Batches should be shuffled.
+            of all that has a row for each of the batch's. With a quarter a step makes 1.25 of SGD's passes
+            (NFNets, https://arxiv.org/abs/2102.06171). Batches should be shuffled.
         micro_batches: both passes accumulate gradients over so many parts of the batch.
         autocast: what forward passes and the loss run in: a dtype, a context manager, or a function that returns one.
         scaler: a torch.amp.GradScaler.

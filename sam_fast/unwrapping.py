@@ -23,12 +23,13 @@ def unwrap(optimizer: Any) -> SAM:
     if isinstance(optimizer, (list, tuple)):
         found = [sam for sam in map(_inner, optimizer) if sam is not None]
         if len(found) != 1:
-            raise TypeError(f"unwrap(optimizer) needs one SAM, got a list with {len(found)} of them: pass one element")
+            raise TypeError(f"optimizer must hold one SAM, got a list with {len(found)} of them: pass one element")
         return found[0]
     sam = _inner(optimizer)
     if sam is None:
         raise TypeError(
-            f"unwrap(optimizer) needs a sam_fast.SAM or an object with one inside, got {type(optimizer).__name__}"
+            f"optimizer must be a sam_fast.SAM or an object with one inside, got {type(optimizer).__name__}: "
+            "SAM(optimizer) makes one of a torch optimizer"
         )
     return sam
 

@@ -78,7 +78,6 @@ def names_of_a_reader() -> dict[str, Any]:
 
 PAGES = {
     "../README.md": 1,
-    "cost.md": 1,
     "distributed.md": 1,
     "guide.md": 5,
     "mixed_precision.md": 3,
@@ -134,6 +133,38 @@ def test_the_costs_of_variants_are_those_of_the_report() -> None:
             )
 
 
+def test_which_rho_is_what_the_tuning_chose() -> None:
+    text = " ".join(page("guide.md").split())
+    chosen = {}
+    for task in "AB":
+        section = page("quality.md").split(f"\n## Task {task}\n")[1].split("\n## ")[0]
+        for row in (row for table in tables(section) for row in table):
+            chosen[task, row["contender"]] = [float(value) for value in row["lr / decay / rho"].split("/")]
+    assert all(chosen[task, "SAM"][0] == chosen[task, "SGD"][0] / 2 for task in "AB")
+    assert "SAM did best there with half of SGD's" in text
+
+    def times(words: str) -> set[float]:
+        rhos = {key: values[2] for key, values in chosen.items() if words in key[1] and "previous" not in key[1]}
+        return {round(rho / chosen[task, "SAM"][2], 6) for (task, _), rho in rhos.items()}
+
+    for words in ("of the steps", "every", "first pass on 1/4 of the batch", "first pass on 1/8"):
+        assert times(words) <= {2.0, 4.0}, words
+    assert "| a schedule, or `ascent` of a quarter and less | two to four did best" in text
+    assert times("normalization layers only") - {8.0} == {4.0}
+    assert "| normalization layers only | four to eight did best there" in text
+
+
+def test_frameworks_are_tested_with_the_versions_that_the_page_names() -> None:
+    root = DOCS.parent
+    pinned = (root / "tests/integrations/requirements.txt").read_text() + (root / "constraints.txt").read_text()
+    installed = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==([\d.]+)$", pinned, re.MULTILINE))
+    table = next(table for table in tables(page("integrations.md")) if "tested with" in table[0])
+    named = [entry.split() for row in table for entry in row["tested with"].replace("PyTorch", "torch").split(", ")]
+    assert len(named) > 15
+    for name, version in named:
+        assert f"{installed[name]}.".startswith(f"{version}."), name
+
+
 def benchmarks() -> list[str]:
     """What docs/benchmarks.md says of the run in the README, and of each other one."""
     return page("benchmarks.md").split("\n## Another run: ")
@@ -156,6 +187,7 @@ def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
     assert "took {:.2f} and {:.2f} times SGD's time".format(*both("normalization layers only", "time")) in text
     assert "({:.2f} and {:.2f} times its gain)".format(*both("Friendly-SAM", "R")) in text
     assert "kept {:.0f} % on A and half on B".format(100 * both("first pass on 1/4 of the batch", "R")[0]) in text
+    assert "kept {:.0f} % on A and {:.0f} % on B".format(*(100 * r for r in both("every 4th step", "R"))) in text
     cheapest = "first pass on 1/4, the last quarter of the steps"
     time = sum(both(cheapest, "time")) / 2
     assert f"{both(cheapest, 'cost')[0]:.2f} times SGD's passes, here {time:.2f} times its time" in text
@@ -191,6 +223,11 @@ def test_the_figures_in_the_text_about_costs_are_those_of_the_reports() -> None:
 
 def test_what_flatten_costs_is_what_the_report_has() -> None:
     text, measured = " ".join(page("speed.md").split()), benchmarks()[0]
+    step = measured.split("**optimizer step, SGD**")[1].split("\n\n**")[0]
+    found = re.findall(r"^\| resnet18(?:, flatten)? \| [^|]+ \| [\d.]+ \(([\d.]+) - ([\d.]+)\) \|", step, re.MULTILINE)
+    (low, high), (flat_low, flat_high) = (tuple(map(float, interval)) for interval in found)
+    assert max(low, flat_low) <= min(high, flat_high)
+    assert "as long within the noise" in text
     host = tables(measured.split("**second_step, host time, in a loop**")[1])[0]
     of = {row["case"]: float(row["sam_fast"].split()[0]) for row in host}
     assert f"161 tiny tensors {of['161 x 8, flatten'] / of['161 x 8']:.1f} times as long" in text

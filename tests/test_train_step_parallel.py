@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import same_bits
-from parallel import RHO, SGD, STEPS, TOLERANCE, batches, my_share, network, weights
+from parallel import RHO, SGD, STEPS, TOLERANCE, batches, each_its_own, my_share, network, weights
 from processes import Group
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -86,6 +86,22 @@ def test_two_processes_are_one_with_the_whole_batch(
     # The clipping factor is rounded to float32.
     tolerance = TOLERANCE if clip is None else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **tolerance)
+
+
+def trained_along_own_gradients(micro_batches: int) -> list[Tensor]:
+    model = parallel("ddp")
+    step = TrainStep(model, SAM(model.parameters(), rho=RHO, **SGD), loss_of, micro_batches=micro_batches, sync=False)
+    for batch in batches(STEPS):
+        step(*my_share(batch))
+    return weights(model)
+
+
+@pytest.mark.guarantee(id="ddp")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_without_synchronisation_each_process_perturbs_along_its_own_gradient(two: Group, micro_batches: int) -> None:
+    found = two.run(trained_along_own_gradients, micro_batches)
+    assert all(same_bits(of_rank, found[0]) for of_rank in found)
+    torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
 
 
 def warned_of(before: bool) -> bool:

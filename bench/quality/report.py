@@ -260,7 +260,7 @@ def page(results: plan.Results, times: dict[str, Any]) -> str:
 
 
 INTRODUCTION = """\
-A SAM step costs two SGD steps, and the second pass is all that is left of that price. Each contender saves some of it.
+A SAM step costs two SGD steps: it makes two passes where SGD makes one. Each contender saves a part of the extra one.
 R is the share of SAM's gain over SGD that a contender keeps: mean(accuracy - SGD's) / mean(SAM's accuracy - SGD's).
 
 - Accuracy is the last epoch's, on test images that chose nothing: neither the epoch nor a setting.

@@ -231,7 +231,9 @@ def test_most_of_e_survives(step):
         s.restore()
         assert torch.equal(p.detach(), w)
     assert abs(component[KEY] - rho) < 0.01 * rho
-    assert component[None] < 0.75 * rho
+    # docs/mixed_precision.md has these figures, and those of the noise.
+    assert component[None] == pytest.approx(0.021, abs=5e-4)
+    assert (noise[None], noise[KEY]) == pytest.approx((0.042, 0.098), abs=5e-4)
     # What it costs: each element has a variance of p (1 - p) units^2, where p is how far w + e is on the way between
     # its neighbours.
     exact = w.double() + rho * direction
