@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -34,3 +35,35 @@ def refuse_capture(device: torch.device, reason: str) -> None:
     """Raise RuntimeError with ``reason`` if a graph is being captured on ``device``."""
     if is_capturing(device):
         raise RuntimeError(f"this cannot be captured in a graph on {device}: {reason}")
+
+
+def check_whole_step(recorded: bool | None, device: torch.device) -> None:
+    """Raise RuntimeError if one half of a step is recorded in a graph and the other is not.
+
+    ``recorded``: whether first_step was; None where the device knows by itself what has run.
+    """
+    if recorded is not None and recorded != is_capturing(device):
+        raise RuntimeError(
+            f"first_step() was {'' if recorded else 'not '}captured in a graph on {device}, and the end of its step "
+            f"{'is not' if recorded else 'would be'}: capture whole steps. restore(), outside the capture, gives this "
+            "step up"
+        )
+
+
+def never_ran(recorded: bool | None, device: torch.device) -> bool:
+    """Whether the weights need not be put back: first_step was ``recorded`` in a graph, whose capture ended before the
+    step did. One warning says so: a graph that is replayed all the same moves them.
+
+    Raises:
+        RuntimeError: putting them back would only be recorded.
+    """
+    if not recorded or is_capturing(device):
+        check_whole_step(recorded, device)
+        return False
+    warnings.warn(
+        f"first_step() was captured in a graph on {device}, and the end of its step was not: it has moved nothing, and "
+        "nothing is put back. If that graph has been replayed, the weights are still perturbed",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return True

@@ -211,6 +211,10 @@ def _make_first_states(bucket: Bucket, base: Optimizer, rule: Rule) -> bool:
     A parameter that has some of the states but not all is left to the base optimizer, as is one that the kernel cannot
     take a first step with. Returns whether any was made.
     """
+    refuse_capture(
+        bucket.device,
+        "the base optimizer has yet to make its state, which replays would make anew. Take a few eager steps first",
+    )
     made = False
     indices = bucket.with_gradient()
     for index in range(len(bucket.tensors)) if indices is None else indices:

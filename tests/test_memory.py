@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import buckets_of, give, make_params, same_bits, values
+from cases import buckets_of, give, make_params, normal, same_bits, values
 from plain_sam import PlainSAM, furthest
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -58,7 +58,7 @@ def test_a_gradient_with_a_lazy_sign_from_a_complex_model(make):
     def loss(re: Tensor, im: Tensor) -> Tensor:
         return (torch.complex(re, im).conj() * x - (0.8 - 0.6j) * x).abs().square().mean()
 
-    x = torch.randn(64, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    x = normal(64, torch.Generator().manual_seed(0), torch.complex128)
     pairs = [[nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.5, 0.2)] for _ in range(2)]
     optimizer, plain = make(pairs[0], rho=0.01), PlainSAM(pairs[1], rho=0.01, lr=0.1)
     seen = set()

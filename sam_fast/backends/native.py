@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
 from ..amp import Scaling
+from ..devices import check_whole_step, is_capturing, never_ran
 from ..steps import MissingState, NotFused
 from .bucket import (
     Backend,
@@ -64,6 +65,9 @@ class NativeBucket(Bucket):
     counts: ClassVar[bool] = True
     """Whether a step's kernel counts float32 step counters on the host."""
 
+    proves_backup: ClassVar[bool] = False
+    """Whether a backup that was never written is known as such on the device."""
+
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(tensors, groups, *args, **kwargs)
         size = len(self.tensors)
@@ -74,6 +78,7 @@ class NativeBucket(Bucket):
         self._occupied = size - len(self.empty)
         # How many tensors with elements are saved; None: not known. `_saved` has the truth, this saves looking.
         self._num_saved: int | None = 0
+        self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
         self._copies: dict[int, Tensor] = {}  # directions in their tensors' own layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
         self._wide_steps = torch.empty(0)
@@ -141,6 +146,8 @@ class NativeBucket(Bucket):
     def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
         _ = self.backup
         self._num_saved = None
+        recorded = is_capturing(self.device)
+        self._recorded = None if recorded and self.proves_backup else recorded
         self._num_saved = self.launch_perturb(options, partials, eps, norm)
         if self._copies:
             self._release_copies()
@@ -187,12 +194,15 @@ class NativeBucket(Bucket):
         if self._look_at_weights():
             return False
         _ = self.backup
-        self._num_saved = None
+        self._num_saved = self._recorded = None
         self.launch_copy(restore=False, release=False)
         return True
 
     def restore(self, release: bool = True) -> None:
         if self._num_saved == 0:
+            return
+        if never_ran(self._recorded, self.device):
+            self.release()
             return
         changed = self._look_at_weights()
         self._num_saved = None
@@ -229,6 +239,7 @@ class NativeBucket(Bucket):
         assert isinstance(source, NativeBucket)
         if source._num_saved != 0:
             _ = self.backup
+        self._recorded = source._recorded
         saved = [bool(at) for at, params in zip(source._saved, source.params, strict=True) for _ in params]
         self._saved[:] = array("Q", [at if is_saved else 0 for at, is_saved in zip(self._weights, saved, strict=True)])
         self._num_saved = None
@@ -282,6 +293,8 @@ class NativeBucket(Bucket):
         return [index for index, address in enumerate(self._counters) if address] if self._steps else []
 
     def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:
+        if any(self._saved):
+            check_whole_step(self._recorded, self.device)
         self._num_saved = None
         left = self.launch_step(options, scaling)
         if self._uncounted:

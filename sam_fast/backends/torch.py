@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..amp import Scaling, inverse_scale
+from ..devices import check_whole_step, is_capturing, never_ran
 from ..rounding import ROUNDED
 from ..steps import RULES, MissingState, NotFused, Rule
 from . import tensor_lists
@@ -51,6 +52,7 @@ class TorchBucket(Bucket):
         self._locations = array("Q")
         self._along: list[Tensor | None] = [None] * len(self.tensors)
         self._saved = [False] * len(self.tensors)
+        self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
         self._states: dict[str, list[Tensor | None]] = {}
         self._wrapped = any(is_wrapper(type(source)) for source in self.sources)
         self.device_counters = self.host_counters = False
@@ -120,6 +122,7 @@ class TorchBucket(Bucket):
         for _, weights, backups, _ in participants:  # all before any is moved: they may share memory
             torch._foreach_copy_(backups, weights)
         self._saved = [direction is not None and direction.numel() > 0 for direction in self._along]
+        self._recorded = is_capturing(self.device)
         for group, weights, backups, directions in participants if moves else ():
             rho, eta, adaptive = options.of(group)
             scale = scale_of(rho, norm + eps, compute_dtype(self.dtype))
@@ -139,11 +142,14 @@ class TorchBucket(Bucket):
         if not self._is_as_built():
             return False
         torch._foreach_copy_(self.backups, [tensor.detach() for tensor in self.tensors])
-        self._saved = [True] * len(self.tensors)
+        self._saved, self._recorded = [True] * len(self.tensors), None
         return True
 
     @torch.no_grad()
     def restore(self, release: bool = True) -> None:
+        if any(self._saved) and never_ran(self._recorded, self.device):
+            self.release()
+            return
         self._is_as_built()
         error: ParameterError | None = None
         # .data: what is written back may be a BatchNorm buffer that autograd has saved, and its value is as it was.
@@ -170,6 +176,7 @@ class TorchBucket(Bucket):
         assert isinstance(source, TorchBucket)
         pairs = zip(source._saved, source.params, strict=True)
         self._saved = [was_saved for was_saved, params in pairs for _ in params]
+        self._recorded = source._recorded
 
     def prepare_step(self, state: Any, options: StepOptions) -> None:
         if not self._is_as_built() or any(tensor.is_neg() or tensor.is_conj() for tensor in self.tensors):
@@ -206,6 +213,8 @@ class TorchBucket(Bucket):
 
         What was saved is put back if a step is interrupted. The others are stepped whole or not at all.
         """
+        if any(self._saved):
+            check_whole_step(self._recorded, self.device)
         self.restore(release=False)
         inverse = None if scaling.grad_scale is None else inverse_scale(scaling.grad_scale).to(self.device)
         members: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}

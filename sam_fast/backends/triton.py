@@ -80,6 +80,7 @@ class TritonBucket(NativeBucket):
     steps = frozenset(rule.name for rule in RULES if find_spec(f"sam_fast.kernels.{rule.name}"))
     decides_on_device = True
     counts = False
+    proves_backup = True
 
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(tensors, groups, *args, **kwargs)

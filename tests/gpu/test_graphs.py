@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -214,3 +215,25 @@ def test_eager_steps_between_replays_do_not_disturb_the_graph(gpu_backend):
         optimizer.restore()
         for p, g in zip(params, old, strict=True):
             p.grad = g
+
+
+def test_a_capture_that_ended_in_mid_step_has_moved_nothing(gpu_backend_or_torch):
+    """Its backup was never written: what it holds are the weights of an earlier step."""
+    params = on_gpu([100, 70_000])
+    optimizer = SAM(params, lr=0.1, momentum=0.9, backend=gpu_backend_or_torch)
+    for _ in range(2):
+        optimizer.first_step()
+        optimizer.second_step()
+    before = values(params)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.first_step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.restore()
+    assert ["captured in a graph" in str(w.message) for w in caught] == [True] * (gpu_backend_or_torch != "triton")
+    assert same_bits(values(params), before)
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match="capture whole steps"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.second_step()
+    optimizer.restore()
+    assert same_bits(values(params), before)
