@@ -24,6 +24,8 @@ def made_current(device: torch.device) -> AbstractContextManager[Any]:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a graph rather than running what it is given."""
+    if device.type == "cpu":
+        return False  # at once: every step asks
     module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "is_current_stream_capturing"):
         return False
