@@ -184,6 +184,28 @@ def test_what_was_measured_last_is_logged_every_so_many_steps(every: int):
     assert len(logger.of("sam/sharpness")) == 4
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_training_step_replaces_in_its_batch_is_replaced_once_in_each_pass(accumulate: int):
+    class Normalizes(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batch[0] = batch[0] * 2
+            return super().training_step((batch[0] / 2, batch.pop()), batch_idx)
+
+    module = Normalizes()
+    fit(module, accumulate_grad_batches=accumulate)
+    assert furthest(module.net, plain_run(accumulate=accumulate)[0]) < CLOSE
+
+
+def test_writing_into_the_batch_is_warned_of():
+    class Writes(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batch[0].mul_(1.1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(RuntimeWarning, match="has written into tensors of its batch"):
+        fit(Writes(), max_epochs=1)
+
+
 def test_batches_without_a_loss_are_left_out():
     class Skips(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
