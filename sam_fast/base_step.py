@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from .options import and_inner
 from .rounding import ROUNDED
 from .steps import RULE_OF
 
@@ -20,6 +21,11 @@ FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is
 wrong in 16 bits as well.
 """
+
+
+def maximizes(base: Optimizer) -> bool:
+    """Whether an optimizer maximizes where its groups do not say: pytorch_optimizer's keep it to themselves."""
+    return any(getattr(optimizer, "maximize", False) is True for optimizer in and_inner(base))
 
 
 class BaseStep:

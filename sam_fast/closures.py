@@ -52,7 +52,8 @@ LIGHTNING_CALLBACK = "Trainer(callbacks=[sam_fast.integrations.lightning.SAMCall
 ACCUMULATED = (
     "Lightning has accumulated gradients over several batches before step(closure), and the closure computes the last "
     f"batch only: SAM cannot take its second gradient on the same data. Use {LIGHTNING_CALLBACK}, which keeps the "
-    "batches for the second pass"
+    "batches for the second pass. If it is there: LearningRateFinder, BatchSizeFinder and Tuner train without "
+    "callbacks, so let them run in a Trainer with accumulate_grad_batches=1"
 )
 
 ACCUMULATED_BY_ACCELERATE = (

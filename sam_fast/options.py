@@ -166,9 +166,27 @@ def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
 
 
 def check_base(base: Any) -> None:
-    """Raise TypeError or ValueError if ``base`` cannot be a base optimizer."""
+    """Raise TypeError or ValueError if ``base``, or an optimizer in it, cannot be a base optimizer."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
+    for name in ("defaults", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if not hasattr(base, name):  # some that wrap another one do without Optimizer.__init__
+            setattr(base, name, {})
+    for optimizer in and_inner(base):
+        _check_one(optimizer)
+
+
+def and_inner(base: Optimizer) -> list[Optimizer]:
+    """An optimizer and those that it wraps, as Lookahead does."""
+    found = [base]
+    for optimizer in found:
+        for value in vars(optimizer).values():
+            inner = value if isinstance(value, (list, tuple)) else (value,)
+            found += [o for o in inner if isinstance(o, Optimizer) and not any(o is known for known in found)]
+    return found
+
+
+def _check_one(base: Optimizer) -> None:
     collisions = [name for name in OPTIONS if name in base.defaults]
     if collisions:
         raise ValueError(

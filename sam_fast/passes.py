@@ -89,9 +89,9 @@ class Passes:
 
         Args:
             model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
-            replay_rng: remember the random state of the CPU and of the parameters' devices, for ``second_pass`` to
-                start from, so that dropout draws the same masks in both passes. Either may be entered once, or once for
-                each micro-batch.
+            replay_rng: remember the random state of the CPU, of the parameters' devices, of Python and of NumPy, for
+                ``second_pass`` to start from, so that dropout and mixup draw the same in both passes. Either may be
+                entered once, or once for each micro-batch.
             sync: False to run this pass without gradient synchronisation (m-sharpness: each rank perturbs along its own
                 gradient). With a GradScaler, only the second pass then decides whether the update is skipped, since the
                 ranks must agree.

@@ -69,6 +69,7 @@ class Perturbation:
         self.flatten = flatten
         self.eps = eps
         self.nested = nested
+        self.maximize = False  # where a group does not say
         self.active = False
         self.buckets: list[Bucket] = []
         self.storage: InPlace = Flat(backend) if flatten else InPlace()
@@ -207,7 +208,7 @@ class Perturbation:
             _latest = self._ref
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
-        options = GroupOptions(param_groups, rounding_key)
+        options = GroupOptions(param_groups, rounding_key, self.maximize)
         if not self._collect(options, own_gradient):
             # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they
             # are.

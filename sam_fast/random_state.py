@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .devices import refuse_capture
 
+CPU, PYTHON, NUMPY = "cpu", "python", "numpy"
+"""Generators that are found by name. Not torch.default_generator, of which a copy would have another state."""
+
 
 class RandomState:
-    """The state of torch's default generators, the CPU's and those of some devices, and of further ones."""
+    """The state of torch's default generators, the CPU's and those of some devices, of Python's and NumPy's, from which
+    mixup and augmentation are often drawn, and of further ones.
+    """
 
-    def __init__(self, states: list[tuple[torch.device | torch.Generator | None, Tensor]]) -> None:
-        self._states = states  # None: the CPU's. Not torch.default_generator, of which a copy would have another.
+    def __init__(self, states: list[tuple[torch.device | torch.Generator | str, Any]]) -> None:
+        self._states = states
 
     @staticmethod
     def capture(devices: Iterable[torch.device], others: Iterable[torch.Generator] = ()) -> RandomState:
-        """Read the generators of the CPU and of ``devices``, and ``others``. Nothing waits for a device.
+        """Read the generators of the CPU, ``devices``, Python and NumPy, and ``others``. Nothing waits for a device.
 
         Raises:
             RuntimeError: a graph is being captured on one of them.
         """
-        states: list[tuple[torch.device | torch.Generator | None, Tensor]] = [(None, torch.get_rng_state())]
+        states: list[tuple[torch.device | torch.Generator | str, Any]] = [
+            (CPU, torch.get_rng_state()),
+            (PYTHON, random.getstate()),
+        ]
+        if "numpy.random" in sys.modules:
+            states.append((NUMPY, sys.modules["numpy.random"].get_state(legacy=False)))
         for device in sorted(devices, key=str):
             refuse_capture(
                 device,
@@ -42,11 +53,15 @@ class RandomState:
     def apply(self) -> None:
         """Set the generators to this state."""
         for source, state in self._states:
-            if source is None:
+            if source == CPU:
                 torch.set_rng_state(state)
+            elif source == PYTHON:
+                random.setstate(state)
+            elif source == NUMPY:
+                sys.modules["numpy.random"].set_state(state)
             elif isinstance(source, torch.Generator):
                 source.set_state(state)
-            else:
+            elif isinstance(source, torch.device):
                 getattr(torch, source.type).set_rng_state(state, source)
 
     @contextmanager

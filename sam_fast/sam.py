@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .amp import UNSCALED, clear_scaling, report_overflow, scaling_of, step_base
 from .backends import forced
-from .base_step import BaseStep
+from .base_step import BaseStep, maximizes
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
 from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
@@ -128,6 +128,7 @@ class SAM(Passes, OptimizerWrapper):
         """Build what is not copied."""
         leave_uncompiled()
         self._base_step = BaseStep(self.base_optimizer)
+        self._perturbation.maximize = maximizes(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
         watch_steps(self._step)

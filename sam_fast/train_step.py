@@ -103,7 +103,7 @@ class TrainStep:
         self.sam = unwrap(optimizer)
         self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
         self.clip_grad_norm, self.replay_rng, self.sync, self.backward = clip_grad_norm, replay_rng, sync, backward
-        self._called = False
+        self._called = self._looked = False
 
     def __call__(self, *batch: Any) -> StepResult:
         """One iteration.
@@ -133,9 +133,14 @@ class TrainStep:
         try:
             first = None
             if sam.needs_first_pass:
+                versions = None if self._looked else versions_of(batch)
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
-                    part = batch if self.every == 1 else every_row(batch, self.every)
+                    own = with_own_containers(batch)
+                    part = own if self.every == 1 else every_row(own, self.every)
                     first = self._pass(part, number_of_rows(part), -(-rows // self.micro_batches), self.sync)
+                if versions is not None:
+                    self._looked = True
+                    warn_of_written(batch, versions)
             sam.first_step(zero_grad=first is not None)
             with sam.second_pass(self.model):
                 second = self._pass(batch, rows, -(-rows // self.micro_batches), True)
@@ -289,6 +294,43 @@ def slice_rows(batch: tuple[Any, ...], begin: int, end: int) -> tuple[Any, ...]:
     """Some rows of everything in ``batch`` that has as many rows as the batch."""
     first = _first_tensor(batch)
     return tuple(_mapped(item, first, lambda rows: rows[begin:end]) for item in batch)
+
+
+def with_own_containers(value: Any) -> Any:
+    """The same tensors in containers of their own: what one pass takes out of its batch, or replaces in it, the other
+    pass still finds. So with objects that say how to be copied, such as those of graphs.
+    """
+    if isinstance(value, (MutableMapping, list)):
+        made: Any = copy(value)
+        for key, item in value.items() if isinstance(value, MutableMapping) else enumerate(value):
+            own = with_own_containers(item)
+            if own is not item:
+                made[key] = own
+        return made
+    if isinstance(value, tuple):
+        items = list(map(with_own_containers, value))
+        if all(own is item for own, item in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    says_how = hasattr(type(value), "__copy__") and not (hasattr(value, "shape") or isinstance(value, nn.Module))
+    return copy(value) if says_how else value
+
+
+def versions_of(batch: Any) -> list[int]:
+    """What changes when somebody writes into a tensor of ``batch``."""
+    return [tensor._version for tensor in _tensors(batch) if not tensor.is_inference()]
+
+
+def warn_of_written(batch: Any, versions: list[int]) -> None:
+    """Warn if somebody has written into a tensor of ``batch`` since its versions were these."""
+    if versions_of(batch) != versions:
+        warnings.warn(
+            "the first pass of SAM has written into tensors of its batch, and the second one, which gets the same "
+            "batch, sees what it wrote: write into new tensors, x = x * 2 in place of x.mul_(2). If writing once more "
+            "changes nothing, all is well",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _first_tensor(batch: Any) -> Tensor | None:

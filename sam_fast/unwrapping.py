@@ -35,12 +35,16 @@ def unwrap(optimizer: Any) -> SAM:
 
 
 def _inner(optimizer: Any) -> SAM | None:
-    """What the wrappers lead to. A wrapper may itself be of a class derived from SAM, as Lightning's is."""
+    """What the wrappers lead to. A wrapper may itself be of a class derived from SAM, as Lightning's is; and so may a
+    SAM with an attribute of one of these names that leads to none.
+    """
     seen: list[Any] = []
+    sam = None
     while True:
         seen.append(optimizer)
+        sam = optimizer if isinstance(optimizer, SAM) else sam
         attributes = getattr(optimizer, "__dict__", {})
         inner = next((attributes[name] for name in INNER if attributes.get(name) is not None), None)
         if inner is None or any(inner is known for known in seen):
-            return optimizer if isinstance(optimizer, SAM) else None
+            return sam
         optimizer = inner

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
 from .base_step import BaseStep
+from .closures import all_zero
 from .options import check_options, without_old_weights
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that exchange the weights for others, as schedule-free ones have them."""
 
+DISTRIBUTED_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
@@ -115,12 +119,30 @@ class OptimizerWrapper(Optimizer):
 
         There is never a copy of the weights in it.
         """
+        if not self.state and sys._getframe(1).f_globals.get("__name__") == DISTRIBUTED_CHECKPOINTS:
+            self._make_state()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
+
+    def _make_state(self) -> None:
+        """What torch.distributed.checkpoint does before it saves or loads a state: a step with gradients of zeros. It
+        does not where there are gradients, and with ``flatten=True`` there always are, be they zeros.
+        """
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads or not all_zero(grads):
+            return
+        rates = [(group, group["lr"]) for group in self.param_groups if "lr" in group]
+        for group, rate in rates:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        try:
+            self.base_optimizer.step()
+        finally:
+            for group, rate in rates:
+                group["lr"] = rate
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's

@@ -228,6 +228,71 @@ def test_hessian_based_optimizers_of_pytorch_optimizer_are_refused(name):
         SAM(make_params([3]), getattr(peers, name), lr=0.1)
 
 
+class Within(Optimizer):
+    """Wraps optimizers without Optimizer.__init__, as torch's PostLocalSGDOptimizer."""
+
+    def __init__(self, *inner: Optimizer) -> None:
+        self.inner = inner
+        self.param_groups = [group for each in inner for group in each.param_groups]
+
+    @property
+    def state(self) -> Any:
+        return self.inner[0].state
+
+    def step(self, closure: Any = None) -> None:
+        for each in self.inner:
+            each.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for each in self.inner:
+            each.zero_grad(set_to_none)
+
+
+@pytest.mark.guarantee(id="base-optimizer")
+def test_a_wrapper_that_does_without_what_every_optimizer_has():
+    params, twin = make_params([5], torch.float64), make_params([5], torch.float64)
+    optimizer = SAM(params, lambda groups, **options: Within(torch.optim.SGD(groups, **options)), lr=0.1)
+    plain = PlainSAM(twin, torch.optim.SGD, lr=0.1)
+    for step in range(3):
+        two_passes(optimizer, params, step)
+        two_passes(plain, twin, step)
+    assert furthest(params, twin) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("inner", "reason"), [(Hessian, "Hessian diff"), (torch.optim.LBFGS, "closure"), (torch.optim.Adadelta, "rho")]
+)
+def test_what_is_refused_is_refused_inside_a_wrapper(inner, reason):
+    with pytest.raises(ValueError, match=reason):
+        SAM(make_params([3]), lambda groups: Within(torch.optim.SGD(make_params([3])), inner(groups[0]["params"])))
+
+
+class MaximizesByItself(torch.optim.SGD):
+    """Keeps the option to itself, as the optimizers of pytorch_optimizer do."""
+
+    def __init__(self, params: Any, lr: float, maximize: bool = False) -> None:
+        super().__init__(params, lr=lr)
+        self.maximize = maximize
+        for group in self.param_groups:
+            del group["maximize"]
+
+
+@pytest.mark.guarantee(id="maximize")
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("base", ["own", "wrapped", "pytorch_optimizer"])
+def test_a_base_optimizer_may_keep_maximize_to_itself(base, maximize):
+    cls: Any = MaximizesByItself if base != "pytorch_optimizer" else pytest.importorskip("pytorch_optimizer").Lion
+    params = make_params([5])
+    before = values(params)
+    optimizer = SAM(
+        params, lambda groups, **o: Within(cls(groups, **o)) if base == "wrapped" else cls(groups, **o), rho=0.5,
+        lr=0.1, maximize=maximize,
+    )  # fmt: skip
+    params[0].grad = torch.ones(5)
+    optimizer.first_step()
+    assert bool((params[0] < before[0]).all()) is maximize
+
+
 def test_groups_that_an_instance_got_later_or_loaded_take_the_options():
     params, more = make_params([4]), make_params([3])
     mine = torch.optim.SGD(params, lr=0.1)

@@ -135,6 +135,38 @@ def test_the_state_can_be_made_without_a_first_step(base):
     assert len(state["state"]) == (0 if base is torch.optim.SGD else 6)
 
 
+@pytest.mark.guarantee(id="distributed-checkpoints")
+@pytest.mark.parametrize("zeros", ["flatten", "left by zero_grad"])
+@pytest.mark.parametrize("base", BASES)
+def test_the_state_is_made_where_gradients_are_zeros(tmp_path, base, zeros):
+    def made() -> tuple[nn.Module, SAM]:
+        model, (cls, options) = network(), BASES[base]
+        optimizer = SAM(model.parameters(), cls, rho=RHO, flatten=zeros == "flatten", **options)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return model, optimizer
+
+    model, optimizer = made()
+    train(model, optimizer, batches(STEPS)[:SAVED])
+    checkpoint.save(state_of(model, optimizer), checkpoint_id=str(tmp_path), no_dist=True)
+    train(model, optimizer, batches(STEPS)[SAVED:])
+    again, its = made()
+    resume(str(tmp_path), again, its)
+    train(again, its, batches(STEPS)[SAVED:])
+    assert same_bits(weights(again), weights(model))
+
+
+def test_no_state_is_made_where_there_is_a_gradient_or_nobody_asks():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.Adam, lr=0.1, flatten=True)
+    assert not optimizer.state_dict()["state"]
+    ((x, y),) = batches(1)
+    mse_loss(model(x), y).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    assert not get_optimizer_state_dict(model, optimizer)["state"]
+    assert same_bits([p.grad for p in model.parameters()], before)
+
+
 @pytest.mark.parametrize("case", ["a gradient", "a learning rate", "no gradients", "state"])
 def test_that_does_not_weaken_the_error(case):
     params = make_params([3, 5])

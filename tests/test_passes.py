@@ -2,11 +2,15 @@
 synchronisation left out.
 """
 
+# ruff: noqa: NPY002  # the random numbers of numpy.random itself are meant
+
 from __future__ import annotations
 
 import contextlib
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from cases import SmallNet, batches, make_params, same_bits, values
@@ -14,7 +18,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
-from sam_fast import SAM, norm_layers_only
+from sam_fast import SAM, TrainStep, norm_layers_only
 
 # ---- Closures --------------------------------------------------------------------------------------------------------
 
@@ -120,6 +124,29 @@ def test_replay_draws_the_same_masks_and_the_stream_goes_on_as_if_nothing_had_be
     nn.Sequential(nn.Linear(20, 50), nn.Dropout(0.5))(torch.ones(4, 20))
     torch.rand(7)
     assert torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.guarantee(id="replay-rng")
+@pytest.mark.parametrize("replay", [False, True])
+def test_replay_mixes_up_alike_whoever_draws(replay):
+    """As mixup does in a training step, with Python's or NumPy's random numbers."""
+    drawn: list[tuple[float, float]] = []
+    model = nn.Linear(3, 1)
+
+    def mixed_up(model, x):
+        drawn.append((random.random(), numpy.random.beta(0.2, 0.2)))
+        return model(x).mean() * sum(drawn[-1])
+
+    random.seed(3), numpy.random.seed(3)
+    step = TrainStep(model, SAM(model.parameters(), lr=0.1), mixed_up, replay_rng=replay)
+    for _ in range(2):
+        step(torch.ones(2, 3))
+    assert (drawn[0] == drawn[1]) is (drawn[2] == drawn[3]) is replay
+    assert drawn[0] != drawn[2]
+    after = random.random(), numpy.random.beta(0.2, 0.2)
+    random.seed(3), numpy.random.seed(3)
+    stream = [(random.random(), numpy.random.beta(0.2, 0.2)) for _ in range(5)]
+    assert after == stream[2 if replay else 4]
 
 
 def test_without_replay_the_masks_differ():

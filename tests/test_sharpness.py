@@ -1,12 +1,16 @@
 """sam_fast.sharpness, against closed forms on quadratics and against plain PyTorch in float64."""
 
+# ruff: noqa: NPY002  # the random numbers of numpy.random itself are meant
+
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from cases import norm_tolerance, same_bits, values
@@ -250,6 +254,11 @@ MEASURES: dict[str, Callable[..., Any]] = {
 }
 
 
+def pythons_and_numpys() -> Any:
+    _, key, position, *_ = numpy.random.get_state()
+    return random.getstate(), key.tolist(), position
+
+
 @pytest.mark.guarantee(id="sharpness")
 @pytest.mark.parametrize(("dtype", "flatten"), [(torch.float32, True), (torch.float64, False), (torch.bfloat16, False)])
 @pytest.mark.parametrize("fails_at", [None, 1, 2, 3])
@@ -261,11 +270,12 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     loss_of(model, *data[0]).backward()
     grads = [p.grad for p in model.parameters()]
     everything = [*model.parameters(), *model.buffers(), *(grad for grad in grads if grad is not None)]
-    before, random_state, calls = values(everything), torch.get_rng_state(), 0
+    before, random_state, others, calls = values(everything), torch.get_rng_state(), pythons_and_numpys(), 0
 
     def failing(model: nn.Module, *batch: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
+        random.random(), numpy.random.rand()
         if calls == fails_at:
             raise KeyboardInterrupt
         return loss_of(model, *batch)
@@ -275,6 +285,7 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
     assert same_bits(before, values(everything))
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert pythons_and_numpys() == others
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -286,6 +286,17 @@ class Wrapper:
         setattr(self, name, optimizer)
 
 
+def test_a_sam_with_an_attribute_called_as_wrappers_call_theirs_is_found() -> None:
+    class Variant(SAM):
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, **options)
+            self.opt = {"alpha": 0.4}
+
+    variant = Variant(nn.Linear(2, 1).parameters(), lr=0.1)
+    assert unwrap(variant) is variant
+    assert unwrap([variant]) is variant
+
+
 def test_unwrap_finds_the_sam_inside() -> None:
     sam = SAM(network().parameters())
     assert unwrap(sam) is sam

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import UserDict
+import warnings
+from collections import UserDict, namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from sam_fast import SAM, TrainStep
-from sam_fast.sharpness import rho_sharpness
+from sam_fast.sharpness import hessian_trace, rho_sharpness
 
 PARTS: list[dict[str, Any]] = [{"ascent": 0.25}, {"micro_batches": 4}]
 
@@ -67,6 +69,15 @@ def test_a_mapping_with_a_shape_is_cut_as_a_whole(options: dict[str, Any]) -> No
     assert seen == ({(Rows, 2, 2), (Rows, 8, 8)} if "ascent" in options else {(Rows, 2, 2)})
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two samples hold the same objects."""
+    return (
+        one.keys() == other.keys() and all(one[k] is other[k] for k in one)
+        if isinstance(one, dict)
+        else (one is other or (isinstance(one, list) and one == other))
+    )
+
+
 @pytest.mark.parametrize("options", PARTS)
 @pytest.mark.parametrize(
     "kind",
@@ -86,7 +97,7 @@ def test_lists_of_samples_are_cut_as_the_rows_are(options: dict[str, Any], kind:
     def loss(model: nn.Module, x: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         assert type(batch["samples"]) is container
         assert len(batch["samples"]) == len(x)
-        assert all(sample is samples[int(row[0]) - 1] for sample, row in zip(batch["samples"], x, strict=True))
+        assert all(same(sample, samples[int(row[0]) - 1]) for sample, row in zip(batch["samples"], x, strict=True))
         return model(x).square().mean()
 
     x = torch.arange(1.0, 9.0)[:, None].expand(8, 5)
@@ -139,3 +150,88 @@ def test_samples_of_a_shard_are_its_own() -> None:
 
     rho_sharpness(model, loss, [(torch.randn(5, 5), list("abcde"))], rho=0.1, m=2)
     assert lengths == [(2, 2)] * 4 + [(1, 1)] * 2
+
+
+# ---- What a pass does to its batch -----------------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", "inputs targets")
+
+
+class Graph:
+    """As those of PyTorch Geometric: attributes, and how it is copied."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __copy__(self) -> Graph:
+        return Graph(self.x, self.y)
+
+
+def taken_out(batch: Any) -> Any:
+    return batch.pop("x"), batch.pop("y")
+
+
+def replaced(batch: Any) -> Any:
+    batch["x"] = batch["x"] * 2
+    return batch["x"] / 2, batch["y"]
+
+
+def replaced_in_a_list(batch: Any) -> Any:
+    batch[0] = batch[0] + 1
+    return batch[0] - 1, batch[1]["y"].pop()
+
+
+def replaced_in_a_tuple(batch: Any) -> Any:
+    return batch.inputs.pop(), batch.targets
+
+
+def replaced_in_an_object(batch: Any) -> Any:
+    batch.x = batch.x * 2
+    return batch.x / 2, batch.y
+
+
+X, Y = torch.randn(8, 5), torch.randn(8, 1)
+CHANGES: list[tuple[Callable[[Any], Any], Callable[[], Any]]] = [
+    (taken_out, lambda: {"x": X, "y": Y}),
+    (replaced, lambda: Encoding({"x": X, "y": Y})),
+    (replaced_in_a_list, lambda: [X, {"y": [Y]}]),
+    (replaced_in_a_tuple, lambda: Pair([X], Y)),
+    (replaced_in_an_object, lambda: Graph(X, Y)),
+]
+
+
+@pytest.mark.parametrize(("change", "make"), CHANGES)
+def test_what_a_pass_takes_out_or_replaces_the_other_still_finds(change: Any, make: Any) -> None:
+    model, seen = nn.Linear(5, 1), []
+
+    def loss(model: nn.Module, *batch: Any) -> torch.Tensor:
+        x, y = change(batch[0])
+        seen.append((x, y))
+        return (model(x) - y).square().mean()
+
+    step = TrainStep(model, SAM(model.parameters(), lr=0.1), loss)
+    batch, rows = make(), [] if not isinstance(make(), Graph) else [X]
+    step(batch, *rows)
+    twice = [(batch, *rows) for batch in (make(), make())]
+    rho_sharpness(model, loss, twice, rho=0.1)
+    hessian_trace(model, loss, twice, samples=2)
+    assert len(seen) == 2 + 4 + 2
+    for x, y in seen:
+        torch.testing.assert_close((x, y), (X, Y))
+
+
+@pytest.mark.parametrize("ascent", [1.0, 0.5])
+def test_writing_into_the_batch_is_warned_of_once(ascent: float) -> None:
+    model = nn.Linear(5, 1)
+    writes = TrainStep(
+        model, SAM(model.parameters(), lr=0.1), lambda model, x: model(x.mul_(2)).square().mean(), ascent=ascent
+    )
+    with pytest.warns(RuntimeWarning, match=r"x = x \* 2"):
+        writes(X.clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        writes(X.clone())
+        with torch.inference_mode():
+            made_there = X.clone()
+        reads = TrainStep(model, SAM(model.parameters(), lr=0.1), lambda model, x, _: model(x).square().mean())
+        reads(X.clone(), made_there)

@@ -32,11 +32,14 @@ class GroupOptions:
     """SAM's options of all parameter groups, read once per step.
 
     ``values`` is a float64 table with ``rho, eta, adaptive`` for each group, as ``struct Group`` in csrc/table.h; rho
-    is negative where the objective is maximized. ``perturb[i]`` says whether group i takes part. ``rounding_key`` is
-    that of stochastic rounding for the 16-bit formats (csrc/rounding.h), None for rounding to nearest.
+    is negative where the objective is maximized: as the group says, else ``maximize``. ``perturb[i]`` says whether
+    group i takes part. ``rounding_key`` is that of stochastic rounding for the 16-bit formats (csrc/rounding.h), None
+    for rounding to nearest.
     """
 
-    def __init__(self, param_groups: Iterable[dict[str, Any]], rounding_key: int | None = None) -> None:
+    def __init__(
+        self, param_groups: Iterable[dict[str, Any]], rounding_key: int | None = None, maximize: bool = False
+    ) -> None:
         self.rounding_key = rounding_key
         self.values = array("d")
         self.perturb: list[bool] = []
@@ -45,7 +48,7 @@ class GroupOptions:
             if not (0.0 <= rho < math.inf and 0.0 <= eta < math.inf):  # NaN too
                 check_options(group)
             adaptive = 1.0 if group["adaptive"] else 0.0
-            self.values.extend((-rho if group.get("maximize", False) else rho, eta, adaptive))
+            self.values.extend((-rho if group.get("maximize", maximize) else rho, eta, adaptive))
             self.perturb.append(bool(group["perturb"]))
         self.address = self.values.buffer_info()[0]
         self.wanted = None if all(self.perturb) else bytes(self.perturb)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..closures import are_new
 from ..sam import SAM
+from ..train_step import with_own_containers
 from ..unwrapping import unwrap
 from .window import Window
 
@@ -122,7 +123,7 @@ class SAMTrainerMixin:
         if self._sam_second_pass:
             return copy.copy(inputs)
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
-        self._sam_prepared = copy.copy(prepared)
+        self._sam_prepared = with_own_containers(prepared)
         return prepared
 
     @contextmanager

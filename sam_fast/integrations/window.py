@@ -12,7 +12,15 @@ from torch import Tensor
 from ..devices import devices_of
 from ..random_state import RandomState
 from ..sam import SAM
-from ..train_step import accumulating, every_row, number_of_rows, stride_of
+from ..train_step import (
+    accumulating,
+    every_row,
+    number_of_rows,
+    stride_of,
+    versions_of,
+    warn_of_written,
+    with_own_containers,
+)
 
 
 @dataclass
@@ -37,6 +45,7 @@ class Window:
     def __init__(self, sam: SAM, ascent: float, replay_rng: bool) -> None:
         self.sam, self.every, self.replay_rng = sam, stride_of(ascent, replay_rng), replay_rng
         self.forwards: list[Forward] = []
+        self._looked = False  # whether the first pass writes into its batch
 
     def first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``forward(*args, **kwargs)`` as a part of the first pass and remember it. The caller sets its loss.
@@ -47,12 +56,18 @@ class Window:
         if not sam.needs_first_pass:
             return forward(*args, **kwargs)
         random_state = RandomState.capture(devices_of(sam.param_groups)) if self.replay_rng else None
-        self.forwards.append(Forward(args, kwargs, random_state))
+        self.forwards.append(Forward(with_own_containers(args), with_own_containers(kwargs), random_state))
         if self.every > 1:
             if not number_of_rows([args, kwargs]):
                 raise ValueError("ascent below 1 takes rows of the batch's tensors, but there is no tensor with rows")
             args, kwargs = every_row((args, kwargs), self.every)
-        return forward(*args, **kwargs)
+        if self._looked:
+            return forward(*args, **kwargs)
+        self._looked, batch = True, [self.forwards[-1].args, self.forwards[-1].kwargs]
+        versions = versions_of(batch)
+        output = forward(*args, **kwargs)
+        warn_of_written(batch, versions)
+        return output
 
     def keep_last(self) -> None:
         """Gradients are zeroed between the last forward pass and its backward pass."""

@@ -19,7 +19,7 @@ from ..perturbation import Perturbation
 from ..random_state import RandomState
 from ..storage import is_dtensor, sharded
 from ..storage.fsdp import forget_gathered_weights, give_up_pass, is_fsdp_module
-from ..train_step import number_of_rows
+from ..train_step import number_of_rows, with_own_containers
 
 _STREAM = 20_180_000
 
@@ -96,7 +96,7 @@ class Measurement:
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
         """The loss of one batch where the weights are now."""
-        loss = self.loss_fn(self.module, *batch)
+        loss = self.loss_fn(self.module, *with_own_containers(batch))
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         if loss.is_complex():

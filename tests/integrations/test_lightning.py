@@ -8,7 +8,19 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from lightning_runs import CLOSE, LR, RHO, Module, Values, fit, half_precision, loader, plain_run, trainer
+from lightning_runs import (
+    CLOSE,
+    LR,
+    RHO,
+    Module,
+    Values,
+    fit,
+    half_precision,
+    loader,
+    plain_run,
+    torchmetrics,
+    trainer,
+)
 from oracle import batches, furthest, plain_step, small_net, windows
 from plain_sam import PlainSAM
 from torch import Tensor, nn
@@ -50,6 +62,25 @@ def test_what_is_logged_is_the_first_passs():
             right += int((model(x).argmax(1) == y).sum())
         plain_step(model, sam, [(x, y)], oracle.cross_entropy, 1)
     assert logger.of("accuracy") == pytest.approx([right / 28])
+
+
+def test_a_metric_with_tensors_that_are_no_states_counts_once():
+    class Extremes(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extremes = torchmetrics.MinMaxMetric(torchmetrics.MeanMetric())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.extremes._base_metric.reset()
+            self.extremes(loss.detach())
+            return loss
+
+    module = Extremes()
+    fit(module, max_epochs=1)
+    losses = plain_run(epochs=1)[1].losses
+    found = [float(module.extremes.min_val), float(module.extremes.max_val)]
+    assert found == pytest.approx([min(losses), max(losses)], rel=1e-6)
 
 
 def test_a_part_of_the_batch_for_the_first_pass():
@@ -182,6 +213,28 @@ def test_what_was_measured_last_is_logged_every_so_many_steps(every: int):
         fit(Module(schedule=Schedule(every=2)), accumulate_grad_batches=2, logger=every_step)
         assert logger.of("sam/grad_norm") == every_step.of("sam/grad_norm")[::2]
     assert len(logger.of("sam/sharpness")) == 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_training_step_replaces_in_its_batch_is_replaced_once_in_each_pass(accumulate: int):
+    class Normalizes(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batch[0] = batch[0] * 2
+            return super().training_step((batch[0] / 2, batch.pop()), batch_idx)
+
+    module = Normalizes()
+    fit(module, accumulate_grad_batches=accumulate)
+    assert furthest(module.net, plain_run(accumulate=accumulate)[0]) < CLOSE
+
+
+def test_writing_into_the_batch_is_warned_of():
+    class Writes(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batch[0].mul_(1.1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(RuntimeWarning, match="has written into tensors of its batch"):
+        fit(Writes(), max_epochs=1)
 
 
 def test_batches_without_a_loss_are_left_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import oracle
@@ -224,6 +225,21 @@ def test_strategies_with_an_engine_are_refused():
     made.strategy.__class__ = DeepSpeedStrategy
     with pytest.raises(ValueError, match="DeepSpeedStrategy"):
         made.fit(Module(), loader())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_learning_rate_finder_runs_without_callbacks(accumulate: int, tmp_path: Any):
+    """And leaves training as it would have been."""
+    from lightning.pytorch.tuner import Tuner
+
+    module = Module()
+    made = trainer(SAMCallback(), accumulate_grad_batches=accumulate, default_root_dir=tmp_path)
+    expected = contextlib.nullcontext() if accumulate == 1 else pytest.raises(RuntimeError, match="LearningRateFinder")
+    with expected:
+        Tuner(made).lr_find(module, loader(), num_training=4, update_attr=False)
+    if accumulate == 1:
+        made.fit(module, loader())
+        assert furthest(module.net, plain_run()[0]) < CLOSE
 
 
 @pytest.mark.filterwarnings("default")
