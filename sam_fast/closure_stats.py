@@ -60,7 +60,7 @@ def uncounted_forwards(
         second = _Uncounted(check_extra_buffers(extra_buffers), stack)
         if given:
             second.save(given, every_pattern=True)
-        found, compiled = _refers_to(closure)
+        found, compiled = refers_to(closure)
         for module in found:
             if module not in second.seen:
                 second.save([module])
@@ -159,7 +159,7 @@ def _warn(compiled: Iterable[Any]) -> None:
             )
 
 
-def _refers_to(closure: Any) -> tuple[list[nn.Module], list[Any]]:
+def refers_to(closure: Any) -> tuple[list[nn.Module], list[Any]]:
     """The modules and compiled functions that a closure leads to: through what it encloses, the globals it names, and
     objects' attributes.
     """
