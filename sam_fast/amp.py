@@ -174,7 +174,7 @@ def unscale(base: Optimizer, grad_scale: Tensor) -> None:
     inverse = inverse_scale(grad_scale)
     for (device, _), grads in alike.items():
         # the operation also looks for overflows: the scaler has done so already
-        checked = torch.zeros((), device=device)
+        checked = torch.zeros((), dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(grads, checked, inverse.to(device))
 
 

@@ -8,14 +8,17 @@ Statistics that were disabled and not enabled again are put back when a SAM step
 the first passes alone. The layers stay disabled. Until they run again, what they hold is right, whoever has written it
 (a checkpoint may be loaded), and it is saved just before they run. A hook on all modules notices that, and is there
 only as long as it is needed.
+
+Threads may train a model each: the end of a step settles what its own thread has disabled, or was the last to run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import get_ident, local
 from typing import Any, Protocol
-from weakref import ReferenceType, WeakKeyDictionary, WeakSet, finalize, ref
+from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +29,10 @@ from .snapshot import BatchNormSnapshot
 
 
 class StepState(Protocol):
-    """What tells whether a SAM step is under way."""
+    """What tells whether a SAM step is under way, and in which thread it began."""
 
     active: bool
+    thread: int
 
 
 class _Group:
@@ -40,8 +44,9 @@ class _Group:
         self.fresh = False  # settled since it was disabled: the snapshot is right unless something was loaded
         self.partial = False  # some of the layers were enabled again
         self.of_step = False  # disabled in the step that is under way, for its second pass
+        self.thread = get_ident()
         self._momenta = self._momenta_now()
-        finalize(self, _watch_if_settled).atexit = False
+        finalize(self, _watch.update).atexit = False
 
     def _momenta_now(self) -> list[Any]:
         return [getattr(layer(), "momentum", None) for layer in self.snapshot._layers]
@@ -98,9 +103,14 @@ class _Group:
 
 # The layers that disable_running_stats was called for. A group lives as long as one of its layers.
 _disabled: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()
-_groups: WeakSet[_Group] = WeakSet()
+_known: WeakKeyDictionary[_Group, None] = WeakKeyDictionary()
 # Snapshots that are not in use, kept so that a training loop builds its snapshot once.
 _spare: WeakKeyDictionary[nn.Module, BatchNormSnapshot] = WeakKeyDictionary()
+
+
+def _groups() -> list[_Group]:
+    """All of them. Other threads may add some meanwhile, which keyrefs() does not mind."""
+    return [group for known in _known.keyrefs() if (group := known()) is not None]
 
 
 def save_layers(models: list[nn.Module], layers: Layers) -> BatchNormSnapshot:
@@ -138,20 +148,25 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
     """
     models = as_models(model, "disable_running_stats(model)")
     layers = find_layers(models, extra_buffers)
+    here = get_ident()
     if _disabled:
+        for layer in layers.modules:
+            if (known := _disabled.get(layer)) is not None:
+                known.thread = here
         layers = Layers([layer for layer in layers.modules if layer not in _disabled], layers.extra)
     if layers.modules:
         group = _Group(save_layers(models, layers))
         _disabled.update((layer, group) for layer in layers.modules)
-        _groups.add(group)
+        _known[group] = None
         if layers.extra:
             _below.clear()
-        if any(step.active for step in _steps):  # the second pass follows at once
+        steps = (step() for step in _steps.keyrefs())
+        if any(step is not None and step.active and step.thread == here for step in steps):  # its second pass follows
             group.of_step = True
         else:
             group.settle()
             group.fresh = True
-            _watch_if_settled()
+            _watch.update()
 
 
 def enable_running_stats(model: Models) -> None:
@@ -179,12 +194,12 @@ def enable_running_stats(model: Models) -> None:
             group.put_back(group.run_unseen(layers))
         if len(layers) == len(group.snapshot._layers):
             keep(models, group.snapshot)
-            _groups.discard(group)
+            _known.pop(group, None)
         else:
             group.partial = True
             if group.settled:
                 group.settle()
-    _watch_if_settled()
+    _watch.update()
 
 
 def _candidates(models: list[nn.Module]) -> Iterable[nn.Module]:
@@ -193,7 +208,7 @@ def _candidates(models: list[nn.Module]) -> Iterable[nn.Module]:
     """
     seen: set[nn.Module] = set()
     layers = find_layers(models, seen=seen).modules
-    if any(any(group.snapshot._extra) for group in _groups):
+    if any(any(group.snapshot._extra) for group in _groups()):
         return [module for module in seen if module in _disabled]
     return layers
 
@@ -221,12 +236,12 @@ def frozen_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> Ite
 
 # ---- Steps of SAM ----------------------------------------------------------------------------------------------------
 
-_steps: WeakSet[StepState] = WeakSet()
+_steps: WeakKeyDictionary[StepState, None] = WeakKeyDictionary()
 
 
 def watch_steps(state: StepState) -> None:
     """Let it be known of an optimizer whose ``state`` says when a step of it is under way."""
-    _steps.add(state)
+    _steps[state] = None
 
 
 def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = False) -> None:
@@ -239,13 +254,15 @@ def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = 
     if not _disabled:
         return
     _pass.give_up()
-    right = {group for group in _groups if counts and group.of_step and not group.settled}
+    here = get_ident()
+    groups = [group for group in _groups() if group.thread == here]
+    right = {group for group in groups if counts and group.of_step and not group.settled}
     for group in right:
         group.settle()
     params: list[Tensor] = []
-    if any(group.settled for group in _groups):
+    if any(group.settled for group in groups):
         params = [p for param_group in param_groups for p in param_group["params"]]
-    for group in [group for group in _groups if group not in right]:
+    for group in [group for group in groups if group not in right]:
         layers = group.layers() if group.partial or group.settled else None
         if not group.settled:
             if layers is None:
@@ -255,15 +272,15 @@ def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = 
             group.settle()
         elif layers is not None:
             group.put_back(group.run_unseen(layers, params))
-    _watch_if_settled()
+    _watch.update()
 
 
 # ---- Forward passes of layers that are disabled ----------------------------------------------------------------------
 
 
-class _UncountedPass:
-    """A forward pass without gradients, in training mode, of layers that are disabled: it is undone as soon as it
-    ends.
+class _UncountedPass(local):
+    """A forward pass of this thread without gradients, in training mode, of layers that are disabled: it is undone as
+    soon as it ends.
     """
 
     def __init__(self) -> None:
@@ -300,7 +317,7 @@ def _before_forward(module: nn.Module, args: Any) -> None:
         layers = _below[module] = [ref(layer) for layer in _candidates([module])]
     if not layers:
         return
-    settled = sum(group.settled for group in _groups)
+    settled = sum(group.settled for group in _groups())
     groups: list[_Group] = []
     for known in layers:
         layer = known()
@@ -313,9 +330,9 @@ def _before_forward(module: nn.Module, args: Any) -> None:
     if torch.is_grad_enabled():
         for group in groups:
             group.snapshot.save()
-            group.settled = False
+            group.settled, group.thread = False, get_ident()
         if len(groups) == settled:
-            _watch.remove()
+            _watch.update()
     else:
         uncounted = [group for group in groups if not group.reestimates()]
         if uncounted:
@@ -330,11 +347,4 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
             _pass.give_up()
 
 
-_watch = ModuleHooks(_before_forward, _after_forward)
-
-
-def _watch_if_settled() -> None:
-    if any(group.settled for group in _groups):
-        _watch.install()
-    else:
-        _watch.remove()
+_watch = ModuleHooks(lambda: any(group.settled for group in _groups()), _before_forward, _after_forward)

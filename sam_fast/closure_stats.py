@@ -11,7 +11,7 @@ from itertools import islice
 from threading import get_ident
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
-from weakref import WeakSet, finalize, ref
+from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
 from torch import nn
 from torch.nn.utils import stateless
@@ -60,14 +60,14 @@ def uncounted_forwards(
         second = _Uncounted(check_extra_buffers(extra_buffers), stack)
         if given:
             second.save(given, every_pattern=True)
-        found, compiled = _refers_to(closure)
+        found, compiled = refers_to(closure)
         for module in found:
             if module not in second.seen:
                 second.save([module])
         stack.callback(_end, ref(second))
-        finalize(second, _remove_if_idle)  # where an interruption comes before or while it ends
-        _active.add(second)
-        _hooks.install()
+        finalize(second, _hooks.update)  # where an interruption comes before or while it ends
+        _active[second] = None
+        _hooks.update()
         yield
         if compiled and models is None and not any(_has_tensors(module) for module in second.seen):
             _warn(compiled)
@@ -84,16 +84,9 @@ class _Uncounted:
 
     def __init__(self, extra_buffers: ExtraBuffers, stack: ExitStack) -> None:
         self.seen: set[nn.Module] = set()
-        self._thread = get_ident()
+        self.thread = get_ident()  # others may train other models meanwhile
         self._extra_buffers = extra_buffers
         self._stack = stack
-
-    def sees(self, module: nn.Module) -> bool:
-        """Whether a call concerns it: other threads may train other models meanwhile.
-
-        What the closure was found to lead to is saved already.
-        """
-        return module not in self.seen and self._thread == get_ident()
 
     def save(self, roots: list[nn.Module], every_pattern: bool = False) -> None:
         layers = find_layers(roots, self._extra_buffers, self.seen, every_pattern)
@@ -114,10 +107,13 @@ class _Uncounted:
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
-    for second in list(_active):
+    for known in _active.keyrefs():
+        second = known()
+        if second is None or second.thread != get_ident():
+            continue
         if _is_functional_call():
             second.save_in_place(module)
-        elif second.sees(module):
+        elif module not in second.seen:
             second.save([module])
 
 
@@ -128,18 +124,14 @@ def _is_functional_call() -> bool:
         return False
 
 
-_hooks = ModuleHooks(_before_forward)
-_active: WeakSet[_Uncounted] = WeakSet()
+# A dictionary, whose keyrefs() other threads cannot disturb.
+_active: WeakKeyDictionary[_Uncounted, None] = WeakKeyDictionary()
+_hooks = ModuleHooks(lambda: bool(_active.keyrefs()), _before_forward)
 
 
 def _end(second: ref[_Uncounted]) -> None:
-    _active.discard(second())  # type: ignore[arg-type]
-    _remove_if_idle()
-
-
-def _remove_if_idle() -> None:
-    if not _active:
-        _hooks.remove()
+    _active.pop(second(), None)  # type: ignore[arg-type]
+    _hooks.update()
 
 
 def _put_back(roots: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
@@ -167,7 +159,7 @@ def _warn(compiled: Iterable[Any]) -> None:
             )
 
 
-def _refers_to(closure: Any) -> tuple[list[nn.Module], list[Any]]:
+def refers_to(closure: Any) -> tuple[list[nn.Module], list[Any]]:
     """The modules and compiled functions that a closure leads to: through what it encloses, the globals it names, and
     objects' attributes.
     """

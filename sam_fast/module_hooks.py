@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -44,15 +45,18 @@ class ModuleHooks:
     compiled again and again. In what is compiled they are not called.
 
     Args:
+        needed: says whether they are needed now.
         before: takes a module and its positional arguments, before its forward pass.
         after: takes a module, its positional arguments and its output, also after a forward pass that raises; or None.
     """
 
     def __init__(
         self,
+        needed: Callable[[], bool],
         before: Callable[[nn.Module, Any], None],
         after: Callable[[nn.Module, Any, Any], None] | None = None,
     ) -> None:
+        self._needed = needed
         self._before = _unless_compiling(before)
         self._after = None if after is None else _unless_compiling(after)
         self._key = RemovableHandle(OrderedDict()).id
@@ -60,6 +64,17 @@ class ModuleHooks:
         self._installed = False
         self._silenced = False
         self._filters: Sequence[Any] = []
+        self._lock = RLock()
+
+    def update(self) -> None:
+        """Put them in if they are needed, else take them out; what is asked and what is done are one, whatever other
+        threads do.
+        """
+        with self._lock:
+            if self._needed():
+                self.install()
+            else:
+                self.remove()
 
     def install(self) -> None:
         """Does nothing if they are in."""

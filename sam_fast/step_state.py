@@ -18,12 +18,14 @@ class StepState:
 
     Attributes:
         active: ``first_step`` was called, whether it perturbed or not, and the step is not over.
+        thread: the one that called it.
         first_pass_done: there was a first pass, whose batch has counted in the running statistics.
         perturbs: the norm is that of this step's first gradient.
         zeroed: there was no step since ``zero_grad``: gradients that are not new are zero.
     """
 
     active: bool = False
+    thread: int = 0
     first_pass_done: bool = False
     perturbs: bool = False
     zeroed: bool = False

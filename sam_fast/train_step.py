@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .closure_stats import refers_to
 from .closures import are_new
 from .options import check_at_least_zero, check_flag
 from .passes import learns_graph
@@ -40,9 +41,9 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Does a whole SAM iteration: ``result = step(*batch)``.
 
-    BatchNorm statistics, random state, scaler, clipping and gradient synchronisation are as they must be. If anything
-    raises, the weights are restored and the gradients reset. Warns in its first call if the optimizer has none of the
-    model's trainable parameters.
+    BatchNorm statistics, those of other modules that ``loss_fn`` refers to too, random state, scaler, clipping and
+    gradient synchronisation are as they must be. If anything raises, the weights are restored and the gradients reset.
+    Warns in its first call if the optimizer has none of the model's trainable parameters.
 
     Args:
         model: the model as it is called, in DDP or FSDP2 or not.
@@ -142,7 +143,8 @@ class TrainStep:
                     self._looked = True
                     warn_of_written(batch, versions)
             sam.first_step(zero_grad=first is not None)
-            with sam.second_pass(self.model):
+            others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
+            with sam.second_pass([self.model, *others]):
                 second = self._pass(batch, rows, -(-rows // self.micro_batches), True)
             grad_norm = sam.grad_norm if sam.perturbed else None
             if grad_norm is not None and self.scaler is not None:

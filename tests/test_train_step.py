@@ -110,6 +110,20 @@ def test_unperturbed_steps_make_one_pass() -> None:
     assert [r.grad_norm is None for r in results] == [False, True, True, False]
 
 
+@pytest.mark.parametrize("schedule", [None, Schedule(every=2)])
+def test_statistics_of_other_modules_count_once_too(schedule: Schedule | None) -> None:
+    """A generator is trained through its discriminator."""
+    generator, discriminator = nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
+    step = TrainStep(
+        generator,
+        SAM(generator.parameters(), schedule=schedule),
+        lambda generator, z: discriminator(generator(z)).square().mean(),
+    )
+    for count in range(1, 4):
+        step(torch.randn(8, 4))
+        assert int(discriminator[1].num_batches_tracked) == count
+
+
 class Pair(NamedTuple):
     x: torch.Tensor
     extra: Any
