@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -218,7 +217,7 @@ class SAM(Passes, OptimizerWrapper):
             self._perturbation.perturb(groups, key, step.own_gradient)
         else:
             self._perturbation.prepare(groups)
-        step.active, step.thread, step.first_pass_done, step.perturbs = True, get_ident(), first_pass_done, perturbs
+        step.begin(first_pass_done, perturbs)
         if zero_grad:
             self.zero_grad()
 

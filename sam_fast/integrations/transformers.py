@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..batches import with_own_containers
 from ..closures import are_new
 from ..sam import SAM
-from ..train_step import with_own_containers
 from ..unwrapping import unwrap
 from .window import Window
 

@@ -9,18 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..batches import every_row, number_of_rows, versions_of, warn_of_written, with_own_containers
 from ..devices import devices_of
 from ..random_state import RandomState
 from ..sam import SAM
-from ..train_step import (
-    accumulating,
-    every_row,
-    number_of_rows,
-    stride_of,
-    versions_of,
-    warn_of_written,
-    with_own_containers,
-)
+from ..train_step import accumulating, stride_of
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import slice_rows
 from ..options import check_at_least_zero
-from ..train_step import slice_rows
 from .measurement import Measurement, check_above_zero, check_count, finite
 
 

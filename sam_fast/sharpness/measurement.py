@@ -13,13 +13,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..backends import forced
+from ..batches import number_of_rows, with_own_containers
 from ..batchnorm import frozen_running_stats
 from ..options import check_at_least_zero
 from ..perturbation import Perturbation
 from ..random_state import RandomState
 from ..storage import is_dtensor, sharded
 from ..storage.fsdp import forget_gathered_weights, give_up_pass, is_fsdp_module
-from ..train_step import number_of_rows, with_own_containers
 
 _STREAM = 20_180_000
 

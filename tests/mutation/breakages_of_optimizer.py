@@ -264,7 +264,7 @@ OF_OPTIMIZER = [
     ),
     Breakage(
         "the first pass sees the first rows",
-        "sam_fast/train_step.py",
+        "sam_fast/batches.py",
         "rows[::every]",
         "rows[:every]",
         ("test_train_step.py",),

@@ -1,0 +1,124 @@
+"""What both passes of a step are given: a batch, its rows, and a copy that the other pass cannot disturb."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
+from typing import Any
+
+from torch import Tensor, nn, strided
+from torch.nn.utils.rnn import PackedSequence
+
+
+def number_of_rows(batch: Any) -> int:
+    """The first dimension of the first tensor that has one."""
+    first = _first_tensor(batch)
+    return 0 if first is None else len(first)
+
+
+def every_row(batch: tuple[Any, ...], every: int) -> tuple[Any, ...]:
+    """Rows 0, ``every``, 2 * ``every``, ... of everything in ``batch`` that has as many rows as the batch."""
+    first = _first_tensor(batch)
+    return tuple(_mapped(item, first, lambda rows: rows[::every]) for item in batch)
+
+
+def slice_rows(batch: tuple[Any, ...], begin: int, end: int) -> tuple[Any, ...]:
+    """Some rows of everything in ``batch`` that has as many rows as the batch."""
+    first = _first_tensor(batch)
+    return tuple(_mapped(item, first, lambda rows: rows[begin:end]) for item in batch)
+
+
+def with_own_containers(value: Any) -> Any:
+    """The same tensors in containers of their own: what one pass takes out of its batch, or replaces in it, the other
+    pass still finds. So with objects that say how to be copied, such as those of graphs.
+    """
+    if isinstance(value, (MutableMapping, list)):
+        made: Any = copy(value)
+        for key, item in value.items() if isinstance(value, MutableMapping) else enumerate(value):
+            own = with_own_containers(item)
+            if own is not item:
+                made[key] = own
+        return made
+    if isinstance(value, tuple):
+        items = list(map(with_own_containers, value))
+        if all(own is item for own, item in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    says_how = hasattr(type(value), "__copy__") and not (hasattr(value, "shape") or isinstance(value, nn.Module))
+    return copy(value) if says_how else value
+
+
+def versions_of(batch: Any) -> list[int]:
+    """What changes when somebody writes into a tensor of ``batch``."""
+    return [tensor._version for tensor in _tensors(batch) if not tensor.is_inference()]
+
+
+def warn_of_written(batch: Any, versions: list[int]) -> None:
+    """Warn if somebody has written into a tensor of ``batch`` since its versions were these."""
+    if versions_of(batch) != versions:
+        warnings.warn(
+            "the first pass of SAM has written into tensors of its batch, and the second one, which gets the same "
+            "batch, sees what it wrote: write into new tensors, x = x * 2 in place of x.mul_(2). If writing once more "
+            "changes nothing, all is well",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    return next((t for t in _tensors(batch) if t.dim()), None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:
+    """``value`` with ``f`` of each tensor, array, and list of samples with as many rows as ``first``, the batch's first
+    tensor, in containers of the same kind.
+    """
+    if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.layout != strided):
+        raise TypeError(
+            f"a batch with a {type(value).__name__} that is packed, sparse or nested cannot be cut into rows: make it "
+            "in loss_fn, or use ascent=1 and micro_batches=1"
+        )
+    if tuple(getattr(value, "shape", ()))[:1] == (len(first),):  # a tensor, an array, a TensorDict
+        return f(value)
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        named = {key: _mapped(item, first, f) for key, item in value.items()}
+        if not isinstance(value, MutableMapping):
+            return type(value)(named)  # type: ignore[call-arg]
+        made = copy(value)  # with what else the object has: a default, attributes
+        if hasattr(made, "__dict__"):
+            vars(made).update(_mapped(vars(value), first, f))
+        for key, item in named.items():
+            made[key] = item
+        return made
+    if isinstance(value, (list, tuple)):
+        if hasattr(value, "_fields"):
+            return type(value)(*(_mapped(item, first, f) for item in value))
+        return type(value)(f(value) if _holds_samples(value, first) else [_mapped(item, first, f) for item in value])
+    return value
+
+
+def _holds_samples(items: Sequence[Any], first: Tensor) -> bool:
+    """Whether there is an item for each row, as in lists of strings or of tensors that differ in size."""
+    if len(items) != len(first) or any(t is first for t in _tensors(items)):
+        return False
+    if len(items) > 1 and all(number_of_rows(item) == len(first) for item in items):
+        raise TypeError(
+            f"a {type(items).__name__} of {len(first)} items of {len(first)} rows cannot be cut into rows, since "
+            "either may be the samples: leave such small batches out (drop_last=True), or use ascent=1 and "
+            "micro_batches=1"
+        )
+    return True
