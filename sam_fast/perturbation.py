@@ -215,7 +215,7 @@ class Perturbation:
             self._build(param_groups)
             if not self._collect(options, own_gradient):
                 raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
-        perturbed = self._perturbed_buckets(options)
+        perturbed = self.buckets if options.wanted is None else self._perturbed_buckets(options)
         for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
         self._began = True
@@ -246,8 +246,6 @@ class Perturbation:
 
     def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
         """Those with a tensor in a group that is perturbed: the others need no backup."""
-        if options.wanted is None:
-            return self.buckets
         return [bucket for bucket in self.buckets if any(options.perturb[group] for group in bucket.groups)]
 
     def _leave_out_what_was_frozen(self, param_groups: ParamGroups) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -217,7 +218,7 @@ class SAM(Passes, OptimizerWrapper):
             self._perturbation.perturb(groups, key, step.own_gradient)
         else:
             self._perturbation.prepare(groups)
-        step.begin(first_pass_done, perturbs)
+        step.active, step.thread, step.first_pass_done, step.perturbs = True, get_ident(), first_pass_done, perturbs
         if zero_grad:
             self.zero_grad()
 
@@ -347,10 +348,7 @@ class SAM(Passes, OptimizerWrapper):
         return self._rounds and self._perturbation.holds(ROUNDED)
 
     def restore(self) -> None:
-        """Give the current step up: put w back, bit for bit, without a step.
-
-        Does nothing if no step is under way.
-        """
+        """Give the current step up, if one is under way: put w back, bit for bit, without a step."""
         self._step.forget_first_pass()
         under_way = self._step.active or self._perturbation.active
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from threading import get_ident
 from typing import Any
 
 from torch import Tensor
@@ -67,10 +66,6 @@ class StepState:
         for p in self.unused:
             p.requires_grad = True
         self.unused = []
-
-    def begin(self, first_pass_done: bool, perturbs: bool) -> None:
-        """``first_step`` has done its work."""
-        self.active, self.thread, self.first_pass_done, self.perturbs = True, get_ident(), first_pass_done, perturbs
 
     def end(self) -> None:
         """The step is over, or was given up."""
