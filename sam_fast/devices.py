@@ -22,15 +22,17 @@ def made_current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether there are graphs for a device of this kind."""
+    return hasattr(getattr(torch, device.type, None), "is_current_stream_capturing")
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a graph rather than running what it is given."""
-    if device.type == "cpu":
-        return False  # at once: every step asks
-    module: Any = getattr(torch, device.type, None)
-    if not hasattr(module, "is_current_stream_capturing"):
+    if not can_capture(device):
         return False
     with made_current(device):
-        return bool(module.is_current_stream_capturing())
+        return bool(getattr(torch, device.type).is_current_stream_capturing())
 
 
 def refuse_capture(device: torch.device, reason: str) -> None:

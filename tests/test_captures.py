@@ -23,6 +23,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     """``capture(optimizer)``: what is launched inside has not run when the block ends."""
     capturing = False
     for module in (devices, native, backends.torch):
+        monkeypatch.setattr(module, "can_capture", lambda device: True)
         monkeypatch.setattr(module, "is_capturing", lambda device: capturing)
 
     @contextmanager

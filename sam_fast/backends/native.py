@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
 from ..amp import Scaling
-from ..devices import check_whole_step, is_capturing, never_ran
+from ..devices import can_capture, check_whole_step, is_capturing, never_ran
 from ..steps import MissingState, NotFused
 from .bucket import (
     Backend,
@@ -78,6 +78,7 @@ class NativeBucket(Bucket):
         self._occupied = size - len(self.empty)
         # How many tensors with elements are saved; None: not known. `_saved` has the truth, this saves looking.
         self._num_saved: int | None = 0
+        self._can_capture = can_capture(self.device)
         self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
         self._copies: dict[int, Tensor] = {}  # directions in their tensors' own layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
@@ -146,8 +147,9 @@ class NativeBucket(Bucket):
     def perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> None:
         _ = self.backup
         self._num_saved = None
-        recorded = is_capturing(self.device)
-        self._recorded = None if recorded and self.proves_backup else recorded
+        if self._can_capture:
+            recorded = is_capturing(self.device)
+            self._recorded = None if recorded and self.proves_backup else recorded
         self._num_saved = self.launch_perturb(options, partials, eps, norm)
         if self._copies:
             self._release_copies()
@@ -201,7 +203,7 @@ class NativeBucket(Bucket):
     def restore(self, release: bool = True) -> None:
         if self._num_saved == 0:
             return
-        if never_ran(self._recorded, self.device):
+        if self._recorded is not None and never_ran(self._recorded, self.device):
             self.release()
             return
         changed = self._look_at_weights()
@@ -293,7 +295,7 @@ class NativeBucket(Bucket):
         return [index for index, address in enumerate(self._counters) if address] if self._steps else []
 
     def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:
-        if any(self._saved):
+        if self._recorded is not None and any(self._saved):
             check_whole_step(self._recorded, self.device)
         self._num_saved = None
         left = self.launch_step(options, scaling)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..amp import Scaling, inverse_scale
-from ..devices import check_whole_step, is_capturing, never_ran
+from ..devices import can_capture, check_whole_step, is_capturing, never_ran
 from ..rounding import ROUNDED
 from ..steps import RULES, MissingState, NotFused, Rule
 from . import tensor_lists
@@ -122,7 +122,7 @@ class TorchBucket(Bucket):
         for _, weights, backups, _ in participants:  # all before any is moved: they may share memory
             torch._foreach_copy_(backups, weights)
         self._saved = [direction is not None and direction.numel() > 0 for direction in self._along]
-        self._recorded = is_capturing(self.device)
+        self._recorded = is_capturing(self.device) if can_capture(self.device) else None
         for group, weights, backups, directions in participants if moves else ():
             rho, eta, adaptive = options.of(group)
             scale = scale_of(rho, norm + eps, compute_dtype(self.dtype))
