@@ -92,6 +92,22 @@ def test_noise_alone_is_no_regression():
     assert compare.REGRESSION not in set(found["verdict"])
 
 
+@pytest.mark.parametrize(("device", "switch"), [("cpu", "0"), ("cuda", None)])
+def test_what_is_compared_on_the_cpu_is_built_without_the_cuda_kernels(tmp_path, monkeypatch, device, switch):
+    monkeypatch.delenv("SAM_FAST_CUDA", raising=False)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    for folder in ("bench", "source"):
+        (tmp_path / folder).mkdir()
+    switches = []
+
+    def run(*_, env=None, **__):
+        switches.append((os.environ if env is None else env).get("SAM_FAST_CUDA"))
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    compare.install(str(tmp_path / "source"), device)
+    assert switches == [switch]
+
+
 def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
     run = run_with()
     run.save(tmp_path / "a.json")

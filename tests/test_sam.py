@@ -101,7 +101,12 @@ def test_a_shape_changed_between_the_passes_is_an_error_and_the_others_come_back
 
 
 SUBNORMAL = pytest.param(
-    1e-42, marks=pytest.mark.xfail(strict=True, reason="proposed: rho / n overflows float32, e is infinite"), id="1e-42"
+    1e-42,
+    marks=pytest.mark.xfail(
+        strict=True,
+        reason="known limit (docs/guarantees.md, asam-range): rho / n is at most float32's largest, e is shorter",
+    ),
+    id="1e-42",
 )
 
 
