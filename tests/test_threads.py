@@ -136,6 +136,27 @@ def test_a_model_that_was_disabled_in_another_thread_is_settled() -> None:
     assert int(model[1].num_batches_tracked) == 0
 
 
+@pytest.mark.parametrize("moved", ["disable", "second forward", "second step", "all three"])
+def test_a_step_whose_parts_run_in_several_threads_is_one_step(moved: str) -> None:
+    """As where each part is given to an executor."""
+    model = net()
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.1)
+
+    def run(part: str, call: Callable[[], Any]) -> None:
+        in_another_thread(call) if moved in (part, "all three") else call()
+
+    for x in X[:3]:
+        enable_running_stats(model)
+        loss(model, x)
+        expected = [b.clone() for b in model.buffers()]
+        optimizer.first_step(zero_grad=True)
+        run("disable", lambda: disable_running_stats(model))
+        run("second forward", lambda x=x: loss(model, x))
+        run("second step", optimizer.second_step)
+        optimizer.zero_grad()
+        assert same_bits(list(model.buffers()), expected)
+
+
 def test_functional_calls_of_another_thread_count_while_a_closure_runs() -> None:
     mine, other = net(), net()
     own = {name: b.clone() for name, b in other.named_buffers()}
