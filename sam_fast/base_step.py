@@ -25,7 +25,8 @@ wrong in 16 bits as well.
 
 def maximizes(base: Optimizer) -> bool:
     """Whether an optimizer maximizes where its groups do not say: pytorch_optimizer's keep it to themselves."""
-    return any(getattr(optimizer, "maximize", False) is True for optimizer in and_inner(base))
+    said = (getattr(optimizer, "maximize", False) for optimizer in and_inner(base))
+    return any(bool(value) and not callable(value) for value in said)
 
 
 class BaseStep:

@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor, nn, strided
 from torch.nn.utils.rnn import PackedSequence
 
+_PLAIN = frozenset((Tensor, int, float, bool, str, bytes, type(None)))
+"""What is in no need of a copy, to be told at once: a batch may hold a hundred thousand numbers."""
+
 
 def number_of_rows(batch: Any) -> int:
     """The first dimension of the first tensor that has one."""
@@ -29,24 +32,40 @@ def slice_rows(batch: tuple[Any, ...], begin: int, end: int) -> tuple[Any, ...]:
     return tuple(_mapped(item, first, lambda rows: rows[begin:end]) for item in batch)
 
 
-def with_own_containers(value: Any) -> Any:
+def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = None) -> Any:
     """The same tensors in containers of their own: what one pass takes out of its batch, or replaces in it, the other
-    pass still finds. So with objects that say how to be copied, such as those of graphs.
+    pass still finds. So with objects that say how to be copied, such as those of graphs. What cannot be copied, or
+    refuses to be written into, both passes share.
+
+    Args:
+        value: a batch or a part of one.
+        known: by its id, what was met with already, and what was made of it. A batch may lead back to itself.
     """
-    if isinstance(value, (MutableMapping, list)):
-        made: Any = copy(value)
-        for key, item in value.items() if isinstance(value, MutableMapping) else enumerate(value):
-            own = with_own_containers(item)
-            if own is not item:
-                made[key] = own
-        return made
-    if isinstance(value, tuple):
-        items = list(map(with_own_containers, value))
-        if all(own is item for own, item in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    says_how = hasattr(type(value), "__copy__") and not (hasattr(value, "shape") or isinstance(value, nn.Module))
-    return copy(value) if says_how else value
+    if type(value) in _PLAIN:
+        return value
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)][1]
+    own: Any = value
+    try:
+        if isinstance(value, (MutableMapping, list)):
+            own = copy(value)
+            known[id(value)] = value, own
+            for key, item in value.items() if isinstance(value, MutableMapping) else enumerate(value):
+                if type(item) not in _PLAIN and (made := with_own_containers(item, known)) is not item:
+                    own[key] = made
+        elif isinstance(value, tuple):
+            items = [with_own_containers(item, known) for item in value]
+            if any(made is not item for made, item in zip(items, value, strict=True)):
+                own = tuple.__new__(type(value), items)  # not by its constructor, which may want anything
+                if hasattr(value, "__dict__"):
+                    vars(own).update(vars(value))
+        elif hasattr(type(value), "__copy__") and not (hasattr(value, "shape") or isinstance(value, nn.Module)):
+            own = copy(value)
+    except Exception:  # as it says
+        own = value
+    known[id(value)] = value, own
+    return own
 
 
 def versions_of(batch: Any) -> list[int]:
@@ -70,15 +89,20 @@ def _first_tensor(batch: Any) -> Tensor | None:
     return next((t for t in _tensors(batch) if t.dim()), None)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, known: dict[int, Any] | None = None) -> Iterator[Tensor]:
+    """Those in lists, tuples and mappings, each of which is looked through once."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+    elif isinstance(value, (Mapping, list, tuple)):
+        known = {} if known is None else known
+        if id(value) in known:
+            return
+        known[id(value)] = value
+        for item in value.values() if isinstance(value, Mapping) else value:
+            if type(item) is Tensor:
+                yield item
+            elif type(item) not in _PLAIN:
+                yield from _tensors(item, known)
 
 
 def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:

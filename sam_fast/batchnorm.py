@@ -9,7 +9,8 @@ the first passes alone. The layers stay disabled. Until they run again, what the
 (a checkpoint may be loaded), and it is saved just before they run. A hook on all modules notices that, and is there
 only as long as it is needed.
 
-Threads may train a model each: the end of a step settles what its own thread has disabled, or was the last to run.
+Threads may train a model each: the end of a step settles what its own thread has disabled, or was the last to run, and
+in whatever thread it ends, models with its parameters.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class StepState(Protocol):
 class _Group:
     """Layers that one call has disabled."""
 
-    def __init__(self, snapshot: BatchNormSnapshot) -> None:
+    def __init__(self, models: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
         self.snapshot = snapshot
+        self._models = list(map(ref, models))
         self.settled = False  # the layers hold the right statistics; False: the snapshot does
         self.fresh = False  # settled since it was disabled: the snapshot is right unless something was loaded
         self.partial = False  # some of the layers were enabled again
@@ -50,6 +52,11 @@ class _Group:
 
     def _momenta_now(self) -> list[Any]:
         return [getattr(layer(), "momentum", None) for layer in self.snapshot._layers]
+
+    def is_of(self, params: set[int]) -> bool:
+        """Whether one of the parameters with these ids is in the models for which the layers were disabled."""
+        models = (known() for known in self._models)
+        return any(id(p) in params for model in models if model is not None for p in model.parameters())
 
     def reestimates(self) -> bool:
         """Whether somebody has set another momentum or has reset what was saved: passes without gradients are to count.
@@ -155,7 +162,7 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
                 known.thread = here
         layers = Layers([layer for layer in layers.modules if layer not in _disabled], layers.extra)
     if layers.modules:
-        group = _Group(save_layers(models, layers))
+        group = _Group(models, save_layers(models, layers))
         _disabled.update((layer, group) for layer in layers.modules)
         _known[group] = None
         if layers.extra:
@@ -255,7 +262,10 @@ def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = 
         return
     _pass.give_up()
     here = get_ident()
-    groups = [group for group in _groups() if group.thread == here]
+    groups = _groups()
+    if any(group.thread != here for group in groups):  # of other models; or the step has changed threads
+        trained = {id(p) for param_group in param_groups for p in param_group["params"]}
+        groups = [group for group in groups if group.thread == here or group.is_of(trained)]
     right = {group for group in groups if counts and group.of_step and not group.settled}
     for group in right:
         group.settle()

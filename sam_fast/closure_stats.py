@@ -205,9 +205,11 @@ def _is_torchs(found: Any) -> bool:
     return str(found.__module__).partition(".")[0] == "torch"
 
 
-def _names(code: CodeType) -> set[str]:
-    """What a function may look up in its globals, functions inside it included."""
-    names = set(code.co_names)
+def _names(code: CodeType) -> dict[str, None]:
+    """What a function may look up in its globals, functions inside it included. Not a set, whose order of strings
+    differs between processes: all ranks are to find the same within the limit.
+    """
+    names = dict.fromkeys(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             names |= _names(constant)

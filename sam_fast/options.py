@@ -10,6 +10,7 @@ import inspect
 import math
 import pkgutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -171,7 +172,7 @@ def check_base(base: Any) -> None:
         raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
     for name in ("defaults", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if not hasattr(base, name):  # some that wrap another one do without Optimizer.__init__
-            setattr(base, name, {})
+            setattr(base, name, OrderedDict())  # to which, unlike a dict, the handle of a hook can refer
     for optimizer in and_inner(base):
         _check_one(optimizer)
 

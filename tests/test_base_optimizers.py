@@ -253,10 +253,13 @@ def test_a_wrapper_that_does_without_what_every_optimizer_has():
     params, twin = make_params([5], torch.float64), make_params([5], torch.float64)
     optimizer = SAM(params, lambda groups, **options: Within(torch.optim.SGD(groups, **options)), lr=0.1)
     plain = PlainSAM(twin, torch.optim.SGD, lr=0.1)
+    called = []
+    optimizer.base_optimizer.register_step_post_hook(lambda *_: called.append(1)).remove()
     for step in range(3):
         two_passes(optimizer, params, step)
         two_passes(plain, twin, step)
     assert furthest(params, twin) < CLOSE
+    assert not called
 
 
 @pytest.mark.parametrize(
@@ -278,7 +281,7 @@ class MaximizesByItself(torch.optim.SGD):
 
 
 @pytest.mark.guarantee(id="maximize")
-@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("maximize", [False, True, 0, 1])
 @pytest.mark.parametrize("base", ["own", "wrapped", "pytorch_optimizer"])
 def test_a_base_optimizer_may_keep_maximize_to_itself(base, maximize):
     cls: Any = MaximizesByItself if base != "pytorch_optimizer" else pytest.importorskip("pytorch_optimizer").Lion
@@ -290,7 +293,7 @@ def test_a_base_optimizer_may_keep_maximize_to_itself(base, maximize):
     )  # fmt: skip
     params[0].grad = torch.ones(5)
     optimizer.first_step()
-    assert bool((params[0] < before[0]).all()) is maximize
+    assert bool((params[0] < before[0]).all()) is bool(maximize)
 
 
 def test_groups_that_an_instance_got_later_or_loaded_take_the_options():

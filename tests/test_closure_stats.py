@@ -23,6 +23,8 @@ from sam_fast import SAM, closure_stats
 from sam_fast.closure_stats import uncounted_forwards
 
 STEPS = 3
+MODULES = [nn.Identity() for _ in range(10)]
+A, B, C, D, E, F, G, H, I, J = MODULES  # noqa: E741
 
 
 @pytest.fixture(autouse=True)
@@ -396,3 +398,8 @@ def test_a_large_container_beside_the_model_is_not_walked() -> None:
         optimizer.step(agent.closure, passes="both")
     assert not any(isinstance(parent, deque) for call in asked.call_args_list for parent in call.args)
     assert int(agent.model[1].num_batches_tracked) == 1
+
+
+def test_what_a_closure_refers_to_is_found_in_the_order_of_its_code() -> None:
+    """Not in one that differs between processes: all ranks are to find the same, even where there is too much."""
+    assert closure_stats.refers_to(lambda: (A, B, C, D, E, F, G, H, I, J))[0] == MODULES

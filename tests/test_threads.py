@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import same_bits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 
@@ -134,6 +135,41 @@ def test_a_model_that_was_disabled_in_another_thread_is_settled() -> None:
         loss(model, x)
         optimizer.second_step(zero_grad=True)
     assert int(model[1].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("moved", ["disable", "second forward", "second step", "all three"])
+def test_a_step_whose_parts_run_in_several_threads_is_one_step(moved: str) -> None:
+    """As where each part is given to an executor."""
+    model = net()
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.1)
+
+    def run(part: str, call: Callable[[], Any]) -> None:
+        in_another_thread(call) if moved in (part, "all three") else call()
+
+    for x in X[:3]:
+        enable_running_stats(model)
+        loss(model, x)
+        expected = [b.clone() for b in model.buffers()]
+        optimizer.first_step(zero_grad=True)
+        run("disable", lambda: disable_running_stats(model))
+        run("second forward", lambda x=x: loss(model, x))
+        run("second step", optimizer.second_step)
+        optimizer.zero_grad()
+        assert same_bits(list(model.buffers()), expected)
+
+
+def test_layers_that_a_backward_pass_runs_anew_in_its_own_thread_are_settled() -> None:
+    """As reentrant checkpoints do on a GPU, where the first forward pass has no gradients and does not count."""
+    model = net()
+    optimizer = SAM(model.parameters(), lr=0.1)
+    disable_running_stats(model)
+    for x in X[:3]:
+        for end in (optimizer.first_step, optimizer.second_step):
+            value = checkpoint(model, x.clone().requires_grad_(), use_reentrant=True).square().mean()
+            in_another_thread(value.backward)
+            end()
+            optimizer.zero_grad()
+        assert int(model[1].num_batches_tracked) == 0
 
 
 def test_functional_calls_of_another_thread_count_while_a_closure_runs() -> None:

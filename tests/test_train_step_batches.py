@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from sam_fast import SAM, TrainStep
+from sam_fast.batches import with_own_containers
 from sam_fast.sharpness import hessian_trace, rho_sharpness
 
 PARTS: list[dict[str, Any]] = [{"ascent": 0.25}, {"micro_batches": 4}]
@@ -218,6 +220,72 @@ def test_what_a_pass_takes_out_or_replaces_the_other_still_finds(change: Any, ma
     assert len(seen) == 2 + 4 + 2
     for x, y in seen:
         torch.testing.assert_close((x, y), (X, Y))
+
+
+class ReadOnly(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("read-only")
+
+
+class Uncopyable(dict[str, Any]):
+    def __copy__(self) -> Uncopyable:
+        raise TypeError("there is one of these")
+
+
+class OfTwo(tuple[Any, ...]):
+    """A tuple that is not made of an iterable."""
+
+    def __new__(cls, *two: Any) -> OfTwo:
+        return super().__new__(cls, two)
+
+
+def tree() -> dict[str, Any]:
+    root: dict[str, Any] = {"x": X, "parent": None}
+    root["children"] = [{"x": X, "parent": root, "children": []} for _ in range(3)]
+    return root
+
+
+@pytest.mark.parametrize(
+    ("batch", "first"),
+    [
+        (ReadOnly(x=X, names=["a"]), lambda batch: batch["x"]),
+        (Uncopyable(x=X), lambda batch: batch["x"]),
+        (OfTwo(X, ["a"]), lambda batch: batch[0]),
+        (tree(), lambda batch: batch["children"][0]["parent"]["children"][2]["x"]),
+    ],
+)
+def test_containers_that_cannot_be_made_anew_are_shared_and_a_batch_may_lead_to_itself(batch: Any, first: Any) -> None:
+    model, seen = nn.Linear(5, 1), []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append(batch)
+        return model(first(batch)).square().mean()
+
+    TrainStep(model, SAM(model.parameters(), lr=0.1), loss)(batch)
+    assert seen[1] is batch
+    assert type(seen[0]) is type(batch)
+    if isinstance(batch, tuple):
+        assert seen[0] == batch
+        assert seen[0][1] is not batch[1]
+    if type(batch) is dict:
+        assert seen[0] is not batch
+        assert seen[0]["children"][0]["parent"] is seen[0]
+
+
+def test_numbers_in_a_batch_cost_next_to_nothing() -> None:
+    """They are many, where texts are lists of tokens, and none of them is looked at by a function of ours."""
+    batch, calls = ({"x": X, "tokens": [[1] * 100 for _ in range(10)]},), 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        with_own_containers(batch)
+    finally:
+        sys.setprofile(None)
+    assert calls < 100
 
 
 @pytest.mark.parametrize("ascent", [1.0, 0.5])
