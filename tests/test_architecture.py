@@ -1,9 +1,12 @@
-"""docs/architecture.md: the files it names exist, and imports point down as its picture has them."""
+"""docs/architecture.md: the files it names exist, and imports point down as its picture has them. The mutation suite:
+what it breaks exists.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,23 @@ def test_every_file_that_the_page_names_exists() -> None:
     named = set(re.findall(r"\b(?:sam_fast|csrc|kernels|tests)/[\w/]*(?:\.\w+)?", PAGE.read_text()))
     assert len(named) > 25
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="runs from a checkout")
+def test_what_the_mutation_suite_breaks_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "mutation")
+    breakages = [
+        *import_module("breakages_of_kernels").OF_KERNELS,
+        *import_module("breakages_of_optimizer").OF_OPTIMIZER,
+    ]
+    stale = [b.name for b in breakages if (ROOT / b.file).read_text().count(b.original) != 1]
+    for breakage in breakages:
+        for test in breakage.tests:
+            file, _, name = test.partition("::")
+            path = ROOT / "tests" / file
+            if not path.is_file() or not re.search(rf"^(def|class) {name}", path.read_text(), re.MULTILINE):
+                stale.append(test)
+    assert stale == []
 
 
 def imports(path: Path) -> set[str]:

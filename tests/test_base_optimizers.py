@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import give_doubles, make_params, same_bits, two_passes, values, wrap
+from cases import give_doubles, make_params, two_passes, values, wrap
 from plain_sam import PlainSAM, furthest
 from torch import nn
-from torch.autograd import grad
 from torch.optim import Optimizer, lr_scheduler
 
 from sam_fast import SAM
@@ -148,154 +147,6 @@ def test_groups_of_the_base_optimizers_own_take_sams_options():
         SAM(mixed, decay_groups, lr=0.1)
 
 
-class Outer(Optimizer):
-    """Wraps another optimizer and has its own format of checkpoints, as Lookahead has."""
-
-    def __init__(self, inner: Optimizer) -> None:
-        self.inner, self.count = inner, 0
-        self.defaults = inner.defaults
-        self._optimizer_step_pre_hooks = self._optimizer_step_post_hooks = {}  # type: ignore[assignment]
-
-    @property
-    def param_groups(self) -> Any:
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:
-        return self.inner.state
-
-    def step(self, closure: Any = None) -> None:
-        self.count += 1
-        self.inner.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"outer": self.count, "inner": self.inner.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.count = state_dict["outer"]
-        self.inner.load_state_dict(state_dict["inner"])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.inner.zero_grad(set_to_none)
-
-
-@pytest.mark.guarantee(id="base-optimizer")
-def test_a_wrapper_of_an_optimizer_as_base_saves_and_loads_in_its_own_format():
-    def make(params: Any) -> SAM:
-        return SAM(params, lambda groups, **options: Outer(torch.optim.SGD(groups, **options)), lr=0.1, momentum=0.9)
-
-    whole, parts = make_params([6]), make_params([6])
-    optimizer = make(whole)
-    for step in range(5):
-        two_passes(optimizer, whole, step)
-    before = make(parts)
-    for step in range(3):
-        two_passes(before, parts, step)
-    resumed = make(parts)
-    resumed.load_state_dict(copy.deepcopy(before.state_dict()))
-    assert resumed.base_optimizer.count == 3
-    for step in range(3, 5):
-        two_passes(resumed, parts, step)
-    assert same_bits(values(whole), values(parts))
-
-
-class Hessian(torch.optim.SGD):
-    def step(self, closure: Any = None) -> None:
-        self.estimate()
-
-    def estimate(self) -> None:
-        torch.autograd.grad([], [])
-
-
-class Harmless(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        with torch.autograd.profiler.record_function("step"):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.data.add_(p.grad, alpha=-1.0)
-
-
-def test_base_optimizers_that_differentiate_gradients_are_refused():
-    with pytest.raises(ValueError, match="Hessian differentiates gradients"):
-        SAM(make_params([3]), Hessian, lr=0.1)
-    SAM(make_params([3]), Harmless, lr=0.1)
-
-
-@pytest.mark.parametrize("name", ["AdaHessian", "SophiaH"])
-def test_hessian_based_optimizers_of_pytorch_optimizer_are_refused(name):
-    peers = pytest.importorskip("pytorch_optimizer")
-    with pytest.raises(ValueError, match=f"{name} differentiates gradients"):
-        SAM(make_params([3]), getattr(peers, name), lr=0.1)
-
-
-class Within(Optimizer):
-    """Wraps optimizers without Optimizer.__init__, as torch's PostLocalSGDOptimizer."""
-
-    def __init__(self, *inner: Optimizer) -> None:
-        self.inner = inner
-        self.param_groups = [group for each in inner for group in each.param_groups]
-
-    @property
-    def state(self) -> Any:
-        return self.inner[0].state
-
-    def step(self, closure: Any = None) -> None:
-        for each in self.inner:
-            each.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for each in self.inner:
-            each.zero_grad(set_to_none)
-
-
-@pytest.mark.guarantee(id="base-optimizer")
-def test_a_wrapper_that_does_without_what_every_optimizer_has():
-    params, twin = make_params([5], torch.float64), make_params([5], torch.float64)
-    optimizer = SAM(params, lambda groups, **options: Within(torch.optim.SGD(groups, **options)), lr=0.1)
-    plain = PlainSAM(twin, torch.optim.SGD, lr=0.1)
-    called = []
-    optimizer.base_optimizer.register_step_post_hook(lambda *_: called.append(1)).remove()
-    for step in range(3):
-        two_passes(optimizer, params, step)
-        two_passes(plain, twin, step)
-    assert furthest(params, twin) < CLOSE
-    assert not called
-
-
-@pytest.mark.parametrize(
-    ("inner", "reason"), [(Hessian, "Hessian diff"), (torch.optim.LBFGS, "closure"), (torch.optim.Adadelta, "rho")]
-)
-def test_what_is_refused_is_refused_inside_a_wrapper(inner, reason):
-    with pytest.raises(ValueError, match=reason):
-        SAM(make_params([3]), lambda groups: Within(torch.optim.SGD(make_params([3])), inner(groups[0]["params"])))
-
-
-class MaximizesByItself(torch.optim.SGD):
-    """Keeps the option to itself, as the optimizers of pytorch_optimizer do."""
-
-    def __init__(self, params: Any, lr: float, maximize: bool = False) -> None:
-        super().__init__(params, lr=lr)
-        self.maximize = maximize
-        for group in self.param_groups:
-            del group["maximize"]
-
-
-@pytest.mark.guarantee(id="maximize")
-@pytest.mark.parametrize("maximize", [False, True, 0, 1])
-@pytest.mark.parametrize("base", ["own", "wrapped", "pytorch_optimizer"])
-def test_a_base_optimizer_may_keep_maximize_to_itself(base, maximize):
-    cls: Any = MaximizesByItself if base != "pytorch_optimizer" else pytest.importorskip("pytorch_optimizer").Lion
-    params = make_params([5])
-    before = values(params)
-    optimizer = SAM(
-        params, lambda groups, **o: Within(cls(groups, **o)) if base == "wrapped" else cls(groups, **o), rho=0.5,
-        lr=0.1, maximize=maximize,
-    )  # fmt: skip
-    params[0].grad = torch.ones(5)
-    optimizer.first_step()
-    assert bool((params[0] < before[0]).all()) is bool(maximize)
-
-
 def test_groups_that_an_instance_got_later_or_loaded_take_the_options():
     params, more = make_params([4]), make_params([3])
     mine = torch.optim.SGD(params, lr=0.1)
@@ -319,26 +170,6 @@ def test_a_bad_option_leaves_an_instance_as_it_was():
         SAM(mine, rho=-1.0)
     assert "rho" not in mine.param_groups[0]
     SAM(mine, rho=0.2)
-
-
-def imported_grad(*_: Any) -> None:
-    grad([], [])
-
-
-class Imported(torch.optim.SGD):
-    def step(self, closure: Any = None) -> None:
-        imported_grad()
-
-
-class Below(Hessian):
-    def step(self, closure: Any = None) -> None:
-        super().step()
-
-
-@pytest.mark.parametrize("base", [Imported, Below])
-def test_however_it_is_written(base):
-    with pytest.raises(ValueError, match="differentiates gradients"):
-        SAM(make_params([3]), base, lr=0.1)
 
 
 class TakesNothing(torch.optim.SGD):
