@@ -17,6 +17,7 @@ from .closure_stats import refers_to
 from .closures import are_new
 from .options import check_at_least_zero, check_flag
 from .passes import learns_graph
+from .running_stats import ExtraBuffers, check_models
 from .unwrapping import unwrap
 
 
@@ -59,11 +60,13 @@ class TrainStep:
         replay_rng: the second pass draws the first one's dropout masks; needs ``ascent=1``.
         sync: False: each rank perturbs along its own gradient, see :meth:`sam_fast.SAM.first_pass`.
         backward: called with the loss in place of ``loss.backward()``: ``accelerator.backward``, ``fabric.backward``.
+        extra_buffers: further buffers that only the first pass may change, see :func:`sam_fast.disable_running_stats`.
 
     Raises:
         TypeError: an argument is of the wrong type, or there is no SAM in ``optimizer``.
-        ValueError: an argument is out of range, ``replay_rng`` with ``ascent`` below 1, ``scaler`` with
-            ``backward``, ``backward`` of an Accelerator that accumulates, or a model in FSDP1.
+        ValueError: an argument is out of range, a pattern in ``extra_buffers`` fits nothing, ``replay_rng`` with
+            ``ascent`` below 1, ``scaler`` with ``backward``, ``backward`` of an Accelerator that accumulates, or a
+            model in FSDP1.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class TrainStep:
         replay_rng: bool = False,
         sync: bool = True,
         backward: Callable[[Tensor], Any] | None = None,
+        extra_buffers: ExtraBuffers = (),
     ) -> None:
         check_kinds(model, loss_fn, autocast, scaler, backward)
         check_flag("replay_rng", replay_rng)
@@ -103,6 +107,7 @@ class TrainStep:
         self.sam = unwrap(optimizer)
         self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
         self.clip_grad_norm, self.replay_rng, self.sync, self.backward = clip_grad_norm, replay_rng, sync, backward
+        self.extra_buffers = check_models(model, extra_buffers, "TrainStep(model)")[1]
         self._called = self._looked = False
 
     def __call__(self, *batch: Any) -> StepResult:
@@ -143,7 +148,7 @@ class TrainStep:
                     warn_of_written(batch, versions)
             sam.first_step(zero_grad=first is not None)
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
-            with sam.second_pass([self.model, *others]):
+            with sam.second_pass([self.model, *others], self.extra_buffers):
                 second = self._pass(batch, rows, -(-rows // self.micro_batches), True)
             grad_norm = sam.grad_norm if sam.perturbed else None
             if grad_norm is not None and self.scaler is not None:

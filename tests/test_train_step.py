@@ -342,3 +342,30 @@ def test_an_optimizer_of_other_parameters_is_warned_of_once() -> None:
     head = nn.Sequential(nn.Linear(3, 3), model)
     TrainStep(head, SAM(model.parameters(), lr=0.1), lambda m, x, y: cross_entropy(m(x), y))(x, y)
     TrainStep(nn.Tanh(), SAM(model.parameters(), lr=0.1), lambda m, x, y: cross_entropy(model(m(x)), y))(x, y)
+
+
+class Codebook(nn.Module):
+    """Its buffer moves in each forward pass, under a name that says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("uses", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.uses += 1
+        return x
+
+
+@pytest.mark.guarantee(id="statistics-layers")
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_extra_buffers_move_in_the_first_pass_alone(micro_batches: int) -> None:
+    model = nn.Sequential(network(), Codebook())
+    sam = SAM(model.parameters(), **OPTIONS)
+    step = TrainStep(model, sam, loss_of, micro_batches=micro_batches, extra_buffers="uses")
+    for x, y in batches(2):
+        step(x, y)
+    assert int(model[1].uses) == 2 * micro_batches
+    with pytest.raises(ValueError, match="extra_buffers"):
+        TrainStep(model, sam, loss_of, extra_buffers="used")
+    with pytest.raises(TypeError, match="extra_buffers"):
+        TrainStep(model, sam, loss_of, extra_buffers=3)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..closures import WholeStep
+from ..running_stats import ExtraBuffers, check_extra_buffers
 from ..sam import SAM
 from ..train_step import stride_of
 from ..unwrapping import unwrap
@@ -47,15 +48,18 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         ascent: share of each batch's rows that the first pass sees, see :class:`sam_fast.TrainStep`. What
             ``training_step`` logs is of these rows.
         replay_rng: the second pass draws the first one's dropout masks; needs ``ascent=1``.
+        extra_buffers: further buffers that only the first pass may change, see :func:`sam_fast.disable_running_stats`.
 
     Raises:
+        TypeError: ``extra_buffers`` is of the wrong type.
         ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``. At the beginning of training: the
             optimizer is no SAM, or Lightning is used in a way that leaves no place for a second pass.
     """
 
-    def __init__(self, ascent: float = 1.0, replay_rng: bool = False) -> None:
+    def __init__(self, ascent: float = 1.0, replay_rng: bool = False, extra_buffers: ExtraBuffers = ()) -> None:
         stride_of(ascent, replay_rng)
         self.ascent, self.replay_rng = ascent, replay_rng
+        self.extra_buffers = check_extra_buffers(extra_buffers)
         self._detach: Callable[[], None] | None = None
         self._window: Window | None = None
         self._values: dict[str, Tensor] = {}
@@ -64,7 +68,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         """Put the recording of batches, and the second pass, into the strategy."""
         self._end()
         sam = self._checked(trainer, pl_module)
-        strategy, window = trainer.strategy, Window(sam, self.ascent, self.replay_rng)
+        strategy, window = trainer.strategy, Window(sam, self.ascent, self.replay_rng, self.extra_buffers)
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:

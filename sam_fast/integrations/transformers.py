@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..batches import with_own_containers
 from ..closures import are_new
+from ..running_stats import ExtraBuffers, check_extra_buffers
 from ..sam import SAM
 from ..unwrapping import unwrap
 from .window import Window
@@ -31,6 +32,8 @@ class SAMTrainerMixin:
         sam_rho: radius of the perturbation.
         sam_adaptive: True for ASAM.
         sam_replay_rng: the second pass draws the first one's dropout masks.
+        sam_extra_buffers: further buffers that only the first pass may change, see
+            :func:`sam_fast.disable_running_stats`.
         sam_options: further options of :class:`sam_fast.SAM`, such as ``schedule``.
 
     Raises:
@@ -49,11 +52,13 @@ class SAMTrainerMixin:
         sam_rho: float = 0.05,
         sam_adaptive: bool = False,
         sam_replay_rng: bool = False,
+        sam_extra_buffers: ExtraBuffers = (),
         sam_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self._sam_options = {"rho": sam_rho, "adaptive": sam_adaptive, **(sam_options or {})}
         self._sam_replay_rng = sam_replay_rng
+        self._sam_extra_buffers = check_extra_buffers(sam_extra_buffers)
         self._sam_window: Window | None = None
         self._sam_prepared: Any = None
         self._sam_second_pass = False
@@ -99,7 +104,7 @@ class SAMTrainerMixin:
         """A part of the first pass; after the last one of a step, all of the second pass."""
         step = super().training_step  # type: ignore[misc]
         if self._sam_window is None:
-            self._sam_window = Window(unwrap(self.optimizer), 1.0, self._sam_replay_rng)
+            self._sam_window = Window(unwrap(self.optimizer), 1.0, self._sam_replay_rng, self._sam_extra_buffers)
         window, sam = self._sam_window, self._sam_window.sam
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step

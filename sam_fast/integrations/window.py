@@ -12,6 +12,7 @@ from torch import Tensor
 from ..batches import every_row, number_of_rows, versions_of, warn_of_written, with_own_containers
 from ..devices import devices_of
 from ..random_state import RandomState
+from ..running_stats import ExtraBuffers
 from ..sam import SAM
 from ..train_step import accumulating, stride_of
 
@@ -35,8 +36,9 @@ class Window:
         replay_rng: the second pass draws what the first one drew.
     """
 
-    def __init__(self, sam: SAM, ascent: float, replay_rng: bool) -> None:
+    def __init__(self, sam: SAM, ascent: float, replay_rng: bool, extra_buffers: ExtraBuffers) -> None:
         self.sam, self.every, self.replay_rng = sam, stride_of(ascent, replay_rng), replay_rng
+        self.extra_buffers = extra_buffers
         self.forwards: list[Forward] = []
         self._looked = False  # whether the first pass writes into its batch
 
@@ -88,7 +90,7 @@ class Window:
         forwards = [f for f in self.forwards if f.loss is not None]
         sam.first_step(zero_grad=True)
         losses = []
-        with sam.second_pass(model):
+        with sam.second_pass(model, self.extra_buffers):
             for number, again in enumerate(forwards, 1):
                 synced = nullcontext() if number == len(forwards) else accumulating(model)
                 drawn = nullcontext() if again.random_state is None else again.random_state.replayed()

@@ -90,6 +90,21 @@ def test_a_part_of_the_batch_for_the_first_pass():
     assert furthest(module.net, model) < CLOSE
 
 
+def test_extra_buffers_move_in_the_first_pass_alone():
+    class Counting(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("uses", torch.zeros(()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.uses += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Counting()
+    fit(module, SAMCallback(extra_buffers="uses"), max_epochs=1, accumulate_grad_batches=2)
+    assert int(module.uses) == 7
+
+
 def test_the_same_masks_in_both_passes():
     module = Module(dropout=0.5)
     torch.manual_seed(5)

@@ -129,6 +129,19 @@ def test_the_same_masks_in_both_passes(tmp_path: Any):
         assert all(value == 0.0 for value in logged(trainer, "sam/sharpness")) == replay
 
 
+def test_extra_buffers_move_in_the_first_pass_alone(tmp_path: Any):
+    model = language_model()
+    model.register_buffer("uses", torch.zeros(()))
+
+    def count(module: Any, args: Any) -> None:
+        module.uses += 1
+
+    hook = model.register_forward_pre_hook(count)
+    trainer = train(tmp_path, model, sam_extra_buffers="uses", gradient_accumulation_steps=2)
+    hook.remove()
+    assert int(model.uses) == 7 * trainer.args.num_train_epochs
+
+
 def test_a_failing_second_pass_leaves_w(tmp_path: Any):
     class Fails(SAMTrainer):
         calls = 0
