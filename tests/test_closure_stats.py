@@ -7,7 +7,6 @@ import gc
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from threading import Semaphore, Thread
 from typing import Any
 from unittest import mock
 
@@ -355,32 +354,6 @@ def test_a_wrong_model_is_named_before_anything_happens(wrong: Any) -> None:
         optimizer.step(lambda: loss_of(CALLS["model"], model, x, y), model=wrong)
     assert unchanged(model, before)
     assert not optimizer.perturbed
-
-
-def test_models_of_other_threads_count_meanwhile() -> None:
-    """Forward passes of another thread, which trains another model, are not those of the closure."""
-    other, mine = nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    optimizer, x = SAM(mine.parameters(), lr=0.1), torch.randn(8, 3)
-    begin, end = Semaphore(0), Semaphore(0)
-
-    def work() -> None:
-        for _ in range(10):
-            begin.acquire()
-            other(torch.ones(8, 3))
-            end.release()
-
-    def closure() -> None:
-        mine(x).sum().backward()
-        begin.release()
-        end.acquire()
-
-    thread = Thread(target=work)
-    thread.start()
-    for _ in range(5):
-        optimizer.step(closure, passes="both")
-    thread.join()
-    assert int(other.num_batches_tracked) == 10
-    assert int(mine[1].num_batches_tracked) == 5
 
 
 def test_a_large_container_beside_the_model_is_not_walked() -> None:

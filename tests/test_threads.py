@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from threading import Thread
+from threading import Semaphore, Thread
 from typing import Any
 
 import pytest
@@ -185,3 +185,29 @@ def test_functional_calls_of_another_thread_count_while_a_closure_runs() -> None
         optimizer.step(closure)
     assert int(own["1.num_batches_tracked"]) == 6
     assert int(mine[1].num_batches_tracked) == 3
+
+
+def test_models_of_other_threads_count_meanwhile() -> None:
+    """Forward passes of another thread, which trains another model, are not those of the closure."""
+    other, mine = nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    optimizer, x = SAM(mine.parameters(), lr=0.1), torch.randn(8, 3)
+    begin, end = Semaphore(0), Semaphore(0)
+
+    def work() -> None:
+        for _ in range(10):
+            begin.acquire()
+            other(torch.ones(8, 3))
+            end.release()
+
+    def closure() -> None:
+        mine(x).sum().backward()
+        begin.release()
+        end.acquire()
+
+    thread = Thread(target=work)
+    thread.start()
+    for _ in range(5):
+        optimizer.step(closure, passes="both")
+    thread.join()
+    assert int(other.num_batches_tracked) == 10
+    assert int(mine[1].num_batches_tracked) == 5

@@ -34,6 +34,7 @@ class Window:
         sam: the optimizer.
         ascent: share of each batch that the first pass sees.
         replay_rng: the second pass draws what the first one drew.
+        extra_buffers: further buffers that only the first pass may change.
     """
 
     def __init__(self, sam: SAM, ascent: float, replay_rng: bool, extra_buffers: ExtraBuffers) -> None:
