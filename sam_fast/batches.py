@@ -14,10 +14,10 @@ _PLAIN = frozenset((Tensor, int, float, bool, str, bytes, type(None)))
 """What is in no need of a copy, to be told at once: a batch may hold a hundred thousand numbers."""
 
 
-def number_of_rows(batch: Any) -> int:
-    """The first dimension of the first tensor that has one."""
+def number_of_rows(batch: Any) -> int | None:
+    """The first dimension of the first tensor that has one; None where there is no such tensor."""
     first = _first_tensor(batch)
-    return 0 if first is None else len(first)
+    return None if first is None else len(first)
 
 
 def every_row(batch: tuple[Any, ...], every: int) -> tuple[Any, ...]:

@@ -116,19 +116,24 @@ class TrainStep:
         Args:
             batch: goes to ``loss_fn`` after the model: tensors, or lists, tuples and mappings of them; the first
                 tensor's first dimension is the batch's. Arrays and lists with an item for each row are cut as tensors.
+                With ``ascent=1`` and ``micro_batches=1``, which cut nothing, anything at all: a graph, or nothing.
 
         Raises:
             TypeError: what has to be cut into rows is packed, sparse or nested, or a list in which either lists or
                 tensors may be the samples; or ``loss_fn`` returns no tensor.
-            ValueError: no tensor in ``batch`` has a row.
+            ValueError: the batch has no rows, or no tensor with rows where it has to be cut.
             RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
         """
         rows = number_of_rows(batch)
-        if not rows:
+        if rows == 0:
+            raise ValueError("the batch has no rows: its first tensor's first dimension is 0")
+        if rows is None and (self.every > 1 or self.micro_batches > 1):
             raise ValueError(
-                "the batch has no tensor with rows: pass what loss_fn takes after the model (tensors are looked for in "
-                "lists, tuples and mappings, not in other objects)"
+                "the batch has no tensor with rows, and ascent below 1 and micro_batches above 1 cut rows: pass what "
+                "loss_fn takes after the model (tensors are looked for in lists, tuples and mappings, not in other "
+                "objects)"
             )
+        rows = rows or 1
         sam = self.sam
         if not self._called:
             self._called = True
@@ -141,8 +146,8 @@ class TrainStep:
                 versions = None if self._looked else versions_of(batch)
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
                     own = with_own_containers(batch)
-                    part = own if self.every == 1 else every_row(own, self.every)
-                    first = self._pass(part, number_of_rows(part), -(-rows // self.micro_batches), self.sync)
+                    part, n = (own, rows) if self.every == 1 else (every_row(own, self.every), -(-rows // self.every))
+                    first = self._pass(part, n, -(-rows // self.micro_batches), self.sync)
                 if versions is not None:
                     self._looked = True
                     warn_of_written(batch, versions)

@@ -303,3 +303,32 @@ def test_writing_into_the_batch_is_warned_of_once(ascent: float) -> None:
             made_there = X.clone()
         reads = TrainStep(model, SAM(model.parameters(), lr=0.1), lambda model, x, _: model(x).square().mean())
         reads(X.clone(), made_there)
+
+
+@pytest.mark.parametrize("batch", [(Graph(X, Y),), (), ("a name", 3.0)])
+def test_a_batch_that_is_not_cut_may_be_anything(batch: tuple[Any, ...]) -> None:
+    """A graph, or nothing at all where a graph is the whole of the data."""
+
+    def loss(model: nn.Module, *given: Any) -> torch.Tensor:
+        assert len(given) == len(batch)
+        x, y = (given[0].x, given[0].y) if batch and isinstance(given[0], Graph) else (X, Y)
+        return (model(x) - y).square().mean()
+
+    models = [nn.Linear(5, 1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    found = TrainStep(models[0], SAM(models[0].parameters(), lr=0.1), loss)(*batch)
+    wanted = TrainStep(models[1], SAM(models[1].parameters(), lr=0.1), lambda model, x, y: loss(model, *batch))(X, Y)
+    assert torch.equal(found.loss, wanted.loss)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("options", PARTS)
+def test_what_has_no_rows_cannot_be_cut(options: dict[str, Any]) -> None:
+    model = nn.Linear(5, 1)
+    optimizer = SAM(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="no tensor with rows, and ascent below 1 and micro_batches above 1"):
+        TrainStep(model, optimizer, lambda model, graph: model(graph.x).mean(), **options)(Graph(X, Y))
+    with pytest.raises(ValueError, match="the batch has no rows"):
+        TrainStep(model, optimizer, lambda model, x: model(x).mean(), **options)(X[:0])
+    assert not optimizer.perturbed
