@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,35 @@ def test_keras():
         assert float((a.value - b.value).detach().abs().max()) < 1e-5, a.path
     assert history["loss"] == pytest.approx([sum(losses) / 7], rel=1e-5)
     assert history["accuracy"] == pytest.approx([right / 28], rel=1e-5)
+
+
+def test_pyg():
+    framework("torch_geometric")
+    from torch_geometric.data import Data
+    from torch_geometric.loader import DataLoader
+    from torch_geometric.nn import BatchNorm, GCNConv, global_mean_pool
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.conv, self.norm, self.out = GCNConv(6, 8), BatchNorm(8), nn.Linear(8, 3)
+            self.double()
+
+        def forward(self, graph: Any) -> torch.Tensor:
+            x = self.conv(graph.x, graph.edge_index)
+            graph.x = x  # the second pass finds what was there
+            return self.out(global_mean_pool(torch.tanh(self.norm(x)), graph.batch))
+
+    torch.manual_seed(2)
+    x, edges, y = torch.randn(12, 9, 6).double(), torch.randint(0, 9, (12, 2, 20)), torch.randint(0, 3, (12, 1))
+    graphs = [Data(*graph, y=label) for *graph, label in zip(x, edges, y, strict=True)]
+    model, plain = Network(), Network()
+    run("PyG", model=model, loader=DataLoader(graphs, batch_size=4))
+    sam = PlainSAM(plain.parameters(), rho=RHO, lr=LR)
+    for batch in DataLoader(graphs, batch_size=4):
+        plain_step(plain, sam, [batch], lambda m, graph: nn.functional.cross_entropy(m(copy(graph)), graph.y), 1)
+    assert furthest(model, plain) < CLOSE
 
 
 def test_schedulefree():
