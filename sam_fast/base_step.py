@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -39,22 +40,23 @@ class BaseStep:
 
     def __init__(self, base: Optimizer) -> None:
         self._foreign: set[str] = set()  # names of entries that are not the base optimizer's
-        self._look_at(base)
+        self.look_at(base)
 
-    def _look_at(self, base: Optimizer) -> None:
+    def look_at(self, base: Optimizer) -> None:
+        """What is in the state of ``base`` now is its own, but for what is known not to be."""
         self._state = base.state
         entries = ((p, entry) for p, entry in base.state.items() if isinstance(p, Tensor))  # MADGRAD counts in one more
-        self._initialised = {id(p) for p, entry in entries if entry.keys() - self._foreign}
+        self._initialised = {id(p) for p, entry in entries if _names_of(entry) - self._foreign}
         self._entries = len(base.state)
 
     def adopt(self, base: Optimizer, params: Iterable[Tensor]) -> None:
         """The state that ``base`` has made of new parameters, outside its step, is its own."""
-        self._initialised.update(id(p) for p in params if base.state.get(p))
+        self._initialised.update(id(p) for p in params if _names_of(base.state.get(p, {})))
 
     def __call__(self, base: Optimizer) -> None:
         """Step."""
         if base.state is not self._state:
-            self._look_at(base)  # loaded
+            self.look_at(base)  # loaded
         aside = self._set_aside(base) if self._foreign or len(base.state) != self._entries else {}
         try:
             with _as_fused_on_cpu_expects(base):
@@ -63,7 +65,7 @@ class BaseStep:
             for p, entry in aside.items():
                 base.state[p] |= entry
         if aside or len(base.state) != self._entries:
-            self._look_at(base)
+            self.look_at(base)
 
     def _set_aside(self, base: Optimizer) -> dict[Tensor, dict[str, Any]]:
         cls: Any = type(base)
@@ -71,7 +73,7 @@ class BaseStep:
         names = _names_in(cls) - base.defaults.keys() if rule is None else rule.all_names
         aside = {}
         for p, entry in base.state.items():
-            if not isinstance(p, Tensor) or not entry:
+            if not isinstance(p, Tensor) or not isinstance(entry, dict) or not entry:
                 continue
             its_own = not entry.keys().isdisjoint(names) or (rule is None and id(p) in self._initialised)
             if not its_own:
@@ -81,12 +83,26 @@ class BaseStep:
         return aside
 
 
+def _names_of(entry: Any) -> set[str]:
+    """Those of the states in an entry. What is no dictionary, but a tensor or an object, only its optimizer makes."""
+    return set(entry) if isinstance(entry, dict) else {type(entry).__name__}
+
+
 @cache
 def _names_in(cls: type[Optimizer]) -> frozenset[str]:
-    """The strings in the code of a class of optimizers: the names of its states are among them."""
+    """The strings in the code of a class of optimizers, and those it has by a global name: the names of its states are
+    among them.
+    """
     methods = [method for c in cls.__mro__[: cls.__mro__.index(Optimizer)] for method in vars(c).values()]
-    codes = [inspect.unwrap(method).__code__ for method in methods if inspect.isfunction(method)]
-    return frozenset(name for code in codes for name in code.co_consts if isinstance(name, str))
+    found: list[Any] = []
+    for function in (inspect.unwrap(method) for method in methods if inspect.isfunction(method)):
+        codes = [function.__code__]
+        for code in codes:  # grows: comprehensions have code of their own
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+            found += [function.__globals__.get(name) for name in code.co_names]
+            for constant in code.co_consts:
+                found += constant if isinstance(constant, (tuple, frozenset)) else [constant]
+    return frozenset(name for name in found if isinstance(name, str))
 
 
 def _step_of(base: Optimizer) -> Callable[[], Any]:

@@ -206,16 +206,21 @@ def _check_one(base: Optimizer) -> None:
             "the weights w + e that it was "
             "made with; SAM has restored w by then: it cannot be SAM's base optimizer"
         )
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if needs_closure(base.step):
         raise ValueError(
             f"{type(base).__name__}.step needs a closure to evaluate the loss again: it cannot be SAM's base optimizer"
         )
 
 
+def needs_closure(function: Callable[..., Any]) -> bool:
+    """Whether a function cannot be called without a closure."""
+    closure = inspect.signature(function).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def differentiates_gradients(cls: type) -> bool:
     """Whether ``cls.step``, or what it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the
-    Hessian.
+    Hessian. What cannot do without a closure, which SAM does not give, does not count: heavyball's may estimate it.
     """
     classes = cls.__mro__[: cls.__mro__.index(Optimizer)]
     pending: list[Any] = [vars(c).get("step") for c in classes]
@@ -224,7 +229,7 @@ def differentiates_gradients(cls: type) -> bool:
         function = pending.pop()
         function = inspect.unwrap(function) if callable(function) else None
         code = getattr(function, "__code__", None)
-        if function is None or code is None or code in seen:
+        if function is None or code is None or code in seen or needs_closure(function):
             continue
         seen.add(code)
         instructions = list(dis.get_instructions(code))

@@ -165,6 +165,7 @@ class OptimizerWrapper(Optimizer):
         if "state" in state_dict:
             state_dict["state"] = without_old_weights(state_dict["state"])
         self.base_optimizer.load_state_dict(state_dict)
+        self._base_step.look_at(self.base_optimizer)  # one of somebody's own may load into the state that it has
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -254,3 +254,103 @@ def test_a_base_optimizer_need_not_take_sams_options():
         two_passes(optimizer, params, step)
         two_passes(other, twin, step)
     assert furthest(params, twin) < 1e-12
+
+
+# ---- State as somebody's own optimizer keeps it ----------------------------------------------------------------------
+
+NAME = "buffer_of_mine"
+
+
+class KeepsATensor(torch.optim.Optimizer):
+    """The state of a parameter is its buffer, not a dictionary."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def buffer(self, p: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.state.setdefault(p, torch.zeros_like(p))
+        return found
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(self.buffer(p).mul_(0.9).add_(p.grad), alpha=group["lr"])
+
+    def warm_up(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.buffer(p).add_(1.0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads into the state that it has."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.state.update({params[index]: copy.deepcopy(entry) for index, entry in state_dict["state"].items()})
+
+
+class NamesInATuple(KeepsATensor):
+    def buffer(self, p: torch.Tensor) -> torch.Tensor:
+        state = self.state[p]
+        if not state:
+            state.update({name: torch.zeros_like(p) for name in ("fast", "slow")})
+        found: torch.Tensor = next(iter(state.values()))
+        return found
+
+
+class GlobalName(KeepsATensor):
+    def buffer(self, p: torch.Tensor) -> torch.Tensor:
+        state = self.state[p]
+        if not state:
+            state[NAME] = torch.zeros_like(p)
+        found: torch.Tensor = state[NAME]
+        return found
+
+
+class NamesMadeUp(KeepsATensor):
+    def buffer(self, p: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.state[p].setdefault(f"buffer_{p.ndim}", torch.zeros_like(p))
+        return found
+
+
+@pytest.mark.guarantee(id="others-state")
+@pytest.mark.parametrize(
+    ("base", "when"),
+    [
+        (base, when)
+        for base in (KeepsATensor, NamesInATuple, GlobalName, NamesMadeUp)
+        for when in ("in its step", "loaded", "before its first step")
+        # Nothing tells that an entry with a made-up name is the base optimizer's before it has stepped.
+        if base is not NamesMadeUp or when != "before its first step"
+    ],
+)
+def test_the_state_of_an_optimizer_of_somebodys_own_is_its_own(base, when):
+    params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
+    optimizer, plain = SAM(params, base, lr=0.01), PlainSAM(twin, base, lr=0.01)
+    if when == "before its first step":
+        optimizer.warm_up(), plain.base.warm_up()
+    for step in range(6):
+        if step == 3 and when == "loaded":
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = SAM(params, base, lr=0.01)
+            optimizer.load_state_dict(saved)
+        two_passes(optimizer, params, step)
+        two_passes(plain, twin, step)
+    assert furthest(params, twin) < CLOSE
+
+
+def test_a_group_whose_state_is_a_tensor_from_the_beginning():
+    class Early(KeepsATensor):
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            for p in self.param_groups[-1]["params"]:
+                self.buffer(p)
+
+    params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
+    optimizer, plain = SAM(params[:1], Early, lr=0.01), PlainSAM(twin[:1], Early, lr=0.01)
+    optimizer.add_param_group({"params": params[1:]})
+    plain.base.add_param_group({"params": twin[1:]})
+    for step in range(3):
+        two_passes(optimizer, params, step)
+        two_passes(plain, twin, step)
+    assert furthest(params, twin) < CLOSE

@@ -159,6 +159,27 @@ def test_however_it_is_written(base):
         SAM(make_params([3]), base, lr=0.1)
 
 
+class WithAClosure(torch.optim.SGD):
+    """Differentiates the gradients of a closure, and does without where there is none, as heavyball's."""
+
+    def step(self, closure: Any = None) -> None:
+        self.handle(closure)
+        super().step()
+
+    def handle(self, closure: Any) -> None:
+        if closure is not None:
+            torch.autograd.grad(closure(), [])
+
+
+def test_what_only_differentiates_the_gradients_of_a_closure_is_taken():
+    params, twin = make_params([5], torch.float64), make_params([5], torch.float64)
+    optimizer, plain = SAM(params, WithAClosure, lr=0.1), PlainSAM(twin, torch.optim.SGD, lr=0.1)
+    for step in range(3):
+        two_passes(optimizer, params, step)
+        two_passes(plain, twin, step)
+    assert furthest(params, twin) < CLOSE
+
+
 class MaximizesByItself(torch.optim.SGD):
     """Keeps the option to itself, as the optimizers of pytorch_optimizer do."""
 
