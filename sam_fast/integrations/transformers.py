@@ -16,8 +16,10 @@ from ..sam import SAM
 from ..unwrapping import unwrap
 from .window import Window
 
-COUNTED_IN_COMPUTE_LOSS = ("_metrics", "_total_train_tokens")
-"""Attributes of TRL's trainers that their ``compute_loss`` adds to."""
+COLLECTED = ("_metrics", "_stored_metrics", "accum_loss_components")
+"""Attributes in which trainers of TRL and Sentence Transformers collect what they log. Numbers that a pass changes are
+found without a name.
+"""
 
 
 class SAMTrainerMixin:
@@ -26,7 +28,8 @@ class SAMTrainerMixin:
     The optimizer that the Trainer creates (``--optim``, weight-decay groups) becomes SAM's base optimizer. Batches that
     are accumulated are kept for the second pass, which calls ``training_step`` on the same ones again at ``w + e``.
     The loss that is logged is the first pass's, ``grad_norm`` and clipping are of the second gradient. With the loss,
-    ``sam/grad_norm`` and ``sam/sharpness`` of the last step are logged.
+    ``sam/grad_norm`` and ``sam/sharpness`` of the last step are logged. Of the second pass nothing is logged, and
+    numbers that it changes in the Trainer (``self.seen += 1`` in ``compute_loss``) are put back.
 
     Args:
         sam_rho: radius of the perturbation.
@@ -37,6 +40,7 @@ class SAMTrainerMixin:
         sam_options: further options of :class:`sam_fast.SAM`, such as ``schedule``.
 
     Raises:
+        TypeError: a class puts ``Trainer`` before the mixin.
         ValueError: the Trainer is used in a way that leaves no place for a second pass.
     """
 
@@ -45,6 +49,17 @@ class SAMTrainerMixin:
     accelerator: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        from transformers import Trainer
+
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(SAMTrainerMixin)]
+        if any(issubclass(base, Trainer) and not issubclass(base, SAMTrainerMixin) for base in before):
+            raise TypeError(
+                f"{cls.__name__} would train without SAM: SAMTrainerMixin goes first, class {cls.__name__}("
+                "SAMTrainerMixin, Trainer)"
+            )
 
     def __init__(
         self,
@@ -110,11 +125,11 @@ class SAMTrainerMixin:
             window.clear()  # training has been stopped half-way through a step
         loss: Tensor = window.first(step, (model, inputs, num_items_in_batch), {})
         if sam.needs_first_pass:
-            window.forwards[-1].args = (model, self._sam_prepared, num_items_in_batch)
+            window.forwards[-1].kwargs["prepared"] = self._sam_prepared
             window.forwards[-1].loss = loss.detach()
             if self.accelerator.sync_gradients:
                 with self._sam_unnoticed():
-                    losses = window.second(model, step)
+                    losses = window.second(model, self._sam_repeated)
                 assert losses is not None
                 self._sam_values = {"sam/sharpness": losses[1] - losses[0]}
         if sam.perturbed:
@@ -123,30 +138,45 @@ class SAMTrainerMixin:
             self._sam_values["sam/grad_norm"] = norm if scaler is None else norm / scaler.scale(norm.new_ones(()))
         return loss
 
+    def _sam_repeated(self, *args: Any, prepared: Any) -> Tensor:
+        """A training step again, with what was prepared for the first pass."""
+        self._sam_prepared = prepared
+        loss: Tensor = super().training_step(*args)  # type: ignore[misc]
+        return loss
+
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """What was prepared for the first pass serves the second: trainers that generate text generate it once."""
+        """What was prepared for the first pass serves the second: trainers that generate text generate it once, and
+        what a ``training_step`` of the user's does to its inputs is not done to the same ones again.
+        """
         if self._sam_second_pass:
-            return copy.copy(inputs)
+            return copy.copy(self._sam_prepared)
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
         self._sam_prepared = with_own_containers(prepared)
         return prepared
 
     @contextmanager
     def _sam_unnoticed(self) -> Iterator[None]:
-        """Inside, what TRL's trainers count does not change, and optimizers that are told in which mode they are, such
+        """Inside, what the Trainer counts does not change, and optimizers that are told in which mode they are, such
         as schedule-free ones, are not told again while the weights are perturbed.
         """
-        counted = {name: copy.deepcopy(vars(self)[name]) for name in COUNTED_IN_COMPUTE_LOSS if name in vars(self)}
-        optimizer = self.optimizer
+        counted = {
+            name: copy.deepcopy(value)
+            for name, value in vars(self).items()
+            if name in COLLECTED or type(value) in (int, float)
+        }
+        switches = vars(self.optimizer)
         try:
-            self.optimizer, self._sam_second_pass = None, True
+            switches["train"], self._sam_second_pass = None, True
             yield
         finally:
-            self.optimizer, self._sam_second_pass = optimizer, False
+            del switches["train"]
+            self._sam_second_pass = False
             vars(self).update(counted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the loss, what the last step has measured."""
+        """With the loss, what the last step has measured; of a second pass nothing."""
+        if self._sam_second_pass:
+            return
         if "loss" in logs:
             logs.update({name: float(value) for name, value in self._sam_values.items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -20,6 +20,7 @@ from trainer_runs import (
     logits_of,
     plain_run,
     text,
+    tokenizer,
     train,
     transformers,
 )
@@ -214,19 +215,12 @@ def test_trl_counts_tokens_and_metrics_once(tmp_path: Any):
                              bf16=False, gradient_checkpointing=False, gradient_accumulation_steps=2)  # fmt: skip
         datasets = pytest.importorskip("datasets")
         rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in text()])
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="0", eos_token="1")
         trainer = cls(
-            model=language_model(dtype=torch.float32), args=args, train_dataset=rows, processing_class=tokenizer
+            model=language_model(dtype=torch.float32), args=args, train_dataset=rows, processing_class=tokenizer()
         )
         trainer.train()
         counted[name] = [logged(trainer, key) for key in ("num_tokens", "mean_token_accuracy", "loss")]
     assert counted["sam"] == counted["plain"]
-
-
-def _tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {str(number): number for number in range(19)}
-    return tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="2"))
 
 
 def test_what_leaves_no_place_for_a_second_pass_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
