@@ -203,11 +203,11 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _states_of(metric: Any) -> Iterator[Callable[[], None]]:
-    """What puts the states of a torchmetrics metric back, and tensors that are none, as MinMaxMetric's. Metrics may
-    share their tensors: they stay the same ones.
+    """What puts the states of a torchmetrics metric back, and tensors and numbers that are none, as MinMaxMetric's and
+    RunningMean's. Metrics may share their tensors: they stay the same ones.
     """
-    others = (name for name, value in vars(metric).items() if isinstance(value, Tensor))
-    for name in dict.fromkeys((*metric._defaults, "_update_count", "_computed", "_forward_cache", *others)):
+    others = (name for name, value in vars(metric).items() if isinstance(value, (Tensor, int, float)))
+    for name in dict.fromkeys((*metric._defaults, "_computed", "_forward_cache", *others)):
         if hasattr(metric, name):
             value = getattr(metric, name)
             copy = (

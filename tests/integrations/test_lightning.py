@@ -83,6 +83,22 @@ def test_a_metric_with_tensors_that_are_no_states_counts_once():
     assert found == pytest.approx([min(losses), max(losses)], rel=1e-6)
 
 
+def test_a_metric_that_counts_its_values_counts_them_once():
+    class Running(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.running = torchmetrics.aggregation.RunningMean(2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.running(loss.detach())
+            return loss
+
+    module = Running()
+    fit(module, max_epochs=1)
+    assert float(module.running.compute()) == pytest.approx(sum(plain_run(epochs=1)[1].losses[-2:]) / 2, rel=1e-6)
+
+
 def test_a_part_of_the_batch_for_the_first_pass():
     module = Module()
     fit(module, SAMCallback(ascent=0.5), accumulate_grad_batches=2)
