@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class SAMTrainerMixin:
     """
 
     optimizer: Any
+    _prepare_inputs: Callable[[Any], Any]
     args: Any
     accelerator: Any
     is_deepspeed_enabled: bool
@@ -75,8 +76,6 @@ class SAMTrainerMixin:
         self._sam_replay_rng = sam_replay_rng
         self._sam_extra_buffers = check_extra_buffers(sam_extra_buffers)
         self._sam_window: Window | None = None
-        self._sam_prepared: Any = None
-        self._sam_second_pass = False
         self._sam_values: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
@@ -123,13 +122,29 @@ class SAMTrainerMixin:
         window, sam = self._sam_window, self._sam_window.sam
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step
-        loss: Tensor = window.first(step, (model, inputs, num_items_in_batch), {})
+        prepare, kept = self._prepare_inputs, {}
+
+        def prepare_and_keep(inputs: Any) -> Any:
+            prepared = prepare(inputs)
+            kept["prepared"] = with_own_containers(prepared)
+            return prepared
+
+        def again(*args: Any, prepared: Any) -> Tensor:
+            """What was prepared serves both passes: trainers that generate text generate it once, and what is done to
+            inputs on the way is not done to the same ones again.
+            """
+            with _with_attributes(self, _prepare_inputs=lambda inputs: copy.copy(prepared)):
+                loss: Tensor = step(*args)
+            return loss
+
+        with _with_attributes(self, _prepare_inputs=prepare_and_keep):
+            loss: Tensor = window.first(step, (model, inputs, num_items_in_batch), {})
         if sam.needs_first_pass:
-            window.forwards[-1].kwargs["prepared"] = self._sam_prepared
+            window.forwards[-1].kwargs.update(kept)
             window.forwards[-1].loss = loss.detach()
             if self.accelerator.sync_gradients:
                 with self._sam_unnoticed():
-                    losses = window.second(model, self._sam_repeated)
+                    losses = window.second(model, again)
                 assert losses is not None
                 self._sam_values = {"sam/sharpness": losses[1] - losses[0]}
         if sam.perturbed:
@@ -138,45 +153,38 @@ class SAMTrainerMixin:
             self._sam_values["sam/grad_norm"] = norm if scaler is None else norm / scaler.scale(norm.new_ones(()))
         return loss
 
-    def _sam_repeated(self, *args: Any, prepared: Any) -> Tensor:
-        """A training step again, with what was prepared for the first pass."""
-        self._sam_prepared = prepared
-        loss: Tensor = super().training_step(*args)  # type: ignore[misc]
-        return loss
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """What was prepared for the first pass serves the second: trainers that generate text generate it once, and
-        what a ``training_step`` of the user's does to its inputs is not done to the same ones again.
-        """
-        if self._sam_second_pass:
-            return copy.copy(self._sam_prepared)
-        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
-        self._sam_prepared = with_own_containers(prepared)
-        return prepared
-
     @contextmanager
     def _sam_unnoticed(self) -> Iterator[None]:
-        """Inside, what the Trainer counts does not change, and optimizers that are told in which mode they are, such
-        as schedule-free ones, are not told again while the weights are perturbed.
+        """Inside, nothing is logged, what the Trainer counts does not change, and optimizers that are told in which
+        mode they are, such as schedule-free ones, are not told again while the weights are perturbed.
         """
         counted = {
             name: copy.deepcopy(value)
             for name, value in vars(self).items()
             if name in COLLECTED or type(value) in (int, float)
         }
-        switches = vars(self.optimizer)
         try:
-            switches["train"], self._sam_second_pass = None, True
-            yield
+            with _with_attributes(self, log=lambda *args, **kwargs: None), _with_attributes(self.optimizer, train=None):
+                yield
         finally:
-            del switches["train"]
-            self._sam_second_pass = False
             vars(self).update(counted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the loss, what the last step has measured; of a second pass nothing."""
-        if self._sam_second_pass:
-            return
+        """With the loss, what the last step has measured."""
         if "loss" in logs:
             logs.update({name: float(value) for name, value in self._sam_values.items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _with_attributes(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Inside, these stand before what ``owner`` and its classes, a user's included, have under their names."""
+    own = vars(owner)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del own[name]
+        own.update(before)

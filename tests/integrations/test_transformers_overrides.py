@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from oracle import furthest
 from torch import Tensor, nn
 from trainer_runs import (
     CLOSE,
     SAMTrainer,
     SAMTrainerMixin,
+    batches,
     language_model,
     logged,
     plain_run,
@@ -42,8 +44,25 @@ def test_what_training_step_does_to_its_inputs_is_done_once(tmp_path: Path):
     assert furthest(model, plain) < CLOSE
 
 
+def test_inputs_that_are_drawn_are_drawn_once(tmp_path: Path):
+    """Also by a class that is derived from one with the mixin."""
+    drawn = []
+
+    class Shifts(SAMTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            inputs = super()._prepare_inputs(inputs)
+            drawn.append(int(torch.randint(0, 19, ())))
+            return {**inputs, "input_ids": (inputs["input_ids"] + drawn[-1]) % 19}
+
+    model, plain = language_model(), language_model()
+    train(tmp_path, model, cls=Shifts, gradient_accumulation_steps=2, num_train_epochs=1)
+    made = [{**batch, "input_ids": (batch["input_ids"] + by) % 19} for batch, by in zip(batches(), drawn, strict=True)]
+    plain_run(plain, 2, epochs=1, made=made)
+    assert furthest(model, plain) < CLOSE
+
+
 def test_compute_loss_may_log_count_and_ask_the_optimizer(tmp_path: Path):
-    rates = []
+    rates, written = [], []
 
     class Looks(SAMTrainer):
         seen = 0
@@ -55,11 +74,16 @@ def test_compute_loss_may_log_count_and_ask_the_optimizer(tmp_path: Path):
             rates.append(self.optimizer.param_groups[0]["lr"])
             return loss
 
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            written.append(logs)
+            super().log(logs, *args, **kwargs)
+
     model, plain = language_model(), language_model()
     trainer = train(tmp_path, model, cls=Looks, gradient_accumulation_steps=2)
     plain_run(plain, 2)
     assert furthest(model, plain) < CLOSE
     assert logged(trainer, "own") == list(range(1, 15))
+    assert [logs["own"] for logs in written if "own" in logs] == list(range(1, 15))
     assert len(rates) == 28
 
 
