@@ -17,9 +17,7 @@ from ..unwrapping import unwrap
 from .window import Window
 
 COLLECTED = ("_metrics", "_stored_metrics", "accum_loss_components")
-"""Attributes in which trainers of TRL and Sentence Transformers collect what they log. Numbers that a pass changes are
-found without a name.
-"""
+"""Attributes in which trainers of TRL and Sentence Transformers collect what they log."""
 
 
 class SAMTrainerMixin:
@@ -29,7 +27,8 @@ class SAMTrainerMixin:
     are accumulated are kept for the second pass, which calls ``training_step`` on the same ones again at ``w + e``.
     The loss that is logged is the first pass's, ``grad_norm`` and clipping are of the second gradient. With the loss,
     ``sam/grad_norm`` and ``sam/sharpness`` of the last step are logged. Of the second pass nothing is logged, and
-    numbers that it changes in the Trainer (``self.seen += 1`` in ``compute_loss``) are put back.
+    numbers in the Trainer (``self.seen += 1`` in ``compute_loss``) are in it what they were in the first, and count
+    once.
 
     Args:
         sam_rho: radius of the perturbation.
@@ -118,7 +117,7 @@ class SAMTrainerMixin:
         """A part of the first pass; after the last one of a step, all of the second pass."""
         step = super().training_step  # type: ignore[misc]
         if self._sam_window is None:
-            self._sam_window = Window(unwrap(self.optimizer), 1.0, self._sam_replay_rng, self._sam_extra_buffers)
+            self._sam_window = Window(unwrap(self.optimizer), self, 1.0, self._sam_replay_rng, self._sam_extra_buffers)
         window, sam = self._sam_window, self._sam_window.sam
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step
@@ -158,11 +157,7 @@ class SAMTrainerMixin:
         """Inside, nothing is logged, what the Trainer counts does not change, and optimizers that are told in which
         mode they are, such as schedule-free ones, are not told again while the weights are perturbed.
         """
-        counted = {
-            name: copy.deepcopy(value)
-            for name, value in vars(self).items()
-            if name in COLLECTED or type(value) in (int, float)
-        }
+        counted = {name: copy.deepcopy(value) for name, value in vars(self).items() if name in COLLECTED}
         try:
             with _with_attributes(self, log=lambda *args, **kwargs: None), _with_attributes(self.optimizer, train=None):
                 yield
