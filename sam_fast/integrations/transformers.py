@@ -128,7 +128,7 @@ class SAMTrainerMixin:
             kept["prepared"] = with_own_containers(prepared)
             return prepared
 
-        def again(*args: Any, prepared: Any) -> Tensor:
+        def again(*args: Any, prepared: Any = None) -> Tensor:
             """What was prepared serves both passes: trainers that generate text generate it once, and what is done to
             inputs on the way is not done to the same ones again.
             """

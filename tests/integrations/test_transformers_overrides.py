@@ -44,6 +44,27 @@ def test_what_training_step_does_to_its_inputs_is_done_once(tmp_path: Path):
     assert furthest(model, plain) < CLOSE
 
 
+def test_a_training_step_of_ones_own(tmp_path: Path):
+    """It prepares nothing."""
+
+    class Own(transformers.Trainer):
+        _get_train_sampler = SAMTrainer._get_train_sampler
+
+        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+            model.train()
+            loss = sum_of_losses(model, inputs) / num_items_in_batch
+            loss.backward()
+            return loss.detach()
+
+    class WithSAM(SAMTrainerMixin, Own):
+        pass
+
+    model, plain = language_model(), language_model()
+    train(tmp_path, model, cls=WithSAM, gradient_accumulation_steps=2)
+    plain_run(plain, 2)
+    assert furthest(model, plain) < CLOSE
+
+
 def test_inputs_that_are_drawn_are_drawn_once(tmp_path: Path):
     """Also by a class that is derived from one with the mixin."""
     drawn = []
