@@ -256,12 +256,13 @@ def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) ->
             warnings.warn(LOGGED_TWICE, UserWarning, stacklevel=6)
         return False
     there_are_some = passes == AUTO and are_new(optimizer._gradients())
-    if there_are_some and _accelerate_accumulates():
+    if there_are_some and accelerate_accumulates():
         raise RuntimeError(ACCUMULATED_BY_ACCELERATE)
     return there_are_some
 
 
-def _accelerate_accumulates() -> bool:
+def accelerate_accumulates() -> bool:
+    """Whether there is an Accelerator, of which all have one state, with ``gradient_accumulation_steps`` above 1."""
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
     return bool(state is not None and state._shared_state.get("plugin_kwargs", {}).get("num_steps", 1) > 1)
 

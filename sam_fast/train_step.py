@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .batches import every_row, number_of_rows, slice_rows, versions_of, warn_of_written, with_own_containers
 from .closure_stats import refers_to
-from .closures import are_new
+from .closures import accelerate_accumulates, are_new
 from .options import check_at_least_zero, check_flag
 from .passes import learns_graph
 from .running_stats import ExtraBuffers, check_models
@@ -89,7 +89,10 @@ class TrainStep:
         check_flag("replay_rng", replay_rng)
         check_flag("sync", sync)
         self.every = stride_of(ascent, replay_rng)
-        if getattr(getattr(backward, "__self__", None), "gradient_accumulation_steps", 1) != 1:
+        by_accelerate = type(optimizer).__name__ == "AcceleratedOptimizer" or hasattr(
+            getattr(backward, "__self__", None), "gradient_accumulation_steps"
+        )
+        if backward is not None and by_accelerate and accelerate_accumulates():
             raise ValueError(
                 "this Accelerator divides every loss by its gradient_accumulation_steps: make it with "
                 "gradient_accumulation_steps=1, and let TrainStep(micro_batches=) accumulate"

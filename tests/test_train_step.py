@@ -367,3 +367,22 @@ def test_extra_buffers_move_in_the_first_pass_alone(micro_batches: int) -> None:
         TrainStep(model, sam, loss_of, extra_buffers="used")
     with pytest.raises(TypeError, match="extra_buffers"):
         TrainStep(model, sam, loss_of, extra_buffers=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", [None, Schedule(every=2)])
+def test_a_metric_counts_once_where_the_weights_are_not_perturbed(schedule: Schedule | None) -> None:
+    """Also in a step whose first gradient is not finite."""
+    model = network()
+    optimizer = SAM(model.parameters(), schedule=schedule, **OPTIONS)
+    seen = []
+
+    def loss_fn(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out = model(x)
+        if not optimizer.perturbed:
+            seen.append(len(x))
+        return cross_entropy(out, y)
+
+    step = TrainStep(model, optimizer, loss_fn, micro_batches=2)
+    for number, (x, y) in enumerate(batches()):
+        step(x * torch.nan if number == 4 else x, y)
+    assert seen == [6] * 12

@@ -37,7 +37,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
 
     ``configure_optimizers`` returns a SAM. Batches that are accumulated are kept for the second pass, which runs
     ``training_step`` on the same ones at ``w + e`` before the step: without logging, without hooks, and without that
-    metrics (attributes of the module) or BatchNorm statistics notice. Gradients are clipped as Lightning clips them:
+    metrics and numbers (attributes of the module) or BatchNorm statistics notice. Gradients are clipped as Lightning
+    clips them:
     the second ones. ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with the second
     gradient.
 
@@ -68,7 +69,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         """Put the recording of batches, and the second pass, into the strategy."""
         self._end()
         sam = self._checked(trainer, pl_module)
-        strategy, window = trainer.strategy, Window(sam, self.ascent, self.replay_rng, self.extra_buffers)
+        strategy = trainer.strategy
+        window = Window(sam, pl_module, self.ascent, self.replay_rng, self.extra_buffers)
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:
@@ -203,11 +205,11 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _states_of(metric: Any) -> Iterator[Callable[[], None]]:
-    """What puts the states of a torchmetrics metric back, and tensors that are none, as MinMaxMetric's. Metrics may
-    share their tensors: they stay the same ones.
+    """What puts the states of a torchmetrics metric back, and tensors and numbers that are none, as MinMaxMetric's and
+    RunningMean's. Metrics may share their tensors: they stay the same ones.
     """
-    others = (name for name, value in vars(metric).items() if isinstance(value, Tensor))
-    for name in dict.fromkeys((*metric._defaults, "_update_count", "_computed", "_forward_cache", *others)):
+    others = (name for name, value in vars(metric).items() if isinstance(value, (Tensor, int, float)))
+    for name in dict.fromkeys((*metric._defaults, "_computed", "_forward_cache", *others)):
         if hasattr(metric, name):
             value = getattr(metric, name)
             copy = (

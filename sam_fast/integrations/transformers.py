@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,8 @@ from ..sam import SAM
 from ..unwrapping import unwrap
 from .window import Window
 
-COUNTED_IN_COMPUTE_LOSS = ("_metrics", "_total_train_tokens")
-"""Attributes of TRL's trainers that their ``compute_loss`` adds to."""
+COLLECTED = ("_metrics", "_stored_metrics", "accum_loss_components")
+"""Attributes in which trainers of TRL and Sentence Transformers collect what they log."""
 
 
 class SAMTrainerMixin:
@@ -26,7 +26,9 @@ class SAMTrainerMixin:
     The optimizer that the Trainer creates (``--optim``, weight-decay groups) becomes SAM's base optimizer. Batches that
     are accumulated are kept for the second pass, which calls ``training_step`` on the same ones again at ``w + e``.
     The loss that is logged is the first pass's, ``grad_norm`` and clipping are of the second gradient. With the loss,
-    ``sam/grad_norm`` and ``sam/sharpness`` of the last step are logged.
+    ``sam/grad_norm`` and ``sam/sharpness`` of the last step are logged. Of the second pass nothing is logged, and
+    numbers in the Trainer (``self.seen += 1`` in ``compute_loss``) are in it what they were in the first, and count
+    once.
 
     Args:
         sam_rho: radius of the perturbation.
@@ -37,14 +39,27 @@ class SAMTrainerMixin:
         sam_options: further options of :class:`sam_fast.SAM`, such as ``schedule``.
 
     Raises:
+        TypeError: a class puts ``Trainer`` before the mixin.
         ValueError: the Trainer is used in a way that leaves no place for a second pass.
     """
 
     optimizer: Any
+    _prepare_inputs: Callable[[Any], Any]
     args: Any
     accelerator: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        from transformers import Trainer
+
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(SAMTrainerMixin)]
+        if any(issubclass(base, Trainer) and not issubclass(base, SAMTrainerMixin) for base in before):
+            raise TypeError(
+                f"{cls.__name__} would train without SAM: SAMTrainerMixin goes first, class {cls.__name__}("
+                "SAMTrainerMixin, Trainer)"
+            )
 
     def __init__(
         self,
@@ -60,8 +75,6 @@ class SAMTrainerMixin:
         self._sam_replay_rng = sam_replay_rng
         self._sam_extra_buffers = check_extra_buffers(sam_extra_buffers)
         self._sam_window: Window | None = None
-        self._sam_prepared: Any = None
-        self._sam_second_pass = False
         self._sam_values: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
@@ -104,17 +117,33 @@ class SAMTrainerMixin:
         """A part of the first pass; after the last one of a step, all of the second pass."""
         step = super().training_step  # type: ignore[misc]
         if self._sam_window is None:
-            self._sam_window = Window(unwrap(self.optimizer), 1.0, self._sam_replay_rng, self._sam_extra_buffers)
+            self._sam_window = Window(unwrap(self.optimizer), self, 1.0, self._sam_replay_rng, self._sam_extra_buffers)
         window, sam = self._sam_window, self._sam_window.sam
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step
-        loss: Tensor = window.first(step, (model, inputs, num_items_in_batch), {})
+        prepare, kept = self._prepare_inputs, {}
+
+        def prepare_and_keep(inputs: Any) -> Any:
+            prepared = prepare(inputs)
+            kept["prepared"] = with_own_containers(prepared)
+            return prepared
+
+        def again(*args: Any, prepared: Any = None) -> Tensor:
+            """What was prepared serves both passes: trainers that generate text generate it once, and what is done to
+            inputs on the way is not done to the same ones again.
+            """
+            with _with_attributes(self, _prepare_inputs=lambda inputs: copy.copy(prepared)):
+                loss: Tensor = step(*args)
+            return loss
+
+        with _with_attributes(self, _prepare_inputs=prepare_and_keep):
+            loss: Tensor = window.first(step, (model, inputs, num_items_in_batch), {})
         if sam.needs_first_pass:
-            window.forwards[-1].args = (model, self._sam_prepared, num_items_in_batch)
+            window.forwards[-1].kwargs.update(kept)
             window.forwards[-1].loss = loss.detach()
             if self.accelerator.sync_gradients:
                 with self._sam_unnoticed():
-                    losses = window.second(model, step)
+                    losses = window.second(model, again)
                 assert losses is not None
                 self._sam_values = {"sam/sharpness": losses[1] - losses[0]}
         if sam.perturbed:
@@ -123,26 +152,16 @@ class SAMTrainerMixin:
             self._sam_values["sam/grad_norm"] = norm if scaler is None else norm / scaler.scale(norm.new_ones(()))
         return loss
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """What was prepared for the first pass serves the second: trainers that generate text generate it once."""
-        if self._sam_second_pass:
-            return copy.copy(inputs)
-        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
-        self._sam_prepared = with_own_containers(prepared)
-        return prepared
-
     @contextmanager
     def _sam_unnoticed(self) -> Iterator[None]:
-        """Inside, what TRL's trainers count does not change, and optimizers that are told in which mode they are, such
-        as schedule-free ones, are not told again while the weights are perturbed.
+        """Inside, nothing is logged, what the Trainer counts does not change, and optimizers that are told in which
+        mode they are, such as schedule-free ones, are not told again while the weights are perturbed.
         """
-        counted = {name: copy.deepcopy(vars(self)[name]) for name in COUNTED_IN_COMPUTE_LOSS if name in vars(self)}
-        optimizer = self.optimizer
+        counted = {name: copy.deepcopy(value) for name, value in vars(self).items() if name in COLLECTED}
         try:
-            self.optimizer, self._sam_second_pass = None, True
-            yield
+            with _with_attributes(self, log=lambda *args, **kwargs: None), _with_attributes(self.optimizer, train=None):
+                yield
         finally:
-            self.optimizer, self._sam_second_pass = optimizer, False
             vars(self).update(counted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -150,3 +169,17 @@ class SAMTrainerMixin:
         if "loss" in logs:
             logs.update({name: float(value) for name, value in self._sam_values.items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _with_attributes(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Inside, these stand before what ``owner`` and its classes, a user's included, have under their names."""
+    own = vars(owner)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del own[name]
+        own.update(before)

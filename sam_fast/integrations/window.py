@@ -19,11 +19,12 @@ from ..train_step import accumulating, stride_of
 
 @dataclass
 class Forward:
-    """A call of the framework's forward pass: its arguments, and what it drew and returned."""
+    """A call of the framework's forward pass: its arguments, and what it drew, counted from and returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: RandomState | None
+    numbers: dict[str, Any]
     loss: Tensor | None = None
 
 
@@ -32,13 +33,16 @@ class Window:
 
     Args:
         sam: the optimizer.
+        owner: the user's object whose methods are called. Numbers among its attributes, by which it may count or
+            anneal, are in the second pass what they were in the first, and end as they were.
         ascent: share of each batch that the first pass sees.
         replay_rng: the second pass draws what the first one drew.
         extra_buffers: further buffers that only the first pass may change.
     """
 
-    def __init__(self, sam: SAM, ascent: float, replay_rng: bool, extra_buffers: ExtraBuffers) -> None:
-        self.sam, self.every, self.replay_rng = sam, stride_of(ascent, replay_rng), replay_rng
+    def __init__(self, sam: SAM, owner: Any, ascent: float, replay_rng: bool, extra_buffers: ExtraBuffers) -> None:
+        self.sam, self.owner = sam, owner
+        self.every, self.replay_rng = stride_of(ascent, replay_rng), replay_rng
         self.extra_buffers = extra_buffers
         self.forwards: list[Forward] = []
         self._looked = False  # whether the first pass writes into its batch
@@ -52,7 +56,8 @@ class Window:
         if not sam.needs_first_pass:
             return forward(*args, **kwargs)
         random_state = RandomState.capture(devices_of(sam.param_groups)) if self.replay_rng else None
-        self.forwards.append(Forward(with_own_containers(args), with_own_containers(kwargs), random_state))
+        numbers = _numbers_of(self.owner)
+        self.forwards.append(Forward(with_own_containers(args), with_own_containers(kwargs), random_state, numbers))
         if self.every > 1:
             if not number_of_rows([args, kwargs]):
                 raise ValueError("ascent below 1 takes rows of the batch's tensors, but there is no tensor with rows")
@@ -90,15 +95,34 @@ class Window:
             return None
         forwards = [f for f in self.forwards if f.loss is not None]
         sam.first_step(zero_grad=True)
-        losses = []
+        losses, numbers = [], _numbers_of(self.owner)
         with sam.second_pass(model, self.extra_buffers):
-            for number, again in enumerate(forwards, 1):
-                synced = nullcontext() if number == len(forwards) else accumulating(model)
-                drawn = nullcontext() if again.random_state is None else again.random_state.replayed()
-                with synced, drawn:
-                    losses.append(forward(*again.args, **again.kwargs))
+            try:
+                for number, again in enumerate(forwards, 1):
+                    synced = nullcontext() if number == len(forwards) else accumulating(model)
+                    drawn = nullcontext() if again.random_state is None else again.random_state.replayed()
+                    _put_back(self.owner, again.numbers)
+                    with synced, drawn:
+                        losses.append(forward(*again.args, **again.kwargs))
+            finally:
+                _put_back(self.owner, numbers)
         firsts = [f.loss for f in forwards]
         self.clear()
         if self.every > 1 or not losses or any(loss is None for loss in losses):
             return None
         return sum(firsts), sum(losses)  # type: ignore[arg-type,return-value]
+
+
+def _numbers_of(owner: Any) -> dict[str, Any]:
+    """The attributes that are numbers, or None, which may become one."""
+    return {name: value for name, value in vars(owner).items() if type(value) in (int, float, type(None))}
+
+
+def _put_back(owner: Any, numbers: dict[str, Any]) -> None:
+    """Let the attributes that are numbers be what they were. What was made once, where there was None, stays."""
+    own = vars(owner)
+    for name in [name for name, value in own.items() if type(value) in (int, float)]:
+        if name in numbers:
+            own[name] = numbers[name]
+        elif hasattr(type(owner), name):  # the class has what it began with
+            del own[name]

@@ -56,6 +56,26 @@ def test_accelerate(inside: bool):
     assert schedule.scheduler.last_epoch == 7
 
 
+def test_accelerate_by_hand_in_float16():
+    """Both passes written out, and the step by Accelerate, which unscales."""
+    accelerator, model, optimizer = accelerated()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    accelerator.scaler, accelerator.native_amp = scaler, True  # Accelerator makes none on the CPU
+    accelerator.state._mixed_precision = "fp16"
+    sam = unwrap(optimizer)
+    optimizer = accelerator._optimizers[0] = type(optimizer)(sam, scaler=scaler)
+    for batch in batches():
+        accelerator.backward(oracle.cross_entropy(model, batch))
+        sam.first_step(zero_grad=True)
+        with sam.second_pass(model):
+            accelerator.backward(oracle.cross_entropy(model, batch))
+        accelerator.clip_grad_norm_(model.parameters(), 0.2)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**10
+    assert furthest(accelerator.unwrap_model(model), plain_run()) < CLOSE
+
+
 def test_accelerate_resumes_with_the_same_bits(tmp_path: Path):
     accelerator, model, optimizer = accelerated()
     step = TrainStep(model, optimizer, oracle.cross_entropy, backward=accelerator.backward)
@@ -74,9 +94,12 @@ def test_accelerate_resumes_with_the_same_bits(tmp_path: Path):
 
 def test_accumulation_by_accelerate_is_an_error():
     accelerator, model, optimizer = accelerated(gradient_accumulation_steps=2)
+    for backward in (accelerator.backward, lambda loss: accelerator.backward(loss)):
+        with pytest.raises(ValueError, match="micro_batches="):
+            TrainStep(model, optimizer, oracle.cross_entropy, backward=backward)
     with pytest.raises(ValueError, match="micro_batches="):
-        TrainStep(model, optimizer, oracle.cross_entropy, backward=accelerator.backward)
-    step = TrainStep(model, optimizer, oracle.cross_entropy, backward=lambda loss: loss.backward())
+        TrainStep(model, unwrap(optimizer), oracle.cross_entropy, backward=accelerator.backward)
+    step = TrainStep(model, optimizer, oracle.cross_entropy)
     before = [p.detach().clone() for p in model.parameters()]
     with accelerator.accumulate(model), pytest.raises(RuntimeError, match="leave accumulate"):
         step(batches()[0])

@@ -83,6 +83,48 @@ def test_a_metric_with_tensors_that_are_no_states_counts_once():
     assert found == pytest.approx([min(losses), max(losses)], rel=1e-6)
 
 
+def test_a_metric_that_counts_its_values_counts_them_once():
+    class Running(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.running = torchmetrics.aggregation.RunningMean(2)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.running(loss.detach())
+            return loss
+
+    module = Running()
+    fit(module, max_epochs=1)
+    assert float(module.running.compute()) == pytest.approx(sum(plain_run(epochs=1)[1].losses[-2:]) / 2, rel=1e-6)
+
+
+def test_numbers_of_the_module_are_the_same_in_both_passes_and_count_once():
+    class Anneals(Module):
+        weight, last = 0.5, None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.uses, self.kept = 0, None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.uses += 1
+            self.weight = self.weight + 0.25  # which is the class's at first
+            self.last = self.uses if self.last is None else self.last + 1
+            self.kept = [self.uses] if self.kept is None else self.kept
+            return self.weight * self.last * super().training_step(batch, batch_idx)
+
+    module = Anneals()
+    fit(module, max_epochs=1, accumulate_grad_batches=2)
+    assert (module.uses, module.weight, module.last, module.kept) == (7, 2.25, 7, [1])
+    made = batches()
+    model, factors = small_net(), {id(batch): (0.75 + number / 4) * (number + 1) for number, batch in enumerate(made)}
+    sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    for window in windows(made, 2):
+        plain_step(model, sam, window, lambda model, batch: factors[id(batch)] * oracle.cross_entropy(model, batch), 2)
+    assert furthest(module.net, model) < CLOSE
+
+
 def test_a_part_of_the_batch_for_the_first_pass():
     module = Module()
     fit(module, SAMCallback(ascent=0.5), accumulate_grad_batches=2)

@@ -20,6 +20,7 @@ from trainer_runs import (
     logits_of,
     plain_run,
     text,
+    tokenizer,
     train,
     transformers,
 )
@@ -143,12 +144,12 @@ def test_extra_buffers_move_in_the_first_pass_alone(tmp_path: Any):
 
 
 def test_a_failing_second_pass_leaves_w(tmp_path: Any):
-    class Fails(SAMTrainer):
-        calls = 0
+    calls: list[Any] = []
 
+    class Fails(SAMTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls == 4:
+            calls.append(args)
+            if len(calls) == 4:
                 raise MemoryError
             return super().compute_loss(*args, **kwargs)
 
@@ -214,19 +215,12 @@ def test_trl_counts_tokens_and_metrics_once(tmp_path: Any):
                              bf16=False, gradient_checkpointing=False, gradient_accumulation_steps=2)  # fmt: skip
         datasets = pytest.importorskip("datasets")
         rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in text()])
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="0", eos_token="1")
         trainer = cls(
-            model=language_model(dtype=torch.float32), args=args, train_dataset=rows, processing_class=tokenizer
+            model=language_model(dtype=torch.float32), args=args, train_dataset=rows, processing_class=tokenizer()
         )
         trainer.train()
         counted[name] = [logged(trainer, key) for key in ("num_tokens", "mean_token_accuracy", "loss")]
     assert counted["sam"] == counted["plain"]
-
-
-def _tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {str(number): number for number in range(19)}
-    return tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="2"))
 
 
 def test_what_leaves_no_place_for_a_second_pass_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):

@@ -48,6 +48,15 @@ def text(rows: int = 14, ragged: bool = True) -> list[dict[str, Tensor]]:
     return made
 
 
+def tokenizer() -> Any:
+    """Its words are the numbers of the tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {str(number): number for number in range(19)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="2"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="1")
+
+
 def batches(rows: int = 14, size: int = 2, ragged: bool = True) -> list[dict[str, Tensor]]:
     found = text(rows, ragged)
     parts = [found[i : i + size] for i in range(0, rows, size)]
