@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .amp import UNSCALED, clear_scaling, report_overflow, scaling_of, step_base
@@ -373,26 +372,3 @@ class SAM(Passes, OptimizerWrapper):
         if self._perturbation.flatten or not set_to_none:
             mark_used(self._gradients())
         self._step.zeroed = True
-
-    def _gradients(self) -> Iterator[Tensor]:
-        """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
-        return (
-            getattr(p.grad, "_local_tensor", p.grad)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        )
-
-    def _require_first_step(self, what: str) -> None:
-        if not self._step.active and self.will_perturb:
-            raise RuntimeError(
-                f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
-                "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, SAMCallback"
-            )
-
-    def _require_restored(self, what: str) -> None:
-        if self._step.active or self._perturbation.active:
-            raise RuntimeError(
-                f"{what} between first_step() and second_step(): finish with second_step(), or call restore() to give "
-                "this step up"
-            )
