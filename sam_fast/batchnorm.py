@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import get_ident, local
-from typing import Any, Protocol
+from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
 import torch
@@ -27,13 +27,7 @@ from torch import Tensor, nn
 from .module_hooks import ModuleHooks
 from .running_stats import ExtraBuffers, Layers, Models, as_models, find_layers
 from .snapshot import BatchNormSnapshot
-
-
-class StepState(Protocol):
-    """What tells whether a SAM step is under way, and in which thread it began."""
-
-    active: bool
-    thread: int
+from .step_state import StepState
 
 
 class _Group:
