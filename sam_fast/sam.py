@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch.optim import Optimizer
@@ -131,6 +132,8 @@ class SAM(Passes, OptimizerWrapper):
         self._perturbation.maximize = maximizes(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
+        if self._schedule_watch is not None:
+            finalize(self._step, self._schedule_watch.warn_at_the_end)  # the step is shared with copies and wrappers
         watch_steps(self._step)
         self._prepare()
 
@@ -338,10 +341,10 @@ class SAM(Passes, OptimizerWrapper):
             self._count_step(perturbed)
 
     def _count_step(self, perturbed: bool) -> None:
-        count_step(self.base_optimizer.param_groups)
+        number = count_step(self.base_optimizer.param_groups)
         if self._schedule_watch is not None:
             mark_used(self._gradients())  # they must not look like a first pass of the next step
-            self._schedule_watch.count(steps_taken(self.base_optimizer.param_groups) - 1, perturbed)
+            self._schedule_watch.count(number, perturbed)
 
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)
