@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ..amp import without_scale
 from ..closures import WholeStep
 from ..running_stats import ExtraBuffers, check_extra_buffers
 from ..sam import SAM
+from ..storage.fsdp import has_fsdp1
 from ..train_step import stride_of
 from ..unwrapping import unwrap
 from .window import Window
@@ -97,8 +98,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
             window.clear()
             if sam.perturbed:
                 scaler = getattr(strategy.precision_plugin, "scaler", None)
-                norm = sam.grad_norm
-                self._values["sam/grad_norm"] = norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+                self._values["sam/grad_norm"] = without_scale(sam.grad_norm, scaler)
             if losses is not None:
                 self._values["sam/sharpness"] = losses[1] - losses[0]
             return result
@@ -130,7 +130,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
                 f"SAMCallback does not work with {type(strategy).__name__}, which steps with an engine of its own and "
                 'shards what SAM has to move: use strategy="ddp", or ModelParallelStrategy (FSDP2)'
             )
-        if any(isinstance(module, FullyShardedDataParallel) for module in strategy.model.modules()):
+        if has_fsdp1(strategy.model):
             raise ValueError("SAMCallback does not work with FSDP1: use ModelParallelStrategy (FSDP2)")
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise ValueError(

@@ -18,6 +18,12 @@ def is_fsdp_module(module: nn.Module) -> bool:
     return fsdp_module is not None and isinstance(module, fsdp_module)
 
 
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether a FullyShardedDataParallel, which is FSDP1's, is in a model."""
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return any(isinstance(module, fsdp1) for module in model.modules())
+
+
 def forget_gathered_weights(model: nn.Module) -> None:
     """Have FSDP2 gather the weights anew.
 
