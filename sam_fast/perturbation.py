@@ -219,7 +219,7 @@ class Perturbation:
         for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
         self._began = True
-        self._measured(options)
+        self._measure(options)
         self.active = True
         try:
             for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
@@ -305,10 +305,10 @@ class Perturbation:
                 f"clip_grad_norm cannot clip the gradient of {name_of(error.param, param_groups)}, which is sparse or "
                 "of another shape than its parameter: build the layer with sparse=False, or leave clip_grad_norm out"
             ) from None
-        return self._measured(everything).own_norm()
+        return self._measure(everything).own_norm()
 
-    def _measured(self, options: GroupOptions) -> Norm:
-        """The norm, whose partial sums the buckets have written."""
+    def _measure(self, options: GroupOptions) -> Norm:
+        """Have the buckets write their partial sums, and the processes exchange them. Returns the norm."""
         for bucket, partials, _ in self.norm.parts:
             bucket.grad_norm(options, partials)
         if self.storage.process_wide:
