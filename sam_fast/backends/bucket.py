@@ -140,12 +140,14 @@ class Bucket(ABC):
         pairs = zip(self.tensors, self.params, strict=True)
         self.sources = [of[0] if is_wrapper(type(of[0])) else tensor for tensor, of in pairs]
         """For each tensor whose ``.grad`` is its gradient, and which is the key of the base optimizer's state."""
+        self.has_wrappers = any(is_wrapper(type(source)) for source in self.sources)
         self.empty = [index for index, tensor in enumerate(self.tensors) if tensor.numel() == 0]
         self.shared = shared
         self.moved = True
         """Whether a tensor was seen to lie elsewhere than before, since somebody has set this to False."""
         self.step_options: StepOptions | None = None
         """Those of the last fused step."""
+        self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
         self._backup = backup
         self._gradient_of = gradient_of
 
