@@ -218,8 +218,8 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
                 if learns_graph(module):
                     raise ValueError(
                         "first_pass(model, sync=False) cannot be the first pass of "
-                        "DistributedDataParallel(static_graph=True), which learns the "
-                        "graph in a backward pass with synchronisation: use sync=True in the first step"
+                        "DistributedDataParallel(static_graph=True), which learns the graph in a backward pass with "
+                        "synchronisation: use sync=True in the first step"
                     )
                 stack.enter_context(module.no_sync())
             elif is_fsdp_module(module):
