@@ -71,6 +71,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         sam = self._checked(trainer, pl_module)
         strategy, window = trainer.strategy, Window(sam, self.ascent, self.replay_rng, self.extra_buffers)
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
+        scaler = getattr(strategy.precision_plugin, "scaler", None)
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:
             if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for BatchNorm statistics
@@ -85,10 +86,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
             loss = _loss_of(training_step(*args, **kwargs), trainer)
             if loss is None:
                 return None
-            scaler = getattr(strategy.precision_plugin, "scaler", None)
-            strategy.precision_plugin.backward(
-                loss if scaler is None else scaler.scale(loss), pl_module, trainer.optimizers[0]
-            )
+            scaled = loss if scaler is None else scaler.scale(loss)
+            strategy.precision_plugin.backward(scaled, pl_module, trainer.optimizers[0])
             return loss.detach()
 
         def whole_step(closure: Callable[[], Any]) -> Any:
@@ -97,7 +96,6 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
                 losses = window.second(strategy.model, second_pass)
             window.clear()
             if sam.perturbed:
-                scaler = getattr(strategy.precision_plugin, "scaler", None)
                 self._values["sam/grad_norm"] = without_scale(sam.grad_norm, scaler)
             if losses is not None:
                 self._values["sam/sharpness"] = losses[1] - losses[0]
