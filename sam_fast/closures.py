@@ -251,7 +251,7 @@ def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) ->
             raise RuntimeError(ACCUMULATED)
         if not optimizer._step.warned_of_gradients:
             optimizer._step.warned_of_gradients = True
-            warnings.warn(LOGGED_TWICE, UserWarning, stacklevel=6)
+            warnings.warn(LOGGED_TWICE, UserWarning, stacklevel=5)
         return False
     there_are_some = passes == AUTO and are_new(optimizer._gradients())
     if there_are_some and _accelerate_accumulates():
@@ -282,7 +282,7 @@ def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
         return False
     if not step.warned_of_gradients:
         step.warned_of_gradients = True
-        warnings.warn(TAKEN, UserWarning, stacklevel=6)
+        warnings.warn(TAKEN, UserWarning, stacklevel=5)
     return True
 
 

@@ -283,18 +283,6 @@ class SAM(Passes, OptimizerWrapper):
                 ``model``.
             TypeError: ``model`` or ``extra_buffers`` is of the wrong type.
         """
-        return self._step_checked(closure, passes, replay_rng, model, extra_buffers)
-
-    _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
-
-    def _step_checked(
-        self,
-        closure: Callable[[], Any] | None,
-        passes: str | None = None,
-        replay_rng: bool = False,
-        model: Models | None = None,
-        extra_buffers: ExtraBuffers = (),
-    ) -> Any:
         try:
             if closure is None:
                 return step_without_closure(self, passes, replay_rng)
@@ -304,6 +292,8 @@ class SAM(Passes, OptimizerWrapper):
             # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
             clear_scaling(self)
             raise
+
+    _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
 
     def _update(self) -> None:
         base, step, perturbation = self.base_optimizer, self._step, self._perturbation
