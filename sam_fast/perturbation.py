@@ -209,12 +209,15 @@ class Perturbation:
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key, self.maximize)
-        if not self._collect(options, own_gradient):
-            # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they
-            # are.
-            self._build(param_groups)
+        try:
             if not self._collect(options, own_gradient):
-                raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
+                # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what
+                # they are.
+                self._build(param_groups)
+                if not self._collect(options, own_gradient):
+                    raise RuntimeError("a parameter changes its device, dtype or layout while it is looked at")
+        except ParameterError as error:
+            raise self._named(error) from None
         perturbed = self.buckets if options.wanted is None else self._perturbed_buckets(options)
         for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
@@ -256,12 +259,7 @@ class Perturbation:
             self._build(param_groups)
 
     def _collect(self, options: GroupOptions, own_gradient: bool) -> bool:
-        try:
-            return self._collected(options, own_gradient)
-        except ParameterError as error:
-            raise self._named(error) from None
-
-    def _collected(self, options: GroupOptions, own_gradient: bool) -> bool:
+        """Have the buckets look up where weights and gradients are. False if they must be built anew."""
         if not self.storage.collect(own_gradient):
             return False
         for p, perturb in self._left_out_with_gradient() if self.left_out else ():
@@ -298,7 +296,7 @@ class Perturbation:
             return None
         everything = GroupOptions([{"rho": 0.0, "eta": 0.0, "adaptive": False, "perturb": True}] * len(param_groups))
         try:
-            if not self._collected(everything, False):
+            if not self._collect(everything, False):
                 return None
         except ParameterError as error:
             raise RuntimeError(

@@ -177,9 +177,7 @@ class TrainStep:
         for begin in range(0, rows, at_most):
             end = min(begin + at_most, rows)
             part = batch if end - begin == rows else slice_rows(batch, begin, end)
-            with ExitStack() as stack:
-                if sync and end < rows:
-                    stack.enter_context(accumulating(self.model))
+            with accumulating(self.model) if sync and end < rows else nullcontext():
                 with self._autocast():
                     loss = self.loss_fn(self.model, *part)
                     if not isinstance(loss, Tensor):
