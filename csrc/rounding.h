@@ -1,5 +1,5 @@
 // Stochastic rounding to the 16-bit formats, stated once for every native backend. sam_fast/rounding.py and
-// kernels/formulas.py have the same bits.
+// kernels/rounding.py have the same bits.
 //
 // A value between two neighbours of the format goes to either, with a probability that makes the result right on
 // average; a value that the format has stays. Rounding is counter-based (Salmon et al.,

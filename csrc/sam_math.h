@@ -1,8 +1,7 @@
 // The per-element formulas of SAM and ASAM, stated once for every native backend.
 //
 // V is a floating-point scalar or a SIMD vector of them. Nothing here may be contracted into fused multiply-adds (build
-// with
-// -ffp-contract=off / -fmad=false): every backend and every instruction set then computes the same bits.
+// with -ffp-contract=off / -fmad=false): every backend and every instruction set then computes the same bits.
 //
 // SAM:  Foret et al., https://arxiv.org/abs/2010.01412        e = rho * g / ||g||
 // ASAM: Kwon et al.,  https://arxiv.org/abs/2102.11600        e = rho * T^2 g / ||T g||,  T = |w| + eta

@@ -40,18 +40,10 @@ class Scaling:
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    def grad_factor(self) -> float:
-        """What gradients must be multiplied by. Waits for the device."""
-        return 1.0 if self.grad_scale is None else float(inverse_scale(self.grad_scale))
-
     def on(self, device: torch.device) -> Scaling:
         """The same on another device; nothing waits."""
-        return Scaling(
-            *(
-                tensor if tensor is None else tensor.to(device, non_blocking=True)
-                for tensor in (self.grad_scale, self.found_inf)
-            )
-        )
+        numbers = (self.grad_scale, self.found_inf)
+        return Scaling(*(None if number is None else number.to(device, non_blocking=True) for number in numbers))
 
 
 UNSCALED = Scaling(None, None)
@@ -150,6 +142,11 @@ def _is_on_host(scaling: Scaling) -> bool:
 def inverse_scale(grad_scale: Tensor) -> Tensor:
     """The reciprocal, in float64 as GradScaler takes it (MPS has none), then float32."""
     return grad_scale.reciprocal() if grad_scale.device.type == "mps" else grad_scale.double().reciprocal().float()
+
+
+def without_scale(norm: Tensor, scaler: Any) -> Tensor:
+    """A norm of gradients that ``scaler``, if there is one, has scaled: in units of the loss."""
+    return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
 
 
 def _lacks_state(base: Optimizer) -> bool:

@@ -73,15 +73,18 @@ def versions_of(batch: Any) -> list[int]:
     return [tensor._version for tensor in _tensors(batch) if not tensor.is_inference()]
 
 
-def warn_of_written(batch: Any, versions: list[int]) -> None:
-    """Warn if somebody has written into a tensor of ``batch`` since its versions were these."""
+def warn_of_written(batch: Any, versions: list[int], stacklevel: int = 3) -> None:
+    """Warn if somebody has written into a tensor of ``batch`` since its versions were these.
+
+    ``stacklevel``: as for ``warnings.warn``; by default whoever has called the caller is to blame.
+    """
     if versions_of(batch) != versions:
         warnings.warn(
             "the first pass of SAM has written into tensors of its batch, and the second one, which gets the same "
             "batch, sees what it wrote: write into new tensors, x = x * 2 in place of x.mul_(2). If writing once more "
             "changes nothing, all is well",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -18,22 +18,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import get_ident, local
-from typing import Any, Protocol
+from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .module_hooks import ModuleHooks
 from .running_stats import ExtraBuffers, Layers, Models, as_models, find_layers
 from .snapshot import BatchNormSnapshot
-
-
-class StepState(Protocol):
-    """What tells whether a SAM step is under way, and in which thread it began."""
-
-    active: bool
-    thread: int
+from .step_state import StepState
 
 
 class _Group:
@@ -87,7 +81,7 @@ class _Group:
             self._momenta = self._momenta_now()
             self.partial = False
 
-    def run_unseen(self, layers: list[nn.Module], params: Iterable[Tensor] | None = None) -> list[nn.Module]:
+    def run_unseen(self, layers: list[nn.Module], trained: set[int] | None = None) -> list[nn.Module]:
         """Those of the layers, which are settled, that seem to have run where no hook is called, as in a compiled
         function.
 
@@ -95,11 +89,10 @@ class _Group:
 
         Args:
             layers: those that are or were in the group.
-            params: the parameters whose gradients count; None means all.
+            trained: ids of the parameters whose gradients count; None means all.
         """
         if self.fresh and not self.snapshot._has_changed(counters=False):
             return layers
-        trained = None if params is None else set(map(id, params))
         running = [layer for layer in layers if layer.training]
         for layer in running:
             for p in layer._parameters.values():
@@ -263,25 +256,21 @@ def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = 
     _pass.give_up()
     here = get_ident()
     groups = _groups()
-    if any(group.thread != here for group in groups):  # of other models; or the step has changed threads
+    trained: set[int] = set()
+    if any(group.settled or group.thread != here for group in groups):
         trained = {id(p) for param_group in param_groups for p in param_group["params"]}
-        groups = [group for group in groups if group.thread == here or group.is_of(trained)]
-    right = {group for group in groups if counts and group.of_step and not group.settled}
-    for group in right:
-        group.settle()
-    params: list[Tensor] = []
-    if any(group.settled for group in groups):
-        params = [p for param_group in param_groups for p in param_group["params"]]
-    for group in [group for group in groups if group not in right]:
-        layers = group.layers() if group.partial or group.settled else None
-        if not group.settled:
-            if layers is None:
-                group.snapshot.restore()
+    for group in groups:
+        if group.thread != here and not group.is_of(trained):  # of another model; or the step has changed threads
+            continue
+        if group.settled:
+            group.put_back(group.run_unseen(group.layers(), trained))
+            continue
+        if not (counts and group.of_step):
+            if group.partial:
+                group.put_back(group.layers())
             else:
-                group.put_back(layers)
-            group.settle()
-        elif layers is not None:
-            group.put_back(group.run_unseen(layers, params))
+                group.snapshot.restore()
+        group.settle()
     _watch.update()
 
 

@@ -155,7 +155,7 @@ def _warn(compiled: Iterable[Any]) -> None:
                 "statistics, those of its second pass count too. Pass step(closure, model=model), where model may be a "
                 "list of modules",
                 RuntimeWarning,
-                stacklevel=8,
+                stacklevel=7,
             )
 
 

@@ -29,11 +29,9 @@ A gradient that still has that version is not a new one.
 
 TAKEN = (
     "step(closure) found gradients and takes them for the first pass, as the reference implementation does; the "
-    "closure is the second. "
-    'If that is right, say SAM(..., closure="second"). If they are left over from something else, or accumulated over '
-    "several batches, "
-    'say SAM(..., closure="both"): they are then discarded and the closure is called for both passes. '
-    "step(closure, passes=...) does the same for one call."
+    'closure is the second. If that is right, say SAM(..., closure="second"). If they are left over from something '
+    'else, or accumulated over several batches, say SAM(..., closure="both"): they are then discarded and the closure '
+    "is called for both passes. step(closure, passes=...) does the same for one call."
 )
 
 NO_SECOND_GRADIENT = (
@@ -140,8 +138,8 @@ def closure_step(
     if replay_rng and first_pass_done:
         raise ValueError(
             "step(closure, replay_rng=True) found gradients: their pass is the first, and its random state was not "
-            "seen. Call zero_grad() to "
-            "have the closure called twice, or use first_pass(model, replay_rng=True) and second_pass(model)"
+            "seen. Call zero_grad() to have the closure called twice, or use first_pass(model, replay_rng=True) and "
+            "second_pass(model)"
         )
     if step.random_states and not first_pass_done:
         raise ValueError(
@@ -253,7 +251,7 @@ def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) ->
             raise RuntimeError(ACCUMULATED)
         if not optimizer._step.warned_of_gradients:
             optimizer._step.warned_of_gradients = True
-            warnings.warn(LOGGED_TWICE, UserWarning, stacklevel=6)
+            warnings.warn(LOGGED_TWICE, UserWarning, stacklevel=5)
         return False
     there_are_some = passes == AUTO and are_new(optimizer._gradients())
     if there_are_some and accelerate_accumulates():
@@ -285,7 +283,7 @@ def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
         return False
     if not step.warned_of_gradients:
         step.warned_of_gradients = True
-        warnings.warn(TAKEN, UserWarning, stacklevel=6)
+        warnings.warn(TAKEN, UserWarning, stacklevel=5)
     return True
 
 

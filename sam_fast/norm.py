@@ -29,9 +29,13 @@ class NormSum:
     def own_sum(self) -> Tensor:
         return self.partials[: self.own].sum()
 
+    def measured(self) -> Tensor:
+        """The norm, which follows from partial sums that are complete."""
+        return self.partials.sum().sqrt()
+
     def measure(self) -> None:
         """Write the norm where no bucket's perturb does."""
-        self.norm.copy_(self.partials.sum().sqrt())
+        self.norm.copy_(self.measured())
 
 
 def exchange_sums(sums: Sequence[NormSum]) -> None:
@@ -63,6 +67,7 @@ class Norm:
         if process_wide:
             counts = dict.fromkeys(counts, 1)
         self._sums = {device: NormSum(device, own, len(counts) - 1) for device, own in counts.items()}
+        self._first = next(iter(self._sums.values()), NormSum(torch.device("cpu"), 0, 0))
         for device, sums in self._sums.items():
             if last is not None and device in last._sums:
                 sums.norm.copy_(last._sums[device].norm)
@@ -80,15 +85,11 @@ class Norm:
     @property
     def value(self) -> Tensor:
         """The norm: 0-d, on the first bucket's device."""
-        for found in self._sums.values():
-            return found.norm
-        return torch.zeros((), dtype=torch.float64)
+        return self._first.norm
 
     def own_norm(self) -> Tensor:
         """What the partial sums of the first bucket's device say, in a tensor of its own; :attr:`value` stays."""
-        for found in self._sums.values():
-            return found.partials.sum().sqrt()
-        return torch.zeros((), dtype=torch.float64)
+        return self._first.measured()
 
     def exchange(self) -> None:
         """Make every device's partial sums complete."""

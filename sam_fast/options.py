@@ -203,8 +203,7 @@ def _check_one(base: Optimizer) -> None:
     if differentiates_gradients(type(base)):
         raise ValueError(
             f"{type(base).__name__} differentiates gradients in its step, which needs the graph of the second pass and "
-            "the weights w + e that it was "
-            "made with; SAM has restored w by then: it cannot be SAM's base optimizer"
+            "the weights w + e that it was made with; SAM has restored w by then: it cannot be SAM's base optimizer"
         )
     if needs_closure(base.step):
         raise ValueError(

@@ -72,13 +72,27 @@ class Passes:
         raise NotImplementedError
 
     def _gradients(self) -> Iterator[Tensor]:
-        raise NotImplementedError
+        """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
+        return (
+            getattr(p.grad, "_local_tensor", p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        )
 
     def _require_first_step(self, what: str) -> None:
-        raise NotImplementedError
+        if not self._step.active and self.will_perturb:
+            raise RuntimeError(
+                f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
+                "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, SAMCallback"
+            )
 
     def _require_restored(self, what: str) -> None:
-        raise NotImplementedError
+        if self._step.active or self._perturbation.active:
+            raise RuntimeError(
+                f"{what} between first_step() and second_step(): finish with second_step(), or call restore() to give "
+                "this step up"
+            )
 
     @contextmanager
     def first_pass(self, model: Models, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
@@ -204,8 +218,8 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
                 if learns_graph(module):
                     raise ValueError(
                         "first_pass(model, sync=False) cannot be the first pass of "
-                        "DistributedDataParallel(static_graph=True), which learns the "
-                        "graph in a backward pass with synchronisation: use sync=True in the first step"
+                        "DistributedDataParallel(static_graph=True), which learns the graph in a backward pass with "
+                        "synchronisation: use sync=True in the first step"
                     )
                 stack.enter_context(module.no_sync())
             elif is_fsdp_module(module):

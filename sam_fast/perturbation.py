@@ -209,17 +209,20 @@ class Perturbation:
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key, self.maximize)
-        if not self._collect(options, own_gradient):
-            # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what they
-            # are.
-            self._build(param_groups)
+        try:
             if not self._collect(options, own_gradient):
-                raise RuntimeError("a parameter changes its device, dtype or layout while the optimizer looks at it")
+                # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what
+                # they are.
+                self._build(param_groups)
+                if not self._collect(options, own_gradient):
+                    raise RuntimeError("a parameter changes its device, dtype or layout while it is looked at")
+        except ParameterError as error:
+            raise self._named(error) from None
         perturbed = self.buckets if options.wanted is None else self._perturbed_buckets(options)
         for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
         self._began = True
-        self._measured(options)
+        self._measure(options)
         self.active = True
         try:
             for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
@@ -256,12 +259,7 @@ class Perturbation:
             self._build(param_groups)
 
     def _collect(self, options: GroupOptions, own_gradient: bool) -> bool:
-        try:
-            return self._collected(options, own_gradient)
-        except ParameterError as error:
-            raise self._named(error) from None
-
-    def _collected(self, options: GroupOptions, own_gradient: bool) -> bool:
+        """Have the buckets look up where weights and gradients are. False if they must be built anew."""
         if not self.storage.collect(own_gradient):
             return False
         for p, perturb in self._left_out_with_gradient() if self.left_out else ():
@@ -298,17 +296,17 @@ class Perturbation:
             return None
         everything = GroupOptions([{"rho": 0.0, "eta": 0.0, "adaptive": False, "perturb": True}] * len(param_groups))
         try:
-            if not self._collected(everything, False):
+            if not self._collect(everything, False):
                 return None
         except ParameterError as error:
             raise RuntimeError(
                 f"clip_grad_norm cannot clip the gradient of {name_of(error.param, param_groups)}, which is sparse or "
                 "of another shape than its parameter: build the layer with sparse=False, or leave clip_grad_norm out"
             ) from None
-        return self._measured(everything).own_norm()
+        return self._measure(everything).own_norm()
 
-    def _measured(self, options: GroupOptions) -> Norm:
-        """The norm, whose partial sums the buckets have written."""
+    def _measure(self, options: GroupOptions) -> Norm:
+        """Have the buckets write their partial sums, and the processes exchange them. Returns the norm."""
         for bucket, partials, _ in self.norm.parts:
             bucket.grad_norm(options, partials)
         if self.storage.process_wide:

@@ -41,8 +41,7 @@ class RandomState:
             refuse_capture(
                 device,
                 "replay_rng=True reads and sets the random state on the host, once, and a replayed graph would not. "
-                "Capture the step without "
-                "it; the second pass then draws masks of its own",
+                "Capture the step without it; the second pass then draws masks of its own",
             )
             module: Any = getattr(torch, device.type, None)
             if device.type != "cpu" and hasattr(module, "get_rng_state"):

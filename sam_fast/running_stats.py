@@ -24,7 +24,6 @@ everything inside any module called ``observer``. Or a function that takes the q
 True for those that are meant.
 """
 
-
 CheckedBuffers = tuple[str, ...] | Callable[[str, Tensor], bool]
 
 COUNTER = "num_batches_tracked"
@@ -154,7 +153,7 @@ def find_layers(
 
 
 def _find_extra(
-    models: list[nn.Module], wanted: tuple[str, ...] | Callable[[str, Tensor], bool], every_pattern: bool
+    models: list[nn.Module], wanted: CheckedBuffers, every_pattern: bool
 ) -> dict[nn.Module, frozenset[str]]:
     found: dict[nn.Module, frozenset[str]] = {}
     fitting: set[str] = set()
@@ -192,15 +191,16 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 # ---- The statistics of one module, by name ---------------------------------------------------------------------------
 
 
-class _ScriptedBuffers:
-    """A scripted module's buffers, with the part of a dict's interface that is used here."""
+class _ByName:
+    """The buffers of a module, also of a scripted one, with the part of a dict's interface that is used here."""
+
+    _kind = "_buffers"
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
 
     def __iter__(self) -> Iterator[str]:
-        module = self._module()
-        return iter([] if module is None else list(module._buffers.keys()))
+        return iter(list(getattr(self._module(), self._kind, {}).keys()))
 
     def get(self, name: str) -> Tensor | None:
         return getattr(self._module(), name, None)
@@ -209,26 +209,22 @@ class _ScriptedBuffers:
         setattr(self._module(), name, value)
 
 
-class FrozenParameters:
+class FrozenParameters(_ByName):
     """The parameters of a module that need no gradient, with the same interface. Keras on torch keeps statistics as
     such.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
-
-    def __iter__(self) -> Iterator[str]:
-        module = self._module()
-        return iter([] if module is None else list(module._parameters.keys()))
+    _kind = "_parameters"
 
     def get(self, name: str) -> Tensor | None:
-        parameter: Tensor | None = getattr(self._module(), name, None)
+        parameter = super().get(name)
         return None if parameter is None or parameter.requires_grad else parameter
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        setattr(self._module(), name, parameter)
+        super().__setitem__(
+            name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        )
 
 
 def buffers_of(module: nn.Module) -> Any:
-    return module._buffers if isinstance(module._buffers, dict) else _ScriptedBuffers(module)
+    return module._buffers if isinstance(module._buffers, dict) else _ByName(module)

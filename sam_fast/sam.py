@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import Any
+from weakref import finalize
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .amp import UNSCALED, clear_scaling, report_overflow, scaling_of, step_base
@@ -132,6 +132,8 @@ class SAM(Passes, OptimizerWrapper):
         self._perturbation.maximize = maximizes(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
+        if self._schedule_watch is not None:
+            finalize(self._step, self._schedule_watch.warn_at_the_end)  # the step is shared with copies and wrappers
         watch_steps(self._step)
         self._prepare()
 
@@ -281,18 +283,6 @@ class SAM(Passes, OptimizerWrapper):
                 ``model``.
             TypeError: ``model`` or ``extra_buffers`` is of the wrong type.
         """
-        return self._step_checked(closure, passes, replay_rng, model, extra_buffers)
-
-    _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
-
-    def _step_checked(
-        self,
-        closure: Callable[[], Any] | None,
-        passes: str | None = None,
-        replay_rng: bool = False,
-        model: Models | None = None,
-        extra_buffers: ExtraBuffers = (),
-    ) -> Any:
         try:
             if closure is None:
                 return step_without_closure(self, passes, replay_rng)
@@ -302,6 +292,8 @@ class SAM(Passes, OptimizerWrapper):
             # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
             clear_scaling(self)
             raise
+
+    _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
 
     def _update(self) -> None:
         base, step, perturbation = self.base_optimizer, self._step, self._perturbation
@@ -339,10 +331,10 @@ class SAM(Passes, OptimizerWrapper):
             self._count_step(perturbed)
 
     def _count_step(self, perturbed: bool) -> None:
-        count_step(self.base_optimizer.param_groups)
+        number = count_step(self.base_optimizer.param_groups)
         if self._schedule_watch is not None:
             mark_used(self._gradients())  # they must not look like a first pass of the next step
-            self._schedule_watch.count(steps_taken(self.base_optimizer.param_groups) - 1, perturbed)
+            self._schedule_watch.count(number, perturbed)
 
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)
@@ -373,26 +365,3 @@ class SAM(Passes, OptimizerWrapper):
         if self._perturbation.flatten or not set_to_none:
             mark_used(self._gradients())
         self._step.zeroed = True
-
-    def _gradients(self) -> Iterator[Tensor]:
-        """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
-        return (
-            getattr(p.grad, "_local_tensor", p.grad)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        )
-
-    def _require_first_step(self, what: str) -> None:
-        if not self._step.active and self.will_perturb:
-            raise RuntimeError(
-                f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
-                "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, SAMCallback"
-            )
-
-    def _require_restored(self, what: str) -> None:
-        if self._step.active or self._perturbation.active:
-            raise RuntimeError(
-                f"{what} between first_step() and second_step(): finish with second_step(), or call restore() to give "
-                "this step up"
-            )

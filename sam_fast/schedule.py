@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import finalize
 
 STEP = "sam_step"
 """Entry of every parameter group where steps are counted: the number of second steps so far."""
@@ -40,14 +39,11 @@ class Schedule:
     total: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("total", 1)):
-            value = getattr(self, name)
-            if value is None and name == "total":
-                continue
+        for name, value in (("every", self.every), ("total", 1 if self.total is None else self.total)):
             if not _is_int(value):
                 raise TypeError(f"Schedule({name}=) must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"Schedule({name}=) must be at least {least}, got {value}")
+            if value < 1:
+                raise ValueError(f"Schedule({name}=) must be at least 1, got {value}")
         first, end = self._step("start", self.start), self._step("stop", self.stop)
         if end is not None and first is not None and first >= end:
             raise ValueError(f"no step is perturbed: start is step {first}, stop is step {end}")
@@ -101,43 +97,36 @@ def start_counter(param_groups: Sequence[dict[str, Any]]) -> None:
         group.setdefault(STEP, steps)
 
 
-def count_step(param_groups: Sequence[dict[str, Any]]) -> None:
-    """Count a second step."""
-    steps = steps_taken(param_groups) + 1
+def count_step(param_groups: Sequence[dict[str, Any]]) -> int:
+    """Count a second step. Returns its number, the first one's being 0."""
+    step = steps_taken(param_groups)
     for group in param_groups:
-        group[STEP] = steps
-
-
-class ScheduleWatch:
-    """Warns once of a schedule under which no step was perturbed."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self._record = _Record(schedule)
-        finalize(self, _Record.warn_at_the_end, self._record)
-
-    def count(self, step: int, perturbed: bool) -> None:
-        """Note a step, which was perturbed or not."""
-        self._record.count(step, perturbed)
+        group[STEP] = step + 1
+    return step
 
 
 @dataclass
-class _Record:
+class ScheduleWatch:
+    """Warns once of a schedule under which no step was perturbed."""
+
     schedule: Schedule
     steps: int = 0
     quiet: bool = False  # there was a perturbation, or a warning
 
     def count(self, step: int, perturbed: bool) -> None:
+        """Note a step, which was perturbed or not."""
         resumed = self.steps == 0 and step > self.schedule.first  # the run before has perturbed
         self.steps += 1
         self.quiet = self.quiet or perturbed or resumed
         if step + 1 == self.schedule.total:
-            self.warn(f"none of its {self.schedule.total} steps")
+            self._warn(f"none of its {self.schedule.total} steps")
 
     def warn_at_the_end(self) -> None:
+        """When its optimizer is deleted."""
         if self.steps > PATIENCE:
-            self.warn(f"none of the {self.steps} steps there were")
+            self._warn(f"none of the {self.steps} steps there were")
 
-    def warn(self, which: str) -> None:
+    def _warn(self, which: str) -> None:
         if not self.quiet:
             self.quiet = True
             warnings.warn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -12,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .amp import without_scale
 from .batches import every_row, number_of_rows, slice_rows, versions_of, warn_of_written, with_own_containers
 from .closure_stats import refers_to
 from .closures import accelerate_accumulates, are_new
 from .options import check_at_least_zero, check_flag
 from .passes import learns_graph
 from .running_stats import ExtraBuffers, check_models
+from .storage.fsdp import has_fsdp1
 from .unwrapping import unwrap
 
 
@@ -103,8 +104,7 @@ class TrainStep:
             check_at_least_zero("clip_grad_norm", clip_grad_norm)
         if scaler is not None and backward is not None:
             raise ValueError("scaler and backward were both given: backward has to scale the loss itself")
-        fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-        if any(isinstance(module, fsdp1) for module in model.modules()):
+        if has_fsdp1(model):
             raise ValueError("TrainStep does not work with FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2)")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.sam = unwrap(optimizer)
@@ -158,9 +158,7 @@ class TrainStep:
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
             with sam.second_pass([self.model, *others], self.extra_buffers):
                 second = self._pass(batch, rows, -(-rows // self.micro_batches), True)
-            grad_norm = sam.grad_norm if sam.perturbed else None
-            if grad_norm is not None and self.scaler is not None:
-                grad_norm /= self.scaler.scale(torch.ones_like(grad_norm))
+            grad_norm = without_scale(sam.grad_norm, self.scaler) if sam.perturbed else None
             self._second_step()
         except BaseException:
             sam.restore()
@@ -187,9 +185,7 @@ class TrainStep:
         for begin in range(0, rows, at_most):
             end = min(begin + at_most, rows)
             part = batch if end - begin == rows else slice_rows(batch, begin, end)
-            with ExitStack() as stack:
-                if sync and end < rows:
-                    stack.enter_context(accumulating(self.model))
+            with accumulating(self.model) if sync and end < rows else nullcontext():
                 with self._autocast():
                     loss = self.loss_fn(self.model, *part)
                     if not isinstance(loss, Tensor):

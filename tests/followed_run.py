@@ -222,6 +222,15 @@ class Run:
             self.optimizer.zero_grad(set_to_none)
         assert all(p.grad is None or not p.grad.any() for p in self.params)
 
+    def step_with(self, closure: Callable[[], Any], loss: Any, raises: Any) -> None:
+        """``step(closure)`` returns the loss, or lets the closure's error through."""
+        with self.keeps(gradients=False):
+            if raises:
+                with pytest.raises(Raised):
+                    self.optimizer.step(closure)
+            else:
+                assert self.optimizer.step(closure) == loss
+
     def closure(self, seed: int, raises: int) -> None:
         """PyTorch's way: the closure is called for both passes. It raises in the call of that number."""
         count = 0
@@ -249,12 +258,7 @@ class Run:
             return self.closure_of_second_pass(seed, self.began, raises > 0)
         self.optimizer.zero_grad()
         assume(any(p.requires_grad for p in self.params))
-        with self.keeps(gradients=False):
-            if raises:
-                with pytest.raises(Raised):
-                    self.optimizer.step(call)
-            else:
-                assert self.optimizer.step(call) == 1
+        self.step_with(call, 1, raises)
         self.outside = outside
         if not raises:
             self.check_update(*expected)
@@ -272,12 +276,7 @@ class Run:
             expected = self.expected_update(began)
             return "loss"
 
-        with self.keeps(gradients=False):
-            if raises:
-                with pytest.raises(Raised):
-                    self.optimizer.step(call)
-            else:
-                assert self.optimizer.step(call) == "loss"
+        self.step_with(call, "loss", raises)
         self.began, self.now = None, began
         if not raises:
             self.check_update(*expected)

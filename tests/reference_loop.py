@@ -60,6 +60,7 @@ def reference_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor, end: 
 
 
 def plain_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    """The trap, unless statistics are disabled for good: both passes count."""
     backward(model, x, y)
     optimizer.first_step(zero_grad=True)
     backward(model, x, y)

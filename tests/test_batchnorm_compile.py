@@ -37,15 +37,6 @@ def backward(compiled: nn.Module, x: Tensor, y: Tensor) -> None:
     nn.functional.cross_entropy(compiled(x), y).backward()
 
 
-def two_calls(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
-    backward(compiled, x, y)
-    optimizer.first_step(zero_grad=True)
-    disable_running_stats(compiled)
-    backward(compiled, x, y)
-    optimizer.second_step(zero_grad=True)
-    enable_running_stats(compiled)
-
-
 def two_calls_on_the_inner_model(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
     backward(compiled, x, y)
     optimizer.first_step(zero_grad=True)
@@ -53,6 +44,10 @@ def two_calls_on_the_inner_model(model: nn.Module, compiled: nn.Module, optimize
     backward(compiled, x, y)
     optimizer.second_step(zero_grad=True)
     enable_running_stats(compiled)
+
+
+def two_calls(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    two_calls_on_the_inner_model(compiled, compiled, optimizer, x, y)
 
 
 def second_pass(model: nn.Module, compiled: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:

@@ -118,8 +118,16 @@ def test_no_spills_and_few_registers(compiled, operation, architecture):
 def functions(cubin: Path) -> dict[str, str]:
     """Demangled kernel name -> its machine code."""
     parts = re.split(r"\n\s*Function : ", dump(cubin, "-sass"))[1:]
+    assert parts, "cuobjdump shows no kernel"
     names = demangle("\n".join(part.splitlines()[0] for part in parts)).splitlines()
     return dict(zip(names, parts, strict=True))
+
+
+def accesses_of(cubin: Path, dtype: str) -> list[Counter[str]]:
+    """Those of each kernel for a dtype."""
+    found = [accesses(code) for name, code in functions(cubin).items() if DTYPES[dtype] in name]
+    assert found, f"no kernel's name has {DTYPES[dtype]}"
+    return found
 
 
 def accesses(code: str) -> Counter[str]:
@@ -152,20 +160,10 @@ def test_main_path_moves_sixteen_bytes_at_a_time(compiled, architecture, dtype):
     Sgd        2 of the backup, of g and of the momentum in, 2 of w and of the momentum out
     Adam       1 each of five in, of four out
     """
-    for name, code in functions(compiled("perturb", architecture)).items():
-        if DTYPES[dtype] in name:
-            found = accesses(code)
-            assert wide(found, "LDG") >= 16, found
-            assert wide(found, "STG") >= 16, found
-    for name, code in functions(compiled("grad_norm", architecture)).items():
-        if DTYPES[dtype] in name:
-            assert wide(accesses(code), "LDG") >= 12
-    for operation, loads in (("Sgd", 6), ("Adam", 5)):
-        for name, code in functions(compiled(operation, architecture)).items():
-            if DTYPES[dtype] in name:
-                found = accesses(code)
-                assert wide(found, "LDG") >= loads, found
-                assert wide(found, "STG") >= 4, found
+    for operation, loads, stores in (("perturb", 16, 16), ("grad_norm", 12, 0), ("Sgd", 6, 4), ("Adam", 5, 4)):
+        for found in accesses_of(compiled(operation, architecture), dtype):
+            assert wide(found, "LDG") >= loads, (operation, found)
+            assert wide(found, "STG") >= stores, (operation, found)
 
 
 @needs_cuobjdump

@@ -157,12 +157,7 @@ class ScheduledRun(Run):
             expected.append(self.expected_update(before))
             return "loss"
 
-        with self.keeps(gradients=False):
-            if raises:
-                with pytest.raises(Raised):
-                    self.optimizer.step(call)
-            else:
-                assert self.optimizer.step(call) == "loss"
+        self.step_with(call, "loss", raises)
         self.midway = False
         if not raises:
             self.check_update(*expected[0])

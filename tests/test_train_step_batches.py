@@ -294,8 +294,9 @@ def test_writing_into_the_batch_is_warned_of_once(ascent: float) -> None:
     writes = TrainStep(
         model, SAM(model.parameters(), lr=0.1), lambda model, x: model(x.mul_(2)).square().mean(), ascent=ascent
     )
-    with pytest.warns(RuntimeWarning, match=r"x = x \* 2"):
+    with pytest.warns(RuntimeWarning, match=r"x = x \* 2") as caught:
         writes(X.clone())
+    assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         writes(X.clone())

@@ -25,7 +25,7 @@ constexpr int kBlocksPerProcessor = 2;
 constexpr int kBlocksPerProcessor = 3;
 #endif
 constexpr int kTileBytes = kThreads * kVectorsPerThread * 16;
-constexpr int kSlotBytes = 64;  // every slot starts on such a line: sam_fast.bucket.ALIGNMENT
+constexpr int kSlotBytes = 64;  // every slot starts on such a line: ALIGNMENT in sam_fast/backends/memory.py
 
 // Which of a tensor's addresses is which; those of its state follow.
 constexpr int kWeights = 0, kAlong = 1, kStates = 2;

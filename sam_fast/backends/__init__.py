@@ -45,14 +45,12 @@ def why_not() -> dict[str, str]:
 
 def unusable_devices() -> dict[str, str]:
     """For every backend that can be used, but not on some GPU that is here: the reason, by backend and device."""
-    devices = [device(kind, index) for kind in ("cuda", "xpu") for index in range(_count(kind))]
+    devices = [
+        device(kind, index) for kind in ("cuda", "xpu") for index in range(getattr(pytorch, kind).device_count())
+    ]
     pairs = [(backend, on) for backend in map(BACKENDS.get, available()) if backend is not None for on in devices]
     reasons = {f"{b.name} on {on}": b.unusable_on(on) for b, on in pairs if b.name in _preferred(on.type)}
     return {where: reason for where, reason in reasons.items() if reason is not None}
-
-
-def _count(kind: str) -> int:
-    return int(getattr(pytorch, kind).device_count())
 
 
 def build_info() -> dict[str, str]:

@@ -109,7 +109,7 @@ class Bucket(ABC):
     backend: ClassVar[str]
     """Name of the backend."""
 
-    steps: ClassVar[frozenset[str]] = frozenset()
+    steps: ClassVar[frozenset[str]]
     """Names of the rules whose step is fused."""
 
     decides_on_device: ClassVar[bool] = False
@@ -140,12 +140,14 @@ class Bucket(ABC):
         pairs = zip(self.tensors, self.params, strict=True)
         self.sources = [of[0] if is_wrapper(type(of[0])) else tensor for tensor, of in pairs]
         """For each tensor whose ``.grad`` is its gradient, and which is the key of the base optimizer's state."""
+        self.has_wrappers = any(is_wrapper(type(source)) for source in self.sources)
         self.empty = [index for index, tensor in enumerate(self.tensors) if tensor.numel() == 0]
         self.shared = shared
         self.moved = True
         """Whether a tensor was seen to lie elsewhere than before, since somebody has set this to False."""
         self.step_options: StepOptions | None = None
         """Those of the last fused step."""
+        self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
         self._backup = backup
         self._gradient_of = gradient_of
 
@@ -262,12 +264,13 @@ class Bucket(ABC):
 
     # ---- Second step -------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def share_saved(self, source: Bucket) -> None:
         """Note for each tensor of this bucket, ``source.by_parameter()`` and collected, whether ``source`` has it
         saved.
         """
-        raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
+    @abstractmethod
     def prepare_step(self, state: Any, options: StepOptions) -> None:
         """Look up where tensors, gradients and the base optimizer's state are now, for a fused second step.
 
@@ -279,7 +282,6 @@ class Bucket(ABC):
             NotFused: a tensor, a gradient or a state is not laid out as the bucket's tensor was.
             MissingState: a state that ``options.masks`` asks for, of a tensor that has a gradient, is not there yet.
         """
-        raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
     device_counters: bool
     """After :meth:`prepare_step`: whether step counters are on the bucket's device."""
@@ -287,10 +289,11 @@ class Bucket(ABC):
     host_counters: bool
     """After :meth:`prepare_step`: whether there are step counters on the host."""
 
+    @abstractmethod
     def with_gradient(self) -> list[int] | None:
         """After :meth:`prepare_step`: the tensors that have a gradient. None means all."""
-        raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
+    @abstractmethod
     def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:
         """Put the saved tensors back and step as the base optimizer does; after :meth:`prepare_step`.
 
@@ -299,7 +302,6 @@ class Bucket(ABC):
         tensors are only put back and the state stays as it was; with step counters it needs ``device_counters``: a
         counter on the host has to know beforehand whether there is a step.
         """
-        raise NotImplementedError(f"the {self.backend} backend has no fused second step")
 
     def written_params(self) -> list[Tensor]:
         """After :meth:`prepare_step`: the parameters that the step writes, which are saved or have a gradient."""

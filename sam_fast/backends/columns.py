@@ -58,6 +58,11 @@ def local_tensor(tensor: Any) -> Any:
     return local if wait is None else wait()
 
 
+def tensor_now(source: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor of a bucket, or what its DTensor ``source`` holds now, which may be another one."""
+    return local_tensor(source) if is_wrapper(type(source)) else tensor  # type: ignore[no-any-return]
+
+
 def state_tensors(
     state: Any, params: Sequence[Tensor], takes: Sequence[int], bit: int, name: str
 ) -> list[Tensor | None] | int:
@@ -88,13 +93,10 @@ class PythonGather:
 
     def weights(self, addresses: array[int]) -> list[int]:
         before = addresses[:]
-        changed = [i for i in range(len(self.tensors)) if not self._matches(i, self._tensor(i), addresses)]
+        now = map(tensor_now, self.params, self.tensors)
+        changed = [i for i, tensor in enumerate(now) if not self._matches(i, tensor, addresses)]
         self.moved = addresses != before
         return changed
-
-    def _tensor(self, i: int) -> Tensor:
-        param = self.params[i]
-        return local_tensor(param) if is_wrapper(type(param)) else self.tensors[i]
 
     def collect(
         self, weights: array[int], grads: array[int], wanted: bytes | None = None

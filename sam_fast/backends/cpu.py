@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..amp import Scaling
+from ..amp import Scaling, inverse_scale
 from .bucket import Bucket, GroupOptions, StepOptions
 from .native import NativeBackend, NativeBucket, why_missing
 
@@ -67,7 +67,7 @@ class CpuBucket(NativeBucket):
             _cpu.steps[options.rule.name][0],
             self.address,
             options.values.buffer_info()[0],
-            1.0 if scaling.grad_scale is None else scaling.grad_factor(),
+            1.0 if scaling.grad_scale is None else float(inverse_scale(scaling.grad_scale)),
             options.rounding_key,
             torch.get_num_threads(),
         )

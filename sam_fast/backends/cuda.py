@@ -74,15 +74,18 @@ class CudaBucket(NativeBucket):
     def _device_index(self) -> int:
         return self.device.index or 0
 
+    @property
+    def _where(self) -> tuple[int, int, int]:
+        """What every launch is given: the device, its current stream, the bucket."""
+        return self._device_index, _current_stream(self.device), self.address
+
     @cached_property
     def num_partials(self) -> int:
         return 0 if self.dtype not in DTYPE_CODES else _cuda.grad_norm_blocks(self._device_index, self.address)
 
     def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
         _cuda.grad_norm(
-            self._device_index,
-            _current_stream(self.device),
-            self.address,
+            *self._where,
             options.address,
             partials.data_ptr(),
             partials.numel(),
@@ -90,9 +93,7 @@ class CudaBucket(NativeBucket):
 
     def launch_perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
         return _cuda.perturb(
-            self._device_index,
-            _current_stream(self.device),
-            self.address,
+            *self._where,
             options.address,
             partials.data_ptr(),
             partials.numel(),
@@ -104,9 +105,9 @@ class CudaBucket(NativeBucket):
 
     def launch_copy(self, restore: bool, release: bool) -> None:
         if restore:
-            _cuda.restore(self._device_index, _current_stream(self.device), self.address, release)
+            _cuda.restore(*self._where, release)
         else:
-            _cuda.backup(self._device_index, _current_stream(self.device), self.address)
+            _cuda.backup(*self._where)
 
     def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
         learning_rates = _learning_rates(options)
@@ -115,9 +116,7 @@ class CudaBucket(NativeBucket):
         grad_scale, found_inf = (None if tensor is None else tensor.float() for tensor in numbers)
         return _cuda.step(
             _cuda.steps[options.rule.name][0],
-            self._device_index,
-            _current_stream(self.device),
-            self.address,
+            *self._where,
             options.values.buffer_info()[0],
             0 if grad_scale is None else grad_scale.data_ptr(),
             0 if found_inf is None else found_inf.data_ptr(),

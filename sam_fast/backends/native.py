@@ -27,8 +27,8 @@ from .bucket import (
     shape_changed,
     step_gradient,
 )
-from .columns import DEVICE_FLOAT32, HOST_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather
-from .memory import has_memory, is_dense, is_plain, is_wrapper, rejects_memory, signature
+from .columns import DEVICE_FLOAT32, HOST_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather, tensor_now
+from .memory import has_memory, is_dense, is_plain, rejects_memory, signature
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Matches ``enum class DType`` in csrc/table.h."""
@@ -72,14 +72,12 @@ class NativeBucket(Bucket):
         super().__init__(tensors, groups, *args, **kwargs)
         size = len(self.tensors)
         self._gather = make_gather(self.tensors, self.sources, self.groups)
-        self._has_wrappers = any(is_wrapper(type(source)) for source in self.sources)
         self._weights, self._along, self._saved, self._counters = (column(size) for _ in range(4))
         self._states = tuple(column(size) for _ in range(MAX_STATES))
         self._occupied = size - len(self.empty)
         # How many tensors with elements are saved; None: not known. `_saved` has the truth, this saves looking.
         self._num_saved: int | None = 0
         self._can_capture = can_capture(self.device)
-        self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
         self._copies: dict[int, Tensor] = {}  # directions in their tensors' own layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
         self._wide_steps = torch.empty(0)
@@ -129,7 +127,7 @@ class NativeBucket(Bucket):
         return True
 
     def _collect(self, wanted: bytes | None) -> tuple[list[int], list[int]]:
-        if self._has_wrappers:
+        if self.has_wrappers:
             # A wrapper's __torch_function__ is looked up for every tensor that is asked something. DTensor has none.
             with DisableTorchFunctionSubclass():
                 changed, odd = self._gather.collect(self._weights, self._along, wanted)
@@ -222,7 +220,7 @@ class NativeBucket(Bucket):
         """Restore tensors that are saved but no longer match the bucket, by way of PyTorch."""
         error: ParameterError | None = None
         for index in changed:
-            tensor, backup = self._tensor_now(index), self.backups[index]
+            tensor, backup = tensor_now(self.sources[index], self.tensors[index]), self.backups[index]
             if not self._saved[index] or (is_plain(tensor) and not has_memory(tensor)):
                 continue  # one without memory stays saved, see below
             if release:
@@ -326,11 +324,6 @@ class NativeBucket(Bucket):
             torch._foreach_add_(self._steps, 1.0)
             if scaling.found_inf is not None:
                 torch._foreach_add_(self._steps, scaling.found_inf, alpha=-1.0)
-
-    def _tensor_now(self, index: int) -> Tensor:
-        """The tensor, or what its DTensor holds now."""
-        source = self.sources[index]
-        return source._local_tensor if is_wrapper(type(source)) else self.tensors[index]  # type: ignore[attr-defined]
 
 
 class NativeBackend(Backend):

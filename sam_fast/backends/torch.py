@@ -25,7 +25,7 @@ from .bucket import (
     shape_changed,
     step_gradient,
 )
-from .columns import all_none, local_tensor, state_tensors
+from .columns import all_none, local_tensor, state_tensors, tensor_now
 from .memory import is_wrapper, signature
 from .tensor_lists import (
     asam_t,
@@ -52,9 +52,7 @@ class TorchBucket(Bucket):
         self._locations = array("Q")
         self._along: list[Tensor | None] = [None] * len(self.tensors)
         self._saved = [False] * len(self.tensors)
-        self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
         self._states: dict[str, list[Tensor | None]] = {}
-        self._wrapped = any(is_wrapper(type(source)) for source in self.sources)
         self.device_counters = self.host_counters = False
 
     @property
@@ -62,9 +60,8 @@ class TorchBucket(Bucket):
         return 1
 
     def _is_as_built(self) -> bool:
-        if self._wrapped:  # a DTensor may have been given another local tensor
-            pairs = zip(self.sources, self.tensors, strict=True)
-            self.tensors = [local_tensor(source) if is_wrapper(type(source)) else tensor for source, tensor in pairs]
+        if self.has_wrappers:
+            self.tensors = list(map(tensor_now, self.sources, self.tensors))
         locations = array("Q", map(Tensor.data_ptr, self.tensors))
         self.moved = self.moved or locations != self._locations
         self._locations = locations

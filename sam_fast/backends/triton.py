@@ -21,6 +21,7 @@ from ..amp import Scaling
 from ..devices import made_current
 from ..steps import RULES
 from .bucket import Bucket, GroupOptions, StepOptions
+from .columns import column
 from .native import DTYPE_CODES, NativeBackend, NativeBucket
 from .upload import Upload
 
@@ -247,7 +248,7 @@ class TritonBucket(NativeBucket):
         rule, size = options.rule, len(self.tensors)
         parts = [self._weights, self._along, self._saved_targets()]
         if rule.counter is not None:
-            parts.append(self._counters if self.device_counters else array("Q", bytes(8 * size)))
+            parts.append(self._counters if self.device_counters else column(size))
         parts += self._states[: len(rule.states)]
         rates = array("Q")
         for lr in options.learning_rates or [None] * options.num_groups:

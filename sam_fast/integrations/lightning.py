@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ..amp import without_scale
 from ..closures import WholeStep
 from ..running_stats import ExtraBuffers, check_extra_buffers
 from ..sam import SAM
+from ..storage.fsdp import has_fsdp1
 from ..train_step import stride_of
 from ..unwrapping import unwrap
 from .window import Window
@@ -72,6 +73,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         strategy = trainer.strategy
         window = Window(sam, pl_module, self.ascent, self.replay_rng, self.extra_buffers)
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
+        scaler = getattr(strategy.precision_plugin, "scaler", None)
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:
             if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for BatchNorm statistics
@@ -86,10 +88,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
             loss = _loss_of(training_step(*args, **kwargs), trainer)
             if loss is None:
                 return None
-            scaler = getattr(strategy.precision_plugin, "scaler", None)
-            strategy.precision_plugin.backward(
-                loss if scaler is None else scaler.scale(loss), pl_module, trainer.optimizers[0]
-            )
+            scaled = loss if scaler is None else scaler.scale(loss)
+            strategy.precision_plugin.backward(scaled, pl_module, trainer.optimizers[0])
             return loss.detach()
 
         def whole_step(closure: Callable[[], Any]) -> Any:
@@ -98,9 +98,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
                 losses = window.second(strategy.model, second_pass)
             window.clear()
             if sam.perturbed:
-                scaler = getattr(strategy.precision_plugin, "scaler", None)
-                norm = sam.grad_norm
-                self._values["sam/grad_norm"] = norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+                self._values["sam/grad_norm"] = without_scale(sam.grad_norm, scaler)
             if losses is not None:
                 self._values["sam/sharpness"] = losses[1] - losses[0]
             return result
@@ -132,7 +130,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
                 f"SAMCallback does not work with {type(strategy).__name__}, which steps with an engine of its own and "
                 'shards what SAM has to move: use strategy="ddp", or ModelParallelStrategy (FSDP2)'
             )
-        if any(isinstance(module, FullyShardedDataParallel) for module in strategy.model.modules()):
+        if has_fsdp1(strategy.model):
             raise ValueError("SAMCallback does not work with FSDP1: use ModelParallelStrategy (FSDP2)")
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..amp import without_scale
 from ..batches import with_own_containers
 from ..closures import are_new
 from ..running_stats import ExtraBuffers, check_extra_buffers
@@ -147,9 +148,7 @@ class SAMTrainerMixin:
                 assert losses is not None
                 self._sam_values = {"sam/sharpness": losses[1] - losses[0]}
         if sam.perturbed:
-            scaler = self.accelerator.scaler
-            norm = sam.grad_norm
-            self._sam_values["sam/grad_norm"] = norm if scaler is None else norm / scaler.scale(norm.new_ones(()))
+            self._sam_values["sam/grad_norm"] = without_scale(sam.grad_norm, self.accelerator.scaler)
         return loss
 
     @contextmanager

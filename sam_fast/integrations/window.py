@@ -67,7 +67,7 @@ class Window:
         self._looked, batch = True, [self.forwards[-1].args, self.forwards[-1].kwargs]
         versions = versions_of(batch)
         output = forward(*args, **kwargs)
-        warn_of_written(batch, versions)
+        warn_of_written(batch, versions, stacklevel=4)  # not the integration, but the framework
         return output
 
     def keep_last(self) -> None:

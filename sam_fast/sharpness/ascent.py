@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..batches import slice_rows
 from ..options import check_at_least_zero
-from .measurement import Measurement, check_above_zero, check_count, finite
+from .measurement import Measurement, check_above_zero, check_count, finite, not_empty
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def _summary(measured: Measurement, found: list[list[float]]) -> Sharpness:
     sums = measured.numbers([len(found), float(rows.sum()), float(rows @ losses), float(rows @ rises)])
     measured.add_over_replicas(sums)
     count, total, loss, rise = sums.tolist()
-    if not count:
-        raise ValueError("batches is empty")
+    not_empty(count)
     mean = rise / total
     spread = measured.numbers([float((rows * (rises - mean)).square().sum())])
     measured.add_over_replicas(spread)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .measurement import Measurement, check_above_zero, check_count, generator
+from .measurement import Measurement, check_above_zero, check_count, generator, not_empty
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,7 @@ def hessian_trace(
                 sums[index] += rows * _dot(z, _product(measured, grads, z, index + 1 < samples))
             total += rows
             tick()
-    found = measured.numbers([total, *sums])
-    measured.add_over_replicas(found)
-    if not found[0]:
-        raise ValueError("batches is empty")
-    traces = found[1:] / found[0]
+    traces = measured.means(sums, total)
     _check_finite(float(traces.sum()))
     return Trace(float(traces.mean()), float(traces.std()) / math.sqrt(samples), samples)
 
@@ -196,11 +192,9 @@ def _mean_product(measured: Measurement, v: Sequence[Tensor]) -> list[Tensor]:
         grads = _differentiable_gradients(measured, batch)
         torch._foreach_add_(total, _product(measured, grads, v, keep=False), alpha=rows)
         rows_so_far += rows
-    count = measured.numbers([rows_so_far])
+    count = measured.numbers(rows_so_far)
     measured.add_over_replicas(count, *total)
-    if not count[0]:
-        raise ValueError("batches is empty")
-    torch._foreach_div_(total, float(count[0]))
+    torch._foreach_div_(total, not_empty(count))
     return total
 
 

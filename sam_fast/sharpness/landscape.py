@@ -172,11 +172,7 @@ def _losses(
                 sums[index] += rows * value
                 tick()
             total += rows
-    found = measured.numbers([total, *sums])
-    measured.add_over_replicas(found)
-    if not found[0]:
-        raise ValueError("batches is empty")
-    means: list[float] = (found[1:] / found[0]).tolist()
+    means: list[float] = measured.means(sums, total).tolist()
     return means
 
 

@@ -207,6 +207,12 @@ class Measurement:
         device = "cpu" if self._replicas is None else self.params[0].device
         return torch.tensor(values, dtype=torch.float64, device=device)
 
+    def means(self, sums: Sequence[float], rows: int) -> Tensor:
+        """Sums over the rows of all batches, of all processes of DistributedDataParallel, divided by their number."""
+        found = self.numbers([rows, *sums])
+        self.add_over_replicas(found)
+        return found[1:] / not_empty(found[0])
+
     @contextmanager
     def progress(self, wanted: bool, what: str, total: int | None) -> Iterator[Callable[[], Any]]:
         """A progress bar, in one of the processes, and what moves it on by one."""
@@ -275,6 +281,13 @@ def finite(loss: Tensor, where: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"loss_fn returned {value} at {where}: nothing can be measured there")
     return value
+
+
+def not_empty(count: Tensor | float) -> float:
+    """The number of batches or rows in all processes. Raises ValueError if there were none."""
+    if not count:
+        raise ValueError("batches is empty")
+    return float(count)
 
 
 def check_above_zero(name: str, value: Any) -> None:

@@ -18,6 +18,12 @@ def is_fsdp_module(module: nn.Module) -> bool:
     return fsdp_module is not None and isinstance(module, fsdp_module)
 
 
+def has_fsdp1(model: nn.Module) -> bool:
+    """Whether a FullyShardedDataParallel, which is FSDP1's, is in a model."""
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    return any(isinstance(module, fsdp1) for module in model.modules())
+
+
 def forget_gathered_weights(model: nn.Module) -> None:
     """Have FSDP2 gather the weights anew.
 
@@ -49,10 +55,8 @@ def give_up_pass(params: Iterable[Tensor]) -> None:
     except (ImportError, AttributeError, StopIteration) as error:
         warnings.warn(
             f"the FSDP2 of PyTorch {torch.__version__} is not as it was in the versions that this was written for "
-            f"({error!r}). "
-            "The parameters are restored, but the model may still hold weights that it has gathered, and gradients, of "
-            "the "
-            "pass that was given up: build it anew",
+            f"({error!r}). The parameters are restored, but the model may still hold weights that it has gathered, and "
+            "gradients, of the pass that was given up: build it anew",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -138,8 +142,8 @@ def own_gradients(module: nn.Module) -> Iterator[None]:
         if not isinstance(info, HSDPMeshInfo):
             raise ValueError(
                 "first_pass(model, sync=False) needs a gradient of its own in each replica of the model, and "
-                "fully_shard on this mesh makes "
-                "only one of all processes together: use sync=True, or a 2-D mesh (replicate, shard)"
+                "fully_shard on this mesh makes only one of all processes together: use sync=True, or a 2-D mesh "
+                "(replicate, shard)"
             )
     # set_requires_all_reduce(False) would keep the gradients in a buffer of FSDP's. A mesh without replicas puts them
     # where they belong.

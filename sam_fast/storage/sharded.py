@@ -45,9 +45,8 @@ class Sharded(InPlace):
         self._dtensors: list[Any] = [p for p in params if is_dtensor(p)]
         self._all_are_dtensors = len(self._dtensors) == len(params)
         self._locals = [p._local_tensor for p in self._dtensors]
-        position = {id(p): i for i, p in enumerate(params)}
-        self._groups = {id(p): _sharding_groups(p, position[id(p)]) for p in self._dtensors}
-        self._position = position
+        self._position = {id(p): i for i, p in enumerate(params)}
+        self._groups = {id(p): _sharding_groups(p, self._position[id(p)]) for p in self._dtensors}
         self._own_gradient = False
 
     def tensor(self, param: Tensor) -> Tensor:
@@ -139,8 +138,7 @@ def sharded(params: Sequence[Tensor]) -> Sharded | None:
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
             "SAM does not support torch.distributed.fsdp.FullyShardedDataParallel, whose parameters do not show how "
-            "they "
-            "are sharded: use fully_shard"
+            "they are sharded: use fully_shard"
         )
     return Sharded(params) if any(map(is_dtensor, params)) else None
 
@@ -155,8 +153,8 @@ def _sharding_groups(param: Any, position: int) -> ProcessGroups:
     """The process groups over which a DTensor is sharded: one per dimension of its mesh, or that of all processes."""
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(
-            f"parameter {position} is placed as {param.placements}: partial sums are no parameter, "
-            "use Shard or Replicate"
+            f"parameter {position} is placed as {param.placements}: partial sums are no parameter, use Shard or "
+            "Replicate"
         )
     mesh = param.device_mesh
     placements = enumerate(param.placements)

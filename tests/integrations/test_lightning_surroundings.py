@@ -202,7 +202,7 @@ def test_refusals():
 
 
 def test_fsdp1_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sam_fast.integrations.lightning.FullyShardedDataParallel", nn.Identity)
+    monkeypatch.setattr("torch.distributed.fsdp.FullyShardedDataParallel", nn.Identity)
     module = Module()
     module.part = nn.Identity()
     with pytest.raises(ValueError, match="FSDP2"):
