@@ -44,7 +44,7 @@ class BaseStep:
     def _look_at(self, base: Optimizer) -> None:
         self._state = base.state
         entries = ((p, entry) for p, entry in base.state.items() if isinstance(p, Tensor))  # MADGRAD counts in one more
-        self._initialised = {id(p) for p, entry in entries if entry.keys() - self._foreign}
+        self._initialised = {id(p) for p, entry in entries if entry and entry.keys() - self._foreign}
         self._entries = len(base.state)
 
     def adopt(self, base: Optimizer, params: Iterable[Tensor]) -> None:
