@@ -5,6 +5,7 @@ a process fails.
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -130,6 +131,24 @@ def test_after_200_local_steps_all_processes_hold_the_same_bits(four):
     found = four.run(many_local_steps)
     assert all(w.isfinite().all() for w in found[0])
     assert all(same_bits(of_rank, found[0]) for of_rank in found)
+
+
+def warned_of(inner: bool, sync: bool) -> list[str]:
+    """What is warned of in local steps of a model in DDP, or of what is in it, where DDP cannot be told."""
+    model = DistributedDataParallel(network())
+    optimizer = SAM(model.parameters(), rho=RHO, lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with optimizer.first_pass([nn.Tanh(), model.module if inner else model], sync=sync):
+            pass
+    return [f"{warning.filename} {warning.message}" for warning in caught]
+
+
+def test_a_local_pass_of_what_is_inside_ddp_is_warned_of(two):
+    for (text,) in two.run(warned_of, inner=True, sync=False):
+        assert text.startswith(__file__)
+        assert "pass the DistributedDataParallel itself" in text
+    assert two.run(warned_of, inner=False, sync=False) == two.run(warned_of, inner=True, sync=True) == [[], []]
 
 
 # ---- Communication ---------------------------------------------------------------------------------------------------
