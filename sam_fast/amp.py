@@ -161,15 +161,15 @@ def _lacks_state(base: Optimizer) -> bool:
 
 def unscale(base: Optimizer, grad_scale: Tensor) -> None:
     """Divide the gradients by the scale, with the operation and the bits of GradScaler.unscale_."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}  # DTensors apart from others
     for group in base.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                alike.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
-    if any(dtype == torch.float16 for _, dtype in alike):
+                alike.setdefault((p.grad.device, p.grad.dtype, type(p.grad)), []).append(p.grad)
+    if any(dtype == torch.float16 for _, dtype, _ in alike):
         raise ValueError("gradients in float16 are too small to be unscaled: keep float32 parameters and use autocast")
     inverse = inverse_scale(grad_scale)
-    for (device, _), grads in alike.items():
+    for (device, _, _), grads in alike.items():
         # the operation also looks for overflows: the scaler has done so already
         checked = torch.zeros((), dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(grads, checked, inverse.to(device))

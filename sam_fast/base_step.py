@@ -84,8 +84,10 @@ class BaseStep:
 
 
 def _names_of(entry: Any) -> set[str]:
-    """Those of the states in an entry. What is no dictionary, but a tensor or an object, only its optimizer makes."""
-    return set(entry) if isinstance(entry, dict) else {type(entry).__name__}
+    """Those of the states in an entry. What is no dictionary, but a tensor or an object, only its optimizer makes.
+    ZeroRedundancyOptimizer loads None in place of what other processes have.
+    """
+    return set(entry or ()) if entry is None or isinstance(entry, dict) else {type(entry).__name__}
 
 
 @cache

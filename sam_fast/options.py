@@ -166,8 +166,10 @@ def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
-def check_base(base: Any) -> None:
-    """Raise TypeError or ValueError if ``base``, or an optimizer in it, cannot be a base optimizer."""
+def check_base(base: Any, flatten: bool = False) -> None:
+    """Raise TypeError or ValueError if ``base``, or an optimizer in it, cannot be a base optimizer, or not with
+    ``flatten=True``.
+    """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
     for name in ("defaults", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
@@ -175,6 +177,11 @@ def check_base(base: Any) -> None:
             setattr(base, name, OrderedDict())  # to which, unlike a dict, the handle of a hook can refer
     for optimizer in and_inner(base):
         _check_one(optimizer)
+        if flatten and getattr(optimizer, "parameters_as_bucket_view", False):
+            raise ValueError(
+                f"{type(optimizer).__name__} with parameters_as_bucket_view=True broadcasts buffers of its own, out of "
+                "which flatten=True would move the parameters: leave one of the two out"
+            )
 
 
 def and_inner(base: Optimizer) -> list[Optimizer]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .batchnorm import frozen_running_stats
 from .closures import are_new
@@ -110,7 +111,8 @@ class Passes:
                 gradient). With a GradScaler, only the second pass then decides whether the update is skipped, since the
                 ranks must agree.
 
-        The second pass comes after the block. If the body raises, the weights are w.
+        The second pass comes after the block. If the body raises, the weights are w. Warns of ``sync=False`` where
+        there are several processes and ``model`` has no synchronisation to leave out.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -128,8 +130,9 @@ class Passes:
         self._step.first_pass_entered = True
         try:
             with ExitStack() as stack:
-                for module in () if sync else models:
-                    stack.enter_context(without_gradient_sync(module))
+                found = [stack.enter_context(without_gradient_sync(module)) for module in models if not sync]
+                if not (sync or any(found) or self._perturbation.storage.process_wide):
+                    warn_of_several_processes()
                 self._step.unused = unused_weights(models, self.param_groups)
                 for p in self._step.unused:
                     p.requires_grad = False
@@ -201,16 +204,28 @@ def learns_graph(module: Any) -> bool:
     )
 
 
+def warn_of_several_processes() -> None:
+    """There was no synchronisation to leave out: no wonder in one process."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            "first_pass(model, sync=False) finds no DistributedDataParallel in model. If there is one around it, its "
+            "gradients are synchronised all the same: pass the DistributedDataParallel itself, as it is called",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 @contextmanager
-def without_gradient_sync(model: Any) -> Iterator[None]:
+def without_gradient_sync(model: Any) -> Iterator[bool]:
     """Run forward and backward of ``model`` without gradient synchronisation, wherever in it a DDP or FSDP2 module is.
 
-    For any other model there is none to leave out.
+    Yields whether there is any. For other models there is none to leave out.
 
     Raises:
         ValueError: an FSDP2 module is sharded over all processes, so that no process has a gradient of its own; or a
             DDP module with a static graph has not had a pass with synchronisation yet.
     """
+    found = False
     with ExitStack() as stack:
         modules: Iterable[Any] = model.modules() if isinstance(model, nn.Module) else [model]
         for module in modules:
@@ -227,4 +242,7 @@ def without_gradient_sync(model: Any) -> Iterator[None]:
             elif hasattr(type(module), "set_requires_gradient_sync"):
                 module.set_requires_gradient_sync(False)
                 stack.callback(module.set_requires_gradient_sync, True)
-        yield
+            else:
+                continue
+            found = True
+        yield found

@@ -117,7 +117,7 @@ class SAM(Passes, OptimizerWrapper):
         self._fill_in_options(groups)
         super().__init__(groups)
         base = make(groups)
-        check_base(base)
+        check_base(base, flatten)
         take_over_options(base.param_groups, groups)
         self._fill_in_options(base.param_groups)
         self.base_optimizer = base

@@ -53,7 +53,8 @@ class TrainStep:
         ascent: share of the batch that the first pass sees, at most 1: rows 0, k, 2k, ... with ``k = round(1/ascent)``
             of all that has a row for each of the batch's. With a quarter a step makes 1.25 of SGD's passes
             (NFNets, https://arxiv.org/abs/2102.06171). Batches should be shuffled.
-        micro_batches: both passes accumulate gradients over so many parts of the batch.
+        micro_batches: both passes accumulate gradients over so many parts of the batch, as far as it has the rows; the
+            first, with ``ascent``, over its share of them.
         autocast: what forward passes and the loss run in: a dtype, a context manager, or a function that returns one.
         scaler: a torch.amp.GradScaler.
         clip_grad_norm: largest norm of the second gradient over all parameters, as ``clip_grad_norm_`` has it, but
@@ -150,14 +151,14 @@ class TrainStep:
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
                     own = with_own_containers(batch)
                     part, n = (own, rows) if self.every == 1 else (every_row(own, self.every), -(-rows // self.every))
-                    first = self._pass(part, n, -(-rows // self.micro_batches), self.sync)
+                    first = self._pass(part, n, -(-self.micro_batches // self.every), self.sync)
                 if versions is not None:
                     self._looked = True
                     warn_of_written(batch, versions)
             sam.first_step(zero_grad=first is not None)
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
             with sam.second_pass([self.model, *others], self.extra_buffers):
-                second = self._pass(batch, rows, -(-rows // self.micro_batches), True)
+                second = self._pass(batch, rows, self.micro_batches, True)
             grad_norm = without_scale(sam.grad_norm, self.scaler) if sam.perturbed else None
             self._second_step()
         except BaseException:
@@ -179,11 +180,16 @@ class TrainStep:
                 stacklevel=3,
             )
 
-    def _pass(self, batch: Any, rows: int, at_most: int, sync: bool) -> Tensor:
-        """Forward and backward over micro-batches of ``at_most`` rows. Returns the mean loss."""
+    def _pass(self, batch: Any, rows: int, parts: int, sync: bool) -> Tensor:
+        """Forward and backward over so many parts of the batch, about equal. Returns the mean loss.
+
+        Their number does not depend on the rows, as long as there are enough: FSDP2 communicates in each, and ranks
+        may have batches of different sizes.
+        """
         total: Tensor | None = None
-        for begin in range(0, rows, at_most):
-            end = min(begin + at_most, rows)
+        parts = min(parts, rows)
+        for i in range(parts):
+            begin, end = rows * i // parts, rows * (i + 1) // parts
             part = batch if end - begin == rows else slice_rows(batch, begin, end)
             with accumulating(self.model) if sync and end < rows else nullcontext():
                 with self._autocast():

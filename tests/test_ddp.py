@@ -5,6 +5,7 @@ a process fails.
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -20,13 +21,14 @@ from parallel import (
     my_share,
     network,
     one_process,
+    share,
     train,
     weights,
 )
+from plain_sam import PlainSAM
 from processes import group_of
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,6 +96,29 @@ def test_gradient_accumulation(two, sync):
     equal(found, one_process() if sync else each_its_own(2))
 
 
+def joined(sync: bool) -> list[Tensor]:
+    model = DistributedDataParallel(network())
+    optimizer = SAM(model.parameters(), rho=RHO, **SGD)
+    with model.join():
+        train(model, optimizer, [my_share(batch) for batch in batches(4 + 2 * distributed.get_rank())], sync)
+    return weights(model)
+
+
+def test_a_process_that_runs_out_of_batches(two):
+    """join(): the gradients of a process that has no batches left are zeros."""
+    model = network()
+    alone = PlainSAM(model.parameters(), rho=RHO, **SGD)
+    for i, batch in enumerate(batches(6)):
+        for step in (alone.first_step, alone.second_step):
+            for index in (0, 1) if i < 4 else (1,):
+                x, y = share(batch, index, 2)
+                (mse_loss(model(x), y) / 2).backward()
+            step()
+    equal(two.run(joined, True), weights(model))
+    local = two.run(joined, False)
+    assert same_bits(local[0], local[1])
+
+
 def many_local_steps() -> list[Tensor]:
     model = DistributedDataParallel(network(torch.float32))
     optimizer = SAM(model.parameters(), rho=0.5, adaptive=True, lr=0.05, momentum=0.9)
@@ -106,6 +131,24 @@ def test_after_200_local_steps_all_processes_hold_the_same_bits(four):
     found = four.run(many_local_steps)
     assert all(w.isfinite().all() for w in found[0])
     assert all(same_bits(of_rank, found[0]) for of_rank in found)
+
+
+def warned_of(inner: bool, sync: bool) -> list[str]:
+    """What is warned of in local steps of a model in DDP, or of what is in it, where DDP cannot be told."""
+    model = DistributedDataParallel(network())
+    optimizer = SAM(model.parameters(), rho=RHO, lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with optimizer.first_pass([nn.Tanh(), model.module if inner else model], sync=sync):
+            pass
+    return [f"{warning.filename} {warning.message}" for warning in caught]
+
+
+def test_a_local_pass_of_what_is_inside_ddp_is_warned_of(two):
+    for (text,) in two.run(warned_of, inner=True, sync=False):
+        assert text.startswith(__file__)
+        assert "pass the DistributedDataParallel itself" in text
+    assert two.run(warned_of, inner=False, sync=False) == two.run(warned_of, inner=True, sync=True) == [[], []]
 
 
 # ---- Communication ---------------------------------------------------------------------------------------------------
@@ -329,56 +372,3 @@ def test_processes_agree_on_an_overflow_of_one_of_them(two, first):
     found = two.run(overflows, first)
     assert [(same, scale) for same, scale, _ in found] == [(not first, 8.0 if first else 4.0)] * 2
     assert same_bits(found[0][2], found[1][2])
-
-
-# ---- ZeroRedundancyOptimizer -----------------------------------------------------------------------------------------
-
-
-def zero_redundancy(sharded: bool) -> tuple[list[Tensor], int]:
-    model = DistributedDataParallel(network())
-    options = {"lr": 0.01, "weight_decay": 0.1}
-    if sharded:
-        optimizer = SAM(
-            model.parameters(), ZeroRedundancyOptimizer, rho=RHO, optimizer_class=torch.optim.AdamW, **options
-        )
-    else:
-        optimizer = SAM(model.parameters(), lambda groups, **kw: torch.optim.AdamW(groups, **kw), rho=RHO, **options)
-        optimizer.register_step_pre_hook(lambda *_: None)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    for batch in batches(5):
-        train(model, optimizer, [my_share(batch)])
-        scheduler.step()
-    return weights(model), len(optimizer.base_optimizer.optim.state) if sharded else 6
-
-
-def zero_redundancy_misused() -> list[str]:
-    model = network()
-    texts = []
-    for attempt in (
-        lambda: SAM(
-            model.parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, lr=0.1, overlap_with_ddp=True
-        ),
-        lambda: ZeroRedundancyOptimizer(model.parameters(), SAM, lr=0.1),
-    ):
-        before = values(list(model.parameters()))
-        try:
-            optimizer = attempt()
-            mse_loss(model(batches(1)[0][0]), batches(1)[0][1]).backward()
-            optimizer.step()
-        except (RuntimeError, ValueError) as error:
-            texts.append(f"{type(error).__name__}: {error}")
-        assert same_bits(values(list(model.parameters())), before)
-    return texts
-
-
-def test_zero_redundancy_optimizer_as_the_base(two):
-    plain, sharded = two.run(zero_redundancy, False), two.run(zero_redundancy, True)
-    equal([of_rank for of_rank, _ in sharded], plain[0][0])
-    assert sum(states for _, states in sharded) == 6, "each state is on one rank only"
-    assert all(states < 6 for _, states in sharded)
-
-
-def test_zero_redundancy_optimizer_misused(two):
-    for overlapped, around in two.run(zero_redundancy_misused):
-        assert overlapped.startswith("ValueError: ZeroRedundancyOptimizer with overlap_with_ddp=True")
-        assert around.startswith("RuntimeError: step() without a closure needs first_step()")

@@ -24,11 +24,14 @@ from parallel import (
     train,
     weights,
 )
+from plain_sam import PlainSAM
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
 
 from sam_fast import SAM, TrainStep
 from sam_fast.reference import ReferenceSAM
@@ -191,6 +194,55 @@ def test_tensor_parallel_is_one_process(request, shape):
     group = request.getfixturevalue("two" if shape == (2,) else "four")
     for found in group.run(tensor_parallel, shape):
         torch.testing.assert_close(found, one_process(), **TOLERANCE)
+
+
+def clipped_mixture() -> list[Tensor]:
+    """DTensors and plain parameters, and a base optimizer that steps by itself: gradients are clipped in place."""
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(network(), init_device_mesh("cpu", (distributed.get_world_size(),)), plan)
+    optimizer = SAM(model.parameters(), torch.optim.RMSprop, rho=RHO, lr=0.01, foreach=False)
+    step = TrainStep(model, optimizer, lambda model, x, y: mse_loss(model(x), y), clip_grad_norm=0.05)
+    for batch in batches(4):
+        step(*batch)
+    return weights(model)
+
+
+def test_clipping_of_a_mixture(two):
+    model = network()
+    alone = PlainSAM(model.parameters(), torch.optim.RMSprop, rho=RHO, lr=0.01)
+    for x, y in batches(4):
+        for step in (alone.first_step, alone.second_step):
+            mse_loss(model(x), y).backward()
+            if step == alone.second_step:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            step()
+    for found in two.run(clipped_mixture):
+        torch.testing.assert_close(found, weights(model), rtol=1e-5, atol=1e-6)  # the factor is rounded to float32
+
+
+def tensor_parallel_in_ddp(sync: bool) -> list[Tensor]:
+    """DDP over the first dimension makes plain tensors of the DTensors, and keeps how they were placed."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = DistributedDataParallel(parallelize_module(network(), mesh["tensor"], plan), device_mesh=mesh["data"])
+    params: list[Any] = list(model.parameters())
+    assert not any(isinstance(p, DTensor) for p in params)
+    optimizer = SAM(params, rho=RHO, **SGD)
+    train(model, optimizer, [share(batch, mesh.get_local_rank("data"), 2) for batch in batches()], sync)
+    placed = [p._st_info if hasattr(p, "_st_info") else None for p in params]
+    return [
+        p.detach() if spec is None else DTensor.from_local(p.detach(), spec.mesh, spec.placements).full_tensor()
+        for p, spec in zip(params, placed, strict=True)
+    ]
+
+
+@pytest.mark.guarantee(id="sharded")
+@pytest.mark.parametrize("sync", [True, False], ids=["synchronised", "local"])
+def test_tensor_parallel_in_ddp(four, sync):
+    found = four.run(tensor_parallel_in_ddp, sync)
+    for of_rank in found:
+        torch.testing.assert_close(of_rank, one_process() if sync else each_its_own(2), **TOLERANCE)
+        assert same_bits(of_rank, found[0])
 
 
 def replicated(sync: bool, to_replicate: bool = True) -> list[Tensor]:

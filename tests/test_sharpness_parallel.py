@@ -115,3 +115,18 @@ def test_tensor_parallelism(two: Group) -> None:
     mine, other = two.run(measured_with_tensor_parallelism)
     assert mine == other
     assert vars(mine) == pytest.approx(vars(rho_sharpness(network(), mean_loss, batches(3), rho=0.1)), rel=1e-9)
+
+
+def measured_with_tensor_parallelism_in_ddp() -> None:
+    """DDP has made plain tensors of the DTensors, which are gone from the model after its first forward pass."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = DistributedDataParallel(parallelize_module(network(), mesh["tensor"], plan), device_mesh=mesh["data"])
+    mean_loss(model, *batches(1)[0])
+    for call in (partial(rho_sharpness, rho=0.1), hessian_trace, hessian_eigenvalue):
+        with pytest.raises(ValueError, match="load the weights into a model without DistributedDataParallel"):
+            call(model, mean_loss, batches(1))
+
+
+def test_tensor_parallelism_in_ddp(four: Group) -> None:
+    four.run(measured_with_tensor_parallelism_in_ddp)

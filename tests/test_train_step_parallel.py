@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import same_bits
 from parallel import RHO, SGD, STEPS, TOLERANCE, batches, each_its_own, my_share, network, weights
+from plain_sam import PlainSAM
 from processes import Group
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -86,6 +87,30 @@ def test_two_processes_are_one_with_the_whole_batch(
     # The clipping factor is rounded to float32.
     tolerance = TOLERANCE if clip is None else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **tolerance)
+
+
+def trained_on_unequal_shares(ascent: float) -> list[Tensor]:
+    model = parallel("fsdp")
+    step = TrainStep(model, SAM(model.parameters(), rho=RHO, **SGD), loss_of, ascent=ascent, micro_batches=4)
+    for x, y in batches(3):
+        mine = slice(0, 9) if distributed.get_rank() == 0 else slice(9, None)
+        step(x[mine], y[mine])
+    return weights(model)
+
+
+@pytest.mark.guarantee(id="train-step")
+@pytest.mark.parametrize("every", [1, 2])
+def test_batches_of_different_sizes_are_cut_into_as_many_parts(two: Group, every: int) -> None:
+    # FSDP2 gathers weights in each part: a process with another number of them would wait for ever.
+    found = two.run(trained_on_unequal_shares, 1 / every)
+    model = network()
+    alone = PlainSAM(model.parameters(), rho=RHO, **SGD)
+    for x, y in batches(3):
+        for rows, step in ((slice(None, None, every), alone.first_step), (slice(None), alone.second_step)):
+            for mine in (slice(0, 9), slice(9, None)):
+                (loss_of(model, x[mine][rows], y[mine][rows]) / 2).backward()
+            step()
+    torch.testing.assert_close(found[0], weights(model), **TOLERANCE)
 
 
 def trained_along_own_gradients(micro_batches: int) -> list[Tensor]:

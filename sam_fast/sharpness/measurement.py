@@ -239,7 +239,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: there are none, or DistributedDataParallel is not the outermost module.
+        ValueError: there are none, DistributedDataParallel is not the outermost module, or it has hidden some.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -248,6 +248,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError(
             "model has a DistributedDataParallel inside, whose passes wait for gradients: pass the "
             "DistributedDataParallel itself, or what is in it for this process alone"
+        )
+    if module is not model and any(is_dtensor(value) for inner in module.modules() for value in vars(inner).values()):
+        raise ValueError(
+            "model is in a DistributedDataParallel over tensor parallelism, which has taken parameters out of it: load "
+            "the weights into a model without DistributedDataParallel, and measure that"
         )
     found = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not found:

@@ -30,7 +30,7 @@ _local_of = attrgetter("_local_tensor")
 
 
 class Sharded(InPlace):
-    """Parameters of which some are DTensors.
+    """Parameters of which some are spread over processes.
 
     Args:
         params: all parameters.
@@ -46,7 +46,9 @@ class Sharded(InPlace):
         self._all_are_dtensors = len(self._dtensors) == len(params)
         self._locals = [p._local_tensor for p in self._dtensors]
         self._position = {id(p): i for i, p in enumerate(params)}
-        self._groups = {id(p): _sharding_groups(p, self._position[id(p)]) for p in self._dtensors}
+        spread = [(p, spec_of(p)) for p in params]
+        self._specs = {id(p): spec for p, spec in spread if spec is not None}
+        self._groups = {key: _sharding_groups(spec, self._position[key]) for key, spec in self._specs.items()}
         self._own_gradient = False
 
     def tensor(self, param: Tensor) -> Tensor:
@@ -104,14 +106,14 @@ class Sharded(InPlace):
         for home in {id(home): home for _, _, home in sums}.values():
             home.partials.zero_()
         for bucket, own, home in sums:
-            param: Any = bucket.params[0][0]
+            param = bucket.params[0][0]
             total = own.sum()
             key = self.process_groups(param)
             if not key:
                 home.total.add_(total)
                 continue
             # With FSDP2's CPUOffloadPolicy the numbers are on the host and the process groups on the GPU.
-            total = total.to(param.device_mesh.device_type)
+            total = total.to(self._specs[id(param)].mesh.device_type)
             totals[key] = totals[key] + total if key in totals else total
             homes.setdefault(key, home)
         for process_groups, total in totals.items():  # in the order of the parameters, which is the same everywhere
@@ -122,7 +124,7 @@ class Sharded(InPlace):
 
     def written(self, params: list[Tensor]) -> list[Tensor]:
         # A DTensor has a version counter, and its local tensor another.
-        dtensors = params if self._all_are_dtensors else [p for p in params if id(p) in self._groups]
+        dtensors = params if self._all_are_dtensors else filter(is_dtensor, params)
         return [*params, *map(_local_of, dtensors)]
 
     def give_up_pass(self) -> None:
@@ -130,7 +132,7 @@ class Sharded(InPlace):
 
 
 def sharded(params: Sequence[Tensor]) -> Sharded | None:
-    """The storage of parameters of which some are DTensors; None if there are none.
+    """The storage of parameters of which some are spread over processes; None if there are none.
 
     Raises:
         ValueError: a parameter belongs to a torch.distributed.fsdp.FullyShardedDataParallel.
@@ -140,7 +142,7 @@ def sharded(params: Sequence[Tensor]) -> Sharded | None:
             "SAM does not support torch.distributed.fsdp.FullyShardedDataParallel, whose parameters do not show how "
             "they are sharded: use fully_shard"
         )
-    return Sharded(params) if any(map(is_dtensor, params)) else None
+    return Sharded(params) if any(spec_of(p) is not None for p in params) else None
 
 
 def is_dtensor(value: Any) -> bool:
@@ -149,15 +151,24 @@ def is_dtensor(value: Any) -> bool:
     return dtensor is not None and isinstance(value, dtensor)
 
 
-def _sharding_groups(param: Any, position: int) -> ProcessGroups:
-    """The process groups over which a DTensor is sharded: one per dimension of its mesh, or that of all processes."""
-    if any(placement.is_partial() for placement in param.placements):
+def spec_of(param: Any) -> Any:
+    """How a parameter is spread over which mesh (a DTensorSpec), or None.
+
+    DistributedDataParallel around tensor parallelism (``device_mesh=``) makes plain tensors of DTensors, and keeps this
+    in an attribute.
+    """
+    return param._spec if is_dtensor(param) else getattr(param, "_st_info", None)
+
+
+def _sharding_groups(spec: Any, position: int) -> ProcessGroups:
+    """The process groups over which a parameter is sharded: one per dimension of its mesh, or that of all processes."""
+    if any(placement.is_partial() for placement in spec.placements):
         raise ValueError(
-            f"parameter {position} is placed as {param.placements}: partial sums are no parameter, use Shard or "
+            f"parameter {position} is placed as {spec.placements}: partial sums are no parameter, use Shard or "
             "Replicate"
         )
-    mesh = param.device_mesh
-    placements = enumerate(param.placements)
+    mesh = spec.mesh
+    placements = enumerate(spec.placements)
     over = [dim for dim, placement in placements if not placement.is_replicate() and mesh.size(dim) > 1]
     if len(over) > 1 and math.prod(mesh.size(dim) for dim in over) == torch.distributed.get_world_size():
         return (torch.distributed.group.WORLD,)  # one all-reduce in place of one for each dimension
