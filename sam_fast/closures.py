@@ -89,12 +89,17 @@ def check_closure_option(name: str, value: Any) -> None:
 def mark_used(gradients: Iterable[Tensor]) -> None:
     """Note that these gradients are no new ones until they change."""
     for grad in gradients:
-        setattr(grad, USED, grad._version)
+        setattr(grad, USED, _version(grad))
 
 
 def are_new(gradients: Iterable[Tensor]) -> bool:
     """Whether there is a gradient that no step has used and nobody has zeroed through the optimizer."""
-    return any(getattr(grad, USED, None) != grad._version for grad in gradients)
+    return any(getattr(grad, USED, None) != _version(grad) for grad in gradients)
+
+
+def _version(grad: Tensor) -> int:
+    """An inference tensor, as of gradients that are estimated without a backward pass, has none: it does not change."""
+    return 0 if grad.is_inference() else grad._version
 
 
 def all_zero(gradients: Iterable[Tensor]) -> bool:

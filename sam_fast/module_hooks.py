@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,14 +29,10 @@ def _others_have_hooks() -> bool:
     )
 
 
-def _unless_compiling(hook: Callable[..., None]) -> Callable[..., None]:
-    """What TorchDynamo traces of a hook: the rest of the package it must not see (compiling.py)."""
-
-    def call(*args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            hook(*args)
-
-    return call
+def _is_being_compiled() -> bool:
+    """Whether TorchDynamo is at work in this thread. What it has found must stay until its guards are made."""
+    context = getattr(sys.modules.get("torch._guards"), "CompileContext", None)
+    return context is not None and context.try_get() is not None
 
 
 class ModuleHooks:
@@ -57,23 +54,37 @@ class ModuleHooks:
         after: Callable[[nn.Module, Any, Any], None] | None = None,
     ) -> None:
         self._needed = needed
-        self._before = _unless_compiling(before)
-        self._after = None if after is None else _unless_compiling(after)
+        self._before = self._unless_compiling(before)
+        self._after = None if after is None else self._unless_compiling(after)
         self._key = RemovableHandle(OrderedDict()).id
         _our_keys.add(self._key)
         self._installed = False
+        self._late = False  # no longer needed, but still in
         self._silenced = False
         self._filters: Sequence[Any] = []
         self._lock = RLock()
 
+    def _unless_compiling(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """What TorchDynamo traces of a hook: the rest of the package it must not see (compiling.py)."""
+
+        def call(*args: Any) -> None:
+            if not torch.compiler.is_compiling():
+                if self._late:
+                    self.update()
+                hook(*args)
+
+        return call
+
     def update(self) -> None:
         """Put them in if they are needed, else take them out; what is asked and what is done are one, whatever other
-        threads do.
+        threads do. Where a model is freed while another is compiled, they are taken out later.
         """
         with self._lock:
-            if self._needed():
+            needed = self._needed()
+            self._late = not needed and self._installed and _is_being_compiled()
+            if needed:
                 self.install()
-            else:
+            elif not self._late:
                 self.remove()
 
     def install(self) -> None:

@@ -1,12 +1,13 @@
 """Running statistics: which tensors of a model they are.
 
-They are found by name among the buffers and frozen parameters of every module; a user can name more.
+They are found by name among the buffers, frozen parameters and plain attributes of every module; a user can name more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -16,7 +17,8 @@ Models = nn.Module | Sequence[nn.Module]
 """A module, or a list or tuple of modules."""
 
 ExtraBuffers = str | Iterable[str] | Callable[[str, Tensor], bool]
-"""Names what else is to be treated as running statistics, among all buffers and frozen parameters.
+"""Names what else is to be treated as running statistics, among all buffers, frozen parameters and tensors that are
+plain attributes of modules.
 
 Either one or more patterns (``*``, ``?`` and ``[...]`` are wildcards), which must fit a qualified name, as in
 ``named_buffers()``, or what follows one of its dots: ``"weight_u"`` is every buffer of that name, ``"*.observer.*"``
@@ -54,6 +56,31 @@ def _keeps_statistics(module: nn.Module) -> bool:
         if STATISTIC[name]:
             return True
     return False
+
+
+_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+_SCALARS = frozenset({int, float, bool, str, type(None)})
+
+MOST_ASIDE = 100
+"""Objects that are looked at to find what a module keeps aside. Longer containers are histories or data."""
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module, where its class may have some that matter here: PyTorch's have none."""
+    if type(module).__module__.startswith("torch."):
+        return {}
+    return {name: value for name, value in list(vars(module).items()) if name not in _ATTRIBUTES}
+
+
+def _modules_in(values: list[Any]) -> Iterator[nn.Module]:
+    """Modules that are kept in lists and the like, or as plain attributes: to PyTorch they are no part of a module."""
+    for value in islice(values, MOST_ASIDE):  # which grows
+        kind = type(value)  # isinstance() takes a weakref.proxy for what it stands for
+        if issubclass(kind, nn.Module):
+            yield value
+        elif issubclass(kind, list | tuple | set | dict) and len(value) < MOST_ASIDE:
+            values += value.values() if issubclass(kind, dict) else value
 
 
 def as_models(models: Any, argument: str) -> list[nn.Module]:
@@ -145,8 +172,11 @@ def find_layers(
         if module in seen:
             continue
         seen.add(module)
-        if _keeps_statistics(module) or module in extra:
+        own = _own_attributes(module)
+        if _keeps_statistics(module) or module in extra or (own and any(map(STATISTIC.__getitem__, own))):
             found.append(module)
+        if own and (aside := [value for value in own.values() if type(value) not in _SCALARS]):
+            stack.extend(_modules_in(aside))
         if children := module._modules:
             stack.extend(child for child in children.values() if child is not None)
     return Layers(found, extra)
@@ -181,7 +211,7 @@ def _find_extra(
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for owned in (buffers_of(module), FrozenParameters(module)):
+    for owned in (buffers_of(module), FrozenParameters(module), PlainTensors(module)):
         for name in owned:
             tensor = owned.get(name)
             if tensor is not None:
@@ -224,6 +254,38 @@ class FrozenParameters(_ByName):
         super().__setitem__(
             name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
         )
+
+
+class PlainTensors:
+    """The tensors that are plain attributes of a module, with the same interface. Norms that are written by hand often
+    keep statistics as such.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+
+    def __iter__(self) -> Iterator[str]:
+        module = self._module()
+        return iter([] if module is None else [name for name in _own_attributes(module) if self.get(name) is not None])
+
+    def get(self, name: str) -> Tensor | None:
+        module = self._module()
+        value = None if module is None else vars(module).get(name)
+        return value if isinstance(value, Tensor) else None
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        vars(self._module())[name] = value
+
+
+def owners_of(module: nn.Module, extra: frozenset[str]) -> list[Any]:
+    """What holds statistics of a module by name, with those that are called ``extra``."""
+    owners = [buffers_of(module)]
+    # a scripted module's dict cannot be iterated itself
+    if any(STATISTIC[name] or name in extra for name in module._parameters.keys()):  # noqa: SIM118
+        owners.append(FrozenParameters(module))
+    if any(STATISTIC[name] or name in extra for name in _own_attributes(module)):
+        owners.append(PlainTensors(module))
+    return owners
 
 
 def buffers_of(module: nn.Module) -> Any:

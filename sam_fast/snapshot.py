@@ -17,12 +17,11 @@ from .running_stats import (
     COUNTER,
     STATISTIC,
     ExtraBuffers,
-    FrozenParameters,
     Layers,
     Models,
     as_models,
-    buffers_of,
     find_layers,
+    owners_of,
 )
 
 
@@ -41,10 +40,10 @@ def _with_memory(tensor: Tensor | None, unwrap: bool) -> Tensor | None:
 class BatchNormSnapshot:
     """A copy of all running statistics of ``model``, taken and put back in one fused call per device and dtype.
 
-    Covered are the buffers and frozen parameters named ``running_*``, ``moving_*`` and ``num_batches_tracked`` (also as
-    the last part of a path, ``norm/moving_mean``) of every module that ``model`` has when the snapshot is made, and
-    those that ``extra_buffers`` names. Modules without statistics, in evaluation mode or lazy and not yet run are left
-    as they are.
+    Covered are the buffers, frozen parameters and tensors in plain attributes named ``running_*``, ``moving_*`` and
+    ``num_batches_tracked`` (also as the last part of a path, ``norm/moving_mean``) of every module that ``model`` has,
+    or keeps in plain lists and the like, when the snapshot is made, and those that ``extra_buffers`` names. Modules
+    without statistics, in evaluation mode or lazy and not yet run are left as they are.
 
     Args:
         model: any module, or a list or tuple of modules. None is kept alive.
@@ -75,10 +74,7 @@ class BatchNormSnapshot:
         self._owned: list[Any] = []
         self._layer_of: list[int] = []  # for each of them the index of its layer
         for index, layer in enumerate(layers.modules):
-            owned = [buffers_of(layer)]
-            parameters = layer._parameters.keys()  # a scripted module's dict cannot be iterated itself
-            if any(STATISTIC[name] or name in self._extra[index] for name in parameters):
-                owned.append(FrozenParameters(layer))
+            owned = owners_of(layer, self._extra[index])
             self._owned += owned
             self._layer_of += [index] * len(owned)
         self._names: list[tuple[str, ...]] = []

@@ -306,3 +306,30 @@ def test_evaluation_and_loading_between_steps_compile_nothing_again_in_the_long_
     assert counts[1:] == counts[:1] * 3
     assert counts[0] == 2  # training and evaluation
     enable_running_stats(model)
+
+
+def test_a_disabled_model_that_is_freed_while_another_is_compiled() -> None:
+    """As in a sweep: TorchDynamo makes guards of the hooks that it has found, and allocates enough for a collection."""
+
+    def collecting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        gc.collect()
+        return graph.forward
+
+    def train(backend: Callable[..., object] | str) -> nn.Module:
+        model = SmallNet()
+        model.itself = [model]  # type: ignore[assignment]  # only a collection frees it
+        compiled, optimizer = torch.compile(model, backend=backend), SAM(model.parameters(), lr=0.1)
+        for x, y in batches(2):
+            reference_loop(model, compiled, optimizer, x, y)
+        return model
+
+    gc.collect()
+    gc.disable()
+    try:
+        train("eager")
+        assert torch_module._has_any_global_hook()
+        model = train(collecting)
+    finally:
+        gc.enable()
+    enable_running_stats(model)
+    assert not torch_module._has_any_global_hook()

@@ -304,3 +304,24 @@ def test_a_closure_that_begins_or_ends_a_step_is_an_error(ends_with: str) -> Non
     assert not loop.optimizer.perturbed
     if ends_with in ("first_step", "restore"):
         assert loop.off() == 0.0
+
+
+@pytest.mark.parametrize("mode", ["auto", "both", "second"])
+def test_gradients_that_were_estimated_in_inference_mode(flatten: bool, mode: str) -> None:
+    loop = Loop(flatten=flatten, closure=mode)
+
+    @torch.inference_mode()
+    def estimated() -> None:
+        for p in loop.model.parameters():
+            p.grad = p.clone()
+
+    for _ in range(2):
+        loop.optimizer.zero_grad()
+        if mode == "second":
+            estimated()
+        loop.optimizer.step(estimated)
+        for advance in (loop.plain.first_step, loop.plain.second_step):
+            for p in loop.twin.parameters():
+                p.grad = p.detach().clone()
+            advance()
+    assert loop.off() < CLOSE

@@ -110,6 +110,24 @@ def test_gradient_that_was_replaced_is_taken_over():
     assert in_one_buffer([p.grad for p in params])
 
 
+def test_a_gradient_whose_data_was_replaced_is_taken_over():
+    """As clipping by value through ``.data`` does: the gradient is the same object, with other memory."""
+    results = []
+    for flatten in (False, True):
+        params = make_params([50, 60, 7])
+        optimizer = SAM(params, lr=0.1, momentum=0.9, flatten=flatten)
+        found = []
+        for seed in range(3):
+            for step in (optimizer.first_step, optimizer.second_step):
+                for p, q in zip(params, make_params([50, 60, 7], seed=seed), strict=True):
+                    p.grad.copy_(q.grad)
+                    p.grad.data = p.grad.data.clamp(-0.005, 0.005)
+                step()
+                found += values(params)
+        results.append(found)
+    assert same_bits(*results)
+
+
 def test_model_zero_grad_between_the_steps_is_harmless():
     model = SmallNet()
     optimizer = SAM(model.parameters(), lr=0.05, flatten=True)

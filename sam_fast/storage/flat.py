@@ -160,17 +160,22 @@ class FlatBuffers:
 
     def _adopt(self, index: int, grad: Tensor) -> None:
         check_direction(grad, self.params[index], self.params[index])
-        self.grad_views[index].copy_(grad.detach())
+        self._place(index).copy_(grad.detach())
         self._attach(index)
 
     def _attach(self, index: int) -> None:
+        self.params[index].grad = self._place(index)
+        self.attached[index] = True
+
+    def _place(self, index: int) -> Tensor:
+        """The view of a parameter's slot of gradients: a new one where this very object was given other memory, as
+        ``model.to()`` and ``p.grad.data = ...`` do.
+        """
         view = self.grad_views[index]
-        # model.to() has given this very object other memory
         if self._grad_places[index] and view.data_ptr() != self._grad_places[index]:
             view = self.grads.as_strided(*dense_layout(self.weight_views[index]), self._slots[index])
             self.grad_views[index] = view
-        self.params[index].grad = view
-        self.attached[index] = True
+        return view
 
 
 class Flat(InPlace):
