@@ -60,27 +60,42 @@ def _keeps_statistics(module: nn.Module) -> bool:
 
 _ATTRIBUTES = frozenset(vars(nn.Module()))
 
-_SCALARS = frozenset({int, float, bool, str, type(None)})
-
 MOST_ASIDE = 100
 """Objects that are looked at to find what a module keeps aside. Longer containers are histories or data."""
+
+
+class _Kinds(dict[type, int]):
+    """By type: 1 for modules, 2 for containers, 0 for what leads to no module. Not by instance, since isinstance()
+    takes a weakref.proxy for what it stands for.
+    """
+
+    def __missing__(self, kind: type) -> int:
+        self[kind] = 1 if issubclass(kind, nn.Module) else 2 * issubclass(kind, list | tuple | set | dict)
+        return self[kind]
+
+
+_KIND = _Kinds()
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module, where its class may have some that matter here: PyTorch's have none."""
     if type(module).__module__.startswith("torch."):
         return {}
-    return {name: value for name, value in list(vars(module).items()) if name not in _ATTRIBUTES}
+    attributes = vars(module).copy()
+    return {name: attributes[name] for name in attributes if name not in _ATTRIBUTES}
 
 
-def _modules_in(values: list[Any]) -> Iterator[nn.Module]:
+def _modules_in(values: Iterable[Any]) -> list[nn.Module]:
     """Modules that are kept in lists and the like, or as plain attributes: to PyTorch they are no part of a module."""
-    for value in islice(values, MOST_ASIDE):  # which grows
-        kind = type(value)  # isinstance() takes a weakref.proxy for what it stands for
-        if issubclass(kind, nn.Module):
-            yield value
-        elif issubclass(kind, list | tuple | set | dict) and len(value) < MOST_ASIDE:
-            values += value.values() if issubclass(kind, dict) else value
+    found = []
+    pending = [value for value in values if _KIND[type(value)]]
+    for value in islice(pending, MOST_ASIDE):  # which grows
+        if _KIND[type(value)] == 1:
+            found.append(value)
+        elif len(value) < MOST_ASIDE:
+            inside = list(value.values() if isinstance(value, dict) else value)
+            pending += [item for item in inside if _KIND[type(item)]]
+    return found
 
 
 def as_models(models: Any, argument: str) -> list[nn.Module]:
@@ -175,8 +190,8 @@ def find_layers(
         own = _own_attributes(module)
         if _keeps_statistics(module) or module in extra or (own and any(map(STATISTIC.__getitem__, own))):
             found.append(module)
-        if own and (aside := [value for value in own.values() if type(value) not in _SCALARS]):
-            stack.extend(_modules_in(aside))
+        if own:
+            stack += _modules_in(own.values())
         if children := module._modules:
             stack.extend(child for child in children.values() if child is not None)
     return Layers(found, extra)
