@@ -69,7 +69,7 @@ MOST_ASIDE = 100
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module, where its class may have some that matter here: PyTorch's have none."""
-    if type(module).__module__.startswith("torch."):
+    if str(type(module).__module__).startswith("torch."):
         return {}
     return {name: value for name, value in list(vars(module).items()) if name not in _ATTRIBUTES}
 
