@@ -172,7 +172,8 @@ def closure_step(
             with uncounted, replayed:
                 second_loss = closure()
             _check_where_the_step_stands(step, active=True)
-            if first_pass_done and not begun and not are_new(optimizer._gradients()):
+            computed = begun or not first_pass_done or are_new(optimizer._gradients())
+            if not computed and all_zero(optimizer._gradients()):  # else they were written through .data
                 raise RuntimeError(NO_SECOND_GRADIENT)
     except BaseException:
         optimizer.restore()

@@ -79,7 +79,7 @@ _KIND = _Kinds()
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module, where its class may have some that matter here: PyTorch's have none."""
-    if type(module).__module__.startswith("torch."):
+    if str(type(module).__module__).startswith("torch."):
         return {}
     attributes = vars(module).copy()
     return {name: attributes[name] for name in attributes if name not in _ATTRIBUTES}

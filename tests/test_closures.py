@@ -306,6 +306,26 @@ def test_a_closure_that_begins_or_ends_a_step_is_an_error(ends_with: str) -> Non
         assert loop.off() == 0.0
 
 
+@pytest.mark.parametrize("write", [lambda p, g: p.grad.data.copy_(g), lambda p, g: setattr(p.grad, "data", g)])
+def test_a_closure_that_writes_its_gradients_through_data(flatten: bool, write: Any) -> None:
+    loop = Loop(flatten=flatten, closure="second")
+    params = list(loop.model.parameters())
+
+    def closure() -> None:
+        x, y = loop.data[0]
+        grads = torch.autograd.grad(mse_loss(loop.model(x), y), params)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            write(p, g)
+
+    for _ in range(3):
+        loop.optimizer.zero_grad()
+        loop.closure(0)()
+        loop.optimizer.step(closure)
+        loop.plain_step(0)
+    assert loop.off() < CLOSE
+
+
 @pytest.mark.parametrize("mode", ["auto", "both", "second"])
 def test_gradients_that_were_estimated_in_inference_mode(flatten: bool, mode: str) -> None:
     loop = Loop(flatten=flatten, closure=mode)
