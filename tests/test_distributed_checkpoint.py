@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_fast import SAM
+from sam_fast import SAM, Schedule
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, SGD),
@@ -88,6 +88,29 @@ def test_saved_by_four_and_resumed_by_four_two_and_one(four, two, tmp_path, kind
         assert same_bits(one, other)
     for found in [*two.run(resumed, folder, "fsdp", base), resumed(folder, "plain", base)]:
         torch.testing.assert_close(found, finished[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("to_sam", [True, False])
+def test_checkpoints_move_between_plain_optimizers_and_sam(tmp_path, to_sam):
+    model, other = network(), network()
+    plain = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ((x, y),) = batches(1)
+    mse_loss(model(x), y).backward()
+    plain.step()
+    saved: Any = plain if to_sam else SAM(plain, rho=RHO, schedule=Schedule(every=2))
+    checkpoint.save(state_of(model, saved), checkpoint_id=str(tmp_path), no_dist=True)
+    options: dict[str, Any] = {"rho": 0.5, "schedule": Schedule(every=3)} if to_sam else {}
+    loaded: Any = torch.optim.AdamW(other.parameters(), lr=0.5)
+    loaded = SAM(loaded, **options) if to_sam else loaded
+    state = state_of(other, loaded)
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=to_sam)
+    checkpoint.load(state, checkpoint_id=str(tmp_path), no_dist=True, planner=planner)
+    set_state_dict(other, loaded, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert same_bits(weights(other), weights(model))
+    for p, q in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(loaded.state[p]["exp_avg"], plain.state[q]["exp_avg"])
+    (group,) = loaded.param_groups
+    assert (group["lr"], group.get("rho"), group.get("sam_step")) == (0.01, *((0.5, 0) if to_sam else (None, None)))
 
 
 # ---- Killed ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ def measured_by_ddp() -> list[Any]:
     mine = [my_share(batch) for batch in batches(4)]
     mine = mine[: 4 - distributed.get_rank()]  # a batch less
     along, steps = random_direction(model), [0.0, 0.5]
+    with pytest.raises(ImportError, match="needs tqdm"), mock.patch.dict("sys.modules", tqdm=None):
+        rho_sharpness(model, mean_loss, mine, rho=0.1, progress=True)
     with pytest.raises(ValueError, match="model has a DistributedDataParallel inside"):
         rho_sharpness(nn.Sequential(model), mean_loss, mine, rho=0.1)
     return [

@@ -216,14 +216,15 @@ class Measurement:
     @contextmanager
     def progress(self, wanted: bool, what: str, total: int | None) -> Iterator[Callable[[], Any]]:
         """A progress bar, in one of the processes, and what moves it on by one."""
+        if wanted:  # in all processes: if one alone raised, the others would wait for it
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                raise ImportError("progress=True needs tqdm: pip install tqdm") from None
         first = (self._replicas is None and self.mesh is None) or distributed.get_rank() == 0
         if not (wanted and first):
             yield lambda: None
             return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
         with tqdm(desc=what, total=total) as bar:
             yield bar.update
 
