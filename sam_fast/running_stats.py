@@ -13,12 +13,13 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from .backends.memory import is_plain
+
 Models = nn.Module | Sequence[nn.Module]
 """A module, or a list or tuple of modules."""
 
 ExtraBuffers = str | Iterable[str] | Callable[[str, Tensor], bool]
-"""Names what else is to be treated as running statistics, among all buffers, frozen parameters and tensors that are
-plain attributes of modules.
+"""Names what else is to be treated as running statistics, among all buffers and frozen parameters.
 
 Either one or more patterns (``*``, ``?`` and ``[...]`` are wildcards), which must fit a qualified name, as in
 ``named_buffers()``, or what follows one of its dots: ``"weight_u"`` is every buffer of that name, ``"*.observer.*"``
@@ -226,7 +227,7 @@ def _find_extra(
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for owned in (buffers_of(module), FrozenParameters(module), PlainTensors(module)):
+    for owned in (buffers_of(module), FrozenParameters(module)):
         for name in owned:
             tensor = owned.get(name)
             if tensor is not None:
@@ -272,21 +273,20 @@ class FrozenParameters(_ByName):
 
 
 class PlainTensors:
-    """The tensors that are plain attributes of a module, with the same interface. Norms that are written by hand often
-    keep statistics as such.
-    """
+    """The statistics that are plain attributes of a module, with the same interface, as norms written by hand have."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
 
     def __iter__(self) -> Iterator[str]:
         module = self._module()
-        return iter([] if module is None else [name for name in _own_attributes(module) if self.get(name) is not None])
+        names = () if module is None else _own_attributes(module)
+        return iter([name for name in names if STATISTIC[name] and self.get(name) is not None])
 
     def get(self, name: str) -> Tensor | None:
         module = self._module()
         value = None if module is None else vars(module).get(name)
-        return value if isinstance(value, Tensor) else None
+        return value if isinstance(value, Tensor) and is_plain(value) else None
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         vars(self._module())[name] = value
@@ -298,7 +298,7 @@ def owners_of(module: nn.Module, extra: frozenset[str]) -> list[Any]:
     # a scripted module's dict cannot be iterated itself
     if any(STATISTIC[name] or name in extra for name in module._parameters.keys()):  # noqa: SIM118
         owners.append(FrozenParameters(module))
-    if any(STATISTIC[name] or name in extra for name in _own_attributes(module)):
+    if any(STATISTIC[name] for name in _own_attributes(module)):
         owners.append(PlainTensors(module))
     return owners
 
