@@ -56,7 +56,7 @@ class SAMTrainerMixin:
 
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[: cls.__mro__.index(SAMTrainerMixin)]
-        if any(issubclass(base, Trainer) and not issubclass(base, SAMTrainerMixin) for base in before):
+        if Trainer in before:
             raise TypeError(
                 f"{cls.__name__} would train without SAM: SAMTrainerMixin goes first, class {cls.__name__}("
                 "SAMTrainerMixin, Trainer)"
@@ -122,18 +122,20 @@ class SAMTrainerMixin:
         window, sam = self._sam_window, self._sam_window.sam
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step
-        prepare, kept = self._prepare_inputs, {}
+        prepare = self._prepare_inputs
+        kept: dict[str, list[Any]] = {}
 
         def prepare_and_keep(inputs: Any) -> Any:
             prepared = prepare(inputs)
-            kept["prepared"] = with_own_containers(prepared)
+            kept.setdefault("prepared", []).append(with_own_containers(prepared))
             return prepared
 
-        def again(*args: Any, prepared: Any = None) -> Tensor:
+        def again(*args: Any, prepared: Any = ()) -> Tensor:
             """What was prepared serves both passes: trainers that generate text generate it once, and what is done to
             inputs on the way is not done to the same ones again.
             """
-            with _with_attributes(self, _prepare_inputs=lambda inputs: copy.copy(prepared)):
+            left = list(prepared)
+            with _with_attributes(self, _prepare_inputs=lambda inputs: left.pop(0) if left else prepare(inputs)):
                 loss: Tensor = step(*args)
             return loss
 
@@ -156,7 +158,7 @@ class SAMTrainerMixin:
         """Inside, nothing is logged, what the Trainer counts does not change, and optimizers that are told in which
         mode they are, such as schedule-free ones, are not told again while the weights are perturbed.
         """
-        counted = {name: copy.deepcopy(value) for name, value in vars(self).items() if name in COLLECTED}
+        counted = {name: _copied(value) for name, value in vars(self).items() if name in COLLECTED}
         try:
             with _with_attributes(self, log=lambda *args, **kwargs: None), _with_attributes(self.optimizer, train=None):
                 yield
@@ -168,6 +170,17 @@ class SAMTrainerMixin:
         if "loss" in logs:
             logs.update({name: float(value) for name, value in self._sam_values.items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _copied(value: Any) -> Any:
+    """Dictionaries and lists of numbers and tensors, these without their graphs, which deepcopy refuses."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        made = copy.copy(value)
+        made.update((key, _copied(item)) for key, item in value.items())
+        return made
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager

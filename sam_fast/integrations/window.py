@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
@@ -113,16 +114,21 @@ class Window:
         return sum(firsts), sum(losses)  # type: ignore[arg-type,return-value]
 
 
+def _is_number(value: Any) -> bool:
+    """Also numpy's. A flag, or what was None, says that something was made, which is not to be made again."""
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
 def _numbers_of(owner: Any) -> dict[str, Any]:
-    """The attributes that are numbers, or None, which may become one."""
-    return {name: value for name, value in vars(owner).items() if type(value) in (int, float, type(None))}
+    """The attributes that are numbers."""
+    return {name: value for name, value in vars(owner).items() if _is_number(value)}
 
 
 def _put_back(owner: Any, numbers: dict[str, Any]) -> None:
-    """Let the attributes that are numbers be what they were. What was made once, where there was None, stays."""
+    """Let the attributes that are numbers be what they were."""
     own = vars(owner)
-    for name in [name for name, value in own.items() if type(value) in (int, float)]:
+    for name in _numbers_of(owner):
         if name in numbers:
             own[name] = numbers[name]
-        elif hasattr(type(owner), name):  # the class has what it began with
+        elif _is_number(getattr(type(owner), name, None)):  # the class has what it began with
             del own[name]

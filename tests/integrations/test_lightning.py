@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import oracle
 import pytest
 import torch
@@ -101,22 +102,24 @@ def test_a_metric_that_counts_its_values_counts_them_once():
 
 def test_numbers_of_the_module_are_the_same_in_both_passes_and_count_once():
     class Anneals(Module):
-        weight, last = 0.5, None
+        weight = numpy.float64(0.5)
 
         def __init__(self) -> None:
             super().__init__()
-            self.uses, self.kept = 0, None
+            self.uses, self.kept, self.begun = 0, None, None
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.uses += 1
             self.weight = self.weight + 0.25  # which is the class's at first
-            self.last = self.uses if self.last is None else self.last + 1
+            if self.begun is None:  # what is made once is not made again at w + e
+                self.begun, self.copied = self.uses, self.net[0].weight.detach().clone()
             self.kept = [self.uses] if self.kept is None else self.kept
-            return self.weight * self.last * super().training_step(batch, batch_idx)
+            return self.weight * self.uses * super().training_step(batch, batch_idx)
 
     module = Anneals()
     fit(module, max_epochs=1, accumulate_grad_batches=2)
-    assert (module.uses, module.weight, module.last, module.kept) == (7, 2.25, 7, [1])
+    assert (module.uses, module.weight, module.begun, module.kept) == (7, 2.25, 1, [1])
+    assert module.copied.equal(small_net()[0].weight)
     made = batches()
     model, factors = small_net(), {id(batch): (0.75 + number / 4) * (number + 1) for number, batch in enumerate(made)}
     sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9)

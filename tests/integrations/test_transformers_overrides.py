@@ -65,6 +65,29 @@ def test_a_training_step_of_ones_own(tmp_path: Path):
     assert furthest(model, plain) < CLOSE
 
 
+def test_inputs_that_are_prepared_in_parts(tmp_path: Path):
+    """Each part is in the second pass what it was in the first."""
+
+    class Parts(transformers.Trainer):
+        _get_train_sampler = SAMTrainer._get_train_sampler
+
+        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+            model.train()
+            parts = [{name: rows[part] for name, rows in inputs.items()} for part in (slice(1), slice(1, None))]
+            losses = [sum_of_losses(model, self._prepare_inputs(part)) for part in parts if len(part["labels"])]
+            loss = sum(losses) / num_items_in_batch
+            loss.backward()
+            return loss.detach()
+
+    class WithSAM(SAMTrainerMixin, Parts):
+        pass
+
+    model, plain = language_model(), language_model()
+    train(tmp_path, model, cls=WithSAM, gradient_accumulation_steps=2)
+    plain_run(plain, 2)
+    assert furthest(model, plain) < CLOSE
+
+
 def test_inputs_that_are_drawn_are_drawn_once(tmp_path: Path):
     """Also by a class that is derived from one with the mixin."""
     drawn = []
