@@ -194,17 +194,6 @@ class MakesStateEarly(torch.optim.RMSprop):
             self.state[p] = {"step": torch.tensor(0.0), "square_avg": torch.full_like(p, 2.0)}
 
 
-def test_state_that_the_base_optimizer_makes_of_a_new_group_is_its_own():
-    params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
-    optimizer, plain = SAM(params[:1], MakesStateEarly, lr=0.01), PlainSAM(twin[:1], MakesStateEarly, lr=0.01)
-    optimizer.add_param_group({"params": params[1:]})
-    plain.base.add_param_group({"params": twin[1:]})
-    for step in range(3):
-        two_passes(optimizer, params, step)
-        two_passes(plain, twin, step)
-    assert furthest(params, twin) < 1e-9
-
-
 class FindsItsRate(torch.optim.Optimizer):
     """Has no learning rate, as Adafactor with relative_step=True."""
 
@@ -339,15 +328,17 @@ def test_the_state_of_an_optimizer_of_somebodys_own_is_its_own(base, when):
     assert furthest(params, twin) < CLOSE
 
 
-def test_a_group_whose_state_is_a_tensor_from_the_beginning():
-    class Early(KeepsATensor):
-        def add_param_group(self, param_group: dict[str, Any]) -> None:
-            super().add_param_group(param_group)
-            for p in self.param_groups[-1]["params"]:
-                self.buffer(p)
+class KeepsATensorEarly(KeepsATensor):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self.buffer(p)
 
+
+@pytest.mark.parametrize("base", [MakesStateEarly, KeepsATensorEarly])
+def test_state_that_the_base_optimizer_makes_of_a_new_group_is_its_own(base: Any):
     params, twin = make_params([5, 9], torch.float64), make_params([5, 9], torch.float64)
-    optimizer, plain = SAM(params[:1], Early, lr=0.01), PlainSAM(twin[:1], Early, lr=0.01)
+    optimizer, plain = SAM(params[:1], base, lr=0.01), PlainSAM(twin[:1], base, lr=0.01)
     optimizer.add_param_group({"params": params[1:]})
     plain.base.add_param_group({"params": twin[1:]})
     for step in range(3):

@@ -39,9 +39,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
     ``configure_optimizers`` returns a SAM. Batches that are accumulated are kept for the second pass, which runs
     ``training_step`` on the same ones at ``w + e`` before the step: without logging, without hooks, and without that
     metrics and numbers (attributes of the module) or BatchNorm statistics notice. Gradients are clipped as Lightning
-    clips them:
-    the second ones. ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with the second
-    gradient.
+    clips them: the second ones. ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with
+    the second gradient.
 
     Logs ``sam/grad_norm``, and ``sam/sharpness`` (loss at ``w + e`` minus loss at w, this process's) where ``ascent``
     is 1: the last step's that perturbed, every ``log_every_n_steps`` steps.

@@ -44,42 +44,24 @@ def test_what_training_step_does_to_its_inputs_is_done_once(tmp_path: Path):
     assert furthest(model, plain) < CLOSE
 
 
-def test_a_training_step_of_ones_own(tmp_path: Path):
-    """It prepares nothing."""
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_training_step_of_ones_own(tmp_path: Path, in_parts: bool):
+    """It prepares nothing, or the parts of its inputs, each of which is in the second pass what it was in the first."""
 
     class Own(transformers.Trainer):
         _get_train_sampler = SAMTrainer._get_train_sampler
 
         def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
             model.train()
-            loss = sum_of_losses(model, inputs) / num_items_in_batch
+            parts = [inputs]
+            if in_parts:
+                halves = [{k: rows[part] for k, rows in inputs.items()} for part in (slice(1), slice(1, None))]
+                parts = [self._prepare_inputs(half) for half in halves if len(half["labels"])]
+            loss = sum(sum_of_losses(model, part) for part in parts) / num_items_in_batch
             loss.backward()
             return loss.detach()
 
     class WithSAM(SAMTrainerMixin, Own):
-        pass
-
-    model, plain = language_model(), language_model()
-    train(tmp_path, model, cls=WithSAM, gradient_accumulation_steps=2)
-    plain_run(plain, 2)
-    assert furthest(model, plain) < CLOSE
-
-
-def test_inputs_that_are_prepared_in_parts(tmp_path: Path):
-    """Each part is in the second pass what it was in the first."""
-
-    class Parts(transformers.Trainer):
-        _get_train_sampler = SAMTrainer._get_train_sampler
-
-        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-            model.train()
-            parts = [{name: rows[part] for name, rows in inputs.items()} for part in (slice(1), slice(1, None))]
-            losses = [sum_of_losses(model, self._prepare_inputs(part)) for part in parts if len(part["labels"])]
-            loss = sum(losses) / num_items_in_batch
-            loss.backward()
-            return loss.detach()
-
-    class WithSAM(SAMTrainerMixin, Parts):
         pass
 
     model, plain = language_model(), language_model()
