@@ -21,7 +21,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c $(VENV)/constraints.
 comma = ,
 SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: all test test-integrations nightly test-oldest test-next-oldest versions test-main test-cuda test-triton gpu-check data demo bench bench-again bench-report quality quality-report wheel docs lint sanitize sanitize-cpu sanitize-cuda clean
+.PHONY: all test test-integrations nightly test-oldest test-next-oldest test-newest versions test-main test-cuda test-triton gpu-check data demo bench bench-again bench-report quality quality-report wheel docs lint sanitize sanitize-cpu sanitize-cuda clean
 
 all: test
 
@@ -48,19 +48,22 @@ test: $(VENV)/installed
 	$(MAKE) --no-print-directory test-triton
 
 # What takes minutes and seldom breaks: mistakes planted in the CUDA kernels, builds without a compiler, the wheel,
-# frameworks, older PyTorch.
+# frameworks, older and newer PyTorch.
 nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
-	$(MAKE) --no-print-directory -k wheel test-integrations test-oldest test-next-oldest
+	$(MAKE) --no-print-directory -k wheel test-integrations test-oldest test-next-oldest test-newest
 
-# With the oldest PyTorch that pyproject.toml allows, and with the next: all tests but those of the emulated CUDA kernels,
-# which know nothing of PyTorch. pip takes the builds that its indexes offer. PyPI's are for CUDA: 3 GB to download, 7 GB on
-# disk, and only their CPU half is used. Where an index has CPU builds (PIP_EXTRA_INDEX_URL) pip prefers those. Triton 3.6
-# is the one of both; its interpreter does not work with numpy 2.4. PyTorch 2.11 wants setuptools before 82.
-test-oldest: TORCH = 2.10.0
-test-next-oldest: TORCH = 2.11.0
-OTHER = $(MAKE) --no-print-directory -k VENV=.venv-torch-$(TORCH) PINS="torch==$(TORCH) triton==3.6.0 numpy==2.3.5 setuptools==81.0.0"
-test-oldest test-next-oldest:
+# With the oldest PyTorch that pyproject.toml allows, with the next, and with the newest: all tests but those of the emulated
+# CUDA kernels, which know nothing of PyTorch. pip takes the builds that its indexes offer. PyPI's are for CUDA: 3 GB to
+# download, 7 GB on disk, and only their CPU half is used. Where an index has CPU builds (PIP_EXTRA_INDEX_URL) pip prefers
+# those. Triton 3.6 is the one of the two old ones; its interpreter does not work with numpy 2.4. PyTorch 2.11 wants
+# setuptools before 82.
+OLD = triton==3.6.0 numpy==2.3.5 setuptools==81.0.0
+test-oldest: OTHER_PINS = torch==2.10.0 $(OLD)
+test-next-oldest: OTHER_PINS = torch==2.11.0 $(OLD)
+test-newest: OTHER_PINS = torch==2.15.0 triton==3.9.0
+OTHER = $(MAKE) --no-print-directory -k VENV=.venv-$(subst ==,-,$(firstword $(OTHER_PINS))) PINS="$(OTHER_PINS)"
+test-oldest test-next-oldest test-newest:
 	$(OTHER) test-main test-triton; status=$$?; $(OTHER) versions && exit $$status
 
 versions: $(VENV)/installed

@@ -112,6 +112,13 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
         raise TypeError(
             "params must be an iterable of tensors, named tensors or parameter groups, got a tensor: wrap it in a list"
         )
+    if isinstance(params, set):
+        warnings.warn(
+            "optimizer parameters need to be organized in ordered collections: that of a set changes from run to run, "
+            "and with it whose the state in a checkpoint is. Give a list",
+            FutureWarning,  # as torch since 2.15
+            stacklevel=3,
+        )
     entries = list(params)
     if not entries:
         raise ValueError("params is empty: SAM got no parameters to optimize")

@@ -122,6 +122,11 @@ def test_a_groups_parameters_may_be_a_tensor_or_any_iterable(how: str, flatten: 
     assert not same_bits(values([p]), before)
 
 
+def test_a_set_of_parameters_has_an_order_of_its_own_in_each_run() -> None:
+    with pytest.warns(FutureWarning, match="Give a list"):  # torch's own warning since 2.15
+        SAM(set(make_params([3, 4])), lr=0.1)
+
+
 def test_a_group_without_parameters_takes_no_part(backend: str, flatten: bool) -> None:
     params = make_params([3])
     optimizer = SAM([{"params": []}, {"params": params}], lr=0.1, backend=backend, flatten=flatten)

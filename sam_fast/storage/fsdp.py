@@ -91,7 +91,8 @@ def _drop_gathered(groups: Sequence[Any]) -> None:
         group.reshard()
         group._partial_reduce_output = None
         for param in group.fsdp_params:
-            param.unsharded_accumulated_grad = None
+            if "unsharded_accumulated_grad" in vars(param):  # PyTorch 2.15 keeps these in the parameter as well
+                param.unsharded_accumulated_grad = None
             if hasattr(param, "_unsharded_param"):
                 param._unsharded_param.grad = None
 
