@@ -13,7 +13,7 @@ from torch import nn
 from sam_fast import SAM, backends
 
 BAD_NUMBERS = [-0.1, float("nan"), float("inf")]
-NOT_NUMBERS = [None, "0.1", 1j]
+NOT_NUMBERS = [None, "0.1", 1j, True, 10**400]
 
 
 @pytest.mark.parametrize("option", ["rho", "eta", "perturb_eps"])
@@ -62,6 +62,12 @@ def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> N
 def test_other_kinds_of_true_are_true(true: Any) -> None:
     p = make_params([3])[0]
     assert SAM([p], lr=0.1, adaptive=true, flatten=true).param_groups[0]["adaptive"] == 1
+
+
+def test_a_model_in_the_place_of_its_parameters_is_an_error() -> None:
+    for model in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))):
+        with pytest.raises(TypeError, match=r"params must be parameters, got a model, .*: pass model\.parameters\(\)"):
+            SAM(model, lr=0.1)
 
 
 def test_a_learning_rate_in_the_place_of_adaptive_is_an_error() -> None:

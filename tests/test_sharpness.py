@@ -237,6 +237,17 @@ def test_hessian_of_a_network(net: Net, data: Any, training: bool) -> None:
     assert abs(found.value - float(whole.trace())) < 4 * found.standard_error
 
 
+def test_a_loader_that_cannot_say_how_long_it_is(net: Net, data: Any) -> None:
+    class Loader:
+        def __iter__(self) -> Any:
+            return iter(data)
+
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    assert rho_sharpness(net, loss_of, Loader(), rho=0.1).batches == 3
+
+
 def test_every_step_of_a_line_draws_the_same_masks(net: Net, data: Any) -> None:
     line = loss_along(net, loss_of, data, random_direction(net), [0.0, 0.5, 0.0])
     assert line.losses[0] == line.losses[2] != line.losses[1]

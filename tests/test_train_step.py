@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -239,6 +239,10 @@ def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
         TrainStep(model, SAM(model.parameters()), loss_of, **options)
     with pytest.raises(TypeError, match=r"^optimizer must be a sam_fast\.SAM .* got SGD: SAM\(optimizer\) makes one"):
         TrainStep(model, torch.optim.SGD(model.parameters()), loss_of)
+    with pytest.raises(ValueError, match=r"loss_fn must return one number, a mean, got shape \(12,\)"):
+        TrainStep(model, SAM(model.parameters()), lambda m, x, y: cross_entropy(m(x), y, reduction="none"))(
+            *batches()[0]
+        )
     with pytest.raises(TypeError, match="tuple"):
         TrainStep(model, SAM(model.parameters()), lambda m, x, y: (loss_of(m, x, y), x))(*batches()[0])
 
@@ -250,6 +254,9 @@ def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
         ("ascent", "0.5"),
         ("autocast", "bf16"),
         ("autocast", True),
+        ("autocast", contextmanager(lambda: iter([None]))()),
+        ("micro_batches", True),
+        ("clip_grad_norm", True),
         ("scaler", 1024.0),
         ("backward", True),
         ("replay_rng", "no"),

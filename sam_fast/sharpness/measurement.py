@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..backends import forced
 from ..batches import number_of_rows, with_own_containers
 from ..batchnorm import frozen_running_stats
-from ..options import check_at_least_zero
+from ..options import check_count, check_flag, check_loss_fn
 from ..perturbation import Perturbation
 from ..random_state import RandomState
 from ..storage import is_dtensor, sharded
@@ -57,8 +57,7 @@ class Measurement:
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("sharpness needs gradients: measure outside torch.inference_mode()")
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be called as loss_fn(model, *batch), got {type(loss_fn).__name__}")
+        check_loss_fn(loss_fn)
         if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
             raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: use [(x, y)]")
         self.params_by_name = trainable(model)
@@ -83,7 +82,10 @@ class Measurement:
     @property
     def count(self) -> int | None:
         """How many batches there are, where that is known."""
-        return length_hint(self.batches) or None
+        try:
+            return length_hint(self.batches) or None
+        except Exception:  # a loader that cannot say it may raise anything; the progress bar alone asks
+            return None
 
     def each_batch(self) -> Iterator[tuple[tuple[Any, ...], int]]:
         """Every batch as arguments of ``loss_fn``, with its number of rows."""
@@ -216,6 +218,7 @@ class Measurement:
     @contextmanager
     def progress(self, wanted: bool, what: str, total: int | None) -> Iterator[Callable[[], Any]]:
         """A progress bar, in one of the processes, and what moves it on by one."""
+        check_flag("progress", wanted)
         if wanted:  # in all processes: if one alone raised, the others would wait for it
             try:
                 from tqdm import tqdm
@@ -274,6 +277,7 @@ def generators_of(batches: Any) -> list[torch.Generator]:
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator:
     """Random numbers that are not those with which ``torch.manual_seed(seed)`` has initialized the model."""
+    check_count("seed", seed, at_least=0)
     return torch.Generator(device).manual_seed(_STREAM + seed)
 
 
@@ -294,16 +298,3 @@ def not_empty(count: Tensor | float) -> float:
     if not count:
         raise ValueError("batches is empty")
     return float(count)
-
-
-def check_above_zero(name: str, value: Any) -> None:
-    """Raise ValueError if ``value`` is not a finite number above 0."""
-    check_at_least_zero(name, value)
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
-
-
-def check_count(name: str, value: Any, at_least: int = 1) -> None:
-    """Raise ValueError if ``value`` is not an int of at least ``at_least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}")
