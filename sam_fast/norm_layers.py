@@ -30,8 +30,8 @@ def is_norm_layer(module: nn.Module) -> bool:
 
 
 def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
-    """Two parameter groups of a model for :class:`sam_fast.SAM`: weights of normalization layers, which are perturbed,
-    and all others, if any, which are not (``perturb=False``) and need no backup.
+    """Two parameter groups of a model for :class:`sam_fast.SAM`: the parameters of normalization layers, which are
+    perturbed, and all others, if any, which are not (``perturb=False``) and need no backup.
 
     Inside ``first_pass(model)`` the others get no gradient. The paper takes about five times SAM's rho.
 

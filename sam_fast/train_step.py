@@ -94,7 +94,6 @@ class TrainStep:
         extra_buffers: ExtraBuffers = (),
     ) -> None:
         check_kinds(model, loss_fn, autocast, scaler, backward)
-        check_flag("replay_rng", replay_rng)
         check_flag("sync", sync)
         self.every = stride_of(ascent, replay_rng)
         by_accelerate = type(optimizer).__name__ == "AcceleratedOptimizer" or hasattr(
@@ -290,8 +289,9 @@ def stride_of(ascent: float, replay_rng: bool) -> int:
     """The first pass sees every so many-th row.
 
     Raises:
-        ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``.
+        ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``; or that is neither True nor False.
     """
+    check_flag("replay_rng", replay_rng)
     if not isinstance(ascent, Real) or not 0.0 < ascent <= 1.0:
         raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
     every = round(1 / ascent)
