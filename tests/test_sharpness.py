@@ -248,6 +248,11 @@ def test_a_loader_that_cannot_say_how_long_it_is(net: Net, data: Any) -> None:
     assert rho_sharpness(net, loss_of, Loader(), rho=0.1).batches == 3
 
 
+def test_one_batch_has_no_standard_error(net: Net, data: Any) -> None:
+    found = rho_sharpness(net, loss_of, data[:1], rho=0.1)
+    assert (found.batches, found.standard_error != found.standard_error) == (1, True)
+
+
 def test_every_step_of_a_line_draws_the_same_masks(net: Net, data: Any) -> None:
     line = loss_along(net, loss_of, data, random_direction(net), [0.0, 0.5, 0.0])
     assert line.losses[0] == line.losses[2] != line.losses[1]
@@ -297,6 +302,14 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     assert same_bits(before, values(everything))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert pythons_and_numpys() == others
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_default_device_says_nothing(measure: str, net: Net, data: Any) -> None:
+    """The meta device stands for a GPU, with which no tensor on the host can be mixed either."""
+    expected = MEASURES[measure](net, loss_of, data)
+    with torch.device("meta"):
+        assert MEASURES[measure](net, loss_of, data) == expected
 
 
 @pytest.mark.parametrize("measure", MEASURES)

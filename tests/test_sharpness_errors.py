@@ -24,6 +24,15 @@ def kink(model: Any, x: Tensor) -> Tensor:
     return (model.vector - model.vector.detach()).abs().pow(1.5).sum()
 
 
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 1, sparse=True)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.table(x.long() % 3).square().mean()
+
+
 ALONG = {"vector": torch.ones(3)}
 BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "rho": (lambda q: sharp(q, rho=0.0), ValueError, "rho must be above 0"),
@@ -54,6 +63,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "iterations": (lambda q: hessian_eigenvalue(q, loss_of, ROWS, max_iterations=0), ValueError, "max_iterations"),
     "iterator": (lambda q: hessian_eigenvalue(q, loss_of, iter(ROWS)), ValueError, "batches is an iterator"),
     "no eigenvalue": (lambda q: hessian_eigenvalue(q, loss_of, []), ValueError, "batches is empty"),
+    "sparse": (lambda q: sharp(Sparse(), Sparse.loss), RuntimeError, "parameter 'table.weight' has a sparse gradient"),
     "complex": (lambda q: hessian_trace(nn.Linear(1, 1, dtype=torch.cfloat), loss_of, ROWS), ValueError, "complex"),
     "samples": (lambda q: hessian_trace(q, loss_of, ROWS, samples=1), ValueError, "samples must be an int of at least"),
     "curvature": (lambda q: hessian_trace(q, kink, ROWS), ValueError, "Hessian .* is not finite"),

@@ -114,7 +114,7 @@ def _ascend(measured: Measurement, batch: Any, rho: float, adaptive: bool, eta: 
 
 
 def _summary(measured: Measurement, found: list[list[float]]) -> Sharpness:
-    table = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
+    table = torch.tensor(found, dtype=torch.float64, device="cpu").reshape(-1, 3)
     if measured.mesh is not None and found:  # each row is the mean over what the processes had of one batch
         table = measured.add_over_mesh(torch.cat([table[:, :1], table[:, :1] * table[:, 1:]], dim=1))
         table[:, 1:] /= table[:, :1]

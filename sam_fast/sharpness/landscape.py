@@ -75,7 +75,7 @@ def random_direction(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """
     draws = generator("cpu", seed)
     drawn = {
-        name: torch.randn(p.shape, generator=draws, dtype=torch.cfloat if p.is_complex() else None)
+        name: torch.randn(p.shape, generator=draws, dtype=torch.cfloat if p.is_complex() else None, device="cpu")
         for name, p in trainable(model).items()
     }
     return filter_normalized(model, drawn)

@@ -165,11 +165,12 @@ class Measurement:
         Raises:
             ValueError: the direction's norm is not finite.
         """
-        group = {"params": self.params, "rho": abs(rho), "adaptive": adaptive, "eta": eta, "perturb": True}
+        group = {"params": self.params, "param_names": list(self.params_by_name), "rho": abs(rho), "perturb": True}
+        group |= {"adaptive": adaptive, "eta": eta, "maximize": rho < 0.0}
         self._perturbation.eps = eps
         try:
             self.put_gradients(direction)
-            self._perturbation.perturb([{**group, "maximize": rho < 0.0}])
+            self._perturbation.perturb([group])
             if not math.isfinite(self._perturbation.norm.value):  # the kernels have moved nothing
                 raise ValueError(
                     "the direction to move in is not finite: loss_fn's gradient at w, or a step times a direction, has "
