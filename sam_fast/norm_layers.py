@@ -15,7 +15,7 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
 )
 """The classes of normalization layers, and of what is derived from them."""
 
-NAMES = ("batchnorm", "groupnorm", "layernorm", "rmsnorm")
+NAMES = ("batchnorm", "instancenorm", "groupnorm", "layernorm", "rmsnorm")
 """A class whose name contains one of these in any case, as LlamaRMSNorm, T5LayerNorm or RmsNorm does, is one too."""
 
 

@@ -24,6 +24,10 @@ class RmsNorm(LlamaRMSNorm):
     """As timm spells it."""
 
 
+class InstanceNorm(LlamaRMSNorm):
+    """As in many a repository."""
+
+
 def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 6),
@@ -33,13 +37,14 @@ def network() -> nn.Sequential:
         LlamaRMSNorm(6),
         nn.GroupNorm(2, 6),
         RmsNorm(6),
+        InstanceNorm(6),
     )
 
 
 def test_groups_by_class_and_by_name() -> None:
     model = network()
     norms, others = norm_layers_only(model, rho=0.25, lr=0.1)
-    assert {id(p) for p in norms["params"]} == {id(p) for i in (1, 3, 4, 5, 6) for p in model[i].parameters()}
+    assert {id(p) for p in norms["params"]} == {id(p) for i in (1, 3, 4, 5, 6, 7) for p in model[i].parameters()}
     assert {id(p) for p in others["params"]} == {id(p) for i in (0, 2) for p in model[i].parameters()}
     assert norms["rho"] == others["rho"] == 0.25
     assert others["perturb"] is False
@@ -102,7 +107,7 @@ def test_a_step_equals_plain_pytorch_and_backs_up_norm_layers_only(
     expected.load_state_dict(model.state_dict())
     optimizer = SAM(norm_layers_only(model, rho=0.5), base, backend=backend, flatten=flatten, lr=0.01)
     plain = base(expected.parameters(), lr=0.01)
-    perturbed = [p for i in (1, 3, 4, 5, 6) for p in expected[i].parameters()]
+    perturbed = [p for i in (1, 3, 4, 5, 6, 7) for p in expected[i].parameters()]
     for _ in range(5):
         x = torch.randn(8, 4, dtype=torch.float64)
         with optimizer.first_pass(model):

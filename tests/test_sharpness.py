@@ -164,16 +164,16 @@ def test_a_linear_loss_has_no_curvature() -> None:
 
 def test_line_and_plane_of_a_quadratic() -> None:
     model = Quadratic(EIGENVALUES)
-    first, second = random_direction(model, 0), {"vector": torch.ones(3), "matrix": torch.zeros(2, 2)}
+    first, second = random_direction(model, 0), {"vector": torch.ones(3), "matrix": torch.full((2, 2), 0.5)}
     assert set(first) == {"matrix"}  # no biases
-    flat = [torch.cat([first["matrix"].flatten(), torch.zeros(3)]), torch.cat([torch.zeros(4), torch.ones(3)])]
+    flat = [torch.cat([d["matrix"].flatten(), d.get("vector", torch.zeros(3))]) for d in (first, second)]
     w, steps, others = model.w().detach(), [-1.5, 0.0, 0.25], [0.0, 3.0]
-    line = loss_along(model, loss_of, iter(ROWS), first, steps)
+    line = loss_along(model, loss_of, (rows for rows in ROWS), first, steps)
     assert line.steps == tuple(steps)
-    assert line.losses == pytest.approx([float(model.at(w + a * flat[0])) for a in steps], rel=1e-9)  # perturb_eps
+    assert line.losses == pytest.approx([float(model.at(w + a * flat[0])) for a in steps], rel=1e-12)
     plane = landscape(model, loss_of, ROWS, first, second, steps, others)
     for a, row in zip(plane.steps, plane.losses, strict=True):
-        assert row == pytest.approx([float(model.at(w + a * flat[0] + b * flat[1])) for b in others], rel=1e-9)
+        assert row == pytest.approx([float(model.at(w + a * flat[0] + b * flat[1])) for b in others], rel=1e-12)
 
 
 def test_each_filter_has_the_norm_of_the_models_own() -> None:
