@@ -206,7 +206,8 @@ class TrainStep:
                     if end - begin < rows:
                         loss = loss * ((end - begin) / rows)
                 self._backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
+            found = loss.detach().reshape(())
+            total = found if total is None else total + found
         assert total is not None
         return total
 

@@ -243,6 +243,8 @@ def test_bad_arguments_are_refused(options: dict[str, Any], text: str) -> None:
         TrainStep(model, SAM(model.parameters()), lambda m, x, y: cross_entropy(m(x), y, reduction="none"))(
             *batches()[0]
         )
+    one = TrainStep(model, SAM(model.parameters()), lambda m, x, y: loss_of(m, x, y)[None])(*batches()[0])
+    assert one.loss.shape == one.sharpness.shape == ()
     with pytest.raises(TypeError, match="tuple"):
         TrainStep(model, SAM(model.parameters()), lambda m, x, y: (loss_of(m, x, y), x))(*batches()[0])
 
