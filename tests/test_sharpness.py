@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from sam_fast import SAM
 from sam_fast.perturbation import Perturbation
@@ -322,6 +322,35 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_as_if_nothing_had_been_mea
         before = shuffles.get_state()
         MEASURES[measure](Net(), loss_of, batches)
         assert torch.equal(shuffles.get_state(), before)
+
+
+class Noisy(Dataset[Any]):
+    """Augmented by the workers."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.randn(6), index % 3
+
+
+@pytest.mark.parametrize("measured_in", [None, 0, 1])
+def test_persistent_workers_go_on_as_if_nothing_had_been_measured(measured_in: int | None) -> None:
+    """Whether in the middle of the first epoch or of the second."""
+    runs = []
+    for measures in (False, True):
+        torch.manual_seed(0)
+        loader, seen = DataLoader(Noisy(), batch_size=4, num_workers=1, persistent_workers=True), []
+        if measures and measured_in is None:
+            rho_sharpness(Net(), loss_of, loader, rho=0.1)
+        torch.manual_seed(1)
+        for epoch in range(2):
+            for number, (x, _) in enumerate(loader):
+                seen.append(x)
+                if measures and epoch == measured_in and number == 1:
+                    rho_sharpness(Net(), loss_of, loader, rho=0.1)
+        runs.append(torch.stack(seen))
+    assert torch.equal(*runs)
 
 
 def test_an_interrupted_restore_is_done_again(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from ..backends import forced
 from ..batches import number_of_rows, with_own_containers
@@ -135,7 +136,7 @@ class Measurement:
         """Running statistics, gradients and random state end as they were. Gradients are computed inside."""
         grads, random_state = [p.grad for p in self.params], self.random_state()
         try:
-            with frozen_running_stats(self.module), torch.enable_grad():
+            with frozen_running_stats(self.module), torch.enable_grad(), iterator_left_alone(self.batches):
                 yield
         except BaseException:
             if self._fsdp:
@@ -274,6 +275,21 @@ def generators_of(batches: Any) -> list[torch.Generator]:
         if isinstance(own, torch.Generator):
             found[id(own)] = own
     return list(found.values())
+
+
+@contextmanager
+def iterator_left_alone(batches: Any) -> Iterator[None]:
+    """A DataLoader with persistent workers has one iterator, which ``iter()`` starts anew: a training loop over it
+    would end early, and its workers' random states would go on. Inside it has another one.
+    """
+    if not (isinstance(batches, DataLoader) and batches.persistent_workers):
+        yield
+        return
+    iterator, batches._iterator = batches._iterator, None
+    try:
+        yield
+    finally:
+        batches._iterator = iterator
 
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator:
