@@ -20,7 +20,7 @@ SCHEDULES = [
     Schedule(),
     Schedule(every=3),
     Schedule(start=0.5, total=30),
-    Schedule(every=2, start=3, stop=20),
+    Schedule(every=3, start=4, stop=20),
     Schedule(stop=0.25, total=30),
 ]
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
