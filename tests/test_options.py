@@ -58,6 +58,24 @@ def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> N
             optimizer.load_state_dict(state_dict)
 
 
+BAD = [("rho", "0.1"), ("rho", None), ("rho", True), ("eta", "0.1"), ("adaptive", "False"), ("perturb", "False")]
+
+
+@pytest.mark.parametrize(("option", "value"), BAD)
+def test_what_somebody_has_put_into_a_group_is_refused_by_the_step(option: str, value: Any) -> None:
+    """Such as a schedule of rho that reads a configuration file."""
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1)
+    optimizer.param_groups[0][option] = value
+    params[0].grad, before = torch.ones(3), values(params)
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        optimizer.first_step()
+    assert same_bits(before, values(params))
+    optimizer.param_groups[0][option] = SAM(make_params([3]), lr=0.1).param_groups[0][option]
+    optimizer.first_step()
+    assert optimizer.perturbed
+
+
 @pytest.mark.parametrize("true", [1, 1.0, torch.tensor(True)])
 def test_other_kinds_of_true_are_true(true: Any) -> None:
     p = make_params([3])[0]
