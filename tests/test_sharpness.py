@@ -304,6 +304,15 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     assert pythons_and_numpys() == others
 
 
+@pytest.mark.guarantee(id="sharpness")
+@pytest.mark.parametrize("measure", MEASURES)
+def test_statistics_of_other_modules_are_left_as_they_were(measure: str, net: Net, data: Any) -> None:
+    """A generator is measured through its discriminator."""
+    other = nn.BatchNorm1d(3).double()
+    MEASURES[measure](net, lambda model, x, y: cross_entropy(other(model(x)), y), data)
+    assert int(other.num_batches_tracked) == 0
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_the_default_device_says_nothing(measure: str, net: Net, data: Any) -> None:
     """The meta device stands for a GPU, with which no tensor on the host can be mixed either."""

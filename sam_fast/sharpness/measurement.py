@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ..backends import forced
 from ..batches import number_of_rows, with_own_containers
 from ..batchnorm import frozen_running_stats
+from ..closure_stats import refers_to
 from ..options import check_count, check_flag, check_loss_fn
 from ..perturbation import Perturbation
 from ..random_state import RandomState
@@ -135,8 +136,9 @@ class Measurement:
     def leaving_no_trace(self) -> Iterator[None]:
         """Running statistics, gradients and random state end as they were. Gradients are computed inside."""
         grads, random_state = [p.grad for p in self.params], self.random_state()
+        modules = [self.module, *refers_to(self.loss_fn)[0]]  # such as the other half of a GAN
         try:
-            with frozen_running_stats(self.module), torch.enable_grad(), iterator_left_alone(self.batches):
+            with frozen_running_stats(modules), torch.enable_grad(), iterator_left_alone(self.batches):
                 yield
         except BaseException:
             if self._fsdp:
