@@ -94,6 +94,7 @@ def test_micro_batches_accumulate_the_whole_batch(micro_batches: int, ascent: fl
     for x, y in batches():
         results = [step(x.double(), y) for step in steps]
         torch.testing.assert_close(results[0].loss, results[1].loss)
+        torch.testing.assert_close(results[0].grad_norm, results[1].grad_norm)
     assert furthest(whole.parameters(), parts.parameters()) < 1e-12
 
 
@@ -229,7 +230,7 @@ def test_whatever_raises_the_weights_come_back_and_no_gradient_stays(fails_in: i
         ({"ascent": 1.5}, "ascent"),
         ({"micro_batches": 0}, "micro_batches"),
         ({"clip_grad_norm": -1.0}, "clip_grad_norm"),
-        ({"ascent": 0.25, "replay_rng": True}, "replay_rng"),
+        ({"ascent": 0.5, "replay_rng": True}, "replay_rng"),
         ({"scaler": torch.amp.GradScaler("cpu"), "backward": torch.Tensor.backward}, "scaler and backward"),
     ],
 )
