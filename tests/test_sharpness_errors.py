@@ -67,6 +67,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "complex": (lambda q: hessian_trace(nn.Linear(1, 1, dtype=torch.cfloat), loss_of, ROWS), ValueError, "complex"),
     "samples": (lambda q: hessian_trace(q, loss_of, ROWS, samples=1), ValueError, "samples must be an int of at least"),
     "curvature": (lambda q: hessian_trace(q, kink, ROWS), ValueError, "Hessian .* is not finite"),
+    "a curve": (lambda q: hessian_eigenvalue(q, kink, ROWS), ValueError, "Hessian .* is not finite"),
     "direction": (lambda q: loss_along(q, loss_of, ROWS, [1.0], [1.0]), TypeError, "direction must map names"),
     "name": (lambda q: landscape(q, loss_of, ROWS, ALONG, {"b": q.b}, [1.0]), ValueError, "second has 'b'"),
     "shape": (lambda q: landscape(q, loss_of, ROWS, {"vector": q.b}, ALONG, [1.0]), ValueError, r"first\['vector'\]"),
