@@ -66,10 +66,10 @@ def test_a_layer_that_normalizes_and_multiplies_is_none() -> None:
             self.layer_norm_weight = nn.Parameter(torch.ones(4))
             self.weight = nn.Parameter(torch.ones(3, 4))
 
-    model = nn.Sequential(LayerNormLinear(), nn.LayerNorm((3, 4)))
+    model = nn.Sequential(LayerNormLinear(), nn.LayerNorm((3, 4)), nn.PReLU(4))  # whose weight is a vector, too
     norms, others = norm_layers_only(model)
     assert {id(p) for p in norms["params"]} == {id(p) for p in model[1].parameters()}
-    assert len(others["params"]) == 2
+    assert len(others["params"]) == 3
 
 
 def test_errors() -> None:
