@@ -15,6 +15,7 @@ from torch import Tensor
 from .amp import check_unscaled
 from .closure_stats import uncounted_forwards
 from .devices import devices_of
+from .options import check_flag
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_models
 from .step_state import StepState
@@ -127,6 +128,7 @@ def closure_step(
 ) -> Any:
     """A whole step of ``optimizer``, a SAM, with a closure; see :meth:`sam_fast.SAM.step`."""
     check_closure_option("passes", passes)
+    check_flag("replay_rng", replay_rng)
     extra_buffers = (
         check_extra_buffers(extra_buffers) if model is None else check_models(model, extra_buffers, "step(model=)")[1]
     )

@@ -15,23 +15,23 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
 )
 """The classes of normalization layers, and of what is derived from them."""
 
-NAMES = ("BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm")
-"""A class whose name contains one of these, as LlamaRMSNorm or T5LayerNorm does, is one too."""
+NAMES = ("batchnorm", "instancenorm", "groupnorm", "layernorm", "rmsnorm")
+"""A class whose name contains one of these in any case, as LlamaRMSNorm, T5LayerNorm or RmsNorm does, is one too."""
 
 
 def is_norm_layer(module: nn.Module) -> bool:
     """Whether a module normalizes: by its class, or its class's name. One of that name that has matrices, as a
     LayerNormLinear, does more.
     """
-    named = any(name in type(module).__name__ for name in NAMES)
+    named = any(name in type(module).__name__.lower() for name in NAMES)
     return isinstance(module, NORM_LAYERS) or (
         named and all(p.numel() == max(p.shape, default=1) for p in module.parameters(recurse=False))
     )
 
 
 def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
-    """Two parameter groups of a model for :class:`sam_fast.SAM`: weights of normalization layers, which are perturbed,
-    and all others, if any, which are not (``perturb=False``) and need no backup.
+    """Two parameter groups of a model for :class:`sam_fast.SAM`: the parameters of normalization layers, which are
+    perturbed, and all others, if any, which are not (``perturb=False``) and need no backup.
 
     Inside ``first_pass(model)`` the others get no gradient. The paper takes about five times SAM's rho.
 

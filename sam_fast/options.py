@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor, autograd
+from torch import Tensor, autograd, nn
 from torch.optim import SGD, Optimizer
 
 OPTIONS = ("rho", "adaptive", "eta", "perturb")
@@ -119,6 +119,8 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
             FutureWarning,  # as torch since 2.15
             stacklevel=3,
         )
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):  # some are iterables, of modules
+        raise TypeError(f"params must be parameters, got a model, {type(params).__name__}: pass model.parameters()")
     entries = list(params)
     if not entries:
         raise ValueError("params is empty: SAM got no parameters to optimize")
@@ -158,19 +160,45 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def check_at_least_zero(name: str, value: Any) -> None:
-    """Raise ValueError if the option ``name`` is not a finite number of at least 0."""
+    """Raise ValueError if the option ``name`` is not a finite number of at least 0. True is none, but another argument
+    in the wrong place.
+    """
     try:
-        number = float(value) if not isinstance(value, str) else math.nan
-    except (TypeError, ValueError, RuntimeError):
+        number = float(value) if not isinstance(value, str | bool) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def check_above_zero(name: str, value: Any) -> None:
+    """Raise ValueError if ``value`` is not a finite number above 0."""
+    check_at_least_zero(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def check_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Raise ValueError if ``value`` is not an int of at least ``at_least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}")
 
 
 def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
     """Raise ValueError if ``value`` is not true or false: "False" from a configuration file would be taken for true."""
     if value not in (True, False):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    """Raise TypeError if ``loss_fn`` cannot be called as ``loss_fn(model, *batch)``, or is a loss of torch's, which
+    takes no model.
+    """
+    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+        raise TypeError(
+            f"loss_fn must be a function of the model and the batch, got {type(loss_fn).__name__}: "
+            "lambda model, x, y: criterion(model(x), y)"
+        )
 
 
 def check_base(base: Any, flatten: bool = False) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from .batchnorm import frozen_running_stats
 from .closures import are_new
 from .devices import devices_of
+from .options import check_flag
 from .perturbation import Perturbation
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, as_models, check_models
@@ -117,10 +118,12 @@ class Passes:
         Raises:
             RuntimeError: the weights are perturbed.
             TypeError: ``model`` is neither a module nor a list or tuple of modules.
-            ValueError: ``sync=False`` where there can be no gradient of one replica: FSDP2 without HSDP, or DDP's first
-                pass with a static graph.
+            ValueError: ``replay_rng`` or ``sync`` is neither True nor False; or ``sync=False`` where there can be no
+                gradient of one replica: FSDP2 without HSDP, or DDP's first pass with a static graph.
         """
         self._require_restored("first_pass")
+        check_flag("replay_rng", replay_rng)
+        check_flag("sync", sync)
         models = as_models(model, "first_pass(model)")
         if not (replay_rng and are_new(self._gradients())):  # else it adds to the first pass of other micro-batches
             self._step.random_states.clear()

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    _GeneratorContextManager,
+    contextmanager,
+    nullcontext,
+)
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -15,7 +21,7 @@ from .amp import without_scale
 from .batches import every_row, number_of_rows, slice_rows, versions_of, warn_of_written, with_own_containers
 from .closure_stats import refers_to
 from .closures import accelerate_accumulates, are_new
-from .options import check_at_least_zero, check_flag
+from .options import check_at_least_zero, check_count, check_flag, check_loss_fn
 from .passes import learns_graph
 from .running_stats import ExtraBuffers, check_models
 from .storage.fsdp import has_fsdp1
@@ -88,7 +94,6 @@ class TrainStep:
         extra_buffers: ExtraBuffers = (),
     ) -> None:
         check_kinds(model, loss_fn, autocast, scaler, backward)
-        check_flag("replay_rng", replay_rng)
         check_flag("sync", sync)
         self.every = stride_of(ascent, replay_rng)
         by_accelerate = type(optimizer).__name__ == "AcceleratedOptimizer" or hasattr(
@@ -99,8 +104,7 @@ class TrainStep:
                 "this Accelerator divides every loss by its gradient_accumulation_steps: make it with "
                 "gradient_accumulation_steps=1, and let TrainStep(micro_batches=) accumulate"
             )
-        if not isinstance(micro_batches, int) or micro_batches < 1:
-            raise ValueError(f"micro_batches must be an int of at least 1, got {micro_batches!r}")
+        check_count("micro_batches", micro_batches)
         if clip_grad_norm is not None:
             check_at_least_zero("clip_grad_norm", clip_grad_norm)
         if scaler is not None and backward is not None:
@@ -125,7 +129,8 @@ class TrainStep:
         Raises:
             TypeError: what has to be cut into rows is packed, sparse or nested, or a list in which either lists or
                 tensors may be the samples; or ``loss_fn`` returns no tensor.
-            ValueError: the batch has no rows, or no tensor with rows where it has to be cut.
+            ValueError: the batch has no rows, or no tensor with rows where it has to be cut; or ``loss_fn`` returns
+                more than one number.
             RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
         """
         rows = number_of_rows(batch)
@@ -196,10 +201,13 @@ class TrainStep:
                     loss = self.loss_fn(self.model, *part)
                     if not isinstance(loss, Tensor):
                         raise TypeError(f"loss_fn must return the loss, a tensor, got {type(loss).__name__}")
+                    if loss.numel() != 1:
+                        raise ValueError(f"loss_fn must return one number, a mean, got shape {tuple(loss.shape)}")
                     if end - begin < rows:
                         loss = loss * ((end - begin) / rows)
                 self._backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
+            found = loss.detach().reshape(())
+            total = found if total is None else total + found
         assert total is not None
         return total
 
@@ -248,14 +256,15 @@ def check_kinds(model: Any, loss_fn: Any, autocast: Any, scaler: Any, backward: 
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}: TrainStep(model, optimizer, loss_fn)"
         )
-    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
-        raise TypeError(
-            f"loss_fn must be a function of the model and the batch, got {type(loss_fn).__name__}: "
-            "lambda model, x, y: criterion(model(x), y)"
-        )
+    check_loss_fn(loss_fn)
     if not (autocast is None or isinstance(autocast, torch.dtype) or is_context(autocast) or callable(autocast)):
         raise TypeError(
             f"autocast must be a dtype such as torch.bfloat16, a context manager or its maker, got {autocast!r}"
+        )
+    if isinstance(autocast, _GeneratorContextManager):
+        raise TypeError(
+            "autocast must be a context manager for every pass, got one that can be entered once: pass what "
+            "made it, without calling it"
         )
     if scaler is not None and not hasattr(scaler, "scale"):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
@@ -281,8 +290,9 @@ def stride_of(ascent: float, replay_rng: bool) -> int:
     """The first pass sees every so many-th row.
 
     Raises:
-        ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``.
+        ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``; or that is neither True nor False.
     """
+    check_flag("replay_rng", replay_rng)
     if not isinstance(ascent, Real) or not 0.0 < ascent <= 1.0:
         raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
     every = round(1 / ascent)

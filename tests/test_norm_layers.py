@@ -20,16 +20,31 @@ class LlamaRMSNorm(nn.Module):
         return self.weight * x
 
 
+class RmsNorm(LlamaRMSNorm):
+    """As timm spells it."""
+
+
+class InstanceNorm(LlamaRMSNorm):
+    """As in many a repository."""
+
+
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.LayerNorm(6), LlamaRMSNorm(6), nn.GroupNorm(2, 6)
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 6),
+        nn.LayerNorm(6),
+        LlamaRMSNorm(6),
+        nn.GroupNorm(2, 6),
+        RmsNorm(6),
+        InstanceNorm(6),
     )
 
 
 def test_groups_by_class_and_by_name() -> None:
     model = network()
     norms, others = norm_layers_only(model, rho=0.25, lr=0.1)
-    assert {id(p) for p in norms["params"]} == {id(p) for i in (1, 3, 4, 5) for p in model[i].parameters()}
+    assert {id(p) for p in norms["params"]} == {id(p) for i in (1, 3, 4, 5, 6, 7) for p in model[i].parameters()}
     assert {id(p) for p in others["params"]} == {id(p) for i in (0, 2) for p in model[i].parameters()}
     assert norms["rho"] == others["rho"] == 0.25
     assert others["perturb"] is False
@@ -51,10 +66,10 @@ def test_a_layer_that_normalizes_and_multiplies_is_none() -> None:
             self.layer_norm_weight = nn.Parameter(torch.ones(4))
             self.weight = nn.Parameter(torch.ones(3, 4))
 
-    model = nn.Sequential(LayerNormLinear(), nn.LayerNorm((3, 4)))
+    model = nn.Sequential(LayerNormLinear(), nn.LayerNorm((3, 4)), nn.PReLU(4))  # whose weight is a vector, too
     norms, others = norm_layers_only(model)
     assert {id(p) for p in norms["params"]} == {id(p) for p in model[1].parameters()}
-    assert len(others["params"]) == 2
+    assert len(others["params"]) == 3
 
 
 def test_errors() -> None:
@@ -92,7 +107,7 @@ def test_a_step_equals_plain_pytorch_and_backs_up_norm_layers_only(
     expected.load_state_dict(model.state_dict())
     optimizer = SAM(norm_layers_only(model, rho=0.5), base, backend=backend, flatten=flatten, lr=0.01)
     plain = base(expected.parameters(), lr=0.01)
-    perturbed = [p for i in (1, 3, 4, 5) for p in expected[i].parameters()]
+    perturbed = [p for i in (1, 3, 4, 5, 6, 7) for p in expected[i].parameters()]
     for _ in range(5):
         x = torch.randn(8, 4, dtype=torch.float64)
         with optimizer.first_pass(model):

@@ -13,7 +13,7 @@ from torch import nn
 from sam_fast import SAM, backends
 
 BAD_NUMBERS = [-0.1, float("nan"), float("inf")]
-NOT_NUMBERS = [None, "0.1", 1j]
+NOT_NUMBERS = [None, "0.1", 1j, True, pytest.param(10**400, id="huge")]
 
 
 @pytest.mark.parametrize("option", ["rho", "eta", "perturb_eps"])
@@ -58,10 +58,36 @@ def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> N
             optimizer.load_state_dict(state_dict)
 
 
+BAD = [("rho", "0.1"), ("rho", None), ("rho", True), ("eta", "0.1"), ("adaptive", "False"), ("perturb", "False")]
+
+
+@pytest.mark.parametrize(("option", "value"), BAD)
+def test_what_somebody_has_put_into_a_group_is_refused_by_the_step(option: str, value: Any) -> None:
+    """Such as a schedule of rho that reads a configuration file."""
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1)
+    optimizer.param_groups[0][option] = value
+    params[0].grad, before = torch.ones(3), values(params)
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        optimizer.first_step()
+    assert same_bits(before, values(params))
+    optimizer.param_groups[0][option] = SAM(make_params([3]), lr=0.1).param_groups[0][option]
+    optimizer.first_step()
+    assert optimizer.perturbed
+
+
 @pytest.mark.parametrize("true", [1, 1.0, torch.tensor(True)])
 def test_other_kinds_of_true_are_true(true: Any) -> None:
     p = make_params([3])[0]
     assert SAM([p], lr=0.1, adaptive=true, flatten=true).param_groups[0]["adaptive"] == 1
+
+
+def test_a_model_in_the_place_of_its_parameters_is_an_error() -> None:
+    for model in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))):
+        with pytest.raises(TypeError, match=r"params must be parameters, got a model, .*: pass model\.parameters\(\)"):
+            SAM(model, lr=0.1)
+    params = nn.ParameterList(make_params([3, 4]))  # a model, too
+    assert SAM(params, lr=0.1).param_groups[0]["params"] == list(params)
 
 
 def test_a_learning_rate_in_the_place_of_adaptive_is_an_error() -> None:

@@ -213,6 +213,18 @@ def test_replay_is_refused_where_the_first_pass_was_not_seen(flatten):
     assert len(dropping.masks) == 2
 
 
+def test_a_string_is_neither_true_nor_false():
+    """ "False" was true."""
+    dropping = Dropping()
+    for option in ("replay_rng", "sync"):
+        first_pass = dropping.optimizer.first_pass(dropping.model, **{option: "False"})
+        with pytest.raises(ValueError, match=f"{option} must be True or False, got 'False'"), first_pass:
+            pass
+    with pytest.raises(ValueError, match="replay_rng must be True or False, got 'False'"):
+        dropping.optimizer.step(dropping, replay_rng="False")
+    assert dropping.masks == []
+
+
 @pytest.mark.parametrize("perturbed", [True, False])
 def test_replay_without_a_closure_is_refused(perturbed):
     dropping = Dropping()

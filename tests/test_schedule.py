@@ -20,7 +20,7 @@ SCHEDULES = [
     Schedule(),
     Schedule(every=3),
     Schedule(start=0.5, total=30),
-    Schedule(every=2, start=3, stop=20),
+    Schedule(every=3, start=4, stop=20),
     Schedule(stop=0.25, total=30),
 ]
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -143,7 +143,7 @@ LOOPS = [guarded, guarded_reference_style, no_first_step, todays, closure, train
 # ---- Schedule --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, Schedule(start=0.0, stop=1.0, total=30)], ids=repr)
 def test_perturbs_as_the_formula_says(schedule: Schedule) -> None:
     first, stop = _steps(schedule.start, schedule), schedule.stop
     end = 10**9 if stop is None else _steps(stop, schedule)

@@ -231,7 +231,7 @@ def run(schedule: Schedule, steps: int, counter: int = 0) -> list[str]:
 
 
 def test_a_schedule_that_never_perturbs_is_one_warning() -> None:
-    assert len(run(Schedule(start=50, total=20), 25)) == 1
+    assert len(run(Schedule(start=500, total=20), 125)) == 1  # and none at its end
     (text,) = run(Schedule(start=0.9, total=1000), 101)
     assert "101" in text
     assert run(Schedule(start=0.9, total=1000), 100) == []

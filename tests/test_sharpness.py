@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from sam_fast import SAM
 from sam_fast.perturbation import Perturbation
@@ -164,16 +164,16 @@ def test_a_linear_loss_has_no_curvature() -> None:
 
 def test_line_and_plane_of_a_quadratic() -> None:
     model = Quadratic(EIGENVALUES)
-    first, second = random_direction(model, 0), {"vector": torch.ones(3), "matrix": torch.zeros(2, 2)}
+    first, second = random_direction(model, 0), {"vector": torch.ones(3), "matrix": torch.full((2, 2), 0.5)}
     assert set(first) == {"matrix"}  # no biases
-    flat = [torch.cat([first["matrix"].flatten(), torch.zeros(3)]), torch.cat([torch.zeros(4), torch.ones(3)])]
+    flat = [torch.cat([d["matrix"].flatten(), d.get("vector", torch.zeros(3))]) for d in (first, second)]
     w, steps, others = model.w().detach(), [-1.5, 0.0, 0.25], [0.0, 3.0]
-    line = loss_along(model, loss_of, iter(ROWS), first, steps)
+    line = loss_along(model, loss_of, (rows for rows in ROWS), first, steps)
     assert line.steps == tuple(steps)
-    assert line.losses == pytest.approx([float(model.at(w + a * flat[0])) for a in steps], rel=1e-9)  # perturb_eps
+    assert line.losses == pytest.approx([float(model.at(w + a * flat[0])) for a in steps], rel=1e-12)
     plane = landscape(model, loss_of, ROWS, first, second, steps, others)
     for a, row in zip(plane.steps, plane.losses, strict=True):
-        assert row == pytest.approx([float(model.at(w + a * flat[0] + b * flat[1])) for b in others], rel=1e-9)
+        assert row == pytest.approx([float(model.at(w + a * flat[0] + b * flat[1])) for b in others], rel=1e-12)
 
 
 def test_each_filter_has_the_norm_of_the_models_own() -> None:
@@ -237,6 +237,22 @@ def test_hessian_of_a_network(net: Net, data: Any, training: bool) -> None:
     assert abs(found.value - float(whole.trace())) < 4 * found.standard_error
 
 
+def test_a_loader_that_cannot_say_how_long_it_is(net: Net, data: Any) -> None:
+    class Loader:
+        def __iter__(self) -> Any:
+            return iter(data)
+
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    assert rho_sharpness(net, loss_of, Loader(), rho=0.1).batches == 3
+
+
+def test_one_batch_has_no_standard_error(net: Net, data: Any) -> None:
+    found = rho_sharpness(net, loss_of, data[:1], rho=0.1)
+    assert (found.batches, found.standard_error != found.standard_error) == (1, True)
+
+
 def test_every_step_of_a_line_draws_the_same_masks(net: Net, data: Any) -> None:
     line = loss_along(net, loss_of, data, random_direction(net), [0.0, 0.5, 0.0])
     assert line.losses[0] == line.losses[2] != line.losses[1]
@@ -288,6 +304,23 @@ def test_it_leaves_no_trace(measure: str, fails_at: int | None, dtype: torch.dty
     assert pythons_and_numpys() == others
 
 
+@pytest.mark.guarantee(id="sharpness")
+@pytest.mark.parametrize("measure", MEASURES)
+def test_statistics_of_other_modules_are_left_as_they_were(measure: str, net: Net, data: Any) -> None:
+    """A generator is measured through its discriminator."""
+    other = nn.BatchNorm1d(3).double()
+    MEASURES[measure](net, lambda model, x, y: cross_entropy(other(model(x)), y), data)
+    assert int(other.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_default_device_says_nothing(measure: str, net: Net, data: Any) -> None:
+    """The meta device stands for a GPU, with which no tensor on the host can be mixed either."""
+    expected = MEASURES[measure](net, loss_of, data)
+    with torch.device("meta"):
+        assert MEASURES[measure](net, loss_of, data) == expected
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_loader_with_a_generator_of_its_own_goes_on_as_if_nothing_had_been_measured(measure: str) -> None:
     rows = TensorDataset(torch.randn(12, 6), torch.randint(3, (12,)))
@@ -298,6 +331,35 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_as_if_nothing_had_been_mea
         before = shuffles.get_state()
         MEASURES[measure](Net(), loss_of, batches)
         assert torch.equal(shuffles.get_state(), before)
+
+
+class Noisy(Dataset[Any]):
+    """Augmented by the workers."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.randn(6), index % 3
+
+
+@pytest.mark.parametrize("measured_in", [None, 0, 1])
+def test_persistent_workers_go_on_as_if_nothing_had_been_measured(measured_in: int | None) -> None:
+    """Whether in the middle of the first epoch or of the second."""
+    runs = []
+    for measures in (False, True):
+        torch.manual_seed(0)
+        loader, seen = DataLoader(Noisy(), batch_size=4, num_workers=1, persistent_workers=True), []
+        if measures and measured_in is None:
+            rho_sharpness(Net(), loss_of, loader, rho=0.1)
+        torch.manual_seed(1)
+        for epoch in range(2):
+            for number, (x, _) in enumerate(loader):
+                seen.append(x)
+                if measures and epoch == measured_in and number == 1:
+                    rho_sharpness(Net(), loss_of, loader, rho=0.1)
+        runs.append(torch.stack(seen))
+    assert torch.equal(*runs)
 
 
 def test_an_interrupted_restore_is_done_again(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:

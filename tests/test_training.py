@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SmallNet, batches, same_bits, same_step
+from cases import SmallNet, batches, same_bits, same_step, values
 from plain_sam import PlainSAM, furthest
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import cached, register_parametrization
+from torch.utils.data import DataLoader, TensorDataset
 
-from sam_fast import SAM, frozen_running_stats
+from sam_fast import SAM, TrainStep, frozen_running_stats
 from sam_fast.reference import ReferenceSAM
 
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
@@ -220,3 +221,28 @@ def test_what_parametrizations_keep_is_made_of_the_weights_as_they_are(base, by_
         backward(twin)
         plain.second_step()
     assert furthest(model.parameters(), twin.parameters()) < 1e-9
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_with_rho_0_and_the_same_masks_it_is_the_base_optimizer(base: type[torch.optim.Optimizer]) -> None:
+    """Also the order of a DataLoader, which shuffles with the generator that dropout draws from."""
+
+    def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(model(x), y)
+
+    rows, found = TensorDataset(torch.randn(24, 4), torch.randint(3, (24,))), []
+    for with_sam in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
+        plain = base(model.parameters(), lr=0.05)
+        sam_step = TrainStep(model, SAM(plain, rho=0.0), loss_of, replay_rng=True)
+        for _ in range(3):
+            for x, y in DataLoader(rows, batch_size=8, shuffle=True):
+                if with_sam:
+                    sam_step(x, y)
+                else:
+                    plain.zero_grad()
+                    loss_of(model, x, y).backward()
+                    plain.step()
+        found.append(values([*model.parameters(), *model.buffers()]))
+    assert same_bits(*found)

@@ -44,12 +44,12 @@ class GroupOptions:
         self.values = array("d")
         self.perturb: list[bool] = []
         for group in param_groups:
-            rho, eta = float(group["rho"]), float(group["eta"])
-            if not (0.0 <= rho < math.inf and 0.0 <= eta < math.inf):  # NaN too
+            rho, eta, adaptive, perturb = group["rho"], group["eta"], group["adaptive"], group["perturb"]
+            usual = type(rho) is type(eta) is float and type(adaptive) is type(perturb) is bool
+            if not (usual and 0.0 <= rho < math.inf and 0.0 <= eta < math.inf):  # NaN too
                 check_options(group)
-            adaptive = 1.0 if group["adaptive"] else 0.0
-            self.values.extend((-rho if group.get("maximize", maximize) else rho, eta, adaptive))
-            self.perturb.append(bool(group["perturb"]))
+            self.values.extend((float(-rho if group.get("maximize", maximize) else rho), float(eta), float(adaptive)))
+            self.perturb.append(bool(perturb))
         self.address = self.values.buffer_info()[0]
         self.wanted = None if all(self.perturb) else bytes(self.perturb)
         """One byte per group, for :class:`~sam_fast.backends.columns.PythonGather`; None where all take part."""

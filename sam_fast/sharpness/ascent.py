@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import slice_rows
-from ..options import check_at_least_zero
-from .measurement import Measurement, check_above_zero, check_count, finite, not_empty
+from ..options import check_above_zero, check_at_least_zero, check_count, check_flag
+from .measurement import Measurement, finite, not_empty
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def rho_sharpness(
     """
     check_above_zero("rho", rho)
     check_at_least_zero("eta", eta)
+    check_flag("adaptive", adaptive)
     if m is not None:
         check_count("m", m)
     measured = Measurement(model, loss_fn, batches, backend=backend)
@@ -113,7 +114,7 @@ def _ascend(measured: Measurement, batch: Any, rho: float, adaptive: bool, eta: 
 
 
 def _summary(measured: Measurement, found: list[list[float]]) -> Sharpness:
-    table = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
+    table = torch.tensor(found, dtype=torch.float64, device="cpu").reshape(-1, 3)
     if measured.mesh is not None and found:  # each row is the mean over what the processes had of one batch
         table = measured.add_over_mesh(torch.cat([table[:, :1], table[:, :1] * table[:, 1:]], dim=1))
         table[:, 1:] /= table[:, :1]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .measurement import Measurement, check_above_zero, check_count, generator, not_empty
+from ..options import check_above_zero, check_count
+from .measurement import Measurement, generator, not_empty
 
 
 @dataclass(frozen=True)

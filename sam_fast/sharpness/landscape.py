@@ -75,7 +75,7 @@ def random_direction(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """
     draws = generator("cpu", seed)
     drawn = {
-        name: torch.randn(p.shape, generator=draws, dtype=torch.cfloat if p.is_complex() else None)
+        name: torch.randn(p.shape, generator=draws, dtype=torch.cfloat if p.is_complex() else None, device="cpu")
         for name, p in trainable(model).items()
     }
     return filter_normalized(model, drawn)
@@ -191,9 +191,10 @@ def _norm(direction: Sequence[Tensor | None]) -> float:
 
 
 def _numbers(name: str, steps: Sequence[float]) -> tuple[float, ...]:
-    if not isinstance(steps, Iterable):
-        raise TypeError(f"{name} must be numbers such as [-1.0, 0.0, 1.0], got {type(steps).__name__}")
-    numbers = tuple(map(float, steps))
+    try:
+        numbers = tuple(map(float, () if isinstance(steps, str) else steps))
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be numbers such as [-1.0, 0.0, 1.0], got {steps!r}") from None
     if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} must be finite numbers, at least one, got {steps!r}")
     return numbers

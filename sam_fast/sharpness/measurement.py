@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from ..backends import forced
 from ..batches import number_of_rows, with_own_containers
 from ..batchnorm import frozen_running_stats
-from ..options import check_at_least_zero
+from ..closure_stats import refers_to
+from ..options import check_count, check_flag, check_loss_fn
 from ..perturbation import Perturbation
 from ..random_state import RandomState
 from ..storage import is_dtensor, sharded
@@ -57,8 +59,7 @@ class Measurement:
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("sharpness needs gradients: measure outside torch.inference_mode()")
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be called as loss_fn(model, *batch), got {type(loss_fn).__name__}")
+        check_loss_fn(loss_fn)
         if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
             raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: use [(x, y)]")
         self.params_by_name = trainable(model)
@@ -83,7 +84,10 @@ class Measurement:
     @property
     def count(self) -> int | None:
         """How many batches there are, where that is known."""
-        return length_hint(self.batches) or None
+        try:
+            return length_hint(self.batches) or None
+        except Exception:  # a loader that cannot say it may raise anything; the progress bar alone asks
+            return None
 
     def each_batch(self) -> Iterator[tuple[tuple[Any, ...], int]]:
         """Every batch as arguments of ``loss_fn``, with its number of rows."""
@@ -132,8 +136,9 @@ class Measurement:
     def leaving_no_trace(self) -> Iterator[None]:
         """Running statistics, gradients and random state end as they were. Gradients are computed inside."""
         grads, random_state = [p.grad for p in self.params], self.random_state()
+        modules = [self.module, *refers_to(self.loss_fn)[0]]  # such as the other half of a GAN
         try:
-            with frozen_running_stats(self.module), torch.enable_grad():
+            with frozen_running_stats(modules), torch.enable_grad(), iterator_left_alone(self.batches):
                 yield
         except BaseException:
             if self._fsdp:
@@ -163,11 +168,12 @@ class Measurement:
         Raises:
             ValueError: the direction's norm is not finite.
         """
-        group = {"params": self.params, "rho": abs(rho), "adaptive": adaptive, "eta": eta, "perturb": True}
+        group = {"params": self.params, "param_names": list(self.params_by_name), "rho": abs(rho), "perturb": True}
+        group |= {"adaptive": adaptive, "eta": eta, "maximize": rho < 0.0}
         self._perturbation.eps = eps
         try:
             self.put_gradients(direction)
-            self._perturbation.perturb([{**group, "maximize": rho < 0.0}])
+            self._perturbation.perturb([group])
             if not math.isfinite(self._perturbation.norm.value):  # the kernels have moved nothing
                 raise ValueError(
                     "the direction to move in is not finite: loss_fn's gradient at w, or a step times a direction, has "
@@ -216,6 +222,7 @@ class Measurement:
     @contextmanager
     def progress(self, wanted: bool, what: str, total: int | None) -> Iterator[Callable[[], Any]]:
         """A progress bar, in one of the processes, and what moves it on by one."""
+        check_flag("progress", wanted)
         if wanted:  # in all processes: if one alone raised, the others would wait for it
             try:
                 from tqdm import tqdm
@@ -272,8 +279,24 @@ def generators_of(batches: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
+@contextmanager
+def iterator_left_alone(batches: Any) -> Iterator[None]:
+    """A DataLoader with persistent workers has one iterator, which ``iter()`` starts anew: a training loop over it
+    would end early, and its workers' random states would go on. Inside it has another one.
+    """
+    if not (isinstance(batches, DataLoader) and batches.persistent_workers):
+        yield
+        return
+    iterator, batches._iterator = batches._iterator, None
+    try:
+        yield
+    finally:
+        batches._iterator = iterator
+
+
 def generator(device: torch.device | str, seed: int) -> torch.Generator:
     """Random numbers that are not those with which ``torch.manual_seed(seed)`` has initialized the model."""
+    check_count("seed", seed, at_least=0)
     return torch.Generator(device).manual_seed(_STREAM + seed)
 
 
@@ -294,16 +317,3 @@ def not_empty(count: Tensor | float) -> float:
     if not count:
         raise ValueError("batches is empty")
     return float(count)
-
-
-def check_above_zero(name: str, value: Any) -> None:
-    """Raise ValueError if ``value`` is not a finite number above 0."""
-    check_at_least_zero(name, value)
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
-
-
-def check_count(name: str, value: Any, at_least: int = 1) -> None:
-    """Raise ValueError if ``value`` is not an int of at least ``at_least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}")

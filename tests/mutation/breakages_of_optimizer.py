@@ -32,8 +32,8 @@ OF_OPTIMIZER = [
     Breakage(
         "maximize does not flip the sign",
         "sam_fast/backends/bucket.py",
-        '(-rho if group.get("maximize", maximize) else rho, ',
-        "(rho, ",
+        '-rho if group.get("maximize", maximize) else rho',
+        "rho",
         ("test_perturbation.py::test_maximize_descends",),
     ),
     Breakage(
