@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from .amp import Scaling, unscale
 from .perturbation import Perturbation
 
-IN_PLACE = (torch.float16, torch.complex32, torch.complex64, torch.complex128)
-"""Dtypes of gradients that no base optimizer's own step may unscale: float16 loses small ones, GradScaler's operation
-takes no complex ones.
+IN_PLACE = (torch.float16, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+"""Dtypes of gradients that are clipped before the step: unscaling in float16 loses small ones, a scale is float32 and
+would round float64's factor, and GradScaler's operation takes no complex ones.
 """
 
 EPS = 1e-6

@@ -92,16 +92,6 @@ def test_several_dtypes_are_unscaled(backend: str) -> None:
     assert same_bits(values(params), [w - 0.5 for w in before])
 
 
-def test_the_default_dtype_is_not_that_of_what_a_scaler_finds() -> None:
-    """Of a base optimizer that steps by itself."""
-    run = Run({"base_optimizer": torch.optim.RMSprop}, scaler_with())
-    torch.set_default_dtype(torch.float64)
-    try:
-        run.step(0)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 # ---- Overflows -------------------------------------------------------------------------------------------------------
 
 

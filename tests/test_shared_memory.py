@@ -164,6 +164,27 @@ def test_parameters_that_share_memory_are_refused_by_a_forced_fused_backend() ->
         SAM(params, lr=0.1, flatten=True)
 
 
+@pytest.mark.parametrize("when", ["made", "later"])
+def test_an_expanded_parameter_is_refused_by_name(when: str, flatten: bool) -> None:
+    """PyTorch writes to none. The first step had perturbed the others, and neither restored nor went on; flattened, its
+    elements were trained apart.
+    """
+    params = make_params([3, 5])
+    before = values(params[:1])
+
+    def expand() -> None:
+        params[1].data = torch.zeros(1).expand(5)
+
+    if when == "made":
+        expand()
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 is expanded \(shape \(5,\), strides \(0,\)\)"):
+        optimizer = SAM(params, lr=0.1, flatten=flatten)
+        expand()
+        optimizer.first_step()
+    assert same_bits(params[:1], before)
+    assert params[1].stride() == (0,)
+
+
 def test_two_optimizers_do_not_perturb_a_parameter_at_the_same_time(flatten: bool) -> None:
     """What the first had added stayed in the weights once both had restored. Other parameters may be perturbed."""
     shared, own, unrelated = make_params([5, 6, 7])
