@@ -17,7 +17,7 @@ from .amp import UNSCALED, Scaling
 from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forced
 from .backends.bucket import ParameterError
 from .backends.columns import all_none, local_tensor, same_objects
-from .backends.memory import has_grad_dtype, is_expanded, is_plain, is_wrapper, overlapping
+from .backends.memory import has_grad_dtype, is_plain, is_wrapper, overlapping, overlaps_itself
 from .norm import Norm
 from .options import name_of
 from .steps import NotFused
@@ -152,10 +152,11 @@ class Perturbation:
                         f"strided memory ({type(p).__name__}, layout {p.layout}). Put it into a group with "
                         "perturb=False"
                     )
-                if is_expanded(p):
+                if overlaps_itself(p):
                     raise ValueError(
-                        f"{name_of(p, param_groups)} is expanded (shape {tuple(p.shape)}, strides {p.stride()}): "
-                        "PyTorch does not write to elements that share their memory. Train what it was expanded from"
+                        f"elements of {name_of(p, param_groups)} share memory with each other, as of an expanded one "
+                        f"(shape {tuple(p.shape)}, strides {p.stride()}), and cannot be moved apart: train what it is "
+                        "a view of, or a clone()"
                     )
                 members.append((p, index))
         return members, left_out

@@ -34,9 +34,20 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
-def is_expanded(tensor: Tensor) -> bool:
-    """True if elements of ``tensor`` share their memory along a dimension."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def overlaps_itself(tensor: Tensor) -> bool:
+    """True if elements of ``tensor`` lie in the same memory, as an expanded one's do."""
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+    reach = 0  # of the dimensions inside
+    for stride, size in () if tensor.numel() == 0 else dims:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in dims:
+        places = places.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
+    return len(places.unique()) < places.numel()
 
 
 def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
