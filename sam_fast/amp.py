@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from .devices import need_not_wait
+
 ATTRIBUTES = ("grad_scale", "found_inf")
 """What a GradScaler sets on an optimizer whose step knows what to do with scaled gradients, and removes after the step.
 """
@@ -41,9 +43,9 @@ class Scaling:
     found_inf: Tensor | None
 
     def on(self, device: torch.device) -> Scaling:
-        """The same on another device; nothing waits."""
-        numbers = (self.grad_scale, self.found_inf)
-        return Scaling(*(None if number is None else number.to(device, non_blocking=True) for number in numbers))
+        """The same on another device; nothing waits for a device to give something to another."""
+        numbers, at_once = (self.grad_scale, self.found_inf), need_not_wait(device)
+        return Scaling(*(None if number is None else number.to(device, non_blocking=at_once) for number in numbers))
 
 
 UNSCALED = Scaling(None, None)
