@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .amp import Scaling, unscale
+from .backends.columns import local_tensor
 from .perturbation import Perturbation
 
-IN_PLACE = (torch.float16, torch.float64, torch.complex32, torch.complex64, torch.complex128)
-"""Dtypes of gradients that are clipped before the step: unscaling in float16 loses small ones, a scale is float32 and
-would round float64's factor, and GradScaler's operation takes no complex ones.
+IN_PLACE = (torch.float16, torch.complex32, torch.complex64, torch.complex128)
+"""Dtypes of gradients that no base optimizer's own step may unscale: float16 loses small ones, GradScaler's operation
+takes no complex ones.
 """
 
 EPS = 1e-6
@@ -24,8 +25,8 @@ EPS = 1e-6
 def clipped(perturbation: Perturbation, base: Optimizer, scaling: Scaling, max_norm: float) -> Scaling:
     """The scaling under which the gradients' norm is at most ``max_norm``; nothing waits for a device.
 
-    The norm is that over all gradients of all groups, unscaled. Where the buckets cannot give it, gradients are
-    unscaled and clipped in place.
+    The norm is that over all gradients of all groups, unscaled. Where the buckets cannot give it, and in float64,
+    gradients are unscaled and clipped in place.
 
     Args:
         perturbation: its buckets measure the norm.
@@ -41,6 +42,11 @@ def clipped(perturbation: Perturbation, base: Optimizer, scaling: Scaling, max_n
         return Scaling(None, scaling.found_inf)
     scale = torch.ones_like(norm) if scaling.grad_scale is None else scaling.grad_scale.to(norm)
     factor = (max_norm / (norm / scale + EPS)).clamp(max=1.0)
+    if perturbation.holds((torch.float64,)):  # a scale is float32, and would round the factor
+        for p in with_gradient(base.param_groups):
+            grad = local_tensor(p.grad).detach()
+            grad *= (factor / scale).to(grad.device)
+        return Scaling(None, scaling.found_inf)
     return Scaling((scale / factor).float(), scaling.found_inf)
 
 
