@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -84,6 +84,9 @@ def check_unscaled(optimizer: Any) -> None:
     if step.unscaling_is_right or not step.perturbs or step.grad_scale is not None or adaptive:
         return
     if optimizer._perturbation.storage.process_wide:  # each process has a part, and all must do the same
+        return
+    scaler = next(filter(None, map(_scaler_in, _callers())), None)
+    if scaler is not None and scaler.get_scale() <= TOO_LARGE:  # nor would gradients that are scaled by it tell
         return
     grads = [g.detach() for g in optimizer._gradients() if g.layout == torch.strided and g.numel() > 0]
     second = math.hypot(
@@ -191,15 +194,13 @@ def report_overflow(optimizer: Optimizer, scaling: Scaling) -> None:
     found_inf = scaling.found_inf
     if found_inf is None:
         return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         accelerated = frame.f_locals.get("accelerated_optimizer") if frame.f_code.co_name == "patched_step" else None
         if accelerated is not None:
             # waits for the device, as Accelerate does with any optimizer
             accelerated._accelerate_step_called = not bool(found_inf)
-        if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), GradScaler):
+        if (scaler := _scaler_in(frame)) is not None:
             break
-        frame = frame.f_back
     else:
         _warn_once("step() was not called by torch.amp.GradScaler")
         return
@@ -208,6 +209,20 @@ def report_overflow(optimizer: Optimizer, scaling: Scaling) -> None:
         scaler._per_optimizer_states[id(given)]["found_inf_per_device"][found_inf.device] = found_inf
     except (AttributeError, KeyError, TypeError) as error:
         _warn_once(f"this version of {type(scaler).__name__} has other internals ({type(error).__name__}: {error})")
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames of the functions under way, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _scaler_in(frame: FrameType) -> GradScaler | None:
+    """The scaler whose ``step`` a frame is of."""
+    scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+    return scaler if isinstance(scaler, GradScaler) else None
 
 
 def _warn_once(reason: str) -> None:
