@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import make_params, same_bits, values
 from scaled_runs import BASES, INF, NAN, SGD, Run, batch_of, scaler_with
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_fast import SAM, amp, base_step, sam
