@@ -170,7 +170,8 @@ def unscale(base: Optimizer, grad_scale: Tensor) -> None:
     for group in base.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                alike.setdefault((p.grad.device, p.grad.dtype, type(p.grad)), []).append(p.grad)
+                grad = p.grad._values() if p.grad.is_sparse else p.grad
+                alike.setdefault((grad.device, grad.dtype, type(grad)), []).append(grad)
     if any(dtype == torch.float16 for _, dtype, _ in alike):
         raise ValueError("gradients in float16 are too small to be unscaled: keep float32 parameters and use autocast")
     inverse = inverse_scale(grad_scale)

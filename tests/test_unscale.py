@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from cases import make_params, same_bits
+from plain_sam import furthest
 from scaled_runs import BASES, Run, batch_of, scaler_with
 from torch import nn
 
@@ -58,3 +62,21 @@ def test_a_second_gradient_that_is_large_for_a_small_scale_is_no_error(scale: fl
         call()
     scaler.step(optimizer)
     assert not optimizer.perturbed
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_sparse_gradients_of_a_group_that_is_not_perturbed_are_unscaled(base: Any, scale: float) -> None:
+    """By the scaler's step, as without SAM: nobody calls unscale_."""
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
+    model.load_state_dict({name: torch.arange(w.numel()).view_as(w) / 40 for name, w in model.state_dict().items()})
+    twin = copy.deepcopy(model)
+    groups = [{"params": model[1].parameters()}, {"params": model[0].parameters(), "perturb": False}]
+    optimizer, plain, scaler = SAM(groups, base, rho=0.0, lr=0.1), base(twin.parameters(), lr=0.1), scaler_with(scale)
+    for call in (optimizer.first_step, lambda: scaler.step(optimizer)):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.tensor([1, 2, 2])).square().mean()).backward()
+        call()
+    twin(torch.tensor([1, 2, 2])).square().mean().backward()
+    plain.step()
+    assert furthest(model.parameters(), twin.parameters()) == 0.0
