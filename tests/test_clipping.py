@@ -105,6 +105,29 @@ def test_clipping_reads_the_gradients_and_leaves_them(flatten: bool) -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None)
 
 
+def test_a_norm_that_float16_does_not_hold_clips_all_the_same(backend: str) -> None:
+    """clip_grad_norm_ finds an infinite norm, and makes the gradients zero."""
+    p = nn.Parameter(torch.zeros(40_000, dtype=torch.float16))
+    optimizer = SAM([p], lr=1.0, backend=backend)
+    for clip, call in ((None, optimizer.first_step), (64.0, optimizer.second_step)):
+        p.grad = torch.full((40_000,), 1024.0, dtype=torch.float16)
+        optimizer._step.clip_grad_norm = clip
+        call()
+    assert torch.allclose(p.detach().float(), torch.full((40_000,), -64 / 200), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex32])
+def test_clipping_of_complex_gradients_in_their_own_precision(dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.zeros(4, dtype=dtype))
+    optimizer = SAM([p], lr=1.0, rho=0.0)
+    p.grad = torch.tensor([3 + 4j] * 4, dtype=dtype)
+    optimizer.first_step()
+    optimizer._step.clip_grad_norm = 1.0
+    optimizer.second_step()
+    assert p.dtype == dtype
+    assert torch.allclose(p.detach().to(torch.complex64), torch.tensor([-0.3 - 0.4j] * 4), rtol=1e-3)
+
+
 def test_clipping_asks_nothing_of_the_host() -> None:
     """Without a scaler there is no overflow to be known beforehand, and a first step makes its state in one pass."""
     model = network()
