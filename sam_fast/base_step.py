@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from .backends.columns import local_tensor
+from .backends.memory import is_dense
 from .options import and_inner
 from .rounding import ROUNDED
 from .steps import RULE_OF
 
-FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is
-wrong in 16 bits as well.
+FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+"""Optimizers whose ``fused=True`` walks over memory on the CPU as if parameters had no gaps and gradients lay as they
+do; SGD's is wrong in 16 bits as well.
 """
 
 
@@ -126,7 +128,8 @@ def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
         with_grad = (
             [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
         )
-        if type(base) is torch.optim.SGD and any(p.dtype in ROUNDED for p in with_grad):
+        wrong_in_16_bits = type(base) is torch.optim.SGD
+        if any(not is_dense(local_tensor(p)) or (wrong_in_16_bits and p.dtype in ROUNDED) for p in with_grad):
             not_fused.append(group)
         laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]
     try:

@@ -210,17 +210,19 @@ def test_an_option_that_became_bad_later_is_noticed(option, value):
 
 
 @pytest.mark.guarantee(id="fused-cpu-bugs")
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
 @pytest.mark.parametrize("hooked", [False, True], ids=["ours", "the base's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
-def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype):
-    """A gradient with another layout than its parameter's, and SGD in 16 bits: wrong with fused=True in
-    PyTorch itself.
+@pytest.mark.parametrize("layout", ["channels_last", "gaps"])
+def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype, layout):
+    """A gradient with another layout than its parameter's, a parameter with gaps, and SGD in 16 bits: wrong with
+    fused=True in PyTorch itself.
     """
     options = {"momentum": 0.9} if base is torch.optim.SGD else {}
-    weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    p = nn.Parameter(weight.to(dtype).to(memory_format=torch.channels_last))
-    q = nn.Parameter(weight.to(dtype).float())
+    weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    p = nn.Parameter(last if layout == "channels_last" else torch.stack([weight, weight], -1)[..., 0])
+    q = nn.Parameter(weight.float())
     optimizer = SAM([p], base, lr=0.1, fused=True, **options)
     if hooked:
         optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
