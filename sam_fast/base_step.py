@@ -124,11 +124,11 @@ def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
     """Inside, what PyTorch's fused steps get wrong on the CPU is out of their way (seen with PyTorch 2.10 to 2.13)."""
     laid_out: list[tuple[Tensor, Tensor]] = []
     not_fused = []
-    for group in base.param_groups if type(base) in FUSED_ON_CPU else ():
+    for group in base.param_groups if isinstance(base, FUSED_ON_CPU) else ():
         with_grad = (
             [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
         )
-        wrong_in_16_bits = type(base) is torch.optim.SGD
+        wrong_in_16_bits = isinstance(base, torch.optim.SGD)
         if any(not is_dense(local_tensor(p)) or (wrong_in_16_bits and p.dtype in ROUNDED) for p in with_grad):
             not_fused.append(group)
         laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]

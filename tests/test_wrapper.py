@@ -209,8 +209,12 @@ def test_an_option_that_became_bad_later_is_noticed(option, value):
 # ---- PyTorch's fused steps on the CPU --------------------------------------------------------------------------------
 
 
+class Derived(torch.optim.Adam):
+    """Somebody's own."""
+
+
 @pytest.mark.guarantee(id="fused-cpu-bugs")
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, Derived])
 @pytest.mark.parametrize("hooked", [False, True], ids=["ours", "the base's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("layout", ["channels_last", "gaps"])
