@@ -21,8 +21,8 @@ from .rounding import ROUNDED
 from .steps import RULE_OF
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
-"""Optimizers whose ``fused=True`` walks over memory on the CPU as if parameters had no gaps and gradients lay as they
-do; SGD's is wrong in 16 bits as well.
+"""Optimizers whose ``fused=True`` walks over memory on the CPU as if parameters had no gaps, and gradients and
+state lay as they do; SGD's is wrong in 16 bits as well.
 """
 
 
@@ -119,6 +119,14 @@ def _step_of(base: Optimizer) -> Callable[[], Any]:
     return unhooked.__get__(base)  # type: ignore[no-any-return]
 
 
+def _is_misread(base: Optimizer, p: Tensor) -> bool:
+    """Whether PyTorch's fused step on the CPU would get a parameter or its state wrong, whatever its gradient is."""
+    if not is_dense(local_tensor(p)) or (isinstance(base, torch.optim.SGD) and p.dtype in ROUNDED):
+        return True
+    states = (state for state in (base.state.get(p) or {}).values() if isinstance(state, Tensor))
+    return any(state.shape == p.shape and state.stride() != p.stride() for state in states)
+
+
 @contextmanager
 def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
     """Inside, what PyTorch's fused steps get wrong on the CPU is out of their way (seen with PyTorch 2.10 to 2.13)."""
@@ -128,8 +136,7 @@ def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
         with_grad = (
             [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
         )
-        wrong_in_16_bits = isinstance(base, torch.optim.SGD)
-        if any(not is_dense(local_tensor(p)) or (wrong_in_16_bits and p.dtype in ROUNDED) for p in with_grad):
+        if any(_is_misread(base, p) for p in with_grad):
             not_fused.append(group)
         laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]
     try:

@@ -248,6 +248,26 @@ def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype,
     assert furthest([p.float()], [q]) < (1e-6 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.guarantee(id="fused-cpu-bugs")
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_state_that_lies_otherwise_than_its_parameter_is_not_misread(base):
+    """As that of a checkpoint from before the model was made channels_last."""
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    twin = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plain = base([twin], lr=0.1, **options)
+    twin.grad = torch.ones(4, 3, 2, 2).cumsum(1)
+    plain.step()
+    p = nn.Parameter(twin.detach().contiguous(memory_format=torch.channels_last))
+    optimizer = SAM([p], base, lr=0.1, **options)
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    optimizer.param_groups[0]["fused"] = True
+    p.grad = twin.grad.clone(memory_format=torch.channels_last)
+    optimizer.first_step()
+    optimizer.second_step()
+    plain.step()
+    assert furthest([p], [twin]) < 1e-6
+
+
 # ---- Scalers and late gradients ------------------------------------------------------------------------------------
 
 
