@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+
+from .devices import need_not_wait
 
 ATTRIBUTES = ("grad_scale", "found_inf")
 """What a GradScaler sets on an optimizer whose step knows what to do with scaled gradients, and removes after the step.
@@ -41,9 +43,9 @@ class Scaling:
     found_inf: Tensor | None
 
     def on(self, device: torch.device) -> Scaling:
-        """The same on another device; nothing waits."""
-        numbers = (self.grad_scale, self.found_inf)
-        return Scaling(*(None if number is None else number.to(device, non_blocking=True) for number in numbers))
+        """The same on another device; nothing waits for a device to give something to another."""
+        numbers, at_once = (self.grad_scale, self.found_inf), need_not_wait(device)
+        return Scaling(*(None if number is None else number.to(device, non_blocking=at_once) for number in numbers))
 
 
 UNSCALED = Scaling(None, None)
@@ -82,6 +84,9 @@ def check_unscaled(optimizer: Any) -> None:
     if step.unscaling_is_right or not step.perturbs or step.grad_scale is not None or adaptive:
         return
     if optimizer._perturbation.storage.process_wide:  # each process has a part, and all must do the same
+        return
+    scaler = next(filter(None, map(_scaler_in, _callers())), None)
+    if scaler is not None and scaler.get_scale() <= TOO_LARGE:  # nor would gradients that are scaled by it tell
         return
     grads = [g.detach() for g in optimizer._gradients() if g.layout == torch.strided and g.numel() > 0]
     second = math.hypot(
@@ -165,7 +170,8 @@ def unscale(base: Optimizer, grad_scale: Tensor) -> None:
     for group in base.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                alike.setdefault((p.grad.device, p.grad.dtype, type(p.grad)), []).append(p.grad)
+                grad = p.grad._values() if p.grad.is_sparse else p.grad
+                alike.setdefault((grad.device, grad.dtype, type(grad)), []).append(grad)
     if any(dtype == torch.float16 for _, dtype, _ in alike):
         raise ValueError("gradients in float16 are too small to be unscaled: keep float32 parameters and use autocast")
     inverse = inverse_scale(grad_scale)
@@ -189,15 +195,13 @@ def report_overflow(optimizer: Optimizer, scaling: Scaling) -> None:
     found_inf = scaling.found_inf
     if found_inf is None:
         return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         accelerated = frame.f_locals.get("accelerated_optimizer") if frame.f_code.co_name == "patched_step" else None
         if accelerated is not None:
             # waits for the device, as Accelerate does with any optimizer
             accelerated._accelerate_step_called = not bool(found_inf)
-        if frame.f_code.co_name == "step" and isinstance(scaler := frame.f_locals.get("self"), GradScaler):
+        if (scaler := _scaler_in(frame)) is not None:
             break
-        frame = frame.f_back
     else:
         _warn_once("step() was not called by torch.amp.GradScaler")
         return
@@ -206,6 +210,20 @@ def report_overflow(optimizer: Optimizer, scaling: Scaling) -> None:
         scaler._per_optimizer_states[id(given)]["found_inf_per_device"][found_inf.device] = found_inf
     except (AttributeError, KeyError, TypeError) as error:
         _warn_once(f"this version of {type(scaler).__name__} has other internals ({type(error).__name__}: {error})")
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames of the functions under way, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _scaler_in(frame: FrameType) -> GradScaler | None:
+    """The scaler whose ``step`` a frame is of."""
+    scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+    return scaler if isinstance(scaler, GradScaler) else None
 
 
 def _warn_once(reason: str) -> None:

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from .backends.columns import local_tensor
+from .backends.memory import is_dense
 from .options import and_inner
 from .rounding import ROUNDED
 from .steps import RULE_OF
 
-FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers whose ``fused=True`` walks over memory on the CPU as if a gradient lay as its parameter does; SGD's is
-wrong in 16 bits as well.
+FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+"""Optimizers whose ``fused=True`` walks over memory on the CPU as if parameters had no gaps, and gradients and
+state lay as they do; SGD's is wrong in 16 bits as well.
 """
 
 
@@ -117,16 +119,24 @@ def _step_of(base: Optimizer) -> Callable[[], Any]:
     return unhooked.__get__(base)  # type: ignore[no-any-return]
 
 
+def _is_misread(base: Optimizer, p: Tensor) -> bool:
+    """Whether PyTorch's fused step on the CPU would get a parameter or its state wrong, whatever its gradient is."""
+    if not is_dense(local_tensor(p)) or (isinstance(base, torch.optim.SGD) and p.dtype in ROUNDED):
+        return True
+    states = (state for state in (base.state.get(p) or {}).values() if isinstance(state, Tensor))
+    return any(state.shape == p.shape and state.stride() != p.stride() for state in states)
+
+
 @contextmanager
 def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
     """Inside, what PyTorch's fused steps get wrong on the CPU is out of their way (seen with PyTorch 2.10 to 2.13)."""
     laid_out: list[tuple[Tensor, Tensor]] = []
     not_fused = []
-    for group in base.param_groups if type(base) in FUSED_ON_CPU else ():
+    for group in base.param_groups if isinstance(base, FUSED_ON_CPU) else ():
         with_grad = (
             [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
         )
-        if type(base) is torch.optim.SGD and any(p.dtype in ROUNDED for p in with_grad):
+        if any(_is_misread(base, p) for p in with_grad):
             not_fused.append(group)
         laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]
     try:

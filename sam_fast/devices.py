@@ -22,6 +22,11 @@ def made_current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
 
 
+def need_not_wait(device: torch.device) -> bool:
+    """``non_blocking`` of a copy to ``device``: the host reads what it gets at once, and must not come too early."""
+    return device.type != "cpu"
+
+
 def can_capture(device: torch.device) -> bool:
     """Whether there are graphs for a device of this kind."""
     return hasattr(getattr(torch, device.type, None), "is_current_stream_capturing")

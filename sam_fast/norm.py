@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import Bucket
+from .devices import need_not_wait
 
 
 class NormSum:
@@ -46,7 +47,7 @@ def exchange_sums(sums: Sequence[NormSum]) -> None:
     for receiver in sums:
         others = [total for s, total in zip(sums, totals, strict=True) if s is not receiver]
         for slot, total in enumerate(others, start=receiver.own):
-            receiver.partials[slot].copy_(total, non_blocking=True)
+            receiver.partials[slot].copy_(total, non_blocking=need_not_wait(receiver.partials.device))
 
 
 class Norm:

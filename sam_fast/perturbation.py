@@ -17,7 +17,7 @@ from .amp import UNSCALED, Scaling
 from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forced
 from .backends.bucket import ParameterError
 from .backends.columns import all_none, local_tensor, same_objects
-from .backends.memory import is_plain, is_wrapper, overlapping
+from .backends.memory import has_grad_dtype, is_plain, is_wrapper, overlapping, overlaps_itself
 from .norm import Norm
 from .options import name_of
 from .steps import NotFused
@@ -41,11 +41,6 @@ def _takes_part(p: Tensor, perturb: bool) -> bool:
     if perturb and p.grad is not None:
         return True
     return (p.requires_grad or p.grad is not None) and is_plain(local_tensor(p) if is_dtensor(p) else p)
-
-
-def _has_grad_dtype(p: Tensor) -> bool:
-    """Whether autograd gives a parameter gradients of another dtype than its own (PyTorch 2.10)."""
-    return getattr(p, "grad_dtype", None) not in (None, p.dtype)
 
 
 def forget_old_weights() -> None:
@@ -157,6 +152,12 @@ class Perturbation:
                         f"strided memory ({type(p).__name__}, layout {p.layout}). Put it into a group with "
                         "perturb=False"
                     )
+                if overlaps_itself(p):
+                    raise ValueError(
+                        f"elements of {name_of(p, param_groups)} share memory with each other, as of an expanded one "
+                        f"(shape {tuple(p.shape)}, strides {p.stride()}), and cannot be moved apart: train what it is "
+                        "a view of, or a clone()"
+                    )
                 members.append((p, index))
         return members, left_out
 
@@ -167,7 +168,7 @@ class Perturbation:
             raise ValueError(f"flatten=True would separate parameters that share memory ({names}): use flatten=False")
 
     def _refuse_wide_gradients(self, params: Sequence[Tensor], param_groups: ParamGroups) -> None:
-        for p in filter(_has_grad_dtype, params):
+        for p in filter(has_grad_dtype, params):
             raise ValueError(
                 f"flatten=True makes gradients of the parameters' dtypes, but {name_of(p, param_groups)} is "
                 f"{p.dtype} with grad_dtype {p.grad_dtype}: use flatten=False"  # type: ignore[attr-defined]
@@ -175,7 +176,7 @@ class Perturbation:
 
     def _choose(self, storage: InPlace, param: Tensor, tensor: Tensor) -> Backend:
         # The fused kernels read gradients in the parameter's dtype: float16 would lose the large ones and the small.
-        if _has_grad_dtype(param) and forced(self.backend) is None:
+        if has_grad_dtype(param) and forced(self.backend) is None:
             return BACKENDS["torch"]
         return storage.choose(tensor, self.backend)
 

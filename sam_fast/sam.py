@@ -75,9 +75,10 @@ class SAM(Passes, OptimizerWrapper):
     Raises:
         TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor, ``schedule`` is no Schedule, or
             an optimizer is given together with ``base_optimizer`` or ``base_kwargs``.
-        ValueError: ``params`` is empty, an option is out of range, the base optimizer has an option of the same name as
-            one of SAM's, needs a closure, differentiates gradients or steps during backward passes, the forced backend
-            is unknown or does not support a parameter, or ``flatten=True`` with parameters that share memory.
+        ValueError: ``params`` is empty, a parameter overlaps itself, an option is out of range, the base optimizer has
+            an option of the same name as one of SAM's, needs a closure, differentiates gradients or steps during
+            backward passes, the forced backend is unknown or does not support a parameter, or ``flatten=True`` with
+            parameters that share memory.
         RuntimeError: the forced backend cannot be used here.
     """
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import make_params, same_bits, values
 from scaled_runs import BASES, INF, NAN, SGD, Run, batch_of, scaler_with
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_fast import SAM, amp, base_step, sam
@@ -90,16 +90,6 @@ def test_several_dtypes_are_unscaled(backend: str) -> None:
         scaler.scale(sum((p.float() * 0.5).sum() for p in params)).backward()
         call()
     assert same_bits(values(params), [w - 0.5 for w in before])
-
-
-def test_the_default_dtype_is_not_that_of_what_a_scaler_finds() -> None:
-    """Of a base optimizer that steps by itself."""
-    run = Run({"base_optimizer": torch.optim.RMSprop}, scaler_with())
-    torch.set_default_dtype(torch.float64)
-    try:
-        run.step(0)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 # ---- Overflows -------------------------------------------------------------------------------------------------------
@@ -282,42 +272,6 @@ def test_a_step_without_first_step_says_so_and_leaves_no_scale_behind(make: Make
     plain.step(0)
     run.step(0)
     assert same_bits(run.weights, plain.weights)
-
-
-@pytest.mark.guarantee(id="grad-scaler")
-def test_unscale_before_first_step_and_again_is_refused_by_torch() -> None:
-    run = Run(BASES["sgd"], scaler_with(), clip=True)
-    run.backward(*batch_of(0), None)
-    run.scaler.unscale_(run.optimizer)
-    run.optimizer.first_step(zero_grad=True)
-    with pytest.raises(RuntimeError, match="already been called"):
-        run.scaler.unscale_(run.optimizer)
-
-
-def test_unscale_before_first_step_and_not_again_is_an_error(flatten: bool) -> None:
-    """The step was made with gradients times the scale. With unscale_ where it belongs, nothing is said."""
-    torch.manual_seed(0)
-    model, x = nn.Linear(4, 3), torch.randn(8, 4)
-    optimizer = SAM(model.parameters(), rho=0.1, flatten=flatten, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    for right in (False, True):
-        before = [p.detach().clone() for p in model.parameters()]
-        scaler.scale(model(x).square().sum()).backward()
-        if not right:
-            scaler.unscale_(optimizer)
-        optimizer.first_step(zero_grad=True)
-        scaler.scale(model(x).square().sum()).backward()
-        if right:
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            assert not same_bits(list(model.parameters()), before)
-        else:
-            with pytest.raises(RuntimeError, match=r"unscale_\(optimizer\) was called before first_step"):
-                scaler.step(optimizer)
-            optimizer.restore()
-            assert same_bits(list(model.parameters()), before)
-        scaler.update()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw-fused"])

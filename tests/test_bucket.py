@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import DTYPES, SIZES, buckets_of, make_params
 
 from sam_fast import SAM, backends
+from sam_fast.amp import Scaling
 from sam_fast.backends.bucket import CHUNK, Bucket
 from sam_fast.backends.memory import ALIGNMENT, is_dense
 from sam_fast.norm import NormSum, exchange_sums
@@ -95,6 +97,30 @@ def test_sums_are_exchanged_between_devices():
     exchange_sums(sums)
     for s in sums:
         assert float(s.partials.sum()) == total
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_host_waits_for_what_it_reads(kind):
+    """A clipped step of parameters on a GPU and on the host read its factor there before it had arrived."""
+    device, asked = torch.device(kind), []
+
+    class Asked:
+        """As much of a tensor as is used."""
+
+        def __init__(self) -> None:
+            self.device = device
+
+        def __getitem__(self, _):
+            return self
+
+        def to(self, _, non_blocking):
+            asked.append(non_blocking)
+
+        copy_ = to
+
+    Scaling(Asked(), None).on(device)
+    exchange_sums([SimpleNamespace(own=1, partials=Asked(), own_sum=lambda: None) for _ in range(2)])
+    assert asked == [kind == "cuda"] * 3
 
 
 def test_ten_thousand_parameters():

@@ -70,6 +70,16 @@ def test_two_optimizers_share_a_scaler() -> None:
     assert not same_bits(runs[1].weights, before)
 
 
+def test_the_default_dtype_is_not_that_of_what_a_scaler_finds() -> None:
+    """Of a base optimizer that steps by itself."""
+    run = Run({"base_optimizer": torch.optim.RMSprop}, scaler_with())
+    torch.set_default_dtype(torch.float64)
+    try:
+        run.step(0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Foreign:
     """Gives the optimizer its tensors, as a scaler does, and is none."""
 

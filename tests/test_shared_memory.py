@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from cases import give, make_params, same_bits, values
@@ -162,6 +164,38 @@ def test_parameters_that_share_memory_are_refused_by_a_forced_fused_backend() ->
         SAM(params, lr=0.1, backend="cpu")
     with pytest.raises(ValueError, match="share memory"):
         SAM(params, lr=0.1, flatten=True)
+
+
+@pytest.mark.parametrize("when", ["made", "later"])
+@pytest.mark.parametrize(
+    "overlapping", [torch.zeros(1).expand(5), torch.zeros(4, 1).expand(4, 5), torch.zeros(12).unfold(0, 5, 2)]
+)
+def test_a_parameter_that_overlaps_itself_is_refused_by_name(
+    when: str, overlapping: torch.Tensor, flatten: bool
+) -> None:
+    """PyTorch refuses to write to an expanded one, where the others were perturbed and stayed so, or writes some of it
+    twice; flattened, its elements were trained apart.
+    """
+    params = make_params([3, 5])
+    before = values(params[:1])
+    make = partial(SAM, params, lr=0.1, flatten=flatten)
+    refused = make if when == "made" else make().first_step
+    params[1].data = overlapping
+    params[1].grad = torch.ones(overlapping.shape)
+    with pytest.raises(ValueError, match=r"elements of parameter 1 of group 0 share memory with each other"):
+        refused()
+    assert same_bits(params[:1], before)
+    assert params[1].stride() == overlapping.stride()
+
+
+def test_strides_that_only_look_like_an_overlap_are_taken() -> None:
+    p = nn.Parameter(torch.zeros(12).as_strided((3, 2), (2, 3)))
+    p.grad = torch.ones(3, 2)
+    optimizer = SAM([p], lr=0.0, rho=6**0.5)
+    optimizer.first_step()
+    assert torch.allclose(p.detach(), torch.ones(3, 2))
+    optimizer.second_step()
+    assert torch.equal(p.detach(), torch.zeros(3, 2))
 
 
 def test_two_optimizers_do_not_perturb_a_parameter_at_the_same_time(flatten: bool) -> None:

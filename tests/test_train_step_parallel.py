@@ -84,9 +84,7 @@ def test_two_processes_are_one_with_the_whole_batch(
     found = two.run(trained, kind, ascent, clip, micro_batches)
     assert all(same_bits(of_rank, found[0][0]) for of_rank, _ in found)
     assert all(perturbed == [SCHEDULE.perturbs(n) for n in range(STEPS)] for _, perturbed in found)
-    # The clipping factor is rounded to float32.
-    tolerance = TOLERANCE if clip is None else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **tolerance)
+    torch.testing.assert_close(found[0][0], one_process(2, round(1 / ascent), clip), **TOLERANCE)
 
 
 def trained_on_unequal_shares(ascent: float) -> list[Tensor]:

@@ -209,18 +209,24 @@ def test_an_option_that_became_bad_later_is_noticed(option, value):
 # ---- PyTorch's fused steps on the CPU --------------------------------------------------------------------------------
 
 
+class Derived(torch.optim.Adam):
+    """Somebody's own."""
+
+
 @pytest.mark.guarantee(id="fused-cpu-bugs")
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, Derived])
 @pytest.mark.parametrize("hooked", [False, True], ids=["ours", "the base's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
-def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype):
-    """A gradient with another layout than its parameter's, and SGD in 16 bits: wrong with fused=True in
-    PyTorch itself.
+@pytest.mark.parametrize("layout", ["channels_last", "gaps"])
+def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype, layout):
+    """A gradient with another layout than its parameter's, a parameter with gaps, and SGD in 16 bits: wrong with
+    fused=True in PyTorch itself.
     """
     options = {"momentum": 0.9} if base is torch.optim.SGD else {}
-    weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    p = nn.Parameter(weight.to(dtype).to(memory_format=torch.channels_last))
-    q = nn.Parameter(weight.to(dtype).float())
+    weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    p = nn.Parameter(last if layout == "channels_last" else torch.stack([weight, weight], -1)[..., 0])
+    q = nn.Parameter(weight.float())
     optimizer = SAM([p], base, lr=0.1, fused=True, **options)
     if hooked:
         optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
@@ -240,6 +246,26 @@ def test_what_pytorchs_fused_steps_misread_is_not_inherited(base, hooked, dtype)
     assert isinstance(p.grad, Tensor)
     # In bfloat16 each of a few operations on each of three steps rounds by up to 2^-9.
     assert furthest([p.float()], [q]) < (1e-6 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.guarantee(id="fused-cpu-bugs")
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_state_that_lies_otherwise_than_its_parameter_is_not_misread(base):
+    """As that of a checkpoint from before the model was made channels_last."""
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    twin = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plain = base([twin], lr=0.1, **options)
+    twin.grad = torch.ones(4, 3, 2, 2).cumsum(1)
+    plain.step()
+    p = nn.Parameter(twin.detach().contiguous(memory_format=torch.channels_last))
+    optimizer = SAM([p], base, lr=0.1, **options)
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    optimizer.param_groups[0]["fused"] = True
+    p.grad = twin.grad.clone(memory_format=torch.channels_last)
+    optimizer.first_step()
+    optimizer.second_step()
+    plain.step()
+    assert furthest([p], [twin]) < 1e-6
 
 
 # ---- Scalers and late gradients ------------------------------------------------------------------------------------

@@ -34,6 +34,22 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """True if elements of ``tensor`` lie in the same memory, as an expanded one's do."""
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+    reach = 0  # of the dimensions inside
+    for stride, size in () if tensor.numel() == 0 else dims:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in dims:
+        places = places.unsqueeze(-1) + stride * torch.arange(size, device="cpu")
+    return len(places.unique()) < places.numel()
+
+
 def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     """Shape and strides of ``tensor`` if it is dense, else its shape and the strides that make it contiguous."""
     if is_dense(tensor):
@@ -50,6 +66,11 @@ def padded_size(numel: int, itemsize: int) -> int:
 def has_memory(tensor: Tensor) -> bool:
     """False if a strided tensor's storage was resized to nothing: PyTorch's own kernels would write to address 0."""
     return tensor.numel() == 0 or tensor.data_ptr() != 0
+
+
+def has_grad_dtype(p: Tensor) -> bool:
+    """Whether autograd gives a parameter gradients of another dtype than its own (PyTorch 2.10)."""
+    return getattr(p, "grad_dtype", None) not in (None, p.dtype)
 
 
 def rejects_memory(tensor: Tensor) -> str | None:
