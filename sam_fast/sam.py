@@ -128,13 +128,14 @@ class SAM(Passes, OptimizerWrapper):
     def _begin(self) -> None:
         """Build what is not copied."""
         leave_uncompiled()
-        self._base_step = BaseStep(self.base_optimizer)
+        self._base_step = BaseStep(self.base_optimizer, self._perturbation)
         self._perturbation.maximize = maximizes(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
         if self._schedule_watch is not None:
             finalize(self._step, self._schedule_watch.warn_at_the_end)  # the step is shared with copies and wrappers
         watch_steps(self._step)
+        finalize(self._step, self._base_step.unhook, self.base_optimizer).atexit = False
         self._prepare()
 
     def __copy__(self) -> SAM:
@@ -235,10 +236,13 @@ class SAM(Passes, OptimizerWrapper):
         """
         if not self._step.active:
             self._require_first_step("second_step()")
-        if self._step.found_inf is not None or self._is_watched():
-            self.step()
-        else:
+        if self._step.found_inf is None and not self._is_watched():
             self._update()
+        elif self._step_leads_back():
+            self._opt_called = True  # which a scheduler asks for
+            self._update()
+        else:
+            self.step()
         if zero_grad:
             self.zero_grad()
 
