@@ -125,6 +125,92 @@ def test_a_variant_with_both_steps_of_its_own(base: Any, options: dict[str, Any]
         assert optimizer.state[p].keys() - {"first", "e_w"} == plain.base.state[q].keys()
 
 
+class Mixing(SAM):
+    """Changes the second gradient, then leaves the step to SAM."""
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["first"] = p.grad.clone()
+        super().first_step(zero_grad)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad.mul_(0.7).add_(self.state[p]["first"], alpha=0.3)
+        super().second_step(zero_grad)
+
+
+def two_calls(optimizer: SAM, backward: Callable[[], None]) -> None:
+    backward()
+    optimizer.first_step(zero_grad=True)
+    backward()
+    optimizer.second_step()
+
+
+def two_calls_and_step(optimizer: SAM, backward: Callable[[], None]) -> None:
+    backward()
+    optimizer.first_step(zero_grad=True)
+    backward()
+    optimizer.step()
+
+
+def with_a_scaler(optimizer: SAM, backward: Callable[[], None]) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    backward()
+    optimizer.first_step(zero_grad=True)
+    backward()
+    scaler.step(optimizer)
+
+
+def closure_for_one(optimizer: SAM, backward: Callable[[], None]) -> None:
+    backward()
+    optimizer.step(backward, passes="second")
+
+
+def closure_for_both(optimizer: SAM, backward: Callable[[], None]) -> None:
+    optimizer.step(backward, passes="both")
+
+
+STYLES = [two_calls, two_calls_and_step, with_a_scaler, closure_for_one, closure_for_both]
+
+
+@every_base
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_second_step_of_a_variant_is_taken_once_in_every_style(
+    base: Any, options: dict[str, Any], style: Callable[[SAM, Callable[[], None]], None], hooked: bool
+) -> None:
+    optimizer, params, plain, twin = pair(base, Mixing, **options)
+    seen: list[int] = []
+    if hooked:
+        optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    for step in range(3):
+        seeds = iter([2 * step, 2 * step + 1])
+        style(optimizer, lambda seeds=seeds: give_doubles(params, next(seeds)))
+        optimizer.zero_grad()
+        give_doubles(twin, 2 * step)
+        first = [p.grad.clone() for p in twin]
+        plain.first_step()
+        give_doubles(twin, 2 * step + 1)
+        for p, g in zip(twin, first, strict=True):
+            p.grad.mul_(0.7).add_(g, alpha=0.3)
+        plain.second_step()
+    assert furthest(params, twin) < CLOSE
+    assert len(seen) == (3 if hooked else 0)
+
+
+@pytest.mark.parametrize("style", [closure_for_one, closure_for_both])
+def test_a_closure_for_a_variant_with_both_steps_of_its_own(style: Callable[[SAM, Callable[[], None]], None]) -> None:
+    one, params, _, _ = pair(torch.optim.Adam, Decomposing)
+    two, others, _, _ = pair(torch.optim.Adam, Decomposing)
+    for step in range(3):
+        seeds = iter([2 * step, 2 * step + 1])
+        style(one, lambda seeds=seeds: give_doubles(params, next(seeds)))
+        one.zero_grad()
+        two_passes(two, others, step)
+    assert same_bits(values(params), values(others))
+
+
 class Whole(SAM):
     """A step that makes both passes, as the reference's makes the second."""
 
@@ -191,6 +277,11 @@ class OwnFirst(SAM):
             self.state[p]["old_p"] = p.detach().clone()
 
 
+class OwnNorm(SAM):
+    def _grad_norm(self) -> Tensor:
+        return torch.ones(())
+
+
 @pytest.mark.guarantee(id="misuse")
 def test_what_a_variant_cannot_rely_on_is_an_error_that_says_what_to_do() -> None:
     optimizer, params, _, _ = pair(cls=OwnFirst)
@@ -198,6 +289,10 @@ def test_what_a_variant_cannot_rely_on_is_an_error_that_says_what_to_do() -> Non
     optimizer.first_step()
     with pytest.raises(RuntimeError, match=r"super\(\)\.first_step"):
         optimizer.second_step()
+    with pytest.raises(RuntimeError, match=r"super\(\)\.first_step"):
+        optimizer.step(lambda: give_doubles(params, 1), passes="both")
+    with pytest.raises(TypeError, match=r"OwnNorm has a _grad_norm.*super\(\)\.first_step"):
+        pair(cls=OwnNorm)
     with pytest.raises(AttributeError, match=r"param_groups\[0\]\['rho'\]"):
         _ = optimizer.rho
     with pytest.raises(TypeError, match=r"SAM\(optimizer, rho"):
