@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import CodeType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from .backends.columns import local_tensor
 from .backends.memory import is_dense
+from .batchnorm import settle_running_stats
 from .options import and_inner
 from .rounding import ROUNDED
 from .steps import RULE_OF
@@ -38,11 +40,33 @@ class BaseStep:
     PyTorch's optimizers take a state that is not empty for one of their own. What SAM's users keep in
     ``optimizer.state[p]`` before the base optimizer's first step with p is set aside for that step. But they may also
     put the base optimizer's own state there, restored by name or made for a parameter that has grown: the names tell.
+
+    A loop may also call ``base.step()``, as in a warm-up, and so may a variant of SAM in a ``second_step`` of its own.
+    Hooks do the same for that, and put back what is disabled in BatchNorm layers, as at the end of SAM's step.
+
+    Args:
+        base: the base optimizer.
+        perturbation: that of the SAM, which is restored before its step.
     """
 
-    def __init__(self, base: Optimizer) -> None:
+    def __init__(self, base: Optimizer, perturbation: Any) -> None:
         self._foreign: set[str] = set()  # names of entries that are not the base optimizer's
+        self._aside: dict[Tensor, dict[str, Any]] = {}
+        self._called = False
+        self._perturbation = ref(perturbation)
         self.look_at(base)
+        # not by the methods that register: their handles need what not every wrapper's dictionaries have
+        base._optimizer_step_pre_hooks[self] = self._before_alone  # type: ignore[index]
+        base._optimizer_step_post_hooks[self] = self._after_alone  # type: ignore[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is made where a base optimizer copies its hooks, too. It belongs to no SAM."""
+        return {**vars(self), "_perturbation": type(None)}
+
+    def unhook(self, base: Optimizer) -> None:
+        """The SAM is gone."""
+        base._optimizer_step_pre_hooks.pop(self, None)  # type: ignore[call-overload]
+        base._optimizer_step_post_hooks.pop(self, None)  # type: ignore[call-overload]
 
     def look_at(self, base: Optimizer) -> None:
         """What is in the state of ``base`` now is its own, but for what is known not to be."""
@@ -57,15 +81,43 @@ class BaseStep:
 
     def __call__(self, base: Optimizer) -> None:
         """Step."""
-        if base.state is not self._state:
-            self.look_at(base)  # loaded
-        aside = self._set_aside(base) if self._foreign or len(base.state) != self._entries else {}
+        self._called = True
         try:
+            self._before(base)
             with _as_fused_on_cpu_expects(base):
                 _step_of(base)()
         finally:
-            for p, entry in aside.items():
-                base.state[p] |= entry
+            self._after(base)
+            self._called = False
+
+    def _before_alone(self, base: Optimizer, *_: Any) -> None:
+        if self._called:
+            return
+        perturbation = self._perturbation()
+        if perturbation is not None and perturbation.active:
+            raise RuntimeError(
+                "base_optimizer.step() between first_step() and second_step() would step from w + e: call "
+                "second_step() instead, or restore() before it. There is no state[p]['old_p'] to put back by hand"
+            )
+        settle_running_stats(base.param_groups)
+        self._before(base)
+
+    def _after_alone(self, base: Optimizer, *_: Any) -> None:
+        if not self._called:
+            self._after(base)
+
+    def _before(self, base: Optimizer) -> None:
+        if self._aside:  # of a step alone that has raised
+            self._after(base)
+        if base.state is not self._state:
+            self.look_at(base)  # loaded
+        if self._foreign or len(base.state) != self._entries:
+            self._aside = self._set_aside(base)
+
+    def _after(self, base: Optimizer) -> None:
+        aside, self._aside = self._aside, {}
+        for p, entry in aside.items():
+            base.state[p] |= entry
         if aside or len(base.state) != self._entries:
             self.look_at(base)
 
@@ -83,6 +135,12 @@ class BaseStep:
                 aside[p] = dict(entry)
                 entry.clear()
         return aside
+
+
+def has_hooks(base: Optimizer) -> bool:
+    """Whether a base optimizer has step hooks other than a SAM's."""
+    keys: list[Any] = [*base._optimizer_step_pre_hooks, *base._optimizer_step_post_hooks]
+    return not all(isinstance(key, BaseStep) for key in keys)
 
 
 def _names_of(entry: Any) -> set[str]:
@@ -113,7 +171,7 @@ def _step_of(base: Optimizer) -> Callable[[], Any]:
     """``base.step`` without global step hooks, which see SAM's own step."""
     unhooked = getattr(type(base).step, "__wrapped__", None)
     there_are_some = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
-    its_own = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or "step" in vars(base)
+    its_own = has_hooks(base) or "step" in vars(base)
     if not there_are_some or its_own or unhooked is None:
         return base.step
     return unhooked.__get__(base)  # type: ignore[no-any-return]

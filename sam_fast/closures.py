@@ -171,9 +171,10 @@ def closure_step(
                 optimizer.first_step(zero_grad=True)
             replayed = nullcontext() if random_state is None else random_state.replayed()
             uncounted = uncounted_forwards(model, extra_buffers, closure) if step.first_pass_done else nullcontext()
+            active = step.active  # not where a variant has both steps of its own
             with uncounted, replayed:
                 second_loss = closure()
-            _check_where_the_step_stands(step, active=True)
+            _check_where_the_step_stands(step, active)
             computed = begun or not first_pass_done or are_new(optimizer._gradients())
             if not computed and all_zero(optimizer._gradients()):  # else they were written through .data
                 raise RuntimeError(NO_SECOND_GRADIENT)
@@ -181,7 +182,7 @@ def closure_step(
         optimizer.restore()
         mark_used(optimizer._gradients())  # they belong to a step that was given up
         raise
-    optimizer._update()
+    optimizer._end_step()
     mark_used(optimizer._gradients())
     return loss if computes_first else second_loss
 
@@ -225,7 +226,7 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
     optimizer._require_first_step("step() without a closure")
     if optimizer._step.found_inf is not None:
         check_unscaled(optimizer)
-    optimizer._update()
+    optimizer._end_step()
 
 
 def _can_only_make_state(optimizer: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .amp import UNSCALED, Scaling
 from .backends import Bucket, StepOptions
+from .base_step import has_hooks
 from .devices import refuse_capture
 from .perturbation import Perturbation
 from .steps import RULE_OF, MissingState, NotFused, Rule, fused_classes
@@ -75,7 +76,7 @@ def _rule_for(base: Optimizer) -> Rule:
     rule = RULE_OF[cls]
     if rule is None:
         raise NotFused(f"{cls.__qualname__} is not one of {', '.join(fused_classes())}")
-    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+    if has_hooks(base):
         raise NotFused("the base optimizer has step hooks of its own: register them on SAM")
     step = vars(base).get("step")
     if step is not None and not hasattr(step, WRAPPED_BY_SCHEDULER):

@@ -68,8 +68,10 @@ def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> 
     else:
         found = base_optimizer
     if not callable(found):
+        is_made = "; an optimizer that is there already comes first: SAM(optimizer, rho=0.05)"
         raise TypeError(
-            f"base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got {base_optimizer!r}"
+            "base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got "
+            f"{base_optimizer!r}{is_made if isinstance(base_optimizer, Optimizer) else ''}"
         )
     # Some, as MuonWithAuxAdam, take no entries that they do not know: the options are taken over afterwards.
     return lambda groups: found(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 
 from .batchnorm import frozen_running_stats
@@ -58,6 +59,19 @@ class Passes:
             raise RuntimeError("grad_norm is known after the first first_step()")
         return self._perturbation.norm.value.clone()
 
+    @torch.no_grad()
+    def _grad_norm(self) -> Tensor:
+        """``||T g||`` of the gradients as they are now, in their dtype and under the reference implementation's name:
+        loops log it, and variants measure with it in a ``first_step`` of their own.
+        """
+        norm = torch.nn.utils.get_total_norm(
+            (p.abs() + group["eta"]) * p.grad if group["adaptive"] else p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if group["perturb"] and p.grad is not None
+        )
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
     @property
     def second_step_path(self) -> str:
         """How the last second step was taken: "fused", restore and step in one pass, or the reason why the base
@@ -86,7 +100,8 @@ class Passes:
         if not self._step.active and self.will_perturb:
             raise RuntimeError(
                 f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
-                "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, SAMCallback"
+                "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, "
+                "SAMCallback. A first_step of a class of your own has to call super().first_step()"
             )
 
     def _require_restored(self, what: str) -> None:

@@ -74,7 +74,8 @@ class SAM(Passes, OptimizerWrapper):
 
     Raises:
         TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor, ``schedule`` is no Schedule, or
-            an optimizer is given together with ``base_optimizer`` or ``base_kwargs``.
+            an optimizer is given together with ``base_optimizer`` or ``base_kwargs``; or a subclass has a
+            ``_grad_norm`` of its own and no ``first_step``.
         ValueError: ``params`` is empty, a parameter overlaps itself, an option is out of range, the base optimizer has
             an option of the same name as one of SAM's, needs a closure, differentiates gradients or steps during
             backward passes, the forced backend is unknown or does not support a parameter, or ``flatten=True`` with
@@ -103,6 +104,11 @@ class SAM(Passes, OptimizerWrapper):
         along: str = "gradient",
         **base_kwargs: Any,
     ) -> None:
+        if type(self)._grad_norm is not SAM._grad_norm and type(self).first_step is SAM.first_step:
+            raise TypeError(
+                f"{type(self).__name__} has a _grad_norm of its own, which first_step() does not call: give it both "
+                "steps of its own, too, or a first_step that changes p.grad and calls super().first_step()"
+            )
         make = make_base(params, base_optimizer, base_kwargs)
         check_arguments(perturb_eps, flatten, stochastic_rounding)
         check_closure_option("closure", closure)
@@ -129,13 +135,14 @@ class SAM(Passes, OptimizerWrapper):
     def _begin(self) -> None:
         """Build what is not copied."""
         leave_uncompiled()
-        self._base_step = BaseStep(self.base_optimizer)
+        self._base_step = BaseStep(self.base_optimizer, self._perturbation)
         self._perturbation.maximize = maximizes(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
         if self._schedule_watch is not None:
             finalize(self._step, self._schedule_watch.warn_at_the_end)  # the step is shared with copies and wrappers
         watch_steps(self._step)
+        finalize(self._step, self._base_step.unhook, self.base_optimizer).atexit = False
         self._prepare()
 
     def __copy__(self) -> SAM:
@@ -236,10 +243,13 @@ class SAM(Passes, OptimizerWrapper):
         """
         if not self._step.active:
             self._require_first_step("second_step()")
-        if self._step.found_inf is not None or self._is_watched():
-            self.step()
-        else:
+        if self._step.finishing or (self._step.found_inf is None and not self._is_watched()):
             self._update()
+        elif self._step_leads_back():
+            self._opt_called = True  # which a scheduler asks for
+            self._update()
+        else:
+            self._finish(self.step)
         if zero_grad:
             self.zero_grad()
 
@@ -295,6 +305,22 @@ class SAM(Passes, OptimizerWrapper):
             raise
 
     _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
+
+    def _end_step(self) -> None:
+        """What ``step`` ends with: the second step, which a subclass may have one of its own for."""
+        if not self._step.finishing and type(self).second_step is not SAM.second_step:
+            self._finish(self.second_step)
+            return
+        self._require_first_step("step()")
+        self._update()
+
+    def _finish(self, call: Callable[[], None]) -> None:
+        """``step`` and ``second_step`` lead to each other, but once."""
+        self._step.finishing = True
+        try:
+            call()
+        finally:
+            self._step.finishing = False
 
     def _update(self) -> None:
         base, step, perturbation = self.base_optimizer, self._step, self._perturbation

@@ -21,6 +21,7 @@ class StepState:
         thread: the one that called it.
         first_pass_done: there was a first pass, whose batch has counted in the running statistics.
         perturbs: the norm is that of this step's first gradient.
+        finishing: ``step`` was called by ``second_step``, or the other way round.
         zeroed: there was no step since ``zero_grad``: gradients that are not new are zero.
     """
 
@@ -28,6 +29,7 @@ class StepState:
     thread: int = 0
     first_pass_done: bool = False
     perturbs: bool = False
+    finishing: bool = False
     zeroed: bool = False
 
     random_states: list[RandomState] = field(default_factory=list)  # one for each time that first_pass was asked to

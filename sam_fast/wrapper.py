@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -15,7 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 from .amp import ATTRIBUTES
 from .base_step import BaseStep
 from .closures import all_zero
-from .options import check_options, without_old_weights
+from .options import OPTIONS, check_options, without_old_weights
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that exchange the weights for others, as schedule-free ones have them."""
@@ -82,6 +83,8 @@ class OptimizerWrapper(Optimizer):
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, a "
                 f"{type(base).__name__}"
             )
+            if name in OPTIONS:
+                text += f": it is an option of the parameter groups, optimizer.param_groups[0][{name!r}]"
             raise AttributeError(text) from None
         return self._only_between_steps(name, value) if name in SWITCHES and callable(value) else value
 
@@ -169,6 +172,17 @@ class OptimizerWrapper(Optimizer):
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _step_leads_back(self) -> bool:
+        """Whether ``second_step`` must not call ``step``, as it never does in the reference implementation: a subclass
+        has one of its own, which may make both passes, or a loop has put ``first_step`` or ``second_step`` in its
+        place. Wrappers of frameworks are no such subclasses.
+        """
+        if getattr(vars(self).get("step"), "__name__", "") in ("first_step", "second_step"):
+            return True
+        step = inspect.unwrap(type(self).step)
+        where = [c for c in type(self).__mro__ if "step" in vars(c) and inspect.unwrap(vars(c)["step"]) is step]
+        return step is not self._plain_step and issubclass(where[-1], OptimizerWrapper)
 
     def _is_watched(self) -> bool:
         """Whether somebody must see :meth:`step` being called: a hook, a profiler, a scheduler, a subclass.

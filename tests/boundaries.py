@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock, RLock
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,7 @@ import sam_fast
 
 PACKAGE = str(Path(sam_fast.__file__).parent)
 EVENTS = ("call", "return", "c_call", "c_return")
+LOCKS = (type(Lock()), type(RLock()))
 
 
 class Boundaries:
@@ -33,8 +35,8 @@ class Boundaries:
             and frame.f_back.f_code.co_filename.startswith(PACKAGE)
         ):
             return
-        if event not in EVENTS:
-            return
+        if event not in EVENTS or (event == "c_call" and isinstance(getattr(arg, "__self__", None), LOCKS)):
+            return  # nothing comes between the end of a with block and the release of its lock
         number, self.crossed = self.crossed, self.crossed + 1
         if number == self.fail_at:
             sys.setprofile(None)
