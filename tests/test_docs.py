@@ -158,10 +158,10 @@ def test_which_rho_is_what_the_tuning_chose() -> None:
 def test_what_the_guide_names_for_quantisation_is_all_that_moves() -> None:
     fake_quantize = pytest.importorskip("torch.ao.quantization").FusedMovingAvgObsFakeQuantize()
     (names,) = re.findall(r'extra_buffers=(\("min_val",.*\))\)\n', page("guide.md"))
-    fake_quantize(torch.rand(9))
+    fake_quantize(torch.linspace(0, 1, 9))
     before = {name: buffer.clone() for name, buffer in fake_quantize.named_buffers()}
     with sam_fast.frozen_running_stats(fake_quantize, extra_buffers=literal_eval(names)):
-        fake_quantize(torch.randn(9) * 3)
+        fake_quantize(torch.linspace(-100, 1, 9))
         assert not torch.equal(fake_quantize.zero_point, before["zero_point"])
     assert all(torch.equal(buffer, before[name]) for name, buffer in fake_quantize.named_buffers())
 
