@@ -89,7 +89,7 @@ def _is_pytorchs(kind: type) -> bool:
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module, where its class may have some that matter here: PyTorch's have none."""
-    if _is_pytorchs(type(module)):
+    if _is_pytorchs(type(module)):  # type: ignore[arg-type]  # a class can be hashed
         return {}
     attributes = vars(module).copy()
     return {name: attributes[name] for name in attributes if name not in _ATTRIBUTES}
