@@ -94,11 +94,12 @@ class _Group:
         if self.fresh and not self.snapshot._has_changed(counters=False):
             return layers
         running = [layer for layer in layers if layer.training]
-        for layer in running:
-            for p in layer._parameters.values():
-                if p is not None and p.grad is not None and (trained is None or id(p) in trained):
-                    return running
-        return []
+        params = [p for layer in running for p in layer._parameters.values() if p is not None]
+        if not params:  # affine=False
+            models = (known() for known in self._models)
+            params = [p for model in models if running and model is not None for p in model.parameters()]
+        ran = any(p.grad is not None and (trained is None or id(p) in trained) for p in params)
+        return running if ran else []
 
 
 # The layers that disable_running_stats was called for. A group lives as long as one of its layers.

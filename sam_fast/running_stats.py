@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 from weakref import ref
@@ -78,9 +79,17 @@ class _Kinds(dict[type, int]):
 _KIND = _Kinds()
 
 
+@lru_cache(maxsize=1000)  # parametrized and traced modules have a class each
+def _is_pytorchs(kind: type) -> bool:
+    """Whether a class of modules is PyTorch's own. One that it derives from a user's, to parametrize or shard a module,
+    says so too, but has the user's attributes.
+    """
+    return all(str(base.__module__).partition(".")[0] in ("torch", "abc", "builtins") for base in kind.__mro__)
+
+
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module, where its class may have some that matter here: PyTorch's have none."""
-    if str(type(module).__module__).startswith("torch."):
+    if _is_pytorchs(type(module)):  # type: ignore[arg-type]  # a class can be hashed
         return {}
     attributes = vars(module).copy()
     return {name: attributes[name] for name in attributes if name not in _ATTRIBUTES}

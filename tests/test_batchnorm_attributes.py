@@ -14,6 +14,7 @@ import torch
 from cases import same_bits
 from norms import batch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sam_fast import SAM, TrainStep, disable_running_stats, enable_running_stats, frozen_running_stats
 
@@ -129,6 +130,20 @@ def test_modules_that_are_kept_aside(style: Any, keep: Any) -> None:
         twin(model.linear(x).detach())
         style(model, optimizer, x)
         assert same_bits(list(model.norm().buffers()), list(twin.buffers()))
+
+
+@pytest.mark.guarantee(id="statistics-attributes")
+def test_modules_whose_classes_pytorch_has_derived() -> None:
+    """As of what is parametrized, and of what FSDP2 shards."""
+    model = nn.Sequential(HandWrittenNorm("reassigned"), KeepsAside(lambda norm: [norm]))
+    parametrize.register_parametrization(model[0], "gain", nn.Tanh())
+    model[1].scale = nn.Parameter(torch.ones(()))
+    parametrize.register_parametrization(model[1], "scale", nn.Tanh())
+    mean, norm, x = model[0].moving_mean, model[1].norm(), batch()
+    with frozen_running_stats(model):
+        model(x)
+    assert torch.equal(model[0].moving_mean, mean)
+    assert int(norm.num_batches_tracked) == 0
 
 
 def test_what_else_a_model_may_keep_is_left_alone() -> None:

@@ -274,10 +274,15 @@ def test_a_compiled_loss_beside_a_model_is_no_reason_to_warn() -> None:
             optimizer.step(lambda x=x, y=y: loss(model(x), y).backward())
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_disabled_for_good_around_a_compiled_function(compiler: str) -> None:
-    """No hook tells of its passes; gradients do."""
+def test_disabled_for_good_around_a_compiled_function(compiler: str, affine: bool) -> None:
+    """No hook tells of its passes; gradients do: those of the rest of the model where the layers have none."""
     model = SmallNet()
+    if not affine:
+        model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10), nn.BatchNorm1d(10, affine=False))
+        model.eval()(batches(1)[0][0])
+        model.train()
     function = torch.compile(lambda x: model(x) * 2, backend=compiler)
     optimizer, before = SAM(model.parameters(), lr=0.1, rho=0.1), statistics(model)
     disable_running_stats(model)

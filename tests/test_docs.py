@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ast import literal_eval
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -48,7 +49,7 @@ class Observed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("min_val", "max_val", "scale", "ema"):
+        for name in ("min_val", "max_val", "scale", "zero_point", "ema"):
             self.register_buffer(name, torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,6 +170,17 @@ def test_which_rho_is_what_the_tuning_chose() -> None:
     assert "| a schedule, or `ascent` of a quarter and less | two to four did best" in text
     assert times("normalization layers only") - {8.0} == {4.0}
     assert "| normalization layers only | four to eight did best there" in text
+
+
+def test_what_the_guide_names_for_quantisation_is_all_that_moves() -> None:
+    fake_quantize = pytest.importorskip("torch.ao.quantization").FusedMovingAvgObsFakeQuantize()
+    (names,) = re.findall(r'extra_buffers=(\("min_val",.*\))\)\n', page("guide.md"))
+    fake_quantize(torch.linspace(0, 1, 9))
+    before = {name: buffer.clone() for name, buffer in fake_quantize.named_buffers()}
+    with sam_fast.frozen_running_stats(fake_quantize, extra_buffers=literal_eval(names)):
+        fake_quantize(torch.linspace(-100, 1, 9))
+        assert not torch.equal(fake_quantize.zero_point, before["zero_point"])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in fake_quantize.named_buffers())
 
 
 def test_frameworks_are_tested_with_the_versions_that_the_page_names() -> None:

@@ -16,8 +16,9 @@ import torch
 from cases import make_params, normal, same_bits, values
 from model_of_sam import perturbed
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sam_fast import SAM
+from sam_fast import SAM, BatchNormSnapshot
 
 _cpu = pytest.importorskip("sam_fast._cpu")
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -216,6 +217,26 @@ def test_parameters_changed_at_random_are_served_or_refused(base: type[torch.opt
         assert not optimizer.perturbed
 
 
+@pytest.mark.guarantee(id="wrong-arguments")
+@pytest.mark.parametrize("flatten", [False, True])
+def test_memory_that_a_fake_tensor_mode_withholds_is_missed(flatten: bool) -> None:
+    """Its tensors have the address 0. Outside of it everything goes on."""
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), torch.randn(4, 3)
+    optimizer = SAM(model.parameters(), flatten=flatten, lr=0.1)
+    model(x).square().sum().backward()
+    before, other = values(model.parameters()), [torch.ones(3, requires_grad=True)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for use in (lambda: SAM(other, flatten=flatten), BatchNormSnapshot(model).save):
+            with pytest.raises(RuntimeError, match="outside FakeTensorMode"):
+                use()
+        with pytest.raises(RuntimeError, match="outside FakeTensorMode"):
+            optimizer.first_step()
+    assert same_bits(before, values(model.parameters()))
+    optimizer.first_step()
+    optimizer.restore()
+    assert same_bits(before, values(model.parameters()))
+
+
 @pytest.mark.guarantee(id="taken-memory")
 def test_memory_of_a_deleted_parameter_is_not_used() -> None:
     """The optimizer keeps its parameters alive; their gradients and old memory are looked up anew in every step."""
@@ -273,7 +294,7 @@ void *malloc(size_t n) {
 COUNTING = """
 import ctypes, sys
 import torch
-from sam_fast import SAM
+from sam_fast import SAM, BatchNormSnapshot
 allocations = ctypes.CDLL(sys.argv[1]).allocations
 allocations.restype = ctypes.c_long
 

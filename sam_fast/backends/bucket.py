@@ -22,7 +22,7 @@ from ..amp import Scaling
 from ..options import check_options
 from ..steps import NotFused, Rule
 from .columns import GradientOf
-from .memory import dense_layout, is_plain, is_wrapper, padded_size
+from .memory import allocated, dense_layout, is_plain, is_wrapper, padded_size
 
 CHUNK = 16384
 """Elements. Small enough to balance over threads, large enough that the work per chunk vanishes. A multiple of 64."""
@@ -164,7 +164,7 @@ class Bucket(ABC):
             numel = tensor.numel()
             for begin in range(0, numel, CHUNK):
                 entries.append((index, group, begin, min(CHUNK, numel - begin), slot + begin))
-        return torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 5)
+        return allocated(torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 5))
 
     @cached_property
     def tensor_table(self) -> Tensor:
@@ -174,7 +174,7 @@ class Bucket(ABC):
         """
         sizes = (tensor.numel() for tensor in self.tensors)
         entries = list(zip(self.groups, sizes, self.slots, strict=True))
-        return torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 3)
+        return allocated(torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 3))
 
     @cached_property
     def backup(self) -> Tensor:
@@ -185,7 +185,7 @@ class Bucket(ABC):
         if self._backup is not None:
             return self._backup.backup
         with torch.inference_mode(False):  # first used in inference mode, it must still be writable outside
-            return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+            return allocated(torch.empty(self.numel, dtype=self.dtype, device=self.device))
 
     @cached_property
     def backups(self) -> list[Tensor]:

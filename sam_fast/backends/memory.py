@@ -73,6 +73,20 @@ def has_grad_dtype(p: Tensor) -> bool:
     return getattr(p, "grad_dtype", None) not in (None, p.dtype)
 
 
+def allocated(tensor: Tensor) -> Tensor:
+    """``tensor``, which was made for kernels to read or write.
+
+    Raises:
+        RuntimeError: it has no memory. Its address is 0.
+    """
+    if is_wrapper(type(tensor)):
+        raise RuntimeError(
+            f"a torch dispatch mode has made a {type(tensor).__name__} where memory was asked for: make the optimizer, "
+            "its steps and copies of statistics outside FakeTensorMode"
+        )
+    return tensor
+
+
 def rejects_memory(tensor: Tensor) -> str | None:
     """Why the elements of ``tensor`` cannot be read and written at its address, or None."""
     if is_wrapper(type(tensor)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import Backend, Bucket, choose
 from ..backends.bucket import ParameterError, check_direction, shape_changed
 from ..backends.columns import make_gather
-from ..backends.memory import dense_layout, padded_size
+from ..backends.memory import allocated, dense_layout, padded_size
 from .in_place import InPlace, Member
 
 _requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # without the search for the attribute
@@ -45,7 +45,7 @@ class FlatBuffers:
             numel += padded_size(p.numel(), p.element_size())
         self._slots = slots
         # Zeros, so that the padding between slots adds nothing to the norm and is not moved.
-        self.weights = torch.zeros(numel, dtype=params[0].dtype, device=params[0].device)
+        self.weights = allocated(torch.zeros(numel, dtype=params[0].dtype, device=params[0].device))
         self.grads = torch.zeros_like(self.weights)
         layouts = [dense_layout(p) for p in self.params]
         self.weight_views = [
