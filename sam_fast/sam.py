@@ -309,7 +309,8 @@ class SAM(Passes, OptimizerWrapper):
             scaling = scaling_of(step.grad_scale, step.found_inf, norm)
         if step.first_pass_entered:
             step.forget_first_pass()
-        perturbation.storage.release_frozen()  # between the passes
+        if perturbation.flatten:
+            perturbation.storage.release_frozen()  # between the passes
         rounds = self._rounds and self._rounds_stochastically()
         key = rounding_key(steps_taken(base.param_groups), UPDATE) if rounds else None
         perturbed = perturbation.active

@@ -51,7 +51,11 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's state."""
+        """The base optimizer's state. torch.distributed.checkpoint asks for it before anything else, and then it is
+        made where it is missing.
+        """
+        if not self.base_optimizer.state and sys._getframe(1).f_globals.get("__name__") == DISTRIBUTED_CHECKPOINTS:
+            self._make_state()
         return self.base_optimizer.state
 
     @state.setter
@@ -119,8 +123,6 @@ class OptimizerWrapper(Optimizer):
 
         There is never a copy of the weights in it.
         """
-        if not self.state and sys._getframe(1).f_globals.get("__name__") == DISTRIBUTED_CHECKPOINTS:
-            self._make_state()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
