@@ -108,7 +108,7 @@ class Passes:
         if self._step.active or self._perturbation.active:
             raise RuntimeError(
                 f"{what} between first_step() and second_step(): finish with second_step(), or call restore() to give "
-                "this step up"
+                "this step up. It writes w back: load the model's weights after it"
             )
 
     @contextmanager

@@ -349,11 +349,13 @@ class Perturbation:
         increment_version(self.storage.written(params) if self.storage.process_wide else params)
         forget_old_weights()
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, param_groups: ParamGroups) -> None:
         """With ``flatten=True``: zero the gradients in the flat buffers, and let go of those outside."""
         self.storage.zero_grad()
-        for p, _ in self._left_out_with_gradient():
-            p.grad = None
+        held = self.storage.held()
+        for p in self.left_out if self.fits(param_groups) else (p for group in param_groups for p in group["params"]):
+            if id(p) not in held:
+                p.grad = None
 
     # ---- Second step -------------------------------------------------------------------------------------------------
 

@@ -336,6 +336,8 @@ class SAM(Passes, OptimizerWrapper):
             scaling = scaling_of(step.grad_scale, step.found_inf, norm)
         if step.first_pass_entered:
             step.forget_first_pass()
+        if perturbation.flatten:
+            perturbation.storage.release_frozen()  # between the passes
         rounds = self._rounds and self._rounds_stochastically()
         key = rounding_key(steps_taken(base.param_groups), UPDATE) if rounds else None
         perturbed = perturbation.active
@@ -386,7 +388,7 @@ class SAM(Passes, OptimizerWrapper):
         With ``flatten=True`` they are zeroed by one memset and never None, whatever ``set_to_none`` says.
         """
         if self._perturbation.flatten:
-            self._perturbation.zero_grad()
+            self._perturbation.zero_grad(self.param_groups)
         else:
             self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # one of somebody's own may take nothing
         if self._perturbation.flatten or not set_to_none:

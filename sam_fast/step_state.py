@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from .random_state import RandomState
+
+DELETED = (
+    "a SAM was deleted between first_step() and second_step(), and nothing can restore the weights any more: they are "
+    "w + e, unless something else has written them since. Run the second pass in `with optimizer.second_pass(model):`, "
+    "or call optimizer.restore() where a step is given up"
+)
 
 NOT_STEPPED = "there was no second step yet"
 
@@ -43,6 +51,10 @@ class StepState:
     found_inf: Tensor | float | None = None
     unscaling_is_right: bool = False  # as far as amp.check_unscaled knows
     warned_of_gradients: bool = False
+
+    def __del__(self) -> None:
+        if self.active and self.perturbs and not sys.is_finalizing():
+            warnings.warn(DELETED, RuntimeWarning, stacklevel=2)
 
     def forget_first_pass(self) -> None:
         """What ``first_pass`` was told holds for one step."""

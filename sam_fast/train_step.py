@@ -50,7 +50,7 @@ class TrainStep:
 
     BatchNorm statistics, those of other modules that ``loss_fn`` refers to too, random state, scaler, clipping and
     gradient synchronisation are as they must be. If anything raises, the weights are restored and the gradients reset.
-    Warns in its first call if the optimizer has none of the model's trainable parameters.
+    Warns once if the optimizer has none of the model's trainable parameters.
 
     Args:
         model: the model as it is called, in DDP or FSDP2 or not.
@@ -116,7 +116,7 @@ class TrainStep:
         self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
         self.clip_grad_norm, self.replay_rng, self.sync, self.backward = clip_grad_norm, replay_rng, sync, backward
         self.extra_buffers = check_models(model, extra_buffers, "TrainStep(model)")[1]
-        self._called = self._looked = False
+        self._called = self._looked = self._warned = False
 
     def __call__(self, *batch: Any) -> StepResult:
         """One iteration.
@@ -164,6 +164,8 @@ class TrainStep:
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
             with sam.second_pass([self.model, *others], self.extra_buffers):
                 second = self._pass(batch, rows, self.micro_batches, True)
+            if next(sam._gradients(), None) is None:
+                self._warn_of_other_parameters()  # as after load_state_dict(assign=True) in mid-training
             grad_norm = without_scale(sam.grad_norm, self.scaler) if sam.perturbed else None
             self._second_step()
         except BaseException:
@@ -177,10 +179,13 @@ class TrainStep:
 
     def _warn_of_other_parameters(self) -> None:
         trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if trainable and trainable.isdisjoint(id(p) for group in self.sam.param_groups for p in group["params"]):
+        if self._warned or not trainable:
+            return
+        if trainable.isdisjoint(id(p) for group in self.sam.param_groups for p in group["params"]):
+            self._warned = True
             warnings.warn(
                 "the optimizer has none of the model's trainable parameters, and will not train it: make it of "
-                "model.parameters(), after fully_shard() or whatever else replaces them",
+                "model.parameters(), after fully_shard(), load_state_dict(assign=True) or whatever else replaces them",
                 RuntimeWarning,
                 stacklevel=3,
             )

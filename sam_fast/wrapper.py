@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
@@ -22,6 +23,11 @@ SWITCHES = ("train", "eval")
 """Methods of a base optimizer that exchange the weights for others, as schedule-free ones have them."""
 
 DISTRIBUTED_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
+
+SAVED_WHILE_PERTURBED = (
+    "state_dict() between first_step() and second_step(): the model's weights are w + e now, and so a checkpoint of "
+    "the model is one of w + e. Save between steps, or call optimizer.restore() first, which gives this step up"
+)
 
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
@@ -52,7 +58,11 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's state."""
+        """The base optimizer's state. torch.distributed.checkpoint asks for it before anything else, and then it is
+        made where it is missing.
+        """
+        if not self.base_optimizer.state and sys._getframe(1).f_globals.get("__name__") == DISTRIBUTED_CHECKPOINTS:
+            self._make_state()
         return self.base_optimizer.state
 
     @state.setter
@@ -120,10 +130,11 @@ class OptimizerWrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict; SAM's options are in its groups.
 
-        There is never a copy of the weights in it.
+        There is never a copy of the weights in it. Warns while the weights are perturbed: it may be part of a
+        checkpoint.
         """
-        if not self.state and sys._getframe(1).f_globals.get("__name__") == DISTRIBUTED_CHECKPOINTS:
-            self._make_state()
+        if self.perturbed:
+            warnings.warn(SAVED_WHILE_PERTURBED, RuntimeWarning, stacklevel=2)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
@@ -201,6 +212,10 @@ class OptimizerWrapper(Optimizer):
         return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step
 
     # ---- What the subclass says --------------------------------------------------------------------------------------
+
+    @property
+    def perturbed(self) -> bool:
+        raise NotImplementedError
 
     def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         raise NotImplementedError

@@ -4,6 +4,7 @@ of a step.
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from typing import Any
@@ -15,7 +16,13 @@ from parallel import RHO, SGD, TOLERANCE, batches, my_share, network, train, wei
 from processes import group_of
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
@@ -176,6 +183,24 @@ def test_the_state_is_made_where_gradients_are_zeros(tmp_path, base, zeros):
     again, its = made()
     resume(str(tmp_path), again, its)
     train(again, its, batches(STEPS)[SAVED:])
+    assert same_bits(weights(again), weights(model))
+
+
+@pytest.mark.guarantee(id="distributed-checkpoints")
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("base", BASES)
+def test_a_state_with_flat_keys_is_loaded_without_a_planner(base, flatten):
+    """Torch looks only for the states that the optimizer has when it is to load."""
+    keys, (cls, options) = StateDictOptions(flatten_optimizer_state_dict=True), BASES[base]
+    (model, optimizer), (again, its) = [
+        (model, SAM(model.parameters(), cls, rho=RHO, flatten=flatten, **options)) for model in (network(), network())
+    ]
+    train(model, optimizer, batches(STEPS)[:SAVED])
+    again.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=keys))
+    set_optimizer_state_dict(again, its, saved, options=keys)
+    for m, o in ((model, optimizer), (again, its)):
+        train(m, o, batches(STEPS)[SAVED:])
     assert same_bits(weights(again), weights(model))
 
 

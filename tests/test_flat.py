@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from cases import SmallNet, batches, buckets_of, make_params, same_bits, train, values
+from cases import SmallNet, batches, buckets_of, give, make_params, same_bits, train, values
 from torch.nn.functional import cross_entropy
 
-from sam_fast import SAM
+from sam_fast import SAM, Schedule
 
 
 def in_one_buffer(tensors) -> bool:
@@ -155,6 +155,44 @@ def test_frozen_parameter_has_no_gradient_and_does_not_decay():
     optimizer.second_step()
     assert torch.equal(params[0], before[0])
     assert not torch.equal(params[1], before[1])
+
+
+@pytest.mark.parametrize("when", ["between the passes", "before a step that does not perturb"])
+def test_what_is_frozen_while_its_gradient_is_zero_is_not_stepped(when):
+    """Without flatten that gradient is None. Weight decay and momentum would move it."""
+    between = when == "between the passes"
+    results = []
+    for flatten in (True, False):
+        params, schedule = make_params([50, 60], grads=False), None if between else Schedule(every=2)
+        options = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "schedule": schedule, "flatten": flatten}
+        optimizer = SAM(params, **options)
+        give(params, 0)
+        optimizer.first_step(zero_grad=True)
+        if not between:
+            give(params, 1)
+            optimizer.second_step(zero_grad=True)
+        params[0].requires_grad_(False)
+        give(params[1:], 2)
+        optimizer.second_step(zero_grad=True)
+        results.append(values(params))
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("how", ["appended", "exchanged"])
+def test_the_gradient_of_a_parameter_that_came_between_the_passes_is_let_go(how):
+    params = make_params([50, 60])
+    optimizer = SAM(params, lr=0.1, flatten=True)
+    optimizer.first_step(zero_grad=True)
+    (new,) = make_params([70])
+    listed = optimizer.param_groups[0]["params"]
+    listed[len(listed) if how == "appended" else 1 :] = [new]
+    give(listed, 1)
+    optimizer.second_step(zero_grad=True)
+    assert new.grad is None
+    give(listed, 2)  # now it lies in a flat buffer
+    optimizer.first_step(zero_grad=True)
+    assert not new.grad.any()
+    optimizer.restore()
 
 
 def test_what_is_frozen_later_stays_in_its_buffer_and_moves_no_other():

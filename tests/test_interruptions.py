@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from cases import SmallNet, batches, buckets_of, make_params, same_bits, values
 from torch.nn.functional import cross_entropy
 
-from sam_fast import SAM
+from sam_fast import SAM, Schedule
 
 Make = Callable[..., SAM]
 
@@ -111,3 +113,33 @@ def test_a_restore_that_was_interrupted_is_finished_by_the_next(make: Make, monk
     optimizer.restore()
     assert not optimizer.perturbed
     assert same_bits(values(params), before)
+
+
+def test_a_checkpoint_of_perturbed_weights_is_a_warning(make: Make) -> None:
+    """As a signal's handler saves it in the middle of a step."""
+    params = make_params([10, 20])
+    optimizer = make(params)
+    optimizer.first_step()
+    with pytest.warns(RuntimeWarning, match=r"a checkpoint of the model is one of w \+ e"):
+        optimizer.state_dict()
+    optimizer.restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.state_dict()
+
+
+@pytest.mark.parametrize("ends", ["deleted", "restored", "stepped", "not perturbed", "copied"])
+def test_a_sam_that_is_deleted_while_perturbed_says_so(make: Make, ends: str) -> None:
+    """As where an exception that nobody has expected ends a function, and the model is trained on."""
+    params = make_params([10, 20])
+    optimizer = make(params, schedule=Schedule(start=1) if ends == "not perturbed" else None)
+    other = copy.copy(optimizer) if ends == "copied" else None
+    optimizer.first_step()
+    if ends in ("restored", "stepped"):
+        optimizer.restore() if ends == "restored" else optimizer.second_step()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        del optimizer
+    assert [str(w.message)[:17] for w in found] == (["a SAM was deleted"] if ends == "deleted" else [])
+    if other is not None:
+        other.restore()

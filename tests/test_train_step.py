@@ -352,6 +352,15 @@ def test_an_optimizer_of_other_parameters_is_warned_of_once() -> None:
     TrainStep(nn.Tanh(), SAM(model.parameters(), lr=0.1), lambda m, x, y: cross_entropy(model(m(x)), y))(x, y)
 
 
+def test_parameters_that_are_replaced_in_mid_training_are_warned_of() -> None:
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randint(2, (4,))
+    step = TrainStep(model, SAM(model.parameters(), lr=0.1), lambda m, x, y: cross_entropy(m(x), y))
+    step(x, y)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.warns(RuntimeWarning, match="none of the model's trainable parameters"):
+        step(x, y)
+
+
 class Codebook(nn.Module):
     """Its buffer moves in each forward pass, under a name that says nothing."""
 

@@ -62,13 +62,11 @@ class FlatBuffers:
         self._found_grads = array("Q", self._grad_places)
         # False where .grad is None and the slot is known to hold zeros.
         self.attached = [False] * len(self.params)
-        self._made: dict[int, int] = {}  # versions of gradients that nobody has written yet
         for index, p in enumerate(self.params):
             if p.grad is not None:
                 self._adopt(index, p.grad)
             elif p.requires_grad:
                 self._attach(index)
-                self._made[index] = self.grad_views[index]._version
 
         self.run_groups: list[int] = []
         self.runs: list[Tensor] = []
@@ -96,13 +94,13 @@ class FlatBuffers:
         return weights, not odd and self._found_grads == self._grad_places
 
     def release_frozen(self) -> None:
-        """Take the gradients of zeros that were made here from parameters that have been frozen since."""
-        for index, version in self._made.items():
-            p, view = self.params[index], self.grad_views[index]
-            if not p.requires_grad and p.grad is view and view._version == version:
+        """Take their gradients of zeros from parameters that have been frozen since they were zeroed."""
+        if all(map(_requires_grad, self.params)):
+            return
+        for index, (p, view) in enumerate(zip(self.params, self.grad_views, strict=True)):
+            if not p.requires_grad and p.grad is view and not view.any():
                 p.grad = None
                 self.attached[index] = False
-        self._made.clear()
 
     def write_back(self, perturbed: set[int]) -> ParameterError | None:
         """As :meth:`Flat.write_back`; ``perturbed``: ids of parameters."""

@@ -69,7 +69,7 @@ class InPlace:
         """Make each device's sum that over all processes."""
 
     def release_frozen(self) -> None:
-        """Take back what was made for parameters that have been frozen since."""
+        """Take the gradients of zeros that this storage has made from parameters that have been frozen since."""
 
     def write_back(self, perturbed: Sequence[Tensor]) -> ParameterError | None:
         """Bring restored weights to parameters that were given other memory while they were perturbed.
