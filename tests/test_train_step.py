@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -123,38 +122,6 @@ def test_statistics_of_other_modules_count_once_too(schedule: Schedule | None) -
     for count in range(1, 4):
         step(torch.randn(8, 4))
         assert int(discriminator[1].num_batches_tracked) == count
-
-
-class Pair(NamedTuple):
-    x: torch.Tensor
-    extra: Any
-
-
-def test_nested_batches_are_thinned_where_the_rows_are() -> None:
-    model, seen = nn.Linear(5, 1), []
-
-    def loss(model: nn.Module, batch: Any, names: str) -> torch.Tensor:
-        seen.append(
-            (len(batch["pair"].x), len(batch["pair"].extra[0]), len(batch["table"]), batch["scale"].dim(), names)
-        )
-        return model(batch["pair"].x).square().mean()
-
-    x = torch.randn(8, 5)
-    batch = {"pair": Pair(x, [torch.ones(8)]), "table": torch.ones(3, 2), "scale": torch.tensor(2.0)}
-    TrainStep(model, SAM(model.parameters(), **OPTIONS), loss, ascent=0.25)(batch, "abc")
-    assert seen == [(2, 2, 3, 0, "abc"), (8, 8, 3, 0, "abc")]
-
-
-def test_what_a_batch_is_in_stays_what_it_is() -> None:
-    model, seen = nn.Linear(5, 1), []
-
-    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        seen.append((type(batch), batch["missing"]))
-        return model(batch["x"]).square().mean()
-
-    batch = defaultdict(int, x=torch.randn(8, 5))
-    TrainStep(model, SAM(model.parameters(), **OPTIONS), loss, ascent=0.25)(batch)
-    assert seen == [(defaultdict, 0)] * 2
 
 
 @pytest.mark.parametrize("perturbs", [True, False])

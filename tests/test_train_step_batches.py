@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import UserDict, namedtuple
+from collections import UserDict, defaultdict, namedtuple
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -18,6 +18,38 @@ from sam_fast.batches import with_own_containers
 from sam_fast.sharpness import hessian_trace, rho_sharpness
 
 PARTS: list[dict[str, Any]] = [{"ascent": 0.25}, {"micro_batches": 4}]
+
+
+class Extended(NamedTuple):
+    x: torch.Tensor
+    extra: Any
+
+
+def test_nested_batches_are_thinned_where_the_rows_are() -> None:
+    model, seen = nn.Linear(5, 1), []
+
+    def loss(model: nn.Module, batch: Any, names: str) -> torch.Tensor:
+        seen.append(
+            (len(batch["pair"].x), len(batch["pair"].extra[0]), len(batch["table"]), batch["scale"].dim(), names)
+        )
+        return model(batch["pair"].x).square().mean()
+
+    x = torch.randn(8, 5)
+    batch = {"pair": Extended(x, [torch.ones(8)]), "table": torch.ones(3, 2), "scale": torch.tensor(2.0)}
+    TrainStep(model, SAM(model.parameters(), lr=0.1), loss, ascent=0.25)(batch, "abc")
+    assert seen == [(2, 2, 3, 0, "abc"), (8, 8, 3, 0, "abc")]
+
+
+def test_what_a_batch_is_in_stays_what_it_is() -> None:
+    model, seen = nn.Linear(5, 1), []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append((type(batch), batch["missing"]))
+        return model(batch["x"]).square().mean()
+
+    batch = defaultdict(int, x=torch.randn(8, 5))
+    TrainStep(model, SAM(model.parameters(), lr=0.1), loss, ascent=0.25)(batch)
+    assert seen == [(defaultdict, 0)] * 2
 
 
 class Encoding(UserDict[str, Any]):
