@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import CodeType
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -55,18 +55,15 @@ class BaseStep:
         self._called = False
         self._perturbation = ref(perturbation)
         self.look_at(base)
+        _unhook_dead(ref(base))
+        finalize(perturbation, _unhook_dead, ref(base)).atexit = False
         # not by the methods that register: their handles need what not every wrapper's dictionaries have
         base._optimizer_step_pre_hooks[self] = self._before_alone  # type: ignore[index]
         base._optimizer_step_post_hooks[self] = self._after_alone  # type: ignore[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is made where a base optimizer copies its hooks, too. It belongs to no SAM."""
-        return {**vars(self), "_perturbation": type(None)}
-
-    def unhook(self, base: Optimizer) -> None:
-        """The SAM is gone."""
-        base._optimizer_step_pre_hooks.pop(self, None)  # type: ignore[call-overload]
-        base._optimizer_step_post_hooks.pop(self, None)  # type: ignore[call-overload]
+        """A copy is made where a base optimizer copies its hooks, too. It belongs to no SAM and knows no parameters."""
+        return {**vars(self), "_perturbation": type(None), "_state": None}
 
     def look_at(self, base: Optimizer) -> None:
         """What is in the state of ``base`` now is its own, but for what is known not to be."""
@@ -81,14 +78,14 @@ class BaseStep:
 
     def __call__(self, base: Optimizer) -> None:
         """Step."""
-        self._called = True
         try:
+            self._called = True
             self._before(base)
             with _as_fused_on_cpu_expects(base):
                 _step_of(base)()
         finally:
-            self._after(base)
             self._called = False
+            self._after(base)
 
     def _before_alone(self, base: Optimizer, *_: Any) -> None:
         if self._called:
@@ -139,8 +136,20 @@ class BaseStep:
 
 def has_hooks(base: Optimizer) -> bool:
     """Whether a base optimizer has step hooks other than a SAM's."""
-    keys: list[Any] = [*base._optimizer_step_pre_hooks, *base._optimizer_step_post_hooks]
-    return not all(isinstance(key, BaseStep) for key in keys)
+    keys = (*base._optimizer_step_pre_hooks, *base._optimizer_step_post_hooks)
+    return any(type(key) is not BaseStep for key in keys)
+
+
+def _unhook_dead(base: ref[Optimizer]) -> None:
+    """Take the hooks of SAMs that are gone from a base optimizer. It may lead to the SAM, as by a hook of a user's own,
+    and must not be kept for this.
+    """
+    there = base()
+    for hooks in () if there is None else (there._optimizer_step_pre_hooks, there._optimizer_step_post_hooks):
+        keys: list[Any] = list(hooks)
+        for key in keys:
+            if isinstance(key, BaseStep) and key._perturbation() is None:
+                hooks.pop(key, None)  # pre- and post-hooks may be one dictionary
 
 
 def _names_of(entry: Any) -> set[str]:

@@ -352,8 +352,9 @@ class Perturbation:
     def zero_grad(self, param_groups: ParamGroups) -> None:
         """With ``flatten=True``: zero the gradients in the flat buffers, and let go of those outside."""
         self.storage.zero_grad()
-        held = self.storage.held()
-        for p in self.left_out if self.fits(param_groups) else (p for group in param_groups for p in group["params"]):
+        params = self.left_out if self.fits(param_groups) else [p for group in param_groups for p in group["params"]]
+        held = self.storage.held() if params else ()
+        for p in params:
             if id(p) not in held:
                 p.grad = None
 

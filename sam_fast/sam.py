@@ -142,7 +142,6 @@ class SAM(Passes, OptimizerWrapper):
         if self._schedule_watch is not None:
             finalize(self._step, self._schedule_watch.warn_at_the_end)  # the step is shared with copies and wrappers
         watch_steps(self._step)
-        finalize(self._step, self._base_step.unhook, self.base_optimizer).atexit = False
         self._prepare()
 
     def __copy__(self) -> SAM:
@@ -316,8 +315,8 @@ class SAM(Passes, OptimizerWrapper):
 
     def _finish(self, call: Callable[[], None]) -> None:
         """``step`` and ``second_step`` lead to each other, but once."""
-        self._step.finishing = True
         try:
+            self._step.finishing = True
             call()
         finally:
             self._step.finishing = False

@@ -192,8 +192,10 @@ class OptimizerWrapper(Optimizer):
         if getattr(vars(self).get("step"), "__name__", "") in ("first_step", "second_step"):
             return True
         step = inspect.unwrap(type(self).step)
+        if step is self._plain_step:
+            return False
         where = [c for c in type(self).__mro__ if "step" in vars(c) and inspect.unwrap(vars(c)["step"]) is step]
-        return step is not self._plain_step and issubclass(where[-1], OptimizerWrapper)
+        return issubclass(where[-1], OptimizerWrapper)
 
     def _is_watched(self) -> bool:
         """Whether somebody must see :meth:`step` being called: a hook, a profiler, a scheduler, a subclass.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -367,29 +366,3 @@ def test_statistics_after_a_step_of_the_base_optimizer() -> None:
             optimizer.base_optimizer.step()
             optimizer.zero_grad()
         assert unchanged(model, recorder.replay())
-
-
-def test_what_was_set_aside_comes_back_after_a_step_that_raised() -> None:
-    optimizer, params, _, _ = pair(torch.optim.Adam)
-    for p in params:
-        optimizer.state[p]["mine"] = torch.ones(2)
-    handle = optimizer.base_optimizer.register_step_pre_hook(lambda *_: 1 / 0)
-    give_doubles(params, 0)
-    with pytest.raises(ZeroDivisionError):
-        optimizer.base_optimizer.step()
-    handle.remove()
-    optimizer.base_optimizer.step()
-    assert all({"mine", "exp_avg"} <= optimizer.state[p].keys() for p in params)
-
-
-@pytest.mark.guarantee(id="freed")
-def test_an_optimizer_keeps_no_hook_of_a_sam_that_is_gone() -> None:
-    base = torch.optim.SGD(make_params([3]), lr=0.1)
-    gc.disable()
-    try:
-        for _ in range(3):
-            SAM(base)
-        assert not base._optimizer_step_pre_hooks
-        assert not base._optimizer_step_post_hooks
-    finally:
-        gc.enable()
