@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import CodeType
 from typing import Any
-from weakref import finalize, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ class BaseStep:
         self._called = False
         self._perturbation = ref(perturbation)
         self.look_at(base)
-        _unhook_dead(ref(base))
-        finalize(perturbation, _unhook_dead, ref(base)).atexit = False
+        _unhook_dead(base)
         # not by the methods that register: their handles need what not every wrapper's dictionaries have
         base._optimizer_step_pre_hooks[self] = self._before_alone  # type: ignore[index]
         base._optimizer_step_post_hooks[self] = self._after_alone  # type: ignore[index]
@@ -140,16 +139,15 @@ def has_hooks(base: Optimizer) -> bool:
     return any(type(key) is not BaseStep for key in keys)
 
 
-def _unhook_dead(base: ref[Optimizer]) -> None:
-    """Take the hooks of SAMs that are gone from a base optimizer. It may lead to the SAM, as by a hook of a user's own,
-    and must not be kept for this.
+def _unhook_dead(base: Optimizer) -> None:
+    """Take the hooks of SAMs that are gone from a base optimizer. Not when they go, which may be in the middle of its
+    step, as the garbage collector pleases.
     """
-    there = base()
-    for hooks in () if there is None else (there._optimizer_step_pre_hooks, there._optimizer_step_post_hooks):
+    for hooks in (base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks):
         keys: list[Any] = list(hooks)
         for key in keys:
             if isinstance(key, BaseStep) and key._perturbation() is None:
-                hooks.pop(key, None)  # pre- and post-hooks may be one dictionary
+                del hooks[key]
 
 
 def _names_of(entry: Any) -> set[str]:

@@ -29,16 +29,25 @@ def test_what_was_set_aside_comes_back_after_a_step_that_raised() -> None:
 
 
 @pytest.mark.guarantee(id="freed")
-def test_an_optimizer_keeps_no_hook_of_a_sam_that_is_gone() -> None:
+def test_hooks_of_sams_that_are_gone_do_not_pile_up() -> None:
     base = torch.optim.SGD(make_params([3]), lr=0.1)
     gc.disable()
     try:
         for _ in range(3):
             SAM(base)
-        assert not base._optimizer_step_pre_hooks
-        assert not base._optimizer_step_post_hooks
+            assert len(base._optimizer_step_pre_hooks) == len(base._optimizer_step_post_hooks) == 1
     finally:
         gc.enable()
+
+
+def test_a_sam_that_goes_in_the_middle_of_a_step_of_its_base_optimizer() -> None:
+    """As where the garbage collector finds it there."""
+    base = torch.optim.SGD(make_params([3]), lr=0.1)
+    sams = [SAM(base)]
+    base.register_step_post_hook(lambda *_: sams.clear())
+    base.register_step_post_hook(lambda *_: None)
+    base.step()
+    base.step()
 
 
 @pytest.mark.guarantee(id="freed")
