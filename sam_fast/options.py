@@ -194,9 +194,11 @@ def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
 
 def check_loss_fn(loss_fn: Any) -> None:
     """Raise TypeError if ``loss_fn`` cannot be called as ``loss_fn(model, *batch)``, or is a loss of torch's, which
-    takes no model.
+    takes no model. One derived from it, with a ``forward`` of its own, may.
     """
-    if not callable(loss_fn) or isinstance(loss_fn, nn.modules.loss._Loss):
+    if not callable(loss_fn) or (
+        isinstance(loss_fn, nn.modules.loss._Loss) and type(loss_fn).forward.__module__ == nn.modules.loss.__name__
+    ):
         raise TypeError(
             f"loss_fn must be a function of the model and the batch, got {type(loss_fn).__name__}: "
             "lambda model, x, y: criterion(model(x), y)"

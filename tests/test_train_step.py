@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sam_fast import SAM, Schedule, TrainStep, unwrap
+from sam_fast.sharpness import rho_sharpness
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "rho": 0.1}
 
@@ -241,6 +242,18 @@ def test_an_argument_of_another_kind_is_named(option: str, value: Any) -> None:
     given = {"model": model, "optimizer": SAM(model.parameters()), "loss_fn": loss_of, option: value}
     with pytest.raises((TypeError, ValueError), match=f"{option} must be"):
         TrainStep(**given)
+
+
+class OfModel(nn.CrossEntropyLoss):
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(model(x), y)
+
+
+def test_a_loss_derived_from_pytorchs_may_take_the_model() -> None:
+    model = network()
+    x, y = batches()[0]
+    assert TrainStep(model, SAM(model.parameters(), **OPTIONS), OfModel())(x, y).loss.isfinite()
+    assert rho_sharpness(model, OfModel(), [(x, y)], rho=0.05).value > 0.0
 
 
 @pytest.mark.parametrize("kind", ["packed", "sparse", "nested"])
