@@ -135,7 +135,7 @@ class BaseStep:
 
 def has_hooks(base: Optimizer) -> bool:
     """Whether a base optimizer has step hooks other than a SAM's."""
-    keys = (*base._optimizer_step_pre_hooks, *base._optimizer_step_post_hooks)
+    keys: list[Any] = [*base._optimizer_step_pre_hooks, *base._optimizer_step_post_hooks]
     return any(type(key) is not BaseStep for key in keys)
 
 
@@ -143,9 +143,9 @@ def _unhook_dead(base: Optimizer) -> None:
     """Take the hooks of SAMs that are gone from a base optimizer. Not when they go, which may be in the middle of its
     step, as the garbage collector pleases.
     """
-    for hooks in (base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks):
-        keys: list[Any] = list(hooks)
-        for key in keys:
+    dictionaries: list[Any] = [base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks]
+    for hooks in dictionaries:
+        for key in list(hooks):
             if isinstance(key, BaseStep) and key._perturbation() is None:
                 del hooks[key]
 
