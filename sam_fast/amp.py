@@ -86,7 +86,7 @@ def check_unscaled(optimizer: Any) -> None:
     if optimizer._perturbation.storage.process_wide:  # each process has a part, and all must do the same
         return
     scaler = next(filter(None, map(_scaler_in, _callers())), None)
-    if scaler is not None and scaler.get_scale() <= TOO_LARGE:  # nor would gradients that are scaled by it tell
+    if scaler is not None and scaler.get_scale() <= TOO_LARGE:  # gradients scaled by it do not stand out
         return
     grads = [g.detach() for g in optimizer._gradients() if g.layout == torch.strided and g.numel() > 0]
     second = math.hypot(

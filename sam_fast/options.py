@@ -116,8 +116,8 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
         )
     if isinstance(params, set):
         warnings.warn(
-            "optimizer parameters need to be organized in ordered collections: that of a set changes from run to run, "
-            "and with it whose the state in a checkpoint is. Give a list",
+            "params is a set, whose order changes from run to run: a checkpoint's state would go to other parameters. "
+            "Pass a list",
             FutureWarning,  # as torch since 2.15
             stacklevel=3,
         )
@@ -162,8 +162,8 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def check_at_least_zero(name: str, value: Any) -> None:
-    """Raise ValueError if the option ``name`` is not a finite number of at least 0. True is none, but another argument
-    in the wrong place.
+    """Raise ValueError if the option ``name`` is not a finite number of at least 0. True is not one: it is another
+    argument in the wrong place.
     """
     try:
         number = float(value) if not isinstance(value, str | bool) else math.nan

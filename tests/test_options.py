@@ -149,7 +149,7 @@ def test_a_groups_parameters_may_be_a_tensor_or_any_iterable(how: str, flatten: 
 
 
 def test_a_set_of_parameters_has_an_order_of_its_own_in_each_run() -> None:
-    with pytest.warns(FutureWarning, match="Give a list"):  # torch's own warning since 2.15
+    with pytest.warns(FutureWarning, match="Pass a list"):  # torch's own warning since 2.15
         SAM(set(make_params([3, 4])), lr=0.1)
 
 
