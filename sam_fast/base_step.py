@@ -77,9 +77,9 @@ class BaseStep:
 
     def __call__(self, base: Optimizer) -> None:
         """Step."""
+        self._before(base)
         try:
             self._called = True
-            self._before(base)
             with _as_fused_on_cpu_expects(base):
                 _step_of(base)()
         finally:
@@ -103,34 +103,34 @@ class BaseStep:
             self._after(base)
 
     def _before(self, base: Optimizer) -> None:
-        if self._aside:  # of a step alone that has raised
+        if base.state is not self._state:  # loaded
+            self._aside = {}
+            self.look_at(base)
+        elif self._aside:  # of a step alone that has raised
             self._after(base)
-        if base.state is not self._state:
-            self.look_at(base)  # loaded
         if self._foreign or len(base.state) != self._entries:
-            self._aside = self._set_aside(base)
+            self._set_aside(base)
 
     def _after(self, base: Optimizer) -> None:
-        aside, self._aside = self._aside, {}
+        aside = self._aside
         for p, entry in aside.items():
             base.state[p] |= entry
+        self._aside = {}  # here, so that whatever interrupts this loses nothing
         if aside or len(base.state) != self._entries:
             self.look_at(base)
 
-    def _set_aside(self, base: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    def _set_aside(self, base: Optimizer) -> None:
         cls: Any = type(base)
         rule = RULE_OF[cls]
         names = _names_in(cls) - base.defaults.keys() if rule is None else rule.all_names
-        aside = {}
         for p, entry in base.state.items():
             if not isinstance(p, Tensor) or not isinstance(entry, dict) or not entry:
                 continue
             its_own = not entry.keys().isdisjoint(names) or (rule is None and id(p) in self._initialised)
             if not its_own:
                 self._foreign |= entry.keys()
-                aside[p] = dict(entry)
+                self._aside[p] = dict(entry)
                 entry.clear()
-        return aside
 
 
 def has_hooks(base: Optimizer) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 from typing import Any
+from unittest import mock
 from weakref import ref
 
 import pytest
 import torch
 from cases import give_doubles, make_params, same_bits, two_passes, values
 
-from sam_fast import SAM
+from sam_fast import SAM, base_step
 
 
 def test_what_was_set_aside_comes_back_after_a_step_that_raised() -> None:
@@ -26,6 +27,33 @@ def test_what_was_set_aside_comes_back_after_a_step_that_raised() -> None:
     handle.remove()
     optimizer.base_optimizer.step()
     assert all({"mine", "exp_avg"} <= optimizer.state[p].keys() for p in params)
+
+
+class Interrupted(dict[str, Any]):
+    """An entry at which Ctrl-C comes, once."""
+
+    def clear(self) -> None:
+        super().clear()
+        if not vars(self):
+            self.over = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.guarantee(id="others-state")
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_what_is_set_aside_comes_back_after_an_interruption(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params([5, 30], torch.float64)
+    optimizer = SAM(params, torch.optim.RMSprop, lr=0.1)
+    optimizer.state[params[0]]["mine"] = torch.ones(2)
+    optimizer.state[params[1]] = Interrupted(mine=torch.ones(2)) if when == "while" else {"mine": torch.ones(2)}
+    if when == "before":
+        monkeypatch.setattr(base_step, "_names_in", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        two_passes(optimizer, params, 0)
+    monkeypatch.undo()
+    optimizer.restore()
+    two_passes(optimizer, params, 1)
+    assert all({"mine", "square_avg"} <= optimizer.state[p].keys() for p in params)
 
 
 @pytest.mark.guarantee(id="freed")
