@@ -186,16 +186,13 @@ class OptimizerWrapper(Optimizer):
 
     def _step_leads_back(self) -> bool:
         """Whether ``second_step`` must not call ``step``, as it never does in the reference implementation: a subclass
-        has one of its own, which may make both passes, or a loop has put ``first_step`` or ``second_step`` in its
-        place. Wrappers of frameworks are no such subclasses.
+        has one that makes both passes itself, or a loop has put ``first_step`` or ``second_step`` in its place.
         """
-        if getattr(vars(self).get("step"), "__name__", "") in ("first_step", "second_step"):
-            return True
-        step = inspect.unwrap(type(self).step)
-        if step is self._plain_step:
-            return False
-        where = [c for c in type(self).__mro__ if "step" in vars(c) and inspect.unwrap(vars(c)["step"]) is step]
-        return issubclass(where[-1], OptimizerWrapper)
+        steps = {"first_step", "second_step"}
+        code = getattr(inspect.unwrap(type(self).step), "__code__", None)
+        return getattr(vars(self).get("step"), "__name__", "") in steps or not steps.isdisjoint(
+            getattr(code, "co_names", ())
+        )
 
     def _is_watched(self) -> bool:
         """Whether somebody must see :meth:`step` being called: a hook, a profiler, a scheduler, a subclass.

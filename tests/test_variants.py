@@ -241,6 +241,34 @@ def test_a_variant_with_a_step_of_its_own(base: Any, options: dict[str, Any], st
     assert furthest(params, twin) < CLOSE
 
 
+class Halving(SAM):
+    """A step that does something more, as clipping or logging."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.grad.mul_(0.5)
+        return super().step(closure)
+
+
+@every_base
+@pytest.mark.parametrize("style", [two_calls, two_calls_and_step, with_a_scaler])
+def test_a_step_that_extends_the_inherited_one_is_called_in_every_style(
+    base: Any, options: dict[str, Any], style: Callable[[SAM, Callable[[], None]], None]
+) -> None:
+    optimizer, params, plain, twin = pair(base, Halving, **options)
+    for step in range(3):
+        seeds = iter([2 * step, 2 * step + 1])
+        style(optimizer, lambda seeds=seeds: give_doubles(params, next(seeds)))
+        optimizer.zero_grad()
+        give_doubles(twin, 2 * step)
+        plain.first_step()
+        give_doubles(twin, 2 * step + 1)
+        for p in twin:
+            p.grad.mul_(0.5)
+        plain.second_step()
+    assert furthest(params, twin) < CLOSE
+
+
 @pytest.mark.guarantee(id="wrappers")
 def test_a_frameworks_wrapper_is_no_variant() -> None:
     optimizer, params, plain, twin = pair()
