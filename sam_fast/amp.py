@@ -4,6 +4,7 @@ overflowed.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import warnings
@@ -218,6 +219,12 @@ def _callers() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def is_under_way(function: Callable[..., Any]) -> bool:
+    """Whether a function, without what decorators have put around it, has been called and has not returned."""
+    code = inspect.unwrap(function).__code__
+    return any(frame.f_code is code for frame in _callers())
 
 
 def _scaler_in(frame: FrameType) -> GradScaler | None:

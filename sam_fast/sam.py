@@ -10,7 +10,7 @@ from weakref import finalize
 import torch
 from torch.optim import Optimizer
 
-from .amp import UNSCALED, clear_scaling, report_overflow, scaling_of, step_base
+from .amp import UNSCALED, clear_scaling, is_under_way, report_overflow, scaling_of, step_base
 from .backends import forced
 from .base_step import BaseStep, maximizes
 from .batchnorm import settle_running_stats, watch_steps
@@ -306,8 +306,9 @@ class SAM(Passes, OptimizerWrapper):
     _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
 
     def _end_step(self) -> None:
-        """What ``step`` ends with: the second step, which a subclass may have one of its own for."""
-        if not self._step.finishing and type(self).second_step is not SAM.second_step:
+        """What ``step`` ends with: the second step, a subclass's own where it has one that has not called ``step``."""
+        its_own = type(self).second_step
+        if its_own is not SAM.second_step and not (self._step.finishing or is_under_way(its_own)):
             self._finish(self.second_step)
             return
         self._require_first_step("step()")

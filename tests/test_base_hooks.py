@@ -10,9 +10,32 @@ from weakref import ref
 
 import pytest
 import torch
-from cases import give_doubles, make_params, same_bits, two_passes, values
+from cases import SmallNet, batches, give_doubles, make_params, same_bits, two_passes, values
+from norms import Recorder, unchanged
+from reference_loop import backward, reference_step
 
-from sam_fast import SAM, base_step
+from sam_fast import SAM, base_step, disable_running_stats, enable_running_stats
+
+
+@pytest.mark.guarantee(id="statistics-between-steps")
+def test_statistics_after_a_step_of_the_base_optimizer() -> None:
+    """A variant that perturbs in some steps only. The pass over disabled layers does not count, as in the reference."""
+    model = SmallNet()
+    optimizer, recorder = SAM(model.parameters(), lr=0.1), Recorder(model)
+    for step, (x, y) in enumerate(batches(4)):
+        recorder.first_pass(x)
+        if step % 2:
+            reference_step(model, optimizer, x, y)
+        else:
+            model.train()
+            enable_running_stats(model)
+            backward(model, x, y)
+            optimizer.zero_grad()
+            disable_running_stats(model)
+            backward(model, x, y)
+            optimizer.base_optimizer.step()
+            optimizer.zero_grad()
+        assert unchanged(model, recorder.replay())
 
 
 def test_what_was_set_aside_comes_back_after_a_step_that_raised() -> None:
