@@ -172,7 +172,7 @@ OF_OPTIMIZER = [
     Breakage(
         "entries of others count as the base optimizer's",
         "sam_fast/base_step.py",
-        "                self._foreign |= entry.keys()\n                aside[p] = dict(entry)\n                "
+        "                self._foreign |= entry.keys()\n                self._aside[p] = dict(entry)\n                "
         "entry.clear()\n",
         "                self._foreign |= entry.keys()\n",
         ("test_wrapper.py::test_entries_of_a_variant_of_sam_in_the_state",),
