@@ -24,8 +24,11 @@ from .steps import RULE_OF
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 """Optimizers whose ``fused=True`` walks over memory on the CPU as if parameters had no gaps, and gradients and
-state lay as they do; SGD's is wrong in 16 bits as well.
+state lay as they do (PyTorch 2.10 to 2.15).
 """
+
+WRONG_IN_16_BITS = (torch.optim.SGD,) if torch.__version__ < (2, 14) else ()  # type: ignore[operator]
+"""Those of them whose values are wrong in 16 bits, too."""
 
 
 def maximizes(base: Optimizer) -> bool:
@@ -186,7 +189,7 @@ def _step_of(base: Optimizer) -> Callable[[], Any]:
 
 def _is_misread(base: Optimizer, p: Tensor) -> bool:
     """Whether PyTorch's fused step on the CPU would get a parameter or its state wrong, whatever its gradient is."""
-    if not is_dense(local_tensor(p)) or (isinstance(base, torch.optim.SGD) and p.dtype in ROUNDED):
+    if not is_dense(local_tensor(p)) or (isinstance(base, WRONG_IN_16_BITS) and p.dtype in ROUNDED):
         return True
     states = (state for state in (base.state.get(p) or {}).values() if isinstance(state, Tensor))
     return any(state.shape == p.shape and state.stride() != p.stride() for state in states)
@@ -194,7 +197,7 @@ def _is_misread(base: Optimizer, p: Tensor) -> bool:
 
 @contextmanager
 def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
-    """Inside, what PyTorch's fused steps get wrong on the CPU is out of their way (seen with PyTorch 2.10 to 2.13)."""
+    """Inside, what PyTorch's fused steps get wrong on the CPU is out of their way."""
     laid_out: list[tuple[Tensor, Tensor]] = []
     not_fused = []
     for group in base.param_groups if isinstance(base, FUSED_ON_CPU) else ():

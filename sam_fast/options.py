@@ -116,9 +116,9 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
         )
     if isinstance(params, set):
         warnings.warn(
-            "params is a set, whose order changes from run to run: a checkpoint's state would go to other parameters. "
-            "Pass a list",
-            FutureWarning,  # as torch since 2.15
+            "optimizer parameters need to be organized in ordered collections: the order of a set changes from run to "
+            "run, and a checkpoint's state would go to other parameters. Pass a list",
+            FutureWarning,  # as torch since 2.15, whose words it begins with
             stacklevel=3,
         )
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):  # some are iterables, of modules

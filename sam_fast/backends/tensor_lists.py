@@ -12,7 +12,7 @@ from ..rounding import ROUNDED, round_stochastically
 from .memory import is_dense
 
 HAS_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-"""Whether PyTorch's fused steps have its default's bits on the CPU: in whole vectors on x86, PyTorch 2.10 to 2.13."""
+"""Whether PyTorch's fused steps have its default's bits on the CPU: in whole vectors on x86, PyTorch 2.10 to 2.15."""
 
 VECTOR = 64
 """Bytes of the widest vector, and of what the fused steps give to a thread."""
