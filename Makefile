@@ -134,7 +134,7 @@ bench bench-again: export OMP_NUM_THREADS ?= 1
 bench bench-again: $(VENV)/installed
 	$(BIN)/python -m pytest bench -q --benchmark-only --save $(RUNS)/$@.json $(BENCH)
 
-# bench/results, docs/benchmarks.md with its pictures and the table in the README, from the run of `make bench` (and of `make bench-again`).
+# bench/results, docs/benchmarks.md with its picture and the table in the README, from the run of `make bench` (and of `make bench-again`).
 bench-report: $(VENV)/installed
 	$(BIN)/python -m bench.report $(wildcard $(RUNS)/bench.json $(RUNS)/gpu/cuda.json) $(addprefix --again ,$(wildcard $(RUNS)/bench-again.json))
 

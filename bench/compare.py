@@ -61,19 +61,14 @@ def changes(base: Sequence[Run], head: Sequence[Run], threshold: float) -> pd.Da
     return pd.DataFrame({"slower": slower, "noise": noise, "verdict": verdict})
 
 
-# ---- Measuring two versions ------------------------------------------------------------------------------------------
-
-
 def install(what: str, device: str) -> Path:
-    """Build the package of a ref or source tree and put it, with this checkout's benchmarks, into a folder of its
-    own."""
+    """Build the package of a ref or source tree, and put this checkout's benchmarks beside it."""
     source, scratch = Path(what).resolve(), ROOT / "build" / "compare"
     if not source.is_dir():
         commit = first_line("git", "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
         if not commit:
             raise SystemExit(f"{what!r} is neither a saved run, nor a source tree, nor a git ref")
-        source = scratch / f"{commit[:12]}-source"
-        export(commit, source)
+        export(commit, source := scratch / f"{commit[:12]}-source")
     site = scratch / f"{source.name}-built"
     shutil.rmtree(site, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -86,28 +81,23 @@ def install(what: str, device: str) -> Path:
 
 
 def export(commit: str, folder: Path) -> None:
-    """A commit's files; nothing happens if the folder is there."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
-        subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+    """A commit's files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(folder)], check=True)
+    subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=folder, check=True)
 
 
-def python(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the package that is in ``site``."""
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *command], cwd=site, env=environment, capture_output=True, text=True)
+IMPORTED = "import sam_fast; assert sam_fast.__file__.startswith({!r}), sam_fast.__file__"
+"""Python finds the package that is meant."""
 
 
 def measured(site: Path, number: int, options: Sequence[str]) -> Run:
     """One run of the selected benchmarks with the package that is in ``site``."""
-    probe = python(site, "-c", "import sam_fast; print(sam_fast.__file__)")
-    if not probe.stdout.startswith(str(site)):
-        raise SystemExit(f"the package under {site} is not what Python imports there: {probe.stdout}{probe.stderr}")
-    saved = site / f"run-{number}.json"
-    pytest = ["-m", "pytest", "-q", "--benchmark-only", "-p", "no:cacheprovider", "--rootdir", str(site)]
-    done = python(site, *pytest, str(site / "bench"), "--save", str(saved), *options)
+    saved, path = site / f"run-{number}.json", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    script = f"{IMPORTED.format(str(site))}; import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    pytest = ["-q", "--benchmark-only", "-p", "no:cacheprovider", "--rootdir", str(site), str(site / "bench")]
+    command = [sys.executable, "-c", script, *pytest, "--save", str(saved), *options]
+    done = subprocess.run(command, cwd=site, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"the benchmarks failed in {site}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     return Run.load(saved)

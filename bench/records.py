@@ -95,12 +95,21 @@ class Run:
     records: list[Record] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     agreement: dict[str, Any] = field(default_factory=dict)
-    """``date``: of a second run of the same commit (``bench.report --again``); ``apart``: how far it was from this one,
-    by record (:func:`disagreement`)."""
+    """With a second run of the same commit (``bench.report --again``): its date, and how far apart they are."""
 
     def find(self, group: str) -> dict[str, Record]:
         """By case."""
         return {r.case: r for r in self.records if r.group == group}
+
+    def compare(self, again: Run, baseline: str = "reference") -> None:
+        """Note, by record, how far the two runs' ratios to the baseline are apart, relative to the smaller."""
+        apart: dict[str, float] = {}
+        for r in self.records:
+            other = again.find(r.group).get(r.case)
+            if other and baseline in r.rounds.keys() - {r.target}:
+                low, high = sorted(x.faster_than(baseline).value for x in (r, other))
+                apart[f"{r.group}, {r.case}"] = round(high / low - 1, 4)
+        self.agreement = {"date": again.machine["date"], "apart": apart}
 
     def save(self, path: Path) -> None:
         """Write everything, all at once: whoever is killed meanwhile leaves the file as it was."""
@@ -127,14 +136,3 @@ def replace(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     os.replace(new, path)
-
-
-def disagreement(a: Run, b: Run, baseline: str = "reference") -> dict[str, float]:
-    """By record: how far the two runs' ratios to the baseline are apart, relative to the smaller."""
-    found = {}
-    for r in a.records:
-        other = b.find(r.group).get(r.case)
-        if other and baseline in r.rounds and baseline != r.target:
-            low, high = sorted(x.faster_than(baseline).value for x in (r, other))
-            found[f"{r.group}, {r.case}"] = high / low - 1
-    return found

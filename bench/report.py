@@ -27,7 +27,7 @@ from bench.machine import ROOT
 from bench.models import MODELS, NETWORKS
 from bench.peers import BEST_PEERS, REFERENCE
 from bench.processes import MEMORY, PLAIN, WEAK_SCALING
-from bench.records import Estimate, Record, Run, disagreement, median
+from bench.records import Estimate, Record, Run, median
 from bench.training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
 from bench.training import REFERENCE as SAM_REFERENCE
 
@@ -60,14 +60,13 @@ SECTIONS = {
 }
 """Title -> pattern of its groups, which says what their table is called and what their rows are besides the case, and
 an explanation."""
-PICTURES = {
-    "Whole optimizer step": (
-        "step",
-        {f"optimizer step, {base}": f"whole step with {base}: times faster than" for base in ("SGD", "AdamW")},
-    ),
-    "Whole training iteration": ("training", {ITERATION: "SAM's iteration / two of SGD's"}),
+PANELS = {
+    "optimizer step, SGD": "whole step with SGD: times faster than",
+    "optimizer step, AdamW": "whole step with AdamW: times faster than",
+    ITERATION: "SAM's iteration / two of SGD's",
 }
-"""Title of a section -> its picture's name, and the picture's panels: group -> what its bars are."""
+"""Of the picture: group -> what its bars are."""
+PICTURE = Path("benchmarks") / "ratios.png"
 HEAD = """# Benchmarks
 
 Made by `python -m bench.report` from `bench/results/`; do not edit. How to run and read them: `bench/README.md`.
@@ -119,10 +118,10 @@ def ratios(record: Record) -> dict[str, Estimate]:
 def row(record: Record, besides: str | None = None) -> dict[str, str]:
     """A record's line in its table."""
     case = {"case": ", ".join(filter(None, [record.case, besides]))}
-    if yardstick := RELATIVE.get(record.group):
-        others = {name: interval(ratio, 3) for name, ratio in ratios(record).items()}
+    yardstick = RELATIVE.get(record.group)
+    others = {name: interval(ratio, 3 if yardstick else 2) for name, ratio in ratios(record).items()}
+    if yardstick:
         return {**case, yardstick: cost(record, yardstick), **others}
-    others = {name: interval(ratio, 2) for name, ratio in ratios(record).items()}
     cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **others}
     if shares := record.shares():
         cells["GB/s"] = f"{(record.bytes_moved or 0) / record.seconds().value / 1e9:.1f}"
@@ -180,19 +179,19 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def markdown(cpu: Run, gpus: Sequence[Run] = (), others: Sequence[Run] = (), pictures: Sequence[str] = ()) -> str:
+def markdown(cpu: Run, gpus: Sequence[Run] = (), others: Sequence[Run] = ()) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
     not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
     gpu = gpus[0] if gpus else None
     on_a_gpu = page_of(gpu) if gpu else not_measured
     lines = [*HEAD, "", *table_of([*targets.on_the_cpu(cpu), *targets.on_a_gpu(gpu)])]
-    lines += ["## On the CPU", "", *page_of(cpu, pictures)]
+    lines += ["## On the CPU", "", f"![Ratios, with their intervals]({PICTURE.as_posix()})", "", *page_of(cpu)]
     for other in others:
         lines += [f"## {OTHER} {where(other)}", "", *table_of(targets.on_the_cpu(other)), *page_of(other)]
     return "\n".join([*lines, "## On a GPU", "", *on_a_gpu]).rstrip("\n") + "\n"
 
 
-def page_of(run: Run, pictures: Sequence[str] = ()) -> list[str]:
+def page_of(run: Run) -> list[str]:
     lines = [*(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
     ways = {(way, name) for r in run.records for name, way in r.facts.get("timed by", {}).items()}
     by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False).agg("; ".join)
@@ -206,8 +205,6 @@ def page_of(run: Run, pictures: Sequence[str] = ()) -> list[str]:
             if found := re.fullmatch(pattern, r.group):
                 tables[found["table"]].append(row(r, found.groupdict().get("row")))
         lines += [f"### {title}", "", *([text, ""] if text else [])] if tables else []
-        picture, _ = PICTURES.get(title, ("", {}))
-        lines += [f"![{title}](benchmarks/{picture}.png)", ""] if picture in pictures else []
         for name, rows in tables.items():
             lines += table_of(rows, f"**{name}**")
     if run.agreement:
@@ -219,32 +216,25 @@ def page_of(run: Run, pictures: Sequence[str] = ()) -> list[str]:
     return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
 
 
-def draw(run: Run, folder: Path) -> list[str]:
-    """Bars with intervals of what the run has figures for; returns the pictures' names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for name, panels in PICTURES.values():
-        figures = {
-            title: {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
-            for group, title in panels.items()
-        }
-        filled = {title: rows for title, rows in figures.items() if rows}
-        if not filled:
-            continue
-        size = (9, 3.6 * len(filled))
-        figure, axes = plt.subplots(len(filled), 1, figsize=size, layout="constrained", squeeze=False)
-        for axis, (title, rows) in zip(axes[:, 0], filled.items(), strict=True):
-            # without names that not every case has, and SGD's single iteration
-            frame = pd.DataFrame(rows).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
-            value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)
-            errors = [[value[n] - low[n], high[n] - value[n]] for n in value]
-            value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)
-            axis.axhline(1, color="black", lw=0.8)
-            axis.legend(fontsize=7, ncols=3)
-        figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
-        plt.close(figure)
-        drawn.append(name)
-    return drawn
+def draw(run: Run, path: Path) -> None:
+    """Bars with intervals of what the run has figures for."""
+    found = {
+        title: {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
+        for group, title in PANELS.items()
+    }
+    filled = {title: by_case for title, by_case in found.items() if by_case}
+    figure, axes = plt.subplots(len(filled), figsize=(9, 3.6 * len(filled)), layout="constrained", squeeze=False)
+    for axis, (title, by_case) in zip(axes[:, 0], filled.items(), strict=True):
+        # without names that not every case has, and SGD's single iteration
+        frame = pd.DataFrame(by_case).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
+        value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)
+        errors = [[value[n] - low[n], high[n] - value[n]] for n in value]
+        value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)
+        axis.axhline(1, color="black", lw=0.8)
+        axis.legend(fontsize=7, ncols=3, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,32 +242,31 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", type=Path, help="files written by `pytest bench --save`")
-    parser.add_argument("--again", type=Path, help="a second run of the same commit")
+    parser.add_argument("--again", type=Path, help="a second run of the same commit, on a CPU")
     parser.add_argument("--name", help="of a run on another CPU or with other threads, which has a section of its own")
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     arguments = parser.parse_args(argv)
+    root, name = arguments.root, arguments.name
     for run in map(Run.load, arguments.runs):
         kind = run.machine["kind"]
-        if arguments.root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
+        if root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
             parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
-        if arguments.again is not None and kind == "cpu":
-            second = Run.load(arguments.again)
-            apart = {name: round(value, 4) for name, value in disagreement(run, second).items()}
-            run.agreement = {"date": second.machine["date"], "apart": apart}
-        if arguments.name and (kind != "cpu" or len(arguments.runs) > 1):
-            parser.error("--name takes one run, on a CPU")
-        stem = f"{kind}-{arguments.name}" if arguments.name else kind
-        run.save(arguments.root / "bench" / "results" / f"{stem}.json")
-    root = arguments.root
+        if name and kind != "cpu":
+            parser.error("--name takes a run on a CPU")
+        if arguments.again and kind == "cpu":
+            run.compare(Run.load(arguments.again))
+        run.save(root / "bench" / "results" / (f"{kind}-{name}.json" if name else f"{kind}.json"))
     cpus, gpus, others = (results(root, names) for names in ("cpu", "cuda", "cpu-*"))
     if not cpus:
         parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    between = readme_table(cpus[0], others)
-    text, marks = re.subn(f"{BEGIN}.*{END}", lambda _: between, readme.read_text(), flags=re.DOTALL)
+    text, marks = re.subn(
+        f"{BEGIN}.*{END}", lambda _: readme_table(cpus[0], others), readme.read_text(), flags=re.DOTALL
+    )
     if not marks:
         parser.error(f"{readme} lacks the marks {BEGIN} and {END}")
-    page.write_text(markdown(cpus[0], gpus, others, draw(cpus[0], root / "docs" / "benchmarks")))
+    draw(cpus[0], page.parent / PICTURE)
+    page.write_text(markdown(cpus[0], gpus, others))
     readme.write_text(text)
     print(f"written: {page}\nwritten: {readme}")
 
