@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 NORM_LAYERS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._BatchNorm,
@@ -19,13 +21,23 @@ NAMES = ("batchnorm", "instancenorm", "groupnorm", "layernorm", "rmsnorm")
 """A class whose name contains one of these in any case, as LlamaRMSNorm, T5LayerNorm or RmsNorm does, is one too."""
 
 
+def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A module's, without those of modules in it, but with those that a parametrization such as weight_norm computes
+    them from.
+    """
+    yield from module.parameters(recurse=False)
+    if parametrize.is_parametrized(module):
+        for computed in module.parametrizations.values():  # type: ignore[union-attr,operator]
+            yield from computed.parameters(recurse=False)
+
+
 def is_norm_layer(module: nn.Module) -> bool:
     """Whether a module normalizes: by its class, or its class's name. One of that name that has matrices, as a
     LayerNormLinear, does more.
     """
     named = any(name in type(module).__name__.lower() for name in NAMES)
     return isinstance(module, NORM_LAYERS) or (
-        named and all(p.numel() == max(p.shape, default=1) for p in module.parameters(recurse=False))
+        named and all(p.numel() == max(p.shape, default=1) for p in own_parameters(module))
     )
 
 
@@ -51,7 +63,7 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     norms: dict[Tensor, None] = {}
     for module in model.modules():
         if is_norm_layer(module):
-            norms |= dict.fromkeys(module.parameters(recurse=False))
+            norms |= dict.fromkeys(own_parameters(module))
     if not norms:
         raise ValueError("norm_layers_only(model): the model has no normalization layer with weights")
     others = [p for p in model.parameters() if p not in norms]
