@@ -66,9 +66,27 @@ def test_a_sam_of_ones_own(tmp_path: Any):
     model, plain = language_model(), language_model()
     own = SAM(trainer_runs.groups_of(model), torch.optim.AdamW, rho=RHO, lr=trainer_runs.LR)
     args = trainer_runs.arguments(tmp_path)
-    SAMTrainer(model=model, args=args, train_dataset=text(), optimizers=(own, None), sam_rho=9.0).train()
+    SAMTrainer(model=model, args=args, train_dataset=text(), optimizers=(own, None)).train()
     plain_run(plain)
     assert furthest(model, plain) < CLOSE
+
+
+@pytest.mark.parametrize("given", [{"sam_rho": 9.0}, {"sam_adaptive": False}, {"sam_options": {"eta": 0.1}}])
+def test_options_for_a_sam_of_ones_own_are_an_error(given: dict[str, Any], tmp_path: Any):
+    class Makes(SAMTrainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            self.optimizer = SAM(self.model.parameters(), rho=RHO, lr=0.1)
+            return self.optimizer
+
+    args, own = trainer_runs.arguments(tmp_path), (torch.optim.AdamW, {"lr": 0.1})
+    for cls, more in ((Makes, {}), (SAMTrainer, {"optimizer_cls_and_kwargs": (SAM, {"lr": 0.1})})):
+        with pytest.raises(ValueError, match="SAM of your own"):
+            cls(model=language_model(), args=args, train_dataset=text(), **more, **given).train()
+    trainer = SAMTrainer(
+        model=language_model(), args=args, train_dataset=text(), optimizer_cls_and_kwargs=own, **given
+    )
+    trainer.train()
+    trainer.train()  # with the SAM that the mixin has made before
 
 
 def test_a_schedule(tmp_path: Any):
