@@ -82,9 +82,7 @@ def test_options_for_a_sam_of_ones_own_are_an_error(given: dict[str, Any], tmp_p
     for cls, more in ((Makes, {}), (SAMTrainer, {"optimizer_cls_and_kwargs": (SAM, {"lr": 0.1})})):
         with pytest.raises(ValueError, match="SAM of your own"):
             cls(model=language_model(), args=args, train_dataset=text(), **more, **given).train()
-    trainer = SAMTrainer(
-        model=language_model(), args=args, train_dataset=text(), optimizer_cls_and_kwargs=own, **given
-    )
+    trainer = SAMTrainer(model=language_model(), args=args, train_dataset=text(), optimizer_cls_and_kwargs=own, **given)
     trainer.train()
     trainer.train()  # with the SAM that the mixin has made before
 
