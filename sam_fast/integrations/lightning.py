@@ -18,7 +18,7 @@ from ..sam import SAM
 from ..storage.fsdp import has_fsdp1
 from ..train_step import stride_of
 from ..unwrapping import unwrap
-from .window import Window
+from .window import Window, at_w
 
 # Both packages may be installed: the user's Trainer is of the one that is imported.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
@@ -105,10 +105,17 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         def step(optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
             return optimizer_step(optimizer, WholeStep(lambda: whole_step(closure)), *args, **kwargs)
 
+        save = trainer.save_checkpoint
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+            with at_w(sam):  # after SLURM's signal Lightning saves wherever training stands
+                save(*args, **kwargs)
+
         def detach() -> None:
-            del strategy.training_step, strategy.optimizer_step
+            del strategy.training_step, strategy.optimizer_step, trainer.save_checkpoint
 
         strategy.training_step, strategy.optimizer_step = first_pass, step
+        trainer.save_checkpoint = save_checkpoint
         self._detach, self._window = detach, window
 
     def _checked(self, trainer: Any, pl_module: Any) -> SAM:

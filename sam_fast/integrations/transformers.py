@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..closures import are_new
 from ..running_stats import ExtraBuffers, check_extra_buffers
 from ..sam import SAM
 from ..unwrapping import unwrap
-from .window import Window
+from .window import Window, at_w
 
 COLLECTED = ("_metrics", "_stored_metrics", "accum_loss_components")
 """Attributes in which trainers of TRL and Sentence Transformers collect what they log."""
@@ -176,6 +176,11 @@ class SAMTrainerMixin:
                 yield
         finally:
             vars(self).update(counted)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Of w, also where it is saved between the second pass and the step, as with ``enable_jit_checkpoint``."""
+        with nullcontext() if self._sam_window is None else at_w(self._sam_window.sam):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the loss, what the last step has measured."""

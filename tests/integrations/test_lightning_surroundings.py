@@ -141,6 +141,31 @@ def test_an_exception_leaves_w(monkeypatch: pytest.MonkeyPatch):
     fit(module, callback, max_epochs=1)  # the callback can be used again
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_checkpoint_in_mid_step_holds_w(backend: str, tmp_path: Any):
+    """As Lightning's handler of SLURM's signal saves one, between any two lines; the step goes on."""
+
+    class Signalled(Module):
+        number = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if self.trainer.optimizers[0].perturbed:
+                self.trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
+            return loss
+
+    module = Signalled(backend=backend)
+    fit(module, max_epochs=1)
+    model = small_net()
+    sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    for number, batch in enumerate(batches()):
+        state = torch.load(tmp_path / f"{number}.ckpt", weights_only=False)["state_dict"]
+        for name, p in model.named_parameters():
+            assert (state[f"net.{name}"] - p).abs().max() < CLOSE
+        plain_step(model, sam, [batch], oracle.cross_entropy, 1)
+    assert furthest(module.net, model) < CLOSE
+
+
 def test_a_hook_that_raises_between_the_passes_leaves_w():
     class Fails(Module):
         def on_before_optimizer_step(self, optimizer: Any) -> None:

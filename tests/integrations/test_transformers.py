@@ -138,6 +138,28 @@ def test_a_resumed_run_has_the_same_bits(replay: bool, tmp_path: Any):
     assert furthest(whole, language_model()) > 0.1
 
 
+def test_a_checkpoint_before_the_optimizers_step_holds_w(tmp_path: Any):
+    """As enable_jit_checkpoint saves one after SIGTERM; the step that is under way goes on."""
+
+    class Told(SAMTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2:
+                by_name = {type(each).__name__: each for each in self.callback_handler.callbacks}
+                by_name["JITCheckpointCallback"].jit_manager.is_checkpoint_requested = True  # its timer does so
+            return super().compute_loss(*args, **kwargs)
+
+    model, plain, resumed = language_model(), language_model(), language_model()
+    stopped = train(tmp_path, model, cls=Told, enable_jit_checkpoint=True, gradient_accumulation_steps=2)
+    assert stopped.state.global_step == 3
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64)
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(tmp_path / "whole", plain, **options)
+    assert furthest(saved, type(model).from_pretrained(tmp_path / "whole" / "checkpoint-2", dtype=torch.float64)) == 0.0
+    assert furthest(model, type(model).from_pretrained(tmp_path / "whole" / "checkpoint-3", dtype=torch.float64)) == 0.0
+    train(tmp_path, resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), gradient_accumulation_steps=2)
+    assert furthest(resumed, plain) == 0.0
+
+
 def test_the_same_masks_in_both_passes(tmp_path: Any):
     """Without a step of rho both passes have the same loss, if they draw the same."""
     for replay in (False, True):
