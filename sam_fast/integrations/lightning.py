@@ -196,6 +196,8 @@ def _unnoticed(trainer: Any, pl_module: Any) -> Iterator[None]:
     try:
         pl_module.log = _log_nothing
         trainer.loggers = [DummyLogger() for _ in loggers]
+        for silent, logger in zip(trainer.loggers, loggers, strict=True):
+            silent.finalize = logger.finalize  # what comes before a job is killed, by a signal's handler
         yield
     finally:
         del pl_module.log
