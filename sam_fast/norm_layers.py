@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Two parameter groups of a model for :class:`sam_fast.SAM`: the parameters of normalization layers, which are
     perturbed, and all others, if any, which are not (``perturb=False``) and need no backup.
 
-    Inside ``first_pass(model)`` the others get no gradient. The paper takes about five times SAM's rho.
+    Inside ``first_pass(model)`` the others get no gradient. Warns if all that is to be perturbed is frozen. The paper takes about five times SAM's rho.
 
     Args:
         model: BatchNorm, InstanceNorm, GroupNorm, LayerNorm and RMSNorm layers are known by their class, libraries' own
@@ -66,6 +67,13 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             norms |= dict.fromkeys(own_parameters(module))
     if not norms:
         raise ValueError("norm_layers_only(model): the model has no normalization layer with weights")
+    if not any(p.requires_grad for p in norms):
+        warnings.warn(
+            "norm_layers_only(model): the weights of all normalization layers are frozen, as LoRA leaves them, and "
+            "until one is not, nothing is perturbed: that is the base optimizer without SAM",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     others = [p for p in model.parameters() if p not in norms]
     groups = [{"params": list(norms), **options}, {"params": others, **options, "perturb": False}]
     return [group for group in groups if group["params"]]
