@@ -46,7 +46,8 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Two parameter groups of a model for :class:`sam_fast.SAM`: the parameters of normalization layers, which are
     perturbed, and all others, if any, which are not (``perturb=False``) and need no backup.
 
-    Inside ``first_pass(model)`` the others get no gradient. Warns if all that is to be perturbed is frozen. The paper takes about five times SAM's rho.
+    Inside ``first_pass(model)`` the others get no gradient. Warns if all that is to be perturbed is frozen. The paper
+    takes about five times SAM's rho.
 
     Args:
         model: BatchNorm, InstanceNorm, GroupNorm, LayerNorm and RMSNorm layers are known by their class, libraries' own
