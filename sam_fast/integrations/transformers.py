@@ -132,6 +132,8 @@ class SAMTrainerMixin:
         if self._sam_window is None:
             self._sam_window = Window(self._sam(), self, 1.0, self._sam_replay_rng, self._sam_extra_buffers)
         window, sam = self._sam_window, self._sam_window.sam
+        if sam._step.active:
+            sam.restore()  # the step has run out of memory, and training begins anew with smaller batches
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step
         prepare = self._prepare_inputs

@@ -240,6 +240,24 @@ def test_a_retry_with_smaller_batches_begins_anew(tmp_path: Any):
     assert furthest(model, plain) < CLOSE
 
 
+def test_a_step_that_runs_out_of_memory_is_given_up(tmp_path: Any):
+    """Between the passes, as where the base optimizer makes its state."""
+
+    class RunsOut(transformers.TrainerCallback):
+        calls = 0
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    model, plain = language_model(), language_model()
+    args = trainer_runs.arguments(tmp_path, auto_find_batch_size=True, gradient_accumulation_steps=2)
+    SAMTrainer(model=model, args=args, train_dataset=text(), sam_rho=RHO, callbacks=[RunsOut()]).train()
+    plain_run(plain, 2, made=batches(size=1))
+    assert furthest(model, plain) < CLOSE
+
+
 @pytest.mark.guarantee(id="framework-logs")
 def test_trl_counts_tokens_and_metrics_once(tmp_path: Any):
     trl = pytest.importorskip("trl")
