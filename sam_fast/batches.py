@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn, strided
@@ -60,6 +62,12 @@ def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = N
                 own = tuple.__new__(type(value), items)  # not by its constructor, which may want anything
                 if hasattr(value, "__dict__"):
                     vars(own).update(vars(value))
+        elif _is_record(value):
+            own = copy(value)
+            known[id(value)] = value, own
+            for name, item in _attributes_of(value).items():
+                if (made := with_own_containers(item, known)) is not item:
+                    object.__setattr__(own, name, made)  # a frozen one's, too
         elif hasattr(type(value), "__copy__") and not (hasattr(value, "shape") or isinstance(value, nn.Module)):
             own = copy(value)
     except Exception:  # as it says
@@ -68,9 +76,19 @@ def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = N
     return own
 
 
+def _is_record(value: Any) -> bool:
+    """Whether it is a dataclass's or a namespace."""
+    return (is_dataclass(type(value)) or isinstance(value, SimpleNamespace)) and not isinstance(value, nn.Module)
+
+
+def _attributes_of(record: Any) -> dict[str, Any]:
+    names = vars(record) if hasattr(record, "__dict__") else [field.name for field in fields(record)]
+    return {name: getattr(record, name) for name in names}
+
+
 def versions_of(batch: Any) -> list[int]:
     """What changes when somebody writes into a tensor of ``batch``."""
-    return [tensor._version for tensor in _tensors(batch) if not tensor.is_inference()]
+    return [tensor._version for tensor in _tensors(batch, in_records=True) if not tensor.is_inference()]
 
 
 def warn_of_written(batch: Any, versions: list[int], stacklevel: int = 3) -> None:
@@ -92,20 +110,23 @@ def _first_tensor(batch: Any) -> Tensor | None:
     return next((t for t in _tensors(batch) if t.dim()), None)
 
 
-def _tensors(value: Any, known: dict[int, Any] | None = None) -> Iterator[Tensor]:
-    """Those in lists, tuples and mappings, each of which is looked through once."""
+def _tensors(value: Any, known: dict[int, Any] | None = None, in_records: bool = False) -> Iterator[Tensor]:
+    """Those in lists, tuples and mappings, each of which is looked through once. Records are not cut into rows."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (Mapping, list, tuple)):
+        return
+    record = in_records and _is_record(value)
+    if record or isinstance(value, (Mapping, list, tuple)):
         known = {} if known is None else known
         if id(value) in known:
             return
         known[id(value)] = value
-        for item in value.values() if isinstance(value, Mapping) else value:
+        inside = _attributes_of(value) if record else value
+        for item in inside.values() if isinstance(inside, Mapping) else inside:
             if type(item) is Tensor:
                 yield item
             elif type(item) not in _PLAIN:
-                yield from _tensors(item, known)
+                yield from _tensors(item, known, in_records)
 
 
 def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:

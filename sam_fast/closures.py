@@ -63,7 +63,8 @@ ACCUMULATED_BY_ACCELERATE = (
 
 LOGGED_TWICE = (
     "Lightning's automatic optimization calls training_step for both passes of SAM: the weights are right, but what it "
-    f"logs is the mean of both, and metrics count batches twice. Use {LIGHTNING_CALLBACK}"
+    f"logs is the mean of both, and metrics count batches twice. Use {LIGHTNING_CALLBACK}. If it is there: this is "
+    "LearningRateFinder, BatchSizeFinder or Tuner, which train without callbacks"
 )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 NORM_LAYERS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._BatchNorm,
@@ -19,13 +22,23 @@ NAMES = ("batchnorm", "instancenorm", "groupnorm", "layernorm", "rmsnorm")
 """A class whose name contains one of these in any case, as LlamaRMSNorm, T5LayerNorm or RmsNorm does, is one too."""
 
 
+def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A module's, without those of modules in it, but with those that a parametrization such as weight_norm computes
+    them from.
+    """
+    yield from module.parameters(recurse=False)
+    if parametrize.is_parametrized(module):
+        for computed in module.parametrizations.values():  # type: ignore[union-attr,operator]
+            yield from computed.parameters(recurse=False)
+
+
 def is_norm_layer(module: nn.Module) -> bool:
     """Whether a module normalizes: by its class, or its class's name. One of that name that has matrices, as a
     LayerNormLinear, does more.
     """
     named = any(name in type(module).__name__.lower() for name in NAMES)
     return isinstance(module, NORM_LAYERS) or (
-        named and all(p.numel() == max(p.shape, default=1) for p in module.parameters(recurse=False))
+        named and all(p.numel() == max(p.shape, default=1) for p in own_parameters(module))
     )
 
 
@@ -33,7 +46,8 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Two parameter groups of a model for :class:`sam_fast.SAM`: the parameters of normalization layers, which are
     perturbed, and all others, if any, which are not (``perturb=False``) and need no backup.
 
-    Inside ``first_pass(model)`` the others get no gradient. The paper takes about five times SAM's rho.
+    Inside ``first_pass(model)`` the others get no gradient. Warns if all that is to be perturbed is frozen. The paper
+    takes about five times SAM's rho.
 
     Args:
         model: BatchNorm, InstanceNorm, GroupNorm, LayerNorm and RMSNorm layers are known by their class, libraries' own
@@ -51,9 +65,16 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     norms: dict[Tensor, None] = {}
     for module in model.modules():
         if is_norm_layer(module):
-            norms |= dict.fromkeys(module.parameters(recurse=False))
+            norms |= dict.fromkeys(own_parameters(module))
     if not norms:
         raise ValueError("norm_layers_only(model): the model has no normalization layer with weights")
+    if not any(p.requires_grad for p in norms):
+        warnings.warn(
+            "norm_layers_only(model): the weights of all normalization layers are frozen, as LoRA leaves them, and "
+            "until one is not, nothing is perturbed: that is the base optimizer without SAM",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     others = [p for p in model.parameters() if p not in norms]
     groups = [{"params": list(norms), **options}, {"params": others, **options, "perturb": False}]
     return [group for group in groups if group["params"]]

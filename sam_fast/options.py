@@ -123,6 +123,10 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
         )
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):  # some are iterables, of modules
         raise TypeError(f"params must be parameters, got a model, {type(params).__name__}: pass model.parameters()")
+    if hasattr(params, "param_groups"):
+        raise TypeError(
+            f"SAM(optimizer) needs a torch.optim.Optimizer, got {type(params).__name__}, which is not derived from it"
+        )
     entries = list(params)
     if not entries:
         raise ValueError("params is empty: SAM got no parameters to optimize")

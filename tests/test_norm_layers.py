@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from cases import buckets_of
@@ -70,6 +72,30 @@ def test_a_layer_that_normalizes_and_multiplies_is_none() -> None:
     norms, others = norm_layers_only(model)
     assert {id(p) for p in norms["params"]} == {id(p) for p in model[1].parameters()}
     assert len(others["params"]) == 3
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert {id(p) for p in norm_layers_only(model)[0]["params"]} == {id(p) for p in model[1].parameters()}
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_norm_layer_with_a_parametrized_weight_is_one(name: str, number: int) -> None:
+    model = network()
+    getattr(nn.utils.parametrizations, name)(model[number])
+    norms, others = norm_layers_only(model)
+    assert {id(p) for p in norms["params"]} == {id(p) for i in (1, 3, 4, 5, 6, 7) for p in model[i].parameters()}
+    assert {id(p) for p in others["params"]} == {id(p) for i in (0, 2) for p in model[i].parameters()}
+
+
+def test_norm_layers_that_are_all_frozen_are_warned_of() -> None:
+    model = network()
+    for i in (1, 3, 4, 5, 6, 7):
+        model[i].requires_grad_(False)
+    with pytest.warns(RuntimeWarning, match="all normalization layers are frozen"):
+        norm_layers_only(model)
+    model[3].bias.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norm_layers_only(model)
 
 
 def test_errors() -> None:

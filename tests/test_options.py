@@ -90,6 +90,16 @@ def test_a_model_in_the_place_of_its_parameters_is_an_error() -> None:
     assert SAM(params, lr=0.1).param_groups[0]["params"] == list(params)
 
 
+def test_a_wrapper_that_is_no_optimizer_is_an_error() -> None:
+    class Wrapper:
+        """As schedulefree's."""
+
+        param_groups = ({"params": [torch.zeros(3, requires_grad=True)]},)
+
+    with pytest.raises(TypeError, match=r"needs a torch\.optim\.Optimizer, got Wrapper"):
+        SAM(Wrapper())  # type: ignore[arg-type]
+
+
 def test_a_learning_rate_in_the_place_of_adaptive_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"adaptive must be True or False, got 0\.1"):
         SAM(make_params([3]), torch.optim.SGD, 0.05, 0.1)  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ import sys
 import warnings
 from collections import UserDict, defaultdict, namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
@@ -201,6 +203,23 @@ class Graph:
         return Graph(self.x, self.y)
 
 
+@dataclass
+class Record:
+    x: Any
+    y: Any
+
+
+@dataclass(slots=True)
+class Slotted:
+    x: Any
+    y: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    parts: Any
+
+
 def taken_out(batch: Any) -> Any:
     return batch.pop("x"), batch.pop("y")
 
@@ -224,6 +243,10 @@ def replaced_in_an_object(batch: Any) -> Any:
     return batch.x / 2, batch.y
 
 
+def replaced_within_a_frozen_one(batch: Any) -> Any:
+    return batch.parts.pop(), replaced_in_an_object(batch.parts[0])[1]
+
+
 X, Y = torch.randn(8, 5), torch.randn(8, 1)
 CHANGES: list[tuple[Callable[[Any], Any], Callable[[], Any]]] = [
     (taken_out, lambda: {"x": X, "y": Y}),
@@ -231,6 +254,10 @@ CHANGES: list[tuple[Callable[[Any], Any], Callable[[], Any]]] = [
     (replaced_in_a_list, lambda: [X, {"y": [Y]}]),
     (replaced_in_a_tuple, lambda: Pair([X], Y)),
     (replaced_in_an_object, lambda: Graph(X, Y)),
+    (replaced_in_an_object, lambda: Record(X, Y)),
+    (replaced_in_an_object, lambda: Slotted(X, Y)),
+    (replaced_in_an_object, lambda: SimpleNamespace(x=X, y=Y)),
+    (replaced_within_a_frozen_one, lambda: Frozen([Record(X, Y), X])),
 ]
 
 
@@ -244,7 +271,7 @@ def test_what_a_pass_takes_out_or_replaces_the_other_still_finds(change: Any, ma
         return (model(x) - y).square().mean()
 
     step = TrainStep(model, SAM(model.parameters(), lr=0.1), loss)
-    batch, rows = make(), [] if not isinstance(make(), Graph) else [X]
+    batch, rows = make(), [] if isinstance(make(), (tuple, list, dict, UserDict)) else [X]
     step(batch, *rows)
     twice = [(batch, *rows) for batch in (make(), make())]
     rho_sharpness(model, loss, twice, rho=0.1)
@@ -336,6 +363,15 @@ def test_writing_into_the_batch_is_warned_of_once(ascent: float) -> None:
             made_there = X.clone()
         reads = TrainStep(model, SAM(model.parameters(), lr=0.1), lambda model, x, _: model(x).square().mean())
         reads(X.clone(), made_there)
+
+
+def test_writing_into_a_record_in_the_batch_is_warned_of() -> None:
+    model = nn.Linear(5, 1)
+    step = TrainStep(
+        model, SAM(model.parameters(), lr=0.1), lambda model, batch: model(batch.x.mul_(2)).square().mean()
+    )
+    with pytest.warns(RuntimeWarning, match=r"x = x \* 2"):
+        step(Slotted(X.clone(), [SimpleNamespace(y=Y)]))
 
 
 @pytest.mark.parametrize("batch", [(Graph(X, Y),), (), ("a name", 3.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from ..sam import SAM
 from ..storage.fsdp import has_fsdp1
 from ..train_step import stride_of
 from ..unwrapping import unwrap
-from .window import Window
+from .window import Window, at_w
 
 # Both packages may be installed: the user's Trainer is of the one that is imported.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
@@ -73,6 +74,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         window = Window(sam, pl_module, self.ascent, self.replay_rng, self.extra_buffers)
         training_step, optimizer_step = strategy.training_step, strategy.optimizer_step
         scaler = getattr(strategy.precision_plugin, "scaler", None)
+        silent: dict[int, Any] = {}
 
         def first_pass(*args: Any, **kwargs: Any) -> Any:
             if trainer.fit_loop._skip_backward:  # StochasticWeightAveraging's epoch for BatchNorm statistics
@@ -93,7 +95,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
 
         def whole_step(closure: Callable[[], Any]) -> Any:
             result = closure()
-            with _unnoticed(trainer, pl_module):
+            with _unnoticed(trainer, pl_module, silent):
                 losses = window.second(strategy.model, second_pass)
             window.clear()
             if sam.perturbed:
@@ -105,10 +107,17 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
         def step(optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
             return optimizer_step(optimizer, WholeStep(lambda: whole_step(closure)), *args, **kwargs)
 
+        save = trainer.save_checkpoint
+
+        def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+            with at_w(sam):  # after SLURM's signal Lightning saves wherever training stands
+                save(*args, **kwargs)
+
         def detach() -> None:
-            del strategy.training_step, strategy.optimizer_step
+            del strategy.training_step, strategy.optimizer_step, trainer.save_checkpoint
 
         strategy.training_step, strategy.optimizer_step = first_pass, step
+        trainer.save_checkpoint = save_checkpoint
         self._detach, self._window = detach, window
 
     def _checked(self, trainer: Any, pl_module: Any) -> SAM:
@@ -182,13 +191,16 @@ def _loss_of(output: Any, trainer: Any) -> Tensor | None:
 
 
 @contextmanager
-def _unnoticed(trainer: Any, pl_module: Any) -> Iterator[None]:
-    """Inside, nothing is logged, and metrics end as they were."""
+def _unnoticed(trainer: Any, pl_module: Any, silent: dict[int, Any]) -> Iterator[None]:
+    """Inside, nothing is logged, and metrics end as they were. ``silent`` keeps what stands in for each logger."""
     loggers = trainer.loggers
+    for logger in loggers:
+        if id(logger) not in silent:
+            silent[id(logger)] = _silenced(logger)
     states = [state for module in pl_module.modules() if "_defaults" in vars(module) for state in _states_of(module)]
     try:
         pl_module.log = _log_nothing
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [silent[id(logger)] for logger in loggers]
         yield
     finally:
         del pl_module.log
@@ -199,6 +211,19 @@ def _unnoticed(trainer: Any, pl_module: Any) -> Iterator[None]:
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _silenced(logger: Any) -> Any:
+    """A logger of the same class, with the same names, numbers and paths (``log_dir``), that logs nothing."""
+    nothing = DummyLogger()
+    nothing.finalize = logger.finalize  # what comes before a job is killed, by a signal's handler
+
+    class Silent(type(logger)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            value = None if name == "experiment" else getattr(logger, name, None)
+            return value if isinstance(value, (str, int, float, os.PathLike)) else getattr(nothing, name)
+
+    return object.__new__(Silent)
 
 
 def _states_of(metric: Any) -> Iterator[Callable[[], None]]:

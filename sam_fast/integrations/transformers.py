@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..closures import are_new
 from ..running_stats import ExtraBuffers, check_extra_buffers
 from ..sam import SAM
 from ..unwrapping import unwrap
-from .window import Window
+from .window import Window, at_w
 
 COLLECTED = ("_metrics", "_stored_metrics", "accum_loss_components")
 """Attributes in which trainers of TRL and Sentence Transformers collect what they log."""
@@ -32,7 +32,7 @@ class SAMTrainerMixin:
     once.
 
     Args:
-        sam_rho: radius of the perturbation.
+        sam_rho: radius of the perturbation; by default SAM's own.
         sam_adaptive: True for ASAM.
         sam_replay_rng: the second pass draws the first one's dropout masks.
         sam_extra_buffers: further buffers that only the first pass may change, see
@@ -41,7 +41,8 @@ class SAMTrainerMixin:
 
     Raises:
         TypeError: a class puts ``Trainer`` before the mixin.
-        ValueError: the Trainer is used in a way that leaves no place for a second pass.
+        ValueError: the Trainer is used in a way that leaves no place for a second pass, or has a SAM of its user's own,
+            whose options ``sam_rho``, ``sam_adaptive`` and ``sam_options`` cannot be.
     """
 
     optimizer: Any
@@ -65,14 +66,16 @@ class SAMTrainerMixin:
     def __init__(
         self,
         *args: Any,
-        sam_rho: float = 0.05,
-        sam_adaptive: bool = False,
+        sam_rho: float | None = None,
+        sam_adaptive: bool | None = None,
         sam_replay_rng: bool = False,
         sam_extra_buffers: ExtraBuffers = (),
         sam_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._sam_options = {"rho": sam_rho, "adaptive": sam_adaptive, **(sam_options or {})}
+        named = {"rho": sam_rho, "adaptive": sam_adaptive}
+        self._sam_options = {name: value for name, value in named.items() if value is not None} | (sam_options or {})
+        self._sam_made: SAM | None = None
         self._sam_replay_rng = sam_replay_rng
         self._sam_extra_buffers = check_extra_buffers(sam_extra_buffers)
         self._sam_window: Window | None = None
@@ -86,7 +89,7 @@ class SAMTrainerMixin:
         try:
             unwrap(self.optimizer)
         except TypeError:
-            self.optimizer = SAM(self.optimizer, **self._sam_options)
+            self.optimizer = self._sam_made = SAM(self.optimizer, **self._sam_options)
         return self.optimizer
 
     def _check_sam(self) -> None:
@@ -104,6 +107,15 @@ class SAMTrainerMixin:
                 'another one, such as "adamw_torch"'
             )
 
+    def _sam(self) -> SAM:
+        sam = unwrap(self.optimizer)
+        if sam is not self._sam_made and self._sam_options:
+            raise ValueError(
+                f"the Trainer has a SAM of your own, and SAMTrainerMixin's {', '.join(self._sam_options)} would change "
+                "nothing: give your SAM these options, and leave sam_rho, sam_adaptive and sam_options out"
+            )
+        return sam
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. If it raises, the weights are w."""
         self._sam_window = None
@@ -118,8 +130,10 @@ class SAMTrainerMixin:
         """A part of the first pass; after the last one of a step, all of the second pass."""
         step = super().training_step  # type: ignore[misc]
         if self._sam_window is None:
-            self._sam_window = Window(unwrap(self.optimizer), self, 1.0, self._sam_replay_rng, self._sam_extra_buffers)
+            self._sam_window = Window(self._sam(), self, 1.0, self._sam_replay_rng, self._sam_extra_buffers)
         window, sam = self._sam_window, self._sam_window.sam
+        if sam._step.active:
+            sam.restore()  # the step has run out of memory, and training begins anew with smaller batches
         if not are_new(sam._gradients()):
             window.clear()  # training has been stopped half-way through a step
         prepare = self._prepare_inputs
@@ -164,6 +178,11 @@ class SAMTrainerMixin:
                 yield
         finally:
             vars(self).update(counted)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Of w, also where it is saved between the second pass and the step, as with ``enable_jit_checkpoint``."""
+        with nullcontext() if self._sam_window is None else at_w(self._sam_window.sam):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the loss, what the last step has measured."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
@@ -112,6 +112,32 @@ class Window:
         if self.every > 1 or not losses or any(loss is None for loss in losses):
             return None
         return sum(firsts), sum(losses)  # type: ignore[arg-type,return-value]
+
+
+@contextmanager
+def at_w(sam: SAM) -> Iterator[None]:
+    """Inside, the weights are w, for a checkpoint that is saved in the middle of a step, as after a signal. Then they
+    are ``w + e`` again, and a pass that is under way has not noticed.
+    """
+    perturbation = sam._perturbation
+    if not perturbation.active:
+        yield
+        return
+    saved = []
+    for bucket in perturbation.buckets:
+        indices = bucket.saved()
+        for index in range(len(bucket.tensors)) if indices is None else indices:
+            saved.append((bucket.tensors[index].data, bucket.backups[index]))
+    moved = [tensor.to("cpu", copy=True) for tensor, _ in saved]  # there may be no other memory left
+    try:
+        for tensor, backup in reversed(saved):  # one that shares memory with an earlier one saved what that moved
+            tensor.copy_(backup)
+        perturbation.active = False
+        yield
+    finally:
+        for (tensor, _), there in zip(saved, moved, strict=True):
+            tensor.copy_(there)
+        perturbation.active = True
 
 
 def _is_number(value: Any) -> bool:

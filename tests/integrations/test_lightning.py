@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
 from typing import Any
 
+import lightning_runs
 import numpy
 import oracle
 import pytest
@@ -28,6 +31,8 @@ from torch import Tensor, nn
 
 from sam_fast import Schedule, frozen_running_stats
 from sam_fast.integrations.lightning import SAMCallback
+
+CSVLogger = lightning_runs.pl.loggers.CSVLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -63,6 +68,34 @@ def test_what_is_logged_is_the_first_passs():
             right += int((model(x).argmax(1) == y).sum())
         plain_step(model, sam, [(x, y)], oracle.cross_entropy, 1)
     assert logger.of("accuracy") == pytest.approx([right / 28])
+
+
+def test_a_logger_has_its_paths_in_both_passes(tmp_path: Path):
+    """Where a training_step saves images, as Lightning's page says."""
+    kept: list[Any] = []
+
+    class Logger(CSVLogger):
+        def log_image(self, image: Any) -> None:
+            kept.append(image)
+
+    class Saves(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logger = self.trainer.loggers[0]
+            logger.log_image(batch_idx)
+            logger.experiment.log_metrics({"x": 1.0}, 0)
+            assert isinstance(logger, Logger)
+            paths.append((self.trainer.log_dir, logger.log_dir, logger.save_dir, logger.root_dir))
+            names.append((logger.name, logger.version))
+            return super().training_step(batch, batch_idx)
+
+    paths, names = [], []
+    fit(Saves(), max_epochs=1, logger=Logger(tmp_path, name="run", version=0))
+    assert kept == list(range(7))
+    folder = str(tmp_path / "run" / "version_0")
+    assert paths == [(folder, folder, str(tmp_path), str(tmp_path / "run"))] * 14
+    assert names == [("run", 0)] * 14
+    rows = (Path(folder) / "metrics.csv").read_text().splitlines()
+    assert len([row for row in csv.DictReader(rows) if row["x"]]) == 7
 
 
 def test_a_metric_with_tensors_that_are_no_states_counts_once():

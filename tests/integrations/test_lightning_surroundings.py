@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from lightning_runs import CLOSE, LR, RHO, Module, fit, half_precision, loader, pl, plain_run, trainer
+from lightning_runs import CLOSE, LR, RHO, Module, Values, fit, half_precision, loader, pl, plain_run, trainer
 from oracle import batches, furthest, plain_step, small_net, windows
 from plain_sam import PlainSAM
 from torch import Tensor, nn
@@ -139,6 +139,34 @@ def test_an_exception_leaves_w(monkeypatch: pytest.MonkeyPatch):
     assert type(module).log is pl.LightningModule.log
     assert "log" not in vars(module)
     fit(module, callback, max_epochs=1)  # the callback can be used again
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_checkpoint_in_mid_step_holds_w(backend: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    """As Lightning's handler of SLURM's signal saves one, between any two lines; the step goes on."""
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+
+    class Signalled(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if self.trainer.optimizers[0].perturbed:
+                self.trainer._signal_connector._slurm_sigusr_handler_fn(0, None)
+            return loss
+
+    finalized: list[str] = []
+    module, logger = Signalled(backend=backend), Values()
+    logger.finalize = finalized.append
+    fit(module, max_epochs=1, default_root_dir=tmp_path, logger=logger)
+    assert finalized == ["finished"] * 7 + ["success"]
+    model = small_net()
+    sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    for number, batch in enumerate(batches(), 1):
+        state = torch.load(tmp_path / f"hpc_ckpt_{number}.ckpt", weights_only=False)["state_dict"]
+        for name, p in model.named_parameters():
+            assert (state[f"net.{name}"] - p).abs().max() < CLOSE
+        plain_step(model, sam, [batch], oracle.cross_entropy, 1)
+    assert furthest(module.net, model) < CLOSE
 
 
 def test_a_hook_that_raises_between_the_passes_leaves_w():

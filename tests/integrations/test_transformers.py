@@ -66,9 +66,25 @@ def test_a_sam_of_ones_own(tmp_path: Any):
     model, plain = language_model(), language_model()
     own = SAM(trainer_runs.groups_of(model), torch.optim.AdamW, rho=RHO, lr=trainer_runs.LR)
     args = trainer_runs.arguments(tmp_path)
-    SAMTrainer(model=model, args=args, train_dataset=text(), optimizers=(own, None), sam_rho=9.0).train()
+    SAMTrainer(model=model, args=args, train_dataset=text(), optimizers=(own, None)).train()
     plain_run(plain)
     assert furthest(model, plain) < CLOSE
+
+
+@pytest.mark.parametrize("given", [{"sam_rho": 9.0}, {"sam_adaptive": False}, {"sam_options": {"eta": 0.1}}])
+def test_options_for_a_sam_of_ones_own_are_an_error(given: dict[str, Any], tmp_path: Any):
+    class Makes(SAMTrainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            self.optimizer = SAM(self.model.parameters(), rho=RHO, lr=0.1)
+            return self.optimizer
+
+    args, own = trainer_runs.arguments(tmp_path), (torch.optim.AdamW, {"lr": 0.1})
+    for cls, more in ((Makes, {}), (SAMTrainer, {"optimizer_cls_and_kwargs": (SAM, {"lr": 0.1})})):
+        with pytest.raises(ValueError, match="SAM of your own"):
+            cls(model=language_model(), args=args, train_dataset=text(), **more, **given).train()
+    trainer = SAMTrainer(model=language_model(), args=args, train_dataset=text(), optimizer_cls_and_kwargs=own, **given)
+    trainer.train()
+    trainer.train()  # with the SAM that the mixin has made before
 
 
 def test_a_schedule(tmp_path: Any):
@@ -120,6 +136,28 @@ def test_a_resumed_run_has_the_same_bits(replay: bool, tmp_path: Any):
     train(tmp_path, resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-6"), **options)
     assert furthest(whole, resumed) == 0.0
     assert furthest(whole, language_model()) > 0.1
+
+
+def test_a_checkpoint_before_the_optimizers_step_holds_w(tmp_path: Any):
+    """As enable_jit_checkpoint saves one after SIGTERM; the step that is under way goes on."""
+
+    class Told(SAMTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2:
+                by_name = {type(each).__name__: each for each in self.callback_handler.callbacks}
+                by_name["JITCheckpointCallback"].jit_manager.is_checkpoint_requested = True  # its timer does so
+            return super().compute_loss(*args, **kwargs)
+
+    model, plain, resumed = language_model(), language_model(), language_model()
+    stopped = train(tmp_path, model, cls=Told, enable_jit_checkpoint=True, gradient_accumulation_steps=2)
+    assert stopped.state.global_step == 3
+    saved = type(model).from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64)
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(tmp_path / "whole", plain, **options)
+    assert furthest(saved, type(model).from_pretrained(tmp_path / "whole" / "checkpoint-2", dtype=torch.float64)) == 0.0
+    assert furthest(model, type(model).from_pretrained(tmp_path / "whole" / "checkpoint-3", dtype=torch.float64)) == 0.0
+    train(tmp_path, resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), gradient_accumulation_steps=2)
+    assert furthest(resumed, plain) == 0.0
 
 
 def test_the_same_masks_in_both_passes(tmp_path: Any):
@@ -198,6 +236,24 @@ def test_a_retry_with_smaller_batches_begins_anew(tmp_path: Any):
     options = {"auto_find_batch_size": True, "gradient_accumulation_steps": 2}
     trainer = train(tmp_path, model, cls=RunsOut, **options)
     assert trainer._train_batch_size == 1
+    plain_run(plain, 2, made=batches(size=1))
+    assert furthest(model, plain) < CLOSE
+
+
+def test_a_step_that_runs_out_of_memory_is_given_up(tmp_path: Any):
+    """Between the passes, as where the base optimizer makes its state."""
+
+    class RunsOut(transformers.TrainerCallback):
+        calls = 0
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    model, plain = language_model(), language_model()
+    args = trainer_runs.arguments(tmp_path, auto_find_batch_size=True, gradient_accumulation_steps=2)
+    SAMTrainer(model=model, args=args, train_dataset=text(), sam_rho=RHO, callbacks=[RunsOut()]).train()
     plain_run(plain, 2, made=batches(size=1))
     assert furthest(model, plain) < CLOSE
 
