@@ -107,8 +107,8 @@ class Passes:
     def _require_restored(self, what: str) -> None:
         if self._step.active or self._perturbation.active:
             raise RuntimeError(
-                f"{what} between first_step() and second_step(): finish with second_step(), or call restore() to give "
-                "this step up. It writes w back: load the model's weights after it"
+                f"{what} is refused between first_step() and second_step(): finish with second_step(), or call "
+                "restore() to give this step up. It writes w back: load the model's weights after it"
             )
 
     @contextmanager

@@ -184,7 +184,7 @@ class TrainStep:
         if trainable.isdisjoint(id(p) for group in self.sam.param_groups for p in group["params"]):
             self._warned = True
             warnings.warn(
-                "the optimizer has none of the model's trainable parameters, and will not train it: make it of "
+                "the optimizer has none of the model's trainable parameters, and will not train it: make it from "
                 "model.parameters(), after fully_shard(), load_state_dict(assign=True) or whatever else replaces them",
                 RuntimeWarning,
                 stacklevel=3,

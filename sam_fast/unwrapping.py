@@ -29,7 +29,7 @@ def unwrap(optimizer: Any) -> SAM:
     if sam is None:
         raise TypeError(
             f"optimizer must be a sam_fast.SAM or an object with one inside, got {type(optimizer).__name__}: "
-            "SAM(optimizer) makes one of a torch optimizer"
+            "SAM(optimizer) makes one from a torch optimizer"
         )
     return sam
 
