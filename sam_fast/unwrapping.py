@@ -17,6 +17,9 @@ def unwrap(optimizer: Any) -> SAM:
         optimizer: a SAM, an object that keeps one in ``optimizer``, ``_optimizer`` or ``opt``, or a list or tuple with
             one of these.
 
+    Returns:
+        The SAM itself, not a copy.
+
     Raises:
         TypeError: there is no SAM, or there are several in a list.
     """
