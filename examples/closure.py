@@ -1,4 +1,4 @@
-"""The closure form: ``optimizer.step(closure)`` calls the closure for both passes. BatchNorm counts the first alone.
+"""The closure form: ``optimizer.step(closure)`` calls the closure for both passes. BatchNorm counts only the first.
 
 Run: python examples/closure.py
 """

@@ -32,8 +32,7 @@ for epoch in range(5):
         with torch.autocast(device, dtype=torch.float16):
             loss = cross_entropy(model(x[batch]), y[batch])
         scaler.scale(loss).backward()
-        # with the gradients as they are: the perturbation does not depend on the scale
-        optimizer.first_step(zero_grad=True)
+        optimizer.first_step(zero_grad=True)  # takes scaled gradients: the perturbation does not depend on the scale
 
         with optimizer.second_pass(model):
             with torch.autocast(device, dtype=torch.float16):

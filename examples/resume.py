@@ -1,4 +1,4 @@
-"""Stop, save a checkpoint, go on in new objects: the weights end with the same bits as in a run that never stopped.
+"""Stop, save a checkpoint, resume in new objects: the weights end with the same bits as in a run that never stopped.
 
 Run: python examples/resume.py
 """

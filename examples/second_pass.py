@@ -1,6 +1,6 @@
 """The short loop: ``second_pass`` keeps the BatchNorm statistics right and restores the weights if its body raises.
 
-With ``first_pass(model, replay_rng=True)`` around the first pass, dropout draws the same masks in both.
+``first_pass(model, replay_rng=True)`` around the first pass makes dropout draw the same masks in both.
 
 Run: python examples/second_pass.py
 """

@@ -1,5 +1,4 @@
-"""The reference implementation's loop, unchanged but for the import: two calls, with BatchNorm statistics off in the
-second pass.
+"""The reference implementation's loop with another import: two calls, with BatchNorm statistics off in the second pass.
 
 Run: python examples/two_calls.py
 """

@@ -63,7 +63,7 @@ def _add_chunk(
         if is_wide(shift, DTYPE):
             part = aligned_part(addresses, done, count, shift, BLOCK)
             if done < part:
-                # Sums of their own, since their elements are ordered otherwise; for as short as possible, since they
+                # Sums of their own, since the order of their elements differs; as short-lived as possible, since they
                 # take registers.
                 own_lanes = tl.arange(0, block_for(shift, BLOCK))
                 own = tl.zeros((block_for(shift, BLOCK),), tl.float64)

@@ -33,8 +33,8 @@ from .rounding import narrow_weight, random_index, signed_key
 from .table import DTYPES, MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 
 BLOCK_BYTES = 4096
-"""Of each array, moved by a program at once. Adam moves up to nine: two 16-byte accesses for each of its 128 threads
-are enough under way."""
+"""Bytes of each array that a program moves at once. Adam has up to nine arrays, so two 16-byte accesses for each of its
+128 threads are enough in flight."""
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def load_group(groups, group):
 
 
 WIDTHS = tl.constexpr(4)
-"""How many widths of accesses are tried: 16, 8, 4 and 2 bytes, as far as they are wider than an element."""
+"""How many widths of accesses are tried: 16, 8, 4 and 2 bytes, those that are wider than an element."""
 
 
 # What these two return must be constant for the compiler. A jit function's result is not with Triton 3.6.

@@ -237,8 +237,8 @@ def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         text = (
-            "the gradient scaler cannot be told when only the first pass of SAM overflows, and will not reduce its "
-            f"scale then: {reason}"
+            "the gradient scaler cannot be told if only the first pass of SAM overflows, and will not lower its scale "
+            f"then: {reason}"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 

@@ -99,8 +99,8 @@ def warn_of_written(batch: Any, versions: list[int], stacklevel: int = 3) -> Non
     if versions_of(batch) != versions:
         warnings.warn(
             "the first pass of SAM has written into tensors of its batch, and the second one, which gets the same "
-            "batch, sees what it wrote: write into new tensors, x = x * 2 in place of x.mul_(2). If writing once more "
-            "changes nothing, all is well",
+            "batch, sees what it wrote: make new tensors, x = x * 2 in place of x.mul_(2). If writing a second time "
+            "changes nothing, ignore this",
             RuntimeWarning,
             stacklevel=stacklevel,
         )

@@ -133,19 +133,19 @@ def keep(models: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
 def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> None:
     """From here to :func:`enable_running_stats` forward passes of ``model`` do not count in its running statistics.
 
-    They are saved here and put back there, and already when a SAM step ends. A layer for which this was called before
-    keeps what was saved then. Statistics that somebody loads or resets between the end of a step and the next forward
-    pass stand.
+    They are saved here, and put back there or earlier, when a SAM step ends. A layer that is disabled already keeps
+    what was saved first. Statistics that are loaded or reset between the end of a step and the next forward pass are
+    kept.
 
     Args:
         model: a module, or a list or tuple of modules.
-        extra_buffers: names of further buffers that are to be kept (``"weight_u"``, ``"*.observer.*"``), or a function
-            that takes a qualified name and a tensor and returns a bool. See
+        extra_buffers: names of further buffers to save (``"weight_u"``, ``"*.observer.*"``), or a function that takes
+            a qualified name and a tensor and returns a bool. See
             :data:`sam_fast.running_stats.ExtraBuffers`.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a pattern in ``extra_buffers`` fits nothing.
+        ValueError: a pattern in ``extra_buffers`` matches nothing.
     """
     models = as_models(model, "disable_running_stats(model)")
     layers = find_layers(models, extra_buffers)
@@ -171,10 +171,10 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
 
 
 def enable_running_stats(model: Models) -> None:
-    """Undo :func:`disable_running_stats` for the layers of ``model``: the statistics are what they were then.
+    """Undo :func:`disable_running_stats` for the layers of ``model``: their statistics are what they were then.
 
-    Does nothing to layers for which it was not called. ``model`` may be the model that was disabled, a wrapper of it, a
-    part, or a list of modules.
+    Does nothing to layers that are not disabled. ``model`` may be the model that was disabled, a wrapper of it, a part
+    of it, or a list of modules.
 
     Raises:
         TypeError: ``model`` is neither a module nor a list or tuple of modules.
@@ -224,7 +224,7 @@ def frozen_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> Ite
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a pattern in ``extra_buffers`` fits nothing.
+        ValueError: a pattern in ``extra_buffers`` matches nothing.
     """
     models = as_models(model, "frozen_running_stats(model)")
     snapshot = save_layers(models, find_layers(models, extra_buffers))

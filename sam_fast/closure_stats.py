@@ -45,9 +45,9 @@ def uncounted_forwards(
     module when it is called, with all that is in it. They are put back at the end.
 
     Args:
-        models: what may run without that a module is called, as in a compiled function: a module, or a list or tuple of
+        models: what may run without a module being called, as in a compiled function: a module, or a list or tuple of
             modules.
-        extra_buffers: as in :func:`sam_fast.disable_running_stats`. Without ``models`` a pattern may fit nothing.
+        extra_buffers: as in :func:`sam_fast.disable_running_stats`. Without ``models`` a pattern may match nothing.
         closure: what is called inside. If all it is seen to run is a compiled function in which no module is found, a
             warning asks for ``models``.
 

@@ -37,8 +37,8 @@ TAKEN = (
 
 NO_SECOND_GRADIENT = (
     "step(closure) took the gradients that were there for the first pass, and the closure computed none for the "
-    "second, as that of step() in Lightning's manual optimization: call first_step(zero_grad=True) after the first "
-    "backward pass, then backward() once more at w + e, then second_step()"
+    "second, like a plain step() in Lightning's manual optimization: call first_step(zero_grad=True) after the first "
+    "backward pass, then backward() again at w + e, then second_step()"
 )
 
 STEPS_ITSELF = (
@@ -219,9 +219,9 @@ def step_without_closure(optimizer: Any, passes: str | None, replay_rng: bool) -
         return
     if optimizer._step.found_inf is not None and not optimizer._step.active and optimizer.will_perturb:
         raise RuntimeError(
-            "a GradScaler has called step() without first_step() before it: there was one pass only. Use "
-            "sam_fast.TrainStep(..., scaler=scaler), or call first_step() between two backward passes, of which timm's "
-            "NativeScaler does the first with need_update=False. For Lightning's automatic optimization under float16 "
+            "a GradScaler has called step() without first_step() before it: there was only one pass. Use "
+            "sam_fast.TrainStep(..., scaler=scaler), or call first_step() between two backward passes (timm's "
+            "NativeScaler makes the first with need_update=False). In Lightning's automatic optimization under float16 "
             f"use {LIGHTNING_CALLBACK}"
         )
     optimizer._require_first_step("step() without a closure")

@@ -54,6 +54,9 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             by their class's name.
         options: options of both groups, such as ``lr`` or ``rho``.
 
+    Returns:
+        The groups, as dictionaries.
+
     Raises:
         TypeError: ``model`` is no module.
         ValueError: there is no normalization layer with weights, or ``perturb`` is among the options.

@@ -47,7 +47,7 @@ def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> 
 
     Raises:
         TypeError: ``base_optimizer`` is not callable, or ``params`` is an optimizer, which leaves nothing to make.
-        ValueError: ``base_optimizer`` is no import path.
+        ValueError: ``base_optimizer`` is not an import path.
     """
     if isinstance(params, Optimizer):
         if base_kwargs or base_optimizer is not SGD:
@@ -63,15 +63,15 @@ def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> 
             found = pkgutil.resolve_name(base_optimizer)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f'base_optimizer={base_optimizer!r} is no import path such as "torch.optim.SGD": {error}'
+                f'base_optimizer={base_optimizer!r} is not an import path such as "torch.optim.SGD": {error}'
             ) from None
     else:
         found = base_optimizer
     if not callable(found):
-        is_made = "; an optimizer that is there already comes first: SAM(optimizer, rho=0.05)"
+        made = f"an {type(base_optimizer).__name__} object: pass it in place of params, SAM(optimizer, rho=0.05)"
         raise TypeError(
             "base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got "
-            f"{base_optimizer!r}{is_made if isinstance(base_optimizer, Optimizer) else ''}"
+            f"{made if isinstance(base_optimizer, Optimizer) else repr(base_optimizer)}"
         )
     # Some, as MuonWithAuxAdam, take no entries that they do not know: the options are taken over afterwards.
     return lambda groups: found(
@@ -165,7 +165,7 @@ def check_options(group: dict[str, Any]) -> None:
             check(name, group[name])
 
 
-def check_at_least_zero(name: str, value: Any) -> None:
+def check_at_least_zero(name: str, value: Any, wanted: str = "of at least 0") -> None:
     """Raise ValueError if the option ``name`` is not a finite number of at least 0. True is not one: it is another
     argument in the wrong place.
     """
@@ -174,14 +174,14 @@ def check_at_least_zero(name: str, value: Any) -> None:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")
 
 
 def check_above_zero(name: str, value: Any) -> None:
     """Raise ValueError if ``value`` is not a finite number above 0."""
-    check_at_least_zero(name, value)
+    check_at_least_zero(name, value, "above 0")
     if not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def check_count(name: str, value: Any, at_least: int = 1) -> None:
@@ -204,8 +204,8 @@ def check_loss_fn(loss_fn: Any) -> None:
         isinstance(loss_fn, nn.modules.loss._Loss) and type(loss_fn).forward.__module__ == nn.modules.loss.__name__
     ):
         raise TypeError(
-            f"loss_fn must be a function of the model and the batch, got {type(loss_fn).__name__}: "
-            "lambda model, x, y: criterion(model(x), y)"
+            "loss_fn must be a function of the model and the batch, such as lambda model, x, y: criterion(model(x), "
+            f"y), got {type(loss_fn).__name__}"
         )
 
 

@@ -37,14 +37,14 @@ class Passes:
 
     @property
     def will_perturb(self) -> bool:
-        """Whether the coming step perturbs, or the one that is under way: what the schedule says of the step counter
-        alone, so that it is the same on all ranks.
+        """Whether the coming step perturbs, or the one that is under way. It depends on the schedule and the step
+        counter alone, so it is the same on all ranks.
         """
         return self._schedule is None or self._schedule.perturbs(steps_taken(self.param_groups))
 
     @property
     def needs_first_pass(self) -> bool:
-        """Whether the coming step perturbs, along this batch's gradient. Where it does not, no first pass is needed."""
+        """Whether the coming step needs a first pass: it does if it perturbs."""
         return self.will_perturb
 
     @property
@@ -107,34 +107,34 @@ class Passes:
     def _require_restored(self, what: str) -> None:
         if self._step.active or self._perturbation.active:
             raise RuntimeError(
-                f"{what} between first_step() and second_step(): finish with second_step(), or call restore() to give "
-                "this step up. It writes w back: load the model's weights after it"
+                f"{what} is refused between first_step() and second_step(): finish with second_step(), or call "
+                "restore() to give this step up. It writes w back: load the model's weights after it"
             )
 
     @contextmanager
     def first_pass(self, model: Models, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
         """Around the first forward and backward; optional.
 
-        Inside, weights of groups with ``perturb=False`` get no gradient, which saves its computation; but for models
+        Inside, weights of groups with ``perturb=False`` get no gradient, which saves its computation; except for models
         in DDP or FSDP2, which wait for every gradient.
 
         Args:
             model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
             replay_rng: remember the random state of the CPU, of the parameters' devices, of Python and of NumPy, for
-                ``second_pass`` to start from, so that dropout and mixup draw the same in both passes. Either may be
-                entered once, or once for each micro-batch.
+                ``second_pass`` to start from, so that dropout and mixup draw the same in both passes. Both context
+                managers may be entered once, or once for each micro-batch.
             sync: False to run this pass without gradient synchronisation (m-sharpness: each rank perturbs along its own
                 gradient). With a GradScaler, only the second pass then decides whether the update is skipped, since the
                 ranks must agree.
 
-        The second pass comes after the block. If the body raises, the weights are w. Warns of ``sync=False`` where
-        there are several processes and ``model`` has no synchronisation to leave out.
+        The second pass comes after the block. If the body raises, the weights are w. Warns if there are several
+        processes, ``sync=False``, and ``model`` has no synchronisation to leave out.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: a step is under way.
             TypeError: ``model`` is neither a module nor a list or tuple of modules.
-            ValueError: ``replay_rng`` or ``sync`` is neither True nor False; or ``sync=False`` where there can be no
-                gradient of one replica: FSDP2 without HSDP, or DDP's first pass with a static graph.
+            ValueError: ``replay_rng`` or ``sync`` is neither True nor False; or ``sync=False`` where a replica can have
+                no gradient of its own: with FSDP2 without HSDP, or in DDP's first pass with a static graph.
         """
         self._require_restored("first_pass")
         check_flag("replay_rng", replay_rng)
@@ -166,11 +166,11 @@ class Passes:
     @contextmanager
     def second_pass(self, model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
         """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were if there was a
-        first pass, dropout draws that pass's masks if ``first_pass`` was asked to remember, and if the body raises, the
-        weights are restored before the exception goes on.
+        first pass, dropout draws that pass's masks if ``first_pass`` was asked to remember them, and if the body
+        raises, the weights are restored before the exception goes on.
 
-        ``break``, ``continue`` and ``return`` out of the body end it as its last line does: the weights stay perturbed,
-        for the second_step that follows. Call ``restore()`` before them to give the step up.
+        ``break``, ``continue`` and ``return`` out of the body are a normal end: the weights stay perturbed, for the
+        second_step that follows. Call ``restore()`` before them to give the step up.
 
         Args:
             model: the model, or a list or tuple of models.
@@ -180,7 +180,7 @@ class Passes:
             RuntimeError: there was no first_step, or this is inside ``first_pass(sync=False)``.
             TypeError: ``model`` or ``extra_buffers`` is of the wrong type. The weights are still perturbed, as after
                 any wrong call.
-            ValueError: a pattern in ``extra_buffers`` fits nothing. The same holds.
+            ValueError: a pattern in ``extra_buffers`` matches nothing. The weights are still perturbed.
         """
         self._require_first_step("second_pass")
         self._step.require_sync("second_pass")

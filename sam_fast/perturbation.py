@@ -154,9 +154,9 @@ class Perturbation:
                     )
                 if overlaps_itself(p):
                     raise ValueError(
-                        f"elements of {name_of(p, param_groups)} share memory with each other, as of an expanded one "
-                        f"(shape {tuple(p.shape)}, strides {p.stride()}), and cannot be moved apart: train what it is "
-                        "a view of, or a clone()"
+                        f"elements of {name_of(p, param_groups)} share memory with each other, as after expand() "
+                        f"(shape {tuple(p.shape)}, strides {p.stride()}), and cannot be moved apart: train the tensor "
+                        "it is a view of, or a clone()"
                     )
                 members.append((p, index))
         return members, left_out

@@ -20,12 +20,12 @@ Models = nn.Module | Sequence[nn.Module]
 """A module, or a list or tuple of modules."""
 
 ExtraBuffers = str | Iterable[str] | Callable[[str, Tensor], bool]
-"""Names what else is to be treated as running statistics, among all buffers and frozen parameters.
+"""Which other buffers and frozen parameters to treat as running statistics.
 
-Either one or more patterns (``*``, ``?`` and ``[...]`` are wildcards), which must fit a qualified name, as in
-``named_buffers()``, or what follows one of its dots: ``"weight_u"`` is every buffer of that name, ``"*.observer.*"``
+Either one or more patterns (``*``, ``?`` and ``[...]`` are wildcards), which must match a qualified name, as in
+``named_buffers()``, or the part of one after a dot: ``"weight_u"`` is every buffer of that name, ``"*.observer.*"``
 everything inside any module called ``observer``. Or a function that takes the qualified name and the tensor and returns
-True for those that are meant.
+True for those to include.
 """
 
 CheckedBuffers = tuple[str, ...] | Callable[[str, Tensor], bool]
@@ -231,7 +231,7 @@ def _find_extra(
         idle = [pattern for pattern in wanted if pattern not in fitting]
         if idle:
             listed = ", ".join(map(repr, idle))
-            raise ValueError(f"extra_buffers: nothing fits {listed}; model.named_buffers() lists the names")
+            raise ValueError(f"extra_buffers: nothing matches {listed}; model.named_buffers() lists the names")
     return found
 
 

@@ -43,9 +43,9 @@ class SAM(Passes, OptimizerWrapper):
         optimizer.second_step(zero_grad=True)
 
     Args:
-        params: parameters, named parameters or parameter groups, as for any torch optimizer; or an optimizer, which
-            becomes the base optimizer. Groups may set ``rho``, ``adaptive``, ``eta`` and ``perturb`` (False: neither
-            perturbed nor counted in the norm).
+        params: parameters, named parameters or parameter groups, as for any torch optimizer, of any floating or complex
+            dtype, on any devices; or an optimizer, which becomes the base optimizer. Groups may set ``rho``,
+            ``adaptive``, ``eta`` and ``perturb`` (False: neither perturbed nor counted in the norm).
         base_optimizer: an Optimizer class, its import path (``"torch.optim.SGD"``), or a callable that takes the
             parameter groups and ``base_kwargs`` and returns an Optimizer. It may make groups of its own.
         rho: radius of the perturbation in the 2-norm, in units of the weights; at least 0.
@@ -56,26 +56,26 @@ class SAM(Passes, OptimizerWrapper):
             was not faster (docs/speed.md).
         backend: name of a backend to force (see :func:`sam_fast.backends.available`); by default the best for each
             parameter.
-        closure: what ``step(closure)`` does with gradients that are there already. "second": they are the first pass,
-            and the closure is called for the second, as in the reference implementation. "both": they are discarded and
-            the closure is called for both, as with any torch optimizer. "auto", the default: "second" if they are new
-            (neither used by a step with a closure nor zeroed by ``zero_grad()``) and not all zero, else "both"; this
-            looks at the norm on the host.
-        stochastic_rounding: round weights in bfloat16 and float16 up or down with the probability that makes ``w + e``
+        closure: what ``step(closure)`` does with existing gradients. "second": they are the first pass, and the closure
+            is called for the second, as in the reference implementation. "both": they are discarded and the closure is
+            called for both, as with any torch optimizer. "auto", the default: "second" if they are new (neither used by
+            a step with a closure nor zeroed by ``zero_grad()``) and not all zero, else "both"; this looks at the norm
+            on the host.
+        stochastic_rounding: round weights in bfloat16 and float16 up or down with the probabilities that make ``w + e``
             right on average, and with a fused second step the new weights too. False rounds to nearest, which loses
-            most of a small e. None, the default, is False (docs/mixed_precision.md has the measurement).
+            most of a small e. None, the default, means False (docs/mixed_precision.md has the measurement).
         schedule: which steps perturb, a :class:`sam_fast.Schedule`; None: all do.
-        along: the direction of the perturbation: "gradient", this batch's, from a first pass. Others did not keep
-            enough of SAM's accuracy to be here (docs/quality.md).
+        along: the direction of the perturbation. Only "gradient", this batch's, from a first pass: other directions did
+            not keep enough of SAM's accuracy (docs/quality.md).
         **base_kwargs: options of the base optimizer.
 
     Attributes:
         base_optimizer: the torch optimizer that steps. ``state`` and ``param_groups`` are its own objects.
 
     Raises:
-        TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor, ``schedule`` is no Schedule, or
-            an optimizer is given together with ``base_optimizer`` or ``base_kwargs``; or a subclass has a
-            ``_grad_norm`` of its own and no ``first_step``.
+        TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor or a module, ``schedule`` is no
+            Schedule, an optimizer is given together with ``base_optimizer`` or ``base_kwargs``, or a subclass has a
+            ``_grad_norm`` of its own but no ``first_step``.
         ValueError: ``params`` is empty, a parameter overlaps itself, an option is out of range, the base optimizer has
             an option of the same name as one of SAM's, needs a closure, differentiates gradients or steps during
             backward passes, the forced backend is unknown or does not support a parameter, or ``flatten=True`` with
@@ -193,18 +193,18 @@ class SAM(Passes, OptimizerWrapper):
     def first_step(self, zero_grad: bool = False) -> None:
         """Move from w to ``w + e`` along the gradients of the first pass.
 
-        The gradients may be multiplied by any scale, as a GradScaler does: it cancels, but for ``perturb_eps``. Never
-        unscale them here.
+        The gradients may be multiplied by any scale, as a GradScaler does: it cancels, except for ``perturb_eps``.
+        Never unscale them before.
 
-        Parameters without a gradient stay where they are. If the norm is not finite no parameter moves (the second pass
-        is then an ordinary one at w); this is decided on the device.
+        Parameters without a gradient do not move. If the norm is not finite no parameter moves (the second pass is then
+        an ordinary one at w); this is decided on the device.
 
         Args:
             zero_grad: call ``zero_grad()`` afterwards.
 
         Raises:
-            RuntimeError: a step is under way already, or a gradient is sparse, of another shape than its parameter, or
-                of a kind whose elements cannot be reached. The weights are then as before the call.
+            RuntimeError: a step is under way already; or a gradient is sparse, has another shape than its parameter, or
+                is of a kind whose elements cannot be reached. The weights are then as before the call.
             ValueError: an option of a group is out of range.
         """
         step = self._step
@@ -267,9 +267,9 @@ class SAM(Passes, OptimizerWrapper):
         the gradients are unscaled first, and there is no step of the base optimizer if a gradient of either pass was
         not finite.
 
-        With a closure, while perturbed: the closure is the second pass. Otherwise it is called for both passes, or for
-        the second if gradients are there that are the first pass: see ``closure`` of the constructor. BatchNorm
-        statistics count the first pass alone.
+        With a closure, while perturbed: the closure is the second pass. Otherwise it is called for both passes, or only
+        for the second if existing gradients are the first: see ``closure`` of the constructor. BatchNorm statistics
+        count the first pass alone.
 
         Args:
             closure: computes the loss, calls backward and returns the loss.
@@ -277,8 +277,8 @@ class SAM(Passes, OptimizerWrapper):
             replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the
                 random state afterwards is that after the first call.
             model: modules whose BatchNorm statistics the second pass must leave alone although the closure does not
-                call them, as where a compiled function does: a module, or a list or tuple. Modules that are called are
-                found without it.
+                call them itself, because a compiled function does: a module, or a list or tuple. Modules that the
+                closure calls are found without it.
             extra_buffers: further buffers that the second pass must leave as they were; see
                 :func:`sam_fast.disable_running_stats`.
 
@@ -289,7 +289,7 @@ class SAM(Passes, OptimizerWrapper):
             RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients; or a closure from
                 a GradScaler. If the closure raises, w is restored.
             ValueError: ``replay_rng`` where the closure would not be called for both passes, or
-                ``first_pass(replay_rng=True)`` where it would; a pattern in ``extra_buffers`` that fits nothing in
+                ``first_pass(replay_rng=True)`` where it would; a pattern in ``extra_buffers`` that matches nothing in
                 ``model``.
             TypeError: ``model`` or ``extra_buffers`` is of the wrong type.
         """
@@ -369,7 +369,7 @@ class SAM(Passes, OptimizerWrapper):
         return self._rounds and self._perturbation.holds(ROUNDED)
 
     def restore(self) -> None:
-        """Give the current step up, if one is under way: put w back, bit for bit, without a step."""
+        """Give up the current step, if one is under way: put w back, bit for bit, without a step."""
         self._step.forget_first_pass()
         under_way = self._step.active or self._perturbation.active
         try:

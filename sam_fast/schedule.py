@@ -29,7 +29,7 @@ class Schedule:
             come: one warning says so.
 
     Raises:
-        TypeError: an argument is no number of its kind.
+        TypeError: an argument is not a number of its type.
         ValueError: an argument is out of range, a share lacks ``total``, or no step lies between start and stop.
     """
 

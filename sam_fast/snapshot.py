@@ -46,12 +46,12 @@ class BatchNormSnapshot:
     without statistics, in evaluation mode or lazy and not yet run are left as they are.
 
     Args:
-        model: any module, or a list or tuple of modules. None is kept alive.
+        model: any module, or a list or tuple of modules. The snapshot does not keep them alive.
         extra_buffers: what else to copy; see :data:`sam_fast.running_stats.ExtraBuffers`.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a pattern in ``extra_buffers`` fits nothing.
+        ValueError: a pattern in ``extra_buffers`` matches nothing.
     """
 
     _in_place = False

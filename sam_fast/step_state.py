@@ -14,7 +14,7 @@ from .random_state import RandomState
 DELETED = (
     "a SAM was deleted between first_step() and second_step(), and nothing can restore the weights any more: they are "
     "w + e, unless something else has written them since. Run the second pass in `with optimizer.second_pass(model):`, "
-    "or call optimizer.restore() where a step is given up"
+    "or call optimizer.restore() to give a step up"
 )
 
 NOT_STEPPED = "there was no second step yet"

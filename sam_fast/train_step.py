@@ -29,15 +29,15 @@ from .unwrapping import unwrap
 
 
 class StepResult(NamedTuple):
-    """What a :class:`TrainStep` returns: 0-d tensors on the device. Reading them waits for it, nothing else has.
+    """What a :class:`TrainStep` returns: 0-d tensors on the device. Only reading their values waits for it.
 
     Attributes:
         loss: mean over the whole batch, in the dtype of ``loss_fn``'s; at w where the first pass saw all of it, else
             the second pass's.
         sharpness: L(w + e) - L(w), in the same dtype, where both passes saw the same samples, else None. With dropout
             the two losses have different masks, unless ``replay_rng=True``.
-        grad_norm: ``||T g||`` of the direction, in float64, times what ``backward`` may have scaled the loss by; None
-            where the step did not perturb.
+        grad_norm: ``||T g||`` of the first pass's gradient, in float64, times any factor by which ``backward`` has
+            scaled the loss; None if the step did not perturb.
     """
 
     loss: Tensor
@@ -48,23 +48,23 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Does a whole SAM iteration: ``result = step(*batch)``.
 
-    BatchNorm statistics, those of other modules that ``loss_fn`` refers to too, random state, scaler, clipping and
-    gradient synchronisation are as they must be. If anything raises, the weights are restored and the gradients reset.
-    Warns once if the optimizer has none of the model's trainable parameters.
+    Takes care of BatchNorm statistics (also of other modules that ``loss_fn`` refers to), random state, scaler,
+    clipping and gradient synchronisation. If anything raises, the weights are restored and the gradients reset. Warns
+    once if the optimizer has none of the model's trainable parameters.
 
     Args:
-        model: the model as it is called, in DDP or FSDP2 or not.
-        optimizer: a SAM, or a framework's wrapper of one.
+        model: the model as it is called, with its DDP or FSDP2 if there is one.
+        optimizer: a SAM, or a framework's wrapper around one.
         loss_fn: ``loss_fn(model, *batch)`` returns the loss, a mean over the batch's rows.
-        ascent: share of the batch that the first pass sees, at most 1: rows 0, k, 2k, ... with ``k = round(1/ascent)``
-            of all that has a row for each of the batch's. With a quarter a step makes 1.25 of SGD's passes
-            (NFNets, https://arxiv.org/abs/2102.06171). Batches should be shuffled.
-        micro_batches: both passes accumulate gradients over so many parts of the batch, as far as it has the rows; the
-            first, with ``ascent``, over its share of them.
+        ascent: share of the batch that the first pass sees, above 0 and at most 1: rows 0, k, 2k, ... with
+            ``k = round(1/ascent)``, of everything that has as many rows as the batch. With a quarter a step makes 1.25
+            of SGD's passes (NFNets, https://arxiv.org/abs/2102.06171). Batches should be shuffled.
+        micro_batches: both passes accumulate gradients over so many parts of the batch, at most one for each row; with
+            ``ascent`` the first pass has its share of them.
         autocast: what forward passes and the loss run in: a dtype, a context manager, or a function that returns one.
         scaler: a torch.amp.GradScaler.
-        clip_grad_norm: largest norm of the second gradient over all parameters, as ``clip_grad_norm_`` has it, but
-            without another pass over memory where the second step is fused: the gradients are left as they are.
+        clip_grad_norm: largest norm of the second gradient over all parameters, as in ``clip_grad_norm_``, but without
+            writing the gradients where the second step is fused.
         replay_rng: the second pass draws the first one's dropout masks; needs ``ascent=1``.
         sync: False: each rank perturbs along its own gradient, see :meth:`sam_fast.SAM.first_pass`.
         backward: called with the loss in place of ``loss.backward()``: ``accelerator.backward``, ``fabric.backward``.
@@ -126,6 +126,9 @@ class TrainStep:
                 tensor's first dimension is the batch's. Arrays and lists with an item for each row are cut as tensors.
                 With ``ascent=1`` and ``micro_batches=1``, which cut nothing, anything at all: a graph, or nothing.
 
+        Returns:
+            The loss, the sharpness and the norm: a :class:`StepResult`.
+
         Raises:
             TypeError: what has to be cut into rows is packed, sparse or nested, or a list in which either lists or
                 tensors may be the samples; or ``loss_fn`` returns no tensor.
@@ -184,7 +187,7 @@ class TrainStep:
         if trainable.isdisjoint(id(p) for group in self.sam.param_groups for p in group["params"]):
             self._warned = True
             warnings.warn(
-                "the optimizer has none of the model's trainable parameters, and will not train it: make it of "
+                "the optimizer has none of the model's trainable parameters, and will not train it: make it from "
                 "model.parameters(), after fully_shard(), load_state_dict(assign=True) or whatever else replaces them",
                 RuntimeWarning,
                 stacklevel=3,

@@ -17,6 +17,9 @@ def unwrap(optimizer: Any) -> SAM:
         optimizer: a SAM, an object that keeps one in ``optimizer``, ``_optimizer`` or ``opt``, or a list or tuple with
             one of these.
 
+    Returns:
+        The SAM itself, not a copy.
+
     Raises:
         TypeError: there is no SAM, or there are several in a list.
     """
@@ -29,7 +32,7 @@ def unwrap(optimizer: Any) -> SAM:
     if sam is None:
         raise TypeError(
             f"optimizer must be a sam_fast.SAM or an object with one inside, got {type(optimizer).__name__}: "
-            "SAM(optimizer) makes one of a torch optimizer"
+            "SAM(optimizer) makes one from a torch optimizer"
         )
     return sam
 

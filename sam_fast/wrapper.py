@@ -111,7 +111,7 @@ class OptimizerWrapper(Optimizer):
         constructor's values.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: a step is under way.
             ValueError: an option is out of range, or a parameter is already in another group.
         """
         if isinstance(self.base_optimizer, _NoBaseYet):
@@ -128,10 +128,9 @@ class OptimizerWrapper(Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict; SAM's options are in its groups.
+        """The base optimizer's state dict, with SAM's options in its groups and never a copy of the weights.
 
-        There is never a copy of the weights in it. Warns while the weights are perturbed: it may be part of a
-        checkpoint.
+        Warns while the weights are perturbed, since the model's would be saved as ``w + e``.
         """
         if self.perturbed:
             warnings.warn(SAVED_WHILE_PERTURBED, RuntimeWarning, stacklevel=2)
@@ -163,11 +162,11 @@ class OptimizerWrapper(Optimizer):
         values.
 
         A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base
-        optimizer: the copy is left out, and a warning says that the base optimizer starts anew.
+        optimizer: the copy is dropped, and a warning says that the base optimizer starts anew.
 
         Raises:
-            RuntimeError: the weights are perturbed.
-            ValueError: the groups do not fit.
+            RuntimeError: a step is under way.
+            ValueError: the groups do not fit, or an option in them is out of range.
         """
         self._require_restored("load_state_dict")
         state_dict = state_dict.copy()

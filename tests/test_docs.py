@@ -79,6 +79,7 @@ def names_of_a_reader() -> dict[str, Any]:
 
 PAGES = {
     "../README.md": 1,
+    "differences.md": 1,
     "distributed.md": 1,
     "guide.md": 6,
     "mixed_precision.md": 3,

@@ -35,7 +35,7 @@ NAMES = re.compile(r"`(tests/)?(test_\w+\.py)::(test_\w+)`")
 
 
 def test_every_row_of_integrations_names_tests_that_exist() -> None:
-    rows = re.findall(r"^\|.*\|$", INTEGRATIONS.split("\n## What shows it\n")[1], re.MULTILINE)[2:]
+    rows = re.findall(r"^\|.*\|$", INTEGRATIONS.split("\n## Tests\n")[1], re.MULTILINE)[2:]
     assert len(rows) > 50
     for row in rows:
         named = NAMES.findall(row)

@@ -180,7 +180,7 @@ def test_what_is_refused_in_mid_step_does_not_depend_on_the_schedule(schedule: S
         lambda: copy.deepcopy(optimizer),
         lambda: optimizer.first_pass(nn.ParameterList(params)).__enter__(),
     ):
-        with pytest.raises(RuntimeError, match=r"between first_step\(\) and second_step\(\)"):
+        with pytest.raises(RuntimeError, match=r"is refused between first_step\(\) and second_step\(\)"):
             call()
     optimizer.restore()
     optimizer.load_state_dict(optimizer.state_dict())

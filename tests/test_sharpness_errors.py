@@ -35,7 +35,8 @@ class Sparse(nn.Module):
 
 ALONG = {"vector": torch.ones(3)}
 BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "rho": (lambda q: sharp(q, rho=0.0), ValueError, "rho must be above 0"),
+    "rho": (lambda q: sharp(q, rho=0.0), ValueError, "rho must be a finite number above 0"),
+    "a negative rho": (lambda q: sharp(q, rho=-1.0), ValueError, "rho must be a finite number above 0"),
     "eta": (lambda q: sharp(q, eta=-1.0), ValueError, "eta must be"),
     "adaptive": (lambda q: sharp(q, adaptive="False"), ValueError, "adaptive must be True or False"),
     "progress": (lambda q: sharp(q, progress="no"), ValueError, "progress must be True or False"),
@@ -45,7 +46,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "model": (lambda q: sharp([q]), TypeError, "model must be a torch.nn.Module, got list"),
     "frozen": (lambda q: sharp(q.requires_grad_(False)), ValueError, "model has no trainable parameters"),
     "loss_fn": (lambda q: sharp(q, "loss"), TypeError, "loss_fn must be a function of the model and the batch"),
-    "a criterion": (lambda q: sharp(q, nn.MSELoss()), TypeError, r"got MSELoss: lambda model, x, y: criterion\("),
+    "a criterion": (lambda q: sharp(q, nn.MSELoss()), TypeError, r"lambda model, x, y: criterion\(.*got MSELoss"),
     "a batch": (lambda q: sharp(q, batches=ROWS[0]), TypeError, "batches must be an iterable"),
     "no batches": (lambda q: sharp(q, batches=[]), ValueError, "batches is empty"),
     "no rows": (lambda q: sharp(q, batches=[3.0]), ValueError, "no tensor that has rows"),
@@ -59,7 +60,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "infinite later": (lambda q: sharp(q, lambda q, x: q.vector.exp().sum(), rho=2e3), ValueError, r"inf at w \+ e"),
     "gradient": (lambda q: sharp(q, lambda q, x: (q.vector * 0).sqrt().sum()), ValueError, "not finite"),
     "inference": (lambda q: torch.inference_mode()(sharp)(q), RuntimeError, "outside torch.inference_mode"),
-    "tolerance": (lambda q: hessian_eigenvalue(q, loss_of, ROWS, tolerance=0.0), ValueError, "tolerance must be above"),
+    "tolerance": (lambda q: hessian_eigenvalue(q, loss_of, ROWS, tolerance=0.0), ValueError, "tolerance must be a"),
     "iterations": (lambda q: hessian_eigenvalue(q, loss_of, ROWS, max_iterations=0), ValueError, "max_iterations"),
     "iterator": (lambda q: hessian_eigenvalue(q, loss_of, iter(ROWS)), ValueError, "batches is an iterator"),
     "no eigenvalue": (lambda q: hessian_eigenvalue(q, loss_of, []), ValueError, "batches is empty"),

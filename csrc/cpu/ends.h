@@ -18,9 +18,10 @@ struct Whole {
   }
 };
 
-// Masks where there are some: a copy of a few bytes that is then read as a vector waits until the bytes are in memory.
+// With masks if the instruction set has them: copying a few bytes and reading them as a vector would wait until the
+// bytes are in memory.
 struct First {
-  int64_t count;  // may be less than none or more than all
+  int64_t count;  // may be negative, or more than a vector has
 
   template <class V>
   inline V load(const void* p) const {

@@ -13,12 +13,12 @@ namespace sam::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kVectorsPerThread = 4;  // independent 16-byte loads in flight, for each stream that is read
-// The same where tensors are not aligned or end, and units (format.h) may be narrower: four elements of at most 16
-// bytes, but at least one unit. More would not leave enough registers.
+// The same at the ends of tensors and where they are not aligned, so that units (format.h) may be narrower: four
+// elements of at most 16 bytes, but at least one unit. More would not leave enough registers.
 template <class U>
 constexpr int kUnitsPerBatch = std::max(1, std::min(4 / U::kSize, 16 / U::kBytes));
-// What the registers must allow: 98 KB of loads in flight, five times what an H100 needs. Turing makes bfloat16 of
-// several instructions.
+// The registers must suffice for this many: 98 KB of loads in flight, five times what an H100 needs. On Turing bfloat16
+// takes several instructions.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kBlocksPerProcessor = 2;
 #else

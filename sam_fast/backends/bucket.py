@@ -391,8 +391,8 @@ def check_direction(direction: Tensor, tensor: Tensor, param: Tensor) -> None:
         raise ParameterError(
             param,
             f"has a sparse gradient (layout {direction.layout}), which SAM does not support: build the layer with "
-            "sparse=False, or put its parameters in a group with perturb=False and use a base optimizer that takes "
-            "them",
+            "sparse=False, or put its parameters in a group with perturb=False and use a base optimizer that supports "
+            "sparse gradients",
         )
     if direction.shape != tensor.shape:
         raise ParameterError(

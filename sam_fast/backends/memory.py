@@ -81,8 +81,8 @@ def allocated(tensor: Tensor) -> Tensor:
     """
     if is_wrapper(type(tensor)):
         raise RuntimeError(
-            f"a torch dispatch mode has made a {type(tensor).__name__} where memory was asked for: make the optimizer, "
-            "its steps and copies of statistics outside FakeTensorMode"
+            f"a torch dispatch mode has made a {type(tensor).__name__} where memory was needed: make the optimizer, "
+            "take its steps and copy statistics outside FakeTensorMode"
         )
     return tensor
 

@@ -37,14 +37,13 @@ else:
 class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
     """Makes both passes of SAM in Lightning's automatic optimization.
 
-    ``configure_optimizers`` returns a SAM. Batches that are accumulated are kept for the second pass, which runs
-    ``training_step`` on the same ones at ``w + e`` before the step: without logging, without hooks, and without that
-    metrics and numbers (attributes of the module) or BatchNorm statistics notice. Gradients are clipped as Lightning
-    clips them: the second ones. ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with
-    the second gradient.
+    ``configure_optimizers`` returns a SAM. Accumulated batches are kept for the second pass, which runs
+    ``training_step`` on them again at ``w + e`` before the step, without logging and hooks. Metrics, numbers
+    (attributes of the module) and BatchNorm statistics count the first pass only. Lightning clips the second gradient.
+    ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with the second gradient.
 
-    Logs ``sam/grad_norm``, and ``sam/sharpness`` (loss at ``w + e`` minus loss at w, this process's) where ``ascent``
-    is 1: the last step's that perturbed, every ``log_every_n_steps`` steps.
+    Every ``log_every_n_steps`` steps logs ``sam/grad_norm`` and, if ``ascent`` is 1, ``sam/sharpness`` (loss at
+    ``w + e`` minus loss at w, this process's) of the last step that perturbed.
 
     Args:
         ascent: share of each batch's rows that the first pass sees, see :class:`sam_fast.TrainStep`. What

@@ -24,12 +24,11 @@ COLLECTED = ("_metrics", "_stored_metrics", "accum_loss_components")
 class SAMTrainerMixin:
     """Makes both passes of SAM in a Trainer; it goes before ``Trainer``, or a class derived from it, among the bases.
 
-    The optimizer that the Trainer creates (``--optim``, weight-decay groups) becomes SAM's base optimizer. Batches that
-    are accumulated are kept for the second pass, which calls ``training_step`` on the same ones again at ``w + e``.
-    The loss that is logged is the first pass's, ``grad_norm`` and clipping are of the second gradient. With the loss,
-    ``sam/grad_norm`` and ``sam/sharpness`` of the last step are logged. Of the second pass nothing is logged, and
-    numbers in the Trainer (``self.seen += 1`` in ``compute_loss``) are in it what they were in the first, and count
-    once.
+    The optimizer that the Trainer creates (``--optim``, weight-decay groups) becomes SAM's base optimizer. Accumulated
+    batches are kept for the second pass, which calls ``training_step`` on them again at ``w + e``. The logged loss is
+    the first pass's; ``grad_norm`` and clipping are about the second gradient. ``sam/grad_norm`` and ``sam/sharpness``
+    of the last step are logged with the loss. Nothing is logged in the second pass, and numbers in the Trainer
+    (``self.seen += 1`` in ``compute_loss``) have the same values in it as in the first, and count once.
 
     Args:
         sam_rho: radius of the perturbation; by default SAM's own.

@@ -80,7 +80,7 @@ class Window:
         self.forwards.clear()
 
     def second(self, model: Any, forward: Callable[..., Tensor | None]) -> tuple[Tensor, Tensor] | None:
-        """Climb along the gradients that are there, and run all forward passes again.
+        """Perturb along the gradients, and run all forward passes again.
 
         Does nothing in steps that need no first pass. The weights are then at ``w + e``, with the second gradients.
 

@@ -2,7 +2,7 @@
 
 Every function takes ``model``, ``loss_fn(model, *batch)`` as :class:`sam_fast.TrainStep` has it, and the batches, and
 leaves no trace: weights, gradients, running statistics and random state end bit for bit as they were, whatever is
-raised. docs/sharpness.md has the formulae and what each measure costs.
+raised. docs/sharpness.md has the formulas and what each measure costs.
 """
 
 from .ascent import Sharpness, rho_sharpness

@@ -62,7 +62,7 @@ def rho_sharpness(
         model: the model, in DistributedDataParallel or FSDP2 or not. Parameters that require no gradient stay.
         loss_fn: ``loss_fn(model, *batch)`` returns a scalar, a mean over the batch's rows. It is given what is inside
             DistributedDataParallel, and puts autocast around the model itself where that is wanted.
-        batches: such as a DataLoader; goes through it once. A batch that is no tuple or list is one argument.
+        batches: such as a DataLoader; goes through it once. A batch that is not a tuple or list is one argument.
         rho: radius of the ball, above 0.
         m: samples per perturbation: each batch is split into shards of so many rows, the last may have fewer. None:
             the whole batch.

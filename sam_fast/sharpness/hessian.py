@@ -135,7 +135,7 @@ def hessian_trace(
         seed: of the random signs.
 
     Raises:
-        TypeError, ValueError: as :func:`hessian_eigenvalue`, but that an iterator will do.
+        TypeError, ValueError: as :func:`hessian_eigenvalue`, except that an iterator will do.
     """
     check_count("samples", samples, at_least=2)
     measured = _measurement(model, loss_fn, batches, "hessian_trace()")

@@ -216,7 +216,7 @@ def _checked(params: Mapping[str, Tensor], direction: Direction, argument: str) 
     checked = {}
     for name, along in direction.items():
         if name not in params:
-            raise ValueError(f"{argument} has {name!r}, which is no trainable parameter of model")
+            raise ValueError(f"{argument} has {name!r}, which is not a trainable parameter of model")
         p = params[name]
         if not isinstance(along, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a tensor, got {type(along).__name__}")

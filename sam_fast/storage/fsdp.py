@@ -54,9 +54,9 @@ def give_up_pass(params: Iterable[Tensor]) -> None:
                     _reset_iter_state(states, groups)
     except (ImportError, AttributeError, StopIteration) as error:
         warnings.warn(
-            f"the FSDP2 of PyTorch {torch.__version__} is not as it was in the versions that this was written for "
-            f"({error!r}). The parameters are restored, but the model may still hold weights that it has gathered, and "
-            "gradients, of the pass that was given up: build it anew",
+            f"the FSDP2 of PyTorch {torch.__version__} differs from the versions that sam_fast was written for "
+            f"({error!r}). The parameters are restored, but the model may still hold gathered weights and gradients of "
+            "the pass that was given up: build it anew",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -127,7 +127,7 @@ def own_gradients(module: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: there are no replicas: the parameters are sharded over all processes.
-        RuntimeError: torch's FSDP2 is not as it was in the versions that this was written for.
+        RuntimeError: torch's FSDP2 differs from the versions that this was written for.
     """
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
@@ -142,8 +142,8 @@ def own_gradients(module: nn.Module) -> Iterator[None]:
     for info in infos:
         if not isinstance(info, HSDPMeshInfo):
             raise ValueError(
-                "first_pass(model, sync=False) needs a gradient of its own in each replica of the model, and "
-                "fully_shard on this mesh makes only one of all processes together: use sync=True, or a 2-D mesh "
+                "first_pass(model, sync=False) needs a gradient of its own in each replica of the model, but with "
+                "fully_shard on this mesh all processes together have only one: use sync=True, or a 2-D mesh "
                 "(replicate, shard)"
             )
     # set_requires_all_reduce(False) would keep the gradients in a buffer of FSDP's. A mesh without replicas puts them

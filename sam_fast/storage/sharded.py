@@ -164,7 +164,7 @@ def _sharding_groups(spec: Any, position: int) -> ProcessGroups:
     """The process groups over which a parameter is sharded: one per dimension of its mesh, or that of all processes."""
     if any(placement.is_partial() for placement in spec.placements):
         raise ValueError(
-            f"parameter {position} is placed as {spec.placements}: partial sums are no parameter, use Shard or "
+            f"parameter {position} is placed as {spec.placements}: a parameter cannot be a partial sum, use Shard or "
             "Replicate"
         )
     mesh = spec.mesh
