@@ -110,7 +110,7 @@ CMake Error at /usr/share/cmake/Modules/CMakeTestCUDACompiler.cmake:103 (message
     gmake[1]: *** [CMakeFiles/cmTC_0461b.dir/build.make:79: CMakeFiles/cmTC_0461b.dir/main.cu.o] Error 1
 """
 OLD_NVCC = (
-    "/usr/local/cuda/include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than "
+    "/usr/include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than "
     "15 are not supported! The nvcc flag '-allow-unsupported-compiler' can be used to override this version check; "
     "however, using an unsupported host compiler may cause compilation failure. Use at your own risk."
 )
