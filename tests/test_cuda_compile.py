@@ -19,7 +19,7 @@ import pytest
 from cuda_emulation.build import operations, steps
 
 CSRC = Path(__file__).parent.parent / "csrc"
-DEFAULT = re.findall(r"SET\(CMAKE_CUDA_ARCHITECTURES ([^)]+)\)", (CSRC.parent / "CMakeLists.txt").read_text(), re.I)
+DEFAULT = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES ([^)]+)\)", (CSRC.parent / "CMakeLists.txt").read_text())
 BUILT = sorted({name.partition("-")[0] for names in DEFAULT for name in names.split()}, key=int)
 """What CMakeLists.txt builds for where nothing else is asked for."""
 
