@@ -184,10 +184,12 @@ class CMakeBuild(build_ext):
 def reason(error: Exception) -> str:
     """Why a build failed: what CMake or the compiler said first, in one line."""
     output = getattr(error, "output", None) or ""
-    said = re.search(r"CMake Error[^\n]*\n((?:[ \t][^\n]*\n|\n)+)|error: ([^\n]+)", output)
+    # The compiler's own words first: what CMake makes of them is that a test program did not compile.
+    said = re.search(r"(?:\berror|\bnvcc fatal *): ([^\n]+)", output)
+    said = said or re.search(r"CMake Error[^\n]*\n((?:[ \t][^\n]*\n|\n)+)", output)
     if said is None:
         return str(error)
-    return " ".join((said[1] or said[2]).split()).partition(". ")[0].rstrip(".")
+    return " ".join(said[1].split()).partition(". ")[0].rstrip(".")
 
 
 def readme() -> str:

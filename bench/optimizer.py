@@ -104,5 +104,6 @@ def operations_of(problem: Problem, backend: str, check: bool = True) -> Contend
 def usable(device: str) -> list[str]:
     """Backends that take this device's tensors, the preferred one first."""
     probe = torch.zeros(16, device=device)
-    names = [name for name in backends.available() if backends.BACKENDS[name].rejects(probe) is None]
+    able = ((name, backends.BACKENDS[name]) for name in backends.available())
+    names = [name for name, backend in able if not (backend.rejects(probe) or backend.unusable_on(probe.device))]
     return sorted(names, key=lambda name: name != backends.choose(probe).name)

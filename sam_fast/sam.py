@@ -364,6 +364,7 @@ class SAM(Passes, OptimizerWrapper):
         if self._schedule_watch is not None:
             mark_used(self._gradients())  # they must not look like a first pass of the next step
             self._schedule_watch.count(number, perturbed)
+            self._schedule_watch.look_for_capture(number, {bucket.device for bucket in self._perturbation.buckets})
 
     def _rounds_stochastically(self) -> bool:
         return self._rounds and self._perturbation.holds(ROUNDED)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+from . import devices
 
 STEP = "sam_step"
 """Entry of every parameter group where steps are counted: the number of second steps so far."""
@@ -74,6 +78,14 @@ class Schedule:
         end = self._step("stop", self.stop)
         return step >= self.first and (step - self.first) % self.every == 0 and (end is None or step < end)
 
+    def settled(self, step: int) -> bool:
+        """Whether from this step on all steps of training are alike."""
+        end = self._step("stop", self.stop)
+        if end is not None and step >= end:
+            return True
+        to_the_end = end is None or (self.total is not None and end >= self.total)
+        return to_the_end and self.every == 1 and step >= self.first
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -107,11 +119,12 @@ def count_step(param_groups: Sequence[dict[str, Any]]) -> int:
 
 @dataclass
 class ScheduleWatch:
-    """Warns once of a schedule under which no step was perturbed."""
+    """Warns once of a schedule under which no step was perturbed, and once of one that a graph does not follow."""
 
     schedule: Schedule
     steps: int = 0
     quiet: bool = False  # there was a perturbation, or a warning
+    captured: bool = False
 
     def count(self, step: int, perturbed: bool) -> None:
         """Note a step, which was perturbed or not."""
@@ -120,6 +133,19 @@ class ScheduleWatch:
         self.quiet = self.quiet or perturbed or resumed
         if step + 1 == self.schedule.total:
             self._warn(f"none of its {self.schedule.total} steps")
+
+    def look_for_capture(self, step: int, on: Iterable[torch.device]) -> None:
+        """Note a step, which may have been captured on one of these devices."""
+        if self.captured or self.schedule.settled(step) or not any(map(devices.is_capturing, on)):
+            return
+        self.captured = True
+        does = "perturbs" if self.schedule.perturbs(step) else "does not perturb"
+        warnings.warn(
+            f"step {step} was captured in a graph, and {self.schedule} counts steps on the host: each replay does what "
+            f"this step does, which {does}. Capture a graph for each kind of step, or once all steps are alike",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def warn_at_the_end(self) -> None:
         """When its optimizer is deleted."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
 from cases import buckets_of, give, make_params, same_bits, values
 from torch import nn
 
-from sam_fast import SAM, backends, devices
+from sam_fast import SAM, Schedule, backends, devices
 from sam_fast.backends import native
 
 pytestmark = pytest.mark.parametrize("backend", [name for name in ("cpu", "torch") if name in backends.available()])
@@ -42,10 +43,10 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     return captured
 
 
-def after_a_step(backend: str, flatten: bool) -> tuple[SAM, list[nn.Parameter]]:
+def after_a_step(backend: str, flatten: bool, schedule: Schedule | None = None) -> tuple[SAM, list[nn.Parameter]]:
     """The backup holds the weights of the step before."""
     params = make_params([100, 7])
-    optimizer = SAM(params, torch.optim.SGD, backend=backend, flatten=flatten, **MOMENTUM)
+    optimizer = SAM(params, torch.optim.SGD, backend=backend, flatten=flatten, schedule=schedule, **MOMENTUM)
     optimizer.first_step()
     optimizer.second_step()
     give(params, 1)
@@ -123,3 +124,32 @@ def test_state_is_not_made_in_a_graph(capture: Capture, backend: str, flatten: b
         with pytest.raises(RuntimeError, match=r"has yet to make its state.*Take a few eager steps first"):
             optimizer.second_step()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "words"),
+    [
+        (Schedule(start=0.5, total=10), 2, "which does not perturb"),
+        (Schedule(every=2), 2, "which perturbs"),
+        (Schedule(stop=5), 2, "which perturbs"),
+        (Schedule(start=0.5, total=10), 5, None),
+        (Schedule(start=0.2, stop=1.0, total=10), 5, None),
+        (Schedule(stop=2), 2, None),
+    ],
+    ids=["before-start", "every-other", "before-stop", "after-start", "to-the-end", "after-stop"],
+)
+def test_a_graph_that_does_not_follow_its_schedule_is_warned_of(
+    capture: Capture, backend: str, flatten: bool, schedule: Schedule, steps: int, words: str | None
+) -> None:
+    """Replays do not count: with a graph from before the start, training would be SGD's to the end."""
+    optimizer, params = after_a_step(backend, flatten, schedule=schedule)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, steps + 2):
+            give(params, step)
+            with capture(optimizer) if step >= steps else nullcontext():
+                optimizer.first_step()
+                optimizer.second_step()
+    messages = [str(w.message) for w in caught if "captured" in str(w.message)]
+    assert len(messages) == (words is not None)
+    assert words is None or (words in messages[0] and f"step {steps} was captured" in messages[0])

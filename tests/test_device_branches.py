@@ -163,6 +163,7 @@ def with_module(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
         monkeypatch.setattr(triton_backend, "INTERPRETED", False)
         monkeypatch.setattr(native, "is_dense", is_dense_of_a_stand_in)
+        monkeypatch.setattr(triton_backend, "_why_unusable", lambda device: None)
         backends.cuda._why_unusable.cache_clear()
         return module
 

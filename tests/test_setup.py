@@ -95,14 +95,40 @@ CMake Error at CMakeLists.txt:3 (project):
 """
 
 
+CUDA_COMPILER_SAYS = """\
+CMake Error at /usr/share/cmake/Modules/CMakeTestCUDACompiler.cmake:103 (message):
+  The CUDA compiler
+
+    "/usr/local/bin/nvcc"
+
+  is not able to compile a simple test program.
+
+  It fails with the following output:
+
+    Building CUDA object CMakeFiles/cmTC_0461b.dir/main.cu.o
+    {}
+    gmake[1]: *** [CMakeFiles/cmTC_0461b.dir/build.make:79: CMakeFiles/cmTC_0461b.dir/main.cu.o] Error 1
+"""
+OLD_NVCC = (
+    "/usr/include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than "
+    "15 are not supported! The nvcc flag '-allow-unsupported-compiler' can be used to override this version check; "
+    "however, using an unsupported host compiler may cause compilation failure. Use at your own risk."
+)
+
+
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
+        (
+            CUDA_COMPILER_SAYS.format("nvcc fatal   : Unsupported gpu architecture 'compute_70'"),
+            "Unsupported gpu architecture 'compute_70'",
+        ),
+        (CUDA_COMPILER_SAYS.format(OLD_NVCC), OLD_NVCC.partition("error: ")[2].partition(". ")[0]),
         (CMAKE_SAYS, 'The C++ compiler "/bin/false" is not able to compile a simple test program'),
         ("[1/9] ...\na.cpp:3:1: error: no such type\na.cpp:4:1: error: more", "no such type"),
         (None, "Command 'cmake' returned non-zero exit status 1."),
     ],
-    ids=["CMake", "compiler", "silent"],
+    ids=["architecture", "host compiler", "CMake", "compiler", "silent"],
 )
 def test_the_reason_for_a_failed_build_is_in_the_words_of_the_one_that_failed(monkeypatch, output, reason):
     assert setup_py(monkeypatch)["reason"](subprocess.CalledProcessError(1, "cmake", output)) == reason

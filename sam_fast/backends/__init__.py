@@ -97,15 +97,21 @@ def choose(tensor: Tensor, backend: str | None = None, arithmetic: bool = True) 
     wanted = forced(backend)
     if wanted is not None:
         reason = wanted.rejects(tensor, arithmetic)
+        if reason is None and (unusable := wanted.unusable_on(tensor.device)) is not None:
+            reason = f"a tensor on {tensor.device}: {unusable}"
         if reason is not None:
             raise ValueError(f"backend={wanted.name!r} was forced but does not support {reason}")
         return wanted
     for name in _preferred(tensor.device.type):
         candidate = BACKENDS[name]
-        reason = candidate.unavailable() or candidate.unusable_on(tensor.device)
-        if reason is None and candidate.rejects(tensor, arithmetic) is None:
-            return candidate
-        if reason is not None and (name, reason) not in _warned:
+        reason = candidate.unavailable()
+        if reason is None:
+            if candidate.rejects(tensor, arithmetic) is not None:
+                continue
+            reason = candidate.unusable_on(tensor.device)  # asked last: it may compile something
+            if reason is None:
+                return candidate
+        if (name, reason) not in _warned:
             _warned.add((name, reason))
             warnings.warn(
                 f"sam_fast falls back from its {name} backend to a slower one: {reason}", RuntimeWarning, stacklevel=3

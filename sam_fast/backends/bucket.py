@@ -352,7 +352,7 @@ class Backend(ABC):
 
     @abstractmethod
     def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
-        """Why this backend cannot take this tensor, or None.
+        """Why this backend cannot take this tensor, or None, on a device that it can be used on.
 
         Without ``arithmetic``: for save and restore, any dtype.
         """

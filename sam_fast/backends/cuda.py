@@ -146,8 +146,7 @@ class CudaBackend(NativeBackend):
     def rejects_device(self, tensor: Tensor) -> str | None:
         if tensor.device.type != _cuda.device_type:
             return f"a tensor on {tensor.device} (the cuda backend takes CUDA tensors)"
-        reason = self.unusable_on(tensor.device)
-        return None if reason is None else f"a tensor on {tensor.device}: {reason}"
+        return None
 
     def unusable_on(self, device: torch.device) -> str | None:
         return _why_unusable(device)

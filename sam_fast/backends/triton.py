@@ -48,6 +48,26 @@ def _kernels(module: str) -> Any:
     return importlib.import_module(f"sam_fast.kernels.{module}")
 
 
+def _load_a_kernel(device: torch.device) -> None:
+    with made_current(device):
+        kernel = _kernels("grad_norm").compiled(torch.empty(5, dtype=torch.int64, device=device), torch.float32)
+        _ = kernel.run
+
+
+@cache
+def _why_unusable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, or None. What Triton needs does not come or go: asked once."""
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return "it has no float64 (the norm is summed in it)"
+    try:
+        _load_a_kernel(device)
+    except Exception as error:  # of Triton, of the compilers that it calls, of the driver
+        first_line = str(error).strip().partition("\n")[0]
+        needs = "It needs a C compiler, Python's headers and a folder to write to"
+        return f"triton cannot build a kernel ({type(error).__name__}: {first_line}). {needs}"
+    return None
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     properties = getattr(torch, device.type).get_device_properties(device)
@@ -288,9 +308,10 @@ class TritonBackend(NativeBackend):
         if not INTERPRETED and device.type not in ("cuda", "xpu"):
             takes = "the triton backend takes tensors on cuda and xpu; on the CPU with TRITON_INTERPRET=1"
             return f"a tensor on {device} ({takes})"
-        if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
-            return f"a tensor on {device}, which has no float64 (the norm is summed in it)"
         return None
+
+    def unusable_on(self, device: torch.device) -> str | None:
+        return None if INTERPRETED else _why_unusable(device)
 
 
 def _counted(bucket: TritonBucket, options: StepOptions, module: Any) -> tuple[tuple[float, float], array[float]]:
