@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from .amp import UNSCALED, Scaling
 from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forced
 from .backends.bucket import ParameterError
-from .backends.columns import all_none, local_tensor, same_objects
+from .backends.columns import all_none, grad_of, local_tensor, same_objects
 from .backends.memory import has_grad_dtype, is_plain, is_wrapper, overlapping, overlaps_itself
 from .norm import Norm
 from .options import name_of
@@ -24,9 +24,6 @@ from .steps import NotFused
 from .storage import Flat, InPlace, Member, is_dtensor, sharded
 
 ParamGroups = Sequence[dict[str, Any]]
-
-_grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search for the attribute
-
 
 _latest: ref[Perturbation] | None = None
 """The optimizer's that has perturbed last in this process."""
@@ -275,7 +272,7 @@ class Perturbation:
         return self.flatten or not moved or not (self._shares_anew() or self.storage.replaced())
 
     def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
-        if all_none(list(map(_grad_of, self.left_out))):
+        if all_none(list(map(grad_of, self.left_out))):
             return iter(())
         return zip(self.left_out, self._may_perturb, strict=True)
 
@@ -377,7 +374,7 @@ class Perturbation:
         """Raise NotFused if restoring and stepping must not be one pass over the buckets, now prepared for it."""
         if self._shared or (not self.flatten and any(bucket.moved for bucket in self.buckets) and self._shares_anew()):
             raise NotFused("parameters share memory, and must be stepped one after the other")
-        if self.left_out and not all_none(list(map(_grad_of, self.left_out))):
+        if self.left_out and not all_none(list(map(grad_of, self.left_out))):
             raise NotFused(
                 "a parameter has a gradient now that had none in first_step, and was frozen or of a kind that SAM "
                 "leaves alone"
@@ -385,13 +382,13 @@ class Perturbation:
 
     def restore_and_step(self, buckets: Sequence[Bucket], options: Sequence[StepOptions], scaling: Scaling) -> None:
         """Restore and step ``step_buckets()``, which are prepared for it."""
-        written = self._saved_params() if self.flatten else []
-        for bucket in buckets:
+        written: list[Tensor] = []
+        for source, bucket in zip(self.buckets, buckets, strict=True):
+            if bucket is not source:
+                bucket.share_saved(source)
             written = [*written, *bucket.written_params()] if written else bucket.written_params()
         try:
             for source, bucket, of_bucket in zip(self.buckets, buckets, options, strict=True):
-                if bucket is not source:
-                    bucket.share_saved(source)
                 bucket.restore_and_step(of_bucket, scaling if scaling is UNSCALED else scaling.on(bucket.device))
                 if bucket is not source:
                     source.release()
