@@ -25,8 +25,8 @@ from .storage import Flat, InPlace, Member, is_dtensor, sharded
 
 ParamGroups = Sequence[dict[str, Any]]
 
-_latest: ref[Perturbation] | None = None
-"""The optimizer's that has perturbed last in this process."""
+_others: list[ref[Perturbation]] = []
+"""Those of this process's optimizers that may be perturbed now."""
 
 
 def _takes_part(p: Tensor, perturb: bool) -> bool:
@@ -73,6 +73,7 @@ class Perturbation:
         self._known: list[list[Tensor]] = []
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
+        self._repeats = False  # a parameter is listed twice
         self._began = False  # a backup has been allocated
         self._ref = ref(self)
 
@@ -103,6 +104,7 @@ class Perturbation:
         """Build buckets. If a parameter is refused, this raises before anything is changed."""
         members, left_out = self._members(param_groups)
         params = [p for p, _ in members]
+        self._repeats = len(members) + len(left_out) < sum(len(group["params"]) for group in param_groups)
         over_processes = sharded(params)
         if self.flatten and over_processes is not None:
             raise ValueError(
@@ -197,13 +199,12 @@ class Perturbation:
             rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
             own_gradient: DTensor gradients that are partial sums are not added up.
         """
-        global _latest
         self.prepare(param_groups)
         if not self.nested:
-            other = None if _latest is None else _latest()
-            if other is not None and other is not self and other.active:
+            others = [other for known in _others if (other := known()) is not None and other.active]
+            for other in others:
                 self._refuse_perturbed(other, param_groups)
-            _latest = self._ref
+            _others[:] = [self._ref, *(other._ref for other in others)]
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key, self.maximize)
@@ -374,6 +375,8 @@ class Perturbation:
         """Raise NotFused if restoring and stepping must not be one pass over the buckets, now prepared for it."""
         if self._shared or (not self.flatten and any(bucket.moved for bucket in self.buckets) and self._shares_anew()):
             raise NotFused("parameters share memory, and must be stepped one after the other")
+        if self._repeats:
+            raise NotFused("a parameter is listed twice, and the base optimizer steps it twice")
         if self.left_out and not all_none(list(map(grad_of, self.left_out))):
             raise NotFused(
                 "a parameter has a gradient now that had none in first_step, and was frozen or of a kind that SAM "

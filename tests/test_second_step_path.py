@@ -144,6 +144,23 @@ def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
     assert same_bits(*results)
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_parameter_that_is_listed_twice_takes_the_base_optimizers_step(base, flatten):
+    """PyTorch steps it twice. The fused step did once."""
+    (p,), (twin,) = make_params([7]), make_params([7])
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer, plain = SAM([p, p], base, rho=0.0, flatten=flatten, lr=0.1), base([twin, twin], lr=0.1)
+    for seed in range(2):
+        for each in (p, twin):
+            give([each], seed)
+        optimizer.first_step()
+        optimizer.second_step()
+        plain.step()
+        assert same_bits([p], [twin])
+    assert optimizer.second_step_path != "fused"
+
+
 @pytest.mark.parametrize("name", ["step", "zero_grad"])
 def test_a_method_that_somebody_has_put_on_the_optimizer_is_called(name):
     """A scheduler's wrapping hides it from nobody."""
