@@ -362,21 +362,21 @@ class Perturbation:
         """For each bucket the one that a fused second step works on, whose tensors are parameters.
 
         Raises:
-            NotFused: there are none, or the parameters are others than in first_step.
+            NotFused: there are none, or the parameters are others than in first_step, or one is listed twice.
         """
         buckets: list[Bucket] | None = self.buckets
         if self.flatten:
             buckets = self.storage.step_buckets(self.buckets)
         if buckets is None or not self.fits(param_groups):
             raise NotFused("parameters or groups are no longer those of first_step, or have left their flat buffer")
+        if self._repeats:
+            raise NotFused("a parameter is listed twice, and the base optimizer steps it twice")
         return buckets
 
     def check_step(self) -> None:
         """Raise NotFused if restoring and stepping must not be one pass over the buckets, now prepared for it."""
         if self._shared or (not self.flatten and any(bucket.moved for bucket in self.buckets) and self._shares_anew()):
             raise NotFused("parameters share memory, and must be stepped one after the other")
-        if self._repeats:
-            raise NotFused("a parameter is listed twice, and the base optimizer steps it twice")
         if self.left_out and not all_none(list(map(grad_of, self.left_out))):
             raise NotFused(
                 "a parameter has a gradient now that had none in first_step, and was frozen or of a kind that SAM "

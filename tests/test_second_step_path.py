@@ -144,7 +144,9 @@ def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
     assert same_bits(*results)
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize(
+    "base", [functools.partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW, torch.optim.RMSprop]
+)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_a_parameter_that_is_listed_twice_takes_the_base_optimizers_step(base, flatten):
     """PyTorch steps it twice. The fused step did once."""
