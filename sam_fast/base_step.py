@@ -136,6 +136,25 @@ class BaseStep:
                 entry.clear()
 
 
+def reset_gradients(base: Optimizer, set_to_none: bool) -> None:
+    """``base.zero_grad()``; where it is PyTorch's own, in half the time."""
+    if not set_to_none:
+        base.zero_grad(False)
+    elif getattr(base.zero_grad, "__func__", None) is not Optimizer.zero_grad:
+        base.zero_grad()  # one of somebody's own may take nothing
+    else:
+        for group in base.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def is_schedulers(step: Any, optimizer: Optimizer) -> bool:
+    """Whether the ``step`` that somebody has put on an optimizer is a learning rate scheduler's, which does nothing but
+    note in ``_opt_called`` that it was called.
+    """
+    return hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is type(optimizer).step
+
+
 def has_hooks(base: Optimizer) -> bool:
     """Whether a base optimizer has step hooks other than a SAM's."""
     keys: list[Any] = [*base._optimizer_step_pre_hooks, *base._optimizer_step_post_hooks]

@@ -100,8 +100,10 @@ def are_new(gradients: Iterable[Tensor]) -> bool:
 
 
 def _version(grad: Tensor) -> int:
-    """An inference tensor, as of gradients that are estimated without a backward pass, has none: it does not change."""
-    return 0 if grad.is_inference() else grad._version
+    try:
+        return grad._version
+    except RuntimeError:  # an inference tensor, as of gradients that are estimated without a backward pass
+        return 0
 
 
 def all_zero(gradients: Iterable[Tensor]) -> bool:

@@ -19,13 +19,10 @@ from torch.optim import Optimizer
 
 from .amp import UNSCALED, Scaling
 from .backends import Bucket, StepOptions
-from .base_step import has_hooks
+from .base_step import has_hooks, is_schedulers
 from .devices import refuse_capture
 from .perturbation import Perturbation
 from .steps import RULE_OF, MissingState, NotFused, Rule, fused_classes
-
-WRAPPED_BY_SCHEDULER = "_wrapped_by_lr_sched"
-"""Attribute of a ``step`` that a learning rate scheduler has put on its optimizer, only to note that it was called."""
 
 
 def fused_step(
@@ -78,8 +75,7 @@ def _rule_for(base: Optimizer) -> Rule:
         raise NotFused(f"{cls.__qualname__} is not one of {', '.join(fused_classes())}")
     if has_hooks(base):
         raise NotFused("the base optimizer has step hooks of its own: register them on SAM")
-    step = vars(base).get("step")
-    if step is not None and not hasattr(step, WRAPPED_BY_SCHEDULER):
+    if "step" in vars(base) and not is_schedulers(vars(base)["step"], base):
         raise NotFused("the base optimizer's step was replaced")
     if not _is_own_step(cls, cls.step):
         raise NotFused(f"{cls.__qualname__}.step was replaced")

@@ -165,6 +165,18 @@ def check_options(group: dict[str, Any]) -> None:
             check(name, group[name])
 
 
+def make_plain(group: dict[str, Any]) -> None:
+    """Check a group's options, and turn its int and numpy's numbers into Python's own kinds, which need no second look.
+
+    Raises:
+        ValueError: as :func:`check_options`.
+    """
+    check_options(group)
+    for name in OPTIONS:
+        if not isinstance(group[name], Tensor):  # whose value may change
+            group[name] = bool(group[name]) if name in FLAGS else float(group[name])
+
+
 def check_at_least_zero(name: str, value: Any, wanted: str = "of at least 0") -> None:
     """Raise ValueError if the option ``name`` is not a finite number of at least 0. True is not one: it is another
     argument in the wrong place.

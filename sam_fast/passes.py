@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from .backends.columns import grad_of
 from .batchnorm import frozen_running_stats
 from .closures import are_new
 from .devices import devices_of
@@ -90,10 +91,10 @@ class Passes:
     def _gradients(self) -> Iterator[Tensor]:
         """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
         return (
-            getattr(p.grad, "_local_tensor", p.grad)
+            grad if type(grad) is Tensor else getattr(grad, "_local_tensor", grad)
             for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
+            for grad in map(grad_of, group["params"])
+            if grad is not None
         )
 
     def _require_first_step(self, what: str) -> None:

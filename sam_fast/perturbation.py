@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from .amp import UNSCALED, Scaling
 from .backends import BACKENDS, Backend, Bucket, GroupOptions, StepOptions, forced
 from .backends.bucket import ParameterError
-from .backends.columns import all_none, local_tensor, same_objects
+from .backends.columns import all_none, grad_of, local_tensor, same_objects
 from .backends.memory import has_grad_dtype, is_plain, is_wrapper, overlapping, overlaps_itself
 from .norm import Norm
 from .options import name_of
@@ -25,11 +25,8 @@ from .storage import Flat, InPlace, Member, is_dtensor, sharded
 
 ParamGroups = Sequence[dict[str, Any]]
 
-_grad_of = Tensor.grad.__get__  # type: ignore[union-attr]  # without the search for the attribute
-
-
-_latest: ref[Perturbation] | None = None
-"""The optimizer's that has perturbed last in this process."""
+_others: list[ref[Perturbation]] = []
+"""Those of this process's optimizers that may be perturbed now."""
 
 
 def _takes_part(p: Tensor, perturb: bool) -> bool:
@@ -76,6 +73,7 @@ class Perturbation:
         self._known: list[list[Tensor]] = []
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
+        self._repeats = False  # a parameter is listed twice
         self._began = False  # a backup has been allocated
         self._ref = ref(self)
 
@@ -106,6 +104,7 @@ class Perturbation:
         """Build buckets. If a parameter is refused, this raises before anything is changed."""
         members, left_out = self._members(param_groups)
         params = [p for p, _ in members]
+        self._repeats = len(members) + len(left_out) < sum(len(group["params"]) for group in param_groups)
         over_processes = sharded(params)
         if self.flatten and over_processes is not None:
             raise ValueError(
@@ -200,13 +199,12 @@ class Perturbation:
             rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
             own_gradient: DTensor gradients that are partial sums are not added up.
         """
-        global _latest
         self.prepare(param_groups)
         if not self.nested:
-            other = None if _latest is None else _latest()
-            if other is not None and other is not self and other.active:
+            others = [other for known in _others if (other := known()) is not None and other.active]
+            for other in others:
                 self._refuse_perturbed(other, param_groups)
-            _latest = self._ref
+            _others[:] = [self._ref, *(other._ref for other in others)]
         if not self._began:
             self._leave_out_what_was_frozen(param_groups)
         options = GroupOptions(param_groups, rounding_key, self.maximize)
@@ -275,7 +273,7 @@ class Perturbation:
         return self.flatten or not moved or not (self._shares_anew() or self.storage.replaced())
 
     def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
-        if all_none(list(map(_grad_of, self.left_out))):
+        if all_none(list(map(grad_of, self.left_out))):
             return iter(())
         return zip(self.left_out, self._may_perturb, strict=True)
 
@@ -364,20 +362,22 @@ class Perturbation:
         """For each bucket the one that a fused second step works on, whose tensors are parameters.
 
         Raises:
-            NotFused: there are none, or the parameters are others than in first_step.
+            NotFused: there are none, or the parameters are others than in first_step, or one is listed twice.
         """
         buckets: list[Bucket] | None = self.buckets
         if self.flatten:
             buckets = self.storage.step_buckets(self.buckets)
         if buckets is None or not self.fits(param_groups):
             raise NotFused("parameters or groups are no longer those of first_step, or have left their flat buffer")
+        if self._repeats:
+            raise NotFused("a parameter is listed twice, and the base optimizer steps it twice")
         return buckets
 
     def check_step(self) -> None:
         """Raise NotFused if restoring and stepping must not be one pass over the buckets, now prepared for it."""
         if self._shared or (not self.flatten and any(bucket.moved for bucket in self.buckets) and self._shares_anew()):
             raise NotFused("parameters share memory, and must be stepped one after the other")
-        if self.left_out and not all_none(list(map(_grad_of, self.left_out))):
+        if self.left_out and not all_none(list(map(grad_of, self.left_out))):
             raise NotFused(
                 "a parameter has a gradient now that had none in first_step, and was frozen or of a kind that SAM "
                 "leaves alone"
@@ -385,13 +385,13 @@ class Perturbation:
 
     def restore_and_step(self, buckets: Sequence[Bucket], options: Sequence[StepOptions], scaling: Scaling) -> None:
         """Restore and step ``step_buckets()``, which are prepared for it."""
-        written = self._saved_params() if self.flatten else []
-        for bucket in buckets:
+        written: list[Tensor] = []
+        for source, bucket in zip(self.buckets, buckets, strict=True):
+            if bucket is not source:
+                bucket.share_saved(source)
             written = [*written, *bucket.written_params()] if written else bucket.written_params()
         try:
             for source, bucket, of_bucket in zip(self.buckets, buckets, options, strict=True):
-                if bucket is not source:
-                    bucket.share_saved(source)
                 bucket.restore_and_step(of_bucket, scaling if scaling is UNSCALED else scaling.on(bucket.device))
                 if bucket is not source:
                     source.release()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .amp import UNSCALED, clear_scaling, is_under_way, report_overflow, scaling_of, step_base
 from .backends import forced
-from .base_step import BaseStep, maximizes
+from .base_step import BaseStep, maximizes, reset_gradients
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
 from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
@@ -242,13 +242,12 @@ class SAM(Passes, OptimizerWrapper):
         """
         if not self._step.active:
             self._require_first_step("second_step()")
-        if self._step.finishing or (self._step.found_inf is None and not self._is_watched()):
-            self._update()
-        elif self._step_leads_back():
+        watched = self._step.found_inf is not None or self._is_watched()
+        if watched and not self._step.finishing and not self._step_leads_back():
+            self._finish(self.step)
+        else:
             self._opt_called = True  # which a scheduler asks for
             self._update()
-        else:
-            self._finish(self.step)
         if zero_grad:
             self.zero_grad()
 
@@ -391,7 +390,7 @@ class SAM(Passes, OptimizerWrapper):
         if self._perturbation.flatten:
             self._perturbation.zero_grad(self.param_groups)
         else:
-            self.base_optimizer.zero_grad(*(() if set_to_none else (False,)))  # one of somebody's own may take nothing
+            reset_gradients(self.base_optimizer, set_to_none)
         if self._perturbation.flatten or not set_to_none:
             mark_used(self._gradients())
         self._step.zeroed = True

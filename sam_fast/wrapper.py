@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
-from .base_step import BaseStep
+from .base_step import BaseStep, is_schedulers
 from .closures import all_zero
 from .options import OPTIONS, check_options, without_old_weights
 
@@ -194,7 +194,7 @@ class OptimizerWrapper(Optimizer):
         )
 
     def _is_watched(self) -> bool:
-        """Whether somebody must see :meth:`step` being called: a hook, a profiler, a scheduler, a subclass.
+        """Whether somebody must see :meth:`step` being called: a hook, a profiler, a subclass.
 
         PyTorch wraps ``step`` for them, which takes longer than the rest of a small step.
         """
@@ -204,7 +204,8 @@ class OptimizerWrapper(Optimizer):
             torch_optimizer._global_optimizer_pre_hooks,
             torch_optimizer._global_optimizer_post_hooks,
         )
-        if any(hooks) or "step" in vars(self) or _profiling():
+        replaced = "step" in vars(self) and not is_schedulers(vars(self)["step"], self)
+        if any(hooks) or replaced or _profiling():
             return True
         # PyTorch's own wrapping of the method below is all that there may be.
         return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step

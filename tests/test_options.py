@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import make_params, same_bits, values
@@ -249,3 +250,19 @@ def test_maximize_in_one_group_turns_only_that_groups_perturbation(backend: str,
     optimizer.first_step()
     along = [float(((p.detach() - q) * p.grad).sum()) for p, q in zip(params, before, strict=True)]
     assert along[0] > 0 > along[1]
+
+
+def test_numbers_of_other_kinds_become_pythons_and_tensors_stay() -> None:
+    """They were looked at again in every step."""
+    params, rho = make_params([3]), torch.tensor(0.5)
+    options = {"rho": np.float32(2), "eta": 0, "adaptive": np.bool_(True), "perturb": 1}
+    optimizer = SAM([{"params": params[:1], **options}, {"params": make_params([4]), "rho": rho}], lr=0.1)
+    optimizer.first_step()
+    group, other = optimizer.param_groups
+    assert [(type(group[name]), group[name]) for name in options] == [
+        (float, 2.0),
+        (float, 0.0),
+        (bool, True),
+        (bool, True),
+    ]
+    assert other["rho"] is rho

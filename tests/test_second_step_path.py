@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 from unittest import mock
 
@@ -33,6 +34,9 @@ def refused(kind: str) -> tuple[SAM, list[nn.Parameter]]:
         optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
     elif kind == "replaced step":
         optimizer.base_optimizer.step = optimizer.base_optimizer.step
+    elif kind == "replaced step under a scheduler":
+        optimizer.base_optimizer.step = types.MethodType(lambda self: type(self).step(self), optimizer.base_optimizer)
+        torch.optim.lr_scheduler.StepLR(optimizer.base_optimizer, 100)
     elif kind == "lr with gradient":
         optimizer.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
     elif kind == "state layout":
@@ -44,7 +48,8 @@ def refused(kind: str) -> tuple[SAM, list[nn.Parameter]]:
     return optimizer, params
 
 
-KINDS = ["subclass", "rmsprop", "pre hook", "post hook", "replaced step", "lr with gradient"]
+KINDS = ["subclass", "rmsprop", "pre hook", "post hook", "lr with gradient"]
+KINDS += ["replaced step", "replaced step under a scheduler"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "state layout", "state dtype", "no state"])
@@ -137,3 +142,40 @@ def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
         results.append(values(params))
     assert taken == [True, True, True, False, False, False]
     assert same_bits(*results)
+
+
+@pytest.mark.parametrize(
+    "base", [functools.partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW, torch.optim.RMSprop]
+)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_parameter_that_is_listed_twice_takes_the_base_optimizers_step(base, flatten):
+    """PyTorch steps it twice. The fused step did once."""
+    (p,), (twin,) = make_params([7]), make_params([7])
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer, plain = SAM([p, p], base, rho=0.0, flatten=flatten, lr=0.1), base([twin, twin], lr=0.1)
+    for seed in range(2):
+        for each in (p, twin):
+            give([each], seed)
+        optimizer.first_step()
+        optimizer.second_step()
+        plain.step()
+        assert same_bits([p], [twin])
+    assert optimizer.second_step_path != "fused"
+
+
+@pytest.mark.parametrize("name", ["step", "zero_grad"])
+def test_a_method_that_somebody_has_put_on_the_optimizer_is_called(name):
+    """A scheduler's wrapping hides it from nobody."""
+    optimizer = SAM(make_params([7]), lr=0.1)
+    calls = mock.Mock()
+
+    def patched(self: Any) -> None:
+        calls()
+        getattr(type(self), name)(self)
+
+    owner: Any = optimizer if name == "step" else optimizer.base_optimizer
+    setattr(owner, name, types.MethodType(patched, owner))
+    torch.optim.lr_scheduler.StepLR(optimizer, 100)
+    optimizer.first_step()
+    optimizer.second_step(zero_grad=True)
+    assert calls.call_count == 1

@@ -230,3 +230,17 @@ def test_sharpness_may_be_measured_while_the_weights_are_perturbed() -> None:
     assert same_bits(list(model.parameters()), climbed)
     optimizer.second_step()
     assert same_bits(list(model.parameters()), before)
+
+
+def test_a_third_optimizer_between_the_two_hides_nothing() -> None:
+    """Only the one that had perturbed last was known."""
+    (shared,), (other,) = make_params([3]), make_params([4])
+    first, second, third = SAM([shared], lr=0.1), SAM([shared], lr=0.1), SAM([other], lr=0.1)
+    first.first_step()
+    third.first_step()
+    with pytest.raises(RuntimeError, match="perturbed by another SAM"):
+        second.first_step()
+    third.restore()
+    first.restore()
+    second.first_step()
+    second.restore()

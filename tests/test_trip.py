@@ -78,6 +78,18 @@ def test_the_trip_of_a_step_is_short(base: Any) -> None:
     assert changes <= LIMITS[base][1]
 
 
+def test_a_scheduler_does_not_make_it_longer() -> None:
+    params = [nn.Parameter(torch.randn(8)) for _ in range(5)]
+    optimizer = SAM(params, lr=0.1, backend="cpu")
+    torch.optim.lr_scheduler.StepLR(optimizer, 100)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones(8)
+        optimizer.first_step()
+        calls, _ = trip(optimizer.second_step)
+    assert calls <= LIMITS[torch.optim.SGD][0] + 1
+
+
 def test_a_step_of_dtensors_calls_nothing_for_each_of_them(tmp_path: Any) -> None:
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..amp import Scaling
-from ..options import check_options
+from ..options import make_plain
 from ..steps import NotFused, Rule
 from .columns import GradientOf
 from .memory import allocated, dense_layout, is_plain, is_wrapper, padded_size
@@ -47,7 +47,7 @@ class GroupOptions:
             rho, eta, adaptive, perturb = group["rho"], group["eta"], group["adaptive"], group["perturb"]
             usual = type(rho) is type(eta) is float and type(adaptive) is type(perturb) is bool
             if not (usual and 0.0 <= rho < math.inf and 0.0 <= eta < math.inf):  # NaN too
-                check_options(group)
+                make_plain(group)
             self.values.extend((float(-rho if group.get("maximize", maximize) else rho), float(eta), float(adaptive)))
             self.perturb.append(bool(perturb))
         self.address = self.values.buffer_info()[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ def _same_objects(a: list[Any], b: list[Any]) -> bool:
 
 same_objects: Callable[[list[Any], list[Any]], bool] = _same_objects if _cpu is None else _cpu.same_objects
 """Whether two lists hold the same objects."""
+
+
+grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
+"""The gradient, for ``map``."""
 
 
 def all_none(items: list[Any]) -> bool:

@@ -240,6 +240,9 @@ class NativeBucket(Bucket):
         if source._num_saved != 0:
             _ = self.backup
         self._recorded = source._recorded
+        if source.saved() is None:
+            self._saved[:], self._num_saved = self._weights, self._occupied
+            return
         saved = [bool(at) for at, params in zip(source._saved, source.params, strict=True) for _ in params]
         self._saved[:] = array("Q", [at if is_saved else 0 for at, is_saved in zip(self._weights, saved, strict=True)])
         self._num_saved = None

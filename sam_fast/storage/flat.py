@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..backends.columns import make_gather
 from ..backends.memory import allocated, dense_layout, padded_size
 from .in_place import InPlace, Member
 
-_requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # without the search for the attribute
+_requires_grad = attrgetter("requires_grad")
 
 
 def _addresses(tensors: Sequence[Tensor]) -> array[int]:
