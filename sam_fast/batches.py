@@ -62,14 +62,14 @@ def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = N
                 own = tuple.__new__(type(value), items)  # not by its constructor, which may want anything
                 if hasattr(value, "__dict__"):
                     vars(own).update(vars(value))
+        elif hasattr(type(value), "__copy__"):
+            if not (hasattr(value, "shape") or isinstance(value, nn.Module)):
+                own = copy(value)
         elif _is_record(value):
             own = copy(value)
             known[id(value)] = value, own
-            for name, item in _attributes_of(value).items():
-                if (made := with_own_containers(item, known)) is not item:
-                    object.__setattr__(own, name, made)  # a frozen one's, too
-        elif hasattr(type(value), "__copy__") and not (hasattr(value, "shape") or isinstance(value, nn.Module)):
-            own = copy(value)
+            for name, item in _attributes_of(value).items():  # also what is left out where it is pickled
+                object.__setattr__(own, name, with_own_containers(item, known))  # a frozen one's, too
     except Exception:  # as it says
         own = value
     known[id(value)] = value, own
@@ -82,8 +82,9 @@ def _is_record(value: Any) -> bool:
 
 
 def _attributes_of(record: Any) -> dict[str, Any]:
-    names = vars(record) if hasattr(record, "__dict__") else [field.name for field in fields(record)]
-    return {name: getattr(record, name) for name in names}
+    if hasattr(record, "__dict__"):
+        return vars(record)
+    return {field.name: getattr(record, field.name) for field in fields(record) if hasattr(record, field.name)}
 
 
 def versions_of(batch: Any) -> list[int]:
@@ -110,23 +111,22 @@ def _first_tensor(batch: Any) -> Tensor | None:
     return next((t for t in _tensors(batch) if t.dim()), None)
 
 
-def _tensors(value: Any, known: dict[int, Any] | None = None, in_records: bool = False) -> Iterator[Tensor]:
+def _tensors(value: Any, in_records: bool = False) -> Iterator[Tensor]:
     """Those in lists, tuples and mappings, each of which is looked through once. Records are not cut into rows."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    record = in_records and _is_record(value)
-    if record or isinstance(value, (Mapping, list, tuple)):
-        known = {} if known is None else known
-        if id(value) in known:
-            return
-        known[id(value)] = value
-        inside = _attributes_of(value) if record else value
-        for item in inside.values() if isinstance(inside, Mapping) else inside:
-            if type(item) is Tensor:
-                yield item
-            elif type(item) not in _PLAIN:
-                yield from _tensors(item, known, in_records)
+    known: dict[int, Any] = {}
+    ahead = [value]  # no recursion: records may form a graph, in which every one leads to the next
+    while ahead:
+        item = ahead.pop()
+        if isinstance(item, Tensor):
+            yield item
+            continue
+        if type(item) in _PLAIN or id(item) in known:
+            continue
+        record = in_records and _is_record(item)
+        if record or isinstance(item, (Mapping, list, tuple)):
+            known[id(item)] = item
+            inside = _attributes_of(item) if record else item
+            ahead += reversed(list(inside.values() if isinstance(inside, Mapping) else inside))
 
 
 def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections import UserDict, defaultdict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -220,6 +220,38 @@ class Frozen:
     parts: Any
 
 
+@dataclass(slots=True)
+class Unset(Slotted):
+    later: Any = field(init=False)
+
+
+@dataclass
+class PickledInPart(Record):
+    def __post_init__(self) -> None:
+        self.lock = object()
+        vars(self)["name"] = "no use"
+
+    @property
+    def name(self) -> str:
+        raise RuntimeError("on rank 0 only")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+
+@dataclass(frozen=True)
+class Itself(Frozen):
+    def __copy__(self) -> Itself:
+        return self
+
+
+def chained(length: int) -> Record:
+    record = Record(X, Y)
+    for _ in range(length):
+        record = Record(X, [Y, record])
+    return record
+
+
 def taken_out(batch: Any) -> Any:
     return batch.pop("x"), batch.pop("y")
 
@@ -363,6 +395,30 @@ def test_writing_into_the_batch_is_warned_of_once(ascent: float) -> None:
             made_there = X.clone()
         reads = TrainStep(model, SAM(model.parameters(), lr=0.1), lambda model, x, _: model(x).square().mean())
         reads(X.clone(), made_there)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Unset(X, Y), lambda: PickledInPart(X, Y), lambda: chained(2000)], ids=["unset", "lock", "chained"]
+)
+def test_a_record_may_be_of_any_kind(make: Callable[[], Any]) -> None:
+    """Slots that are empty, properties that raise, what is not pickled, records that lead to many others."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        if isinstance(batch, PickledInPart):
+            assert batch.lock is made.lock
+        return model(batch.x).square().mean()
+
+    model, made = nn.Linear(5, 1), make()
+    TrainStep(model, SAM(model.parameters(), lr=0.1), loss)(made)
+
+
+def test_a_record_that_says_how_to_be_copied_is_not_written_into() -> None:
+    parts = [X]
+    batch = Itself(parts)
+    model = nn.Linear(5, 1)
+    step = TrainStep(model, SAM(model.parameters(), lr=0.1), lambda model, batch: model(batch.parts[0]).mean())
+    step(batch)
+    assert batch.parts is parts
 
 
 def test_writing_into_a_record_in_the_batch_is_warned_of() -> None:
