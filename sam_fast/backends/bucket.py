@@ -239,6 +239,10 @@ class Bucket(ABC):
     def saved(self) -> list[int] | None:
         """The tensors with a backup that :meth:`restore` has not yet written back. None means all."""
 
+    def is_backed_up(self) -> bool:
+        """Whether that backup was written, and not only announced. May wait for the device."""
+        return True
+
     def saved_params(self) -> list[Tensor]:
         """The parameters of the tensors that are saved."""
         saved = self.saved()
@@ -376,13 +380,6 @@ def shape_changed(param: Tensor, before: Tensor, now: Tensor) -> ParameterError:
     """The error for a parameter that cannot be restored."""
     problem = f"cannot be restored: its shape changed from {tuple(before.shape)} to {tuple(now.shape)} while perturbed"
     return ParameterError(param, problem)
-
-
-def no_memory(param: Tensor, whose: str) -> ParameterError:
-    """The error for a tensor whose storage was resized to nothing."""
-    return ParameterError(
-        param, f"has {whose} without memory: the storage was resized to nothing. Resize it back first"
-    )
 
 
 def check_direction(direction: Tensor, tensor: Tensor, param: Tensor) -> None:

@@ -23,7 +23,6 @@ from .bucket import (
     ParameterError,
     StepOptions,
     check_direction,
-    no_memory,
     shape_changed,
     step_gradient,
 )
@@ -165,7 +164,7 @@ class NativeBucket(Bucket):
         tensor = self.tensors[index]
         check_direction(direction, tensor, self.sources[index])
         if is_plain(direction) and not has_memory(direction) and not direction._is_zerotensor():
-            raise no_memory(self.sources[index], "a gradient")
+            raise _no_memory(self.sources[index], "a gradient")
         if is_plain(direction) and signature(direction) == signature(tensor) and rejects_memory(direction) is None:
             self._copies[index] = direction.detach()
         else:
@@ -181,7 +180,7 @@ class NativeBucket(Bucket):
     def _require_memory(self, indices: list[int]) -> None:
         for index in indices:
             if is_plain(self.tensors[index]) and not has_memory(self.tensors[index]):
-                raise no_memory(self.sources[index], "weights")
+                raise _no_memory(self.sources[index], "weights")
 
     # ---- Backup ------------------------------------------------------------------------------------------------------
 
@@ -371,3 +370,9 @@ def _wrong_state(missing: bool, name: str) -> NotFused:
     if missing:
         return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
     return NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
+
+
+def _no_memory(param: Tensor, whose: str) -> ParameterError:
+    """The error for a tensor whose storage was resized to nothing."""
+    problem = f"has {whose} without memory: the storage was resized to nothing. Resize it back first"
+    return ParameterError(param, problem)

@@ -191,6 +191,9 @@ class TritonBucket(NativeBucket):
                     self._saved[index] = self._weights[index]
         return count
 
+    def is_backed_up(self) -> bool:
+        return int(self._written) == self._ticket
+
     def _saved_targets(self) -> array[int]:
         """The present addresses of the tensors that are saved."""
         pairs = zip(self._weights, self._saved, strict=True)
@@ -217,8 +220,8 @@ class TritonBucket(NativeBucket):
                     self._saved[index] = 0
 
     def _restore_changed(self, changed: list[int], release: bool) -> None:
-        # Reading the ticket waits for the device, but this case is rare.
-        if any(self._saved[index] for index in changed) and int(self._written) != self._ticket:
+        # It waits for the device, but this case is rare.
+        if any(self._saved[index] for index in changed) and not self.is_backed_up():
             for index in changed if release else ():
                 self._saved[index] = 0
             return

@@ -125,7 +125,7 @@ def at_w(sam: SAM) -> Iterator[None]:
         return
     saved = []
     for bucket in perturbation.buckets:
-        indices = bucket.saved()
+        indices = bucket.saved() if bucket.is_backed_up() else []  # else nothing has moved yet
         for index in range(len(bucket.tensors)) if indices is None else indices:
             saved.append((bucket.tensors[index].data, bucket.backups[index]))
     moved = [tensor.to("cpu", copy=True) for tensor, _ in saved]  # there may be no other memory left

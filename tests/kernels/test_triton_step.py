@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from array import array
 from typing import Any
@@ -18,6 +19,7 @@ from sam_fast import SAM, backends
 from sam_fast.amp import Scaling
 from sam_fast.backends import triton as backend
 from sam_fast.backends import upload
+from sam_fast.integrations.window import at_w
 from sam_fast.rounding import round_stochastically
 
 pytestmark = [
@@ -260,6 +262,34 @@ def test_a_flat_backup_that_was_not_written_is_not_read():
     s.bucket.share_saved(source)
     s.bucket.restore_and_step(options, UNSCALED)  # the first parameter would be restored, the other one stepped
     assert not buffer.isnan().any()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_checkpoint_at_a_launch_holds_w(monkeypatch, when):
+    """A signal comes before the backup is written: what is there is the step before's."""
+    params = make_params([100, 1500])
+    optimizer = SAM(params, backend="triton", lr=0.1)
+    optimizer.first_step()
+    optimizer.second_step()
+    module = importlib.import_module("sam_fast.kernels.perturb")
+    launch, w, saved = module.perturb, values(params), []
+
+    def save() -> None:
+        with at_w(optimizer):
+            saved.extend(values(params))
+
+    def signalled(*args: Any) -> Any:
+        if when == "before":
+            save()
+        kernel = launch(*args)
+        if when == "after":
+            save()
+        return kernel
+
+    monkeypatch.setattr(module, "perturb", signalled)
+    optimizer.first_step()
+    assert same_bits(saved, w)
+    assert not same_bits(values(params), w)
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
