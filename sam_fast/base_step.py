@@ -30,6 +30,12 @@ state lay as they do (PyTorch 2.10 to 2.15).
 WRONG_IN_16_BITS = (torch.optim.SGD,) if torch.__version__ < (2, 14) else ()  # type: ignore[operator]
 """Those of them whose values are wrong in 16 bits, too."""
 
+PLAIN_ZERO_GRAD = Optimizer.zero_grad
+"""As PyTorch has it: tools put others into the class."""
+
+profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+"""Whether a profiler is to see what is called."""
+
 
 def maximizes(base: Optimizer) -> bool:
     """Whether an optimizer maximizes where its groups do not say: pytorch_optimizer's keep it to themselves."""
@@ -140,7 +146,7 @@ def reset_gradients(base: Optimizer, set_to_none: bool) -> None:
     """``base.zero_grad()``; where it is PyTorch's own, in half the time."""
     if not set_to_none:
         base.zero_grad(False)
-    elif getattr(base.zero_grad, "__func__", None) is not Optimizer.zero_grad:
+    elif getattr(base.zero_grad, "__func__", None) is not PLAIN_ZERO_GRAD or profiling():
         base.zero_grad()  # one of somebody's own may take nothing
     else:
         for group in base.param_groups:

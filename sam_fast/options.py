@@ -173,7 +173,7 @@ def make_plain(group: dict[str, Any]) -> None:
     """
     check_options(group)
     for name in OPTIONS:
-        if not isinstance(group[name], Tensor):  # whose value may change
+        if not hasattr(group[name], "__setitem__"):  # a tensor, an array: its value may change
             group[name] = bool(group[name]) if name in FLAGS else float(group[name])
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
-from .base_step import BaseStep, is_schedulers
+from .base_step import BaseStep, is_schedulers, profiling
 from .closures import all_zero
 from .options import OPTIONS, check_options, without_old_weights
 
@@ -28,8 +28,6 @@ SAVED_WHILE_PERTURBED = (
     "state_dict() between first_step() and second_step(): the model's weights are w + e now, and so a checkpoint of "
     "the model is one of w + e. Save between steps, or call optimizer.restore() first, which gives this step up"
 )
-
-_profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 
 class _NoBaseYet:
@@ -205,7 +203,7 @@ class OptimizerWrapper(Optimizer):
             torch_optimizer._global_optimizer_post_hooks,
         )
         replaced = "step" in vars(self) and not is_schedulers(vars(self)["step"], self)
-        if any(hooks) or replaced or _profiling():
+        if any(hooks) or replaced or profiling():
             return True
         # PyTorch's own wrapping of the method below is all that there may be.
         return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step

@@ -252,9 +252,10 @@ def test_maximize_in_one_group_turns_only_that_groups_perturbation(backend: str,
     assert along[0] > 0 > along[1]
 
 
-def test_numbers_of_other_kinds_become_pythons_and_tensors_stay() -> None:
+@pytest.mark.parametrize("rho", [torch.tensor(0.5), np.array(0.5)], ids=["tensor", "array"])
+def test_numbers_of_other_kinds_become_pythons_and_what_may_change_stays(rho: Any) -> None:
     """They were looked at again in every step."""
-    params, rho = make_params([3]), torch.tensor(0.5)
+    params = make_params([3])
     options = {"rho": np.float32(2), "eta": 0, "adaptive": np.bool_(True), "perturb": 1}
     optimizer = SAM([{"params": params[:1], **options}, {"params": make_params([4]), "rho": rho}], lr=0.1)
     optimizer.first_step()
@@ -266,3 +267,8 @@ def test_numbers_of_other_kinds_become_pythons_and_tensors_stay() -> None:
         (bool, True),
     ]
     assert other["rho"] is rho
+    optimizer.restore()
+    before = values(other["params"])
+    rho *= 0
+    optimizer.first_step()
+    assert same_bits(before, other["params"])

@@ -179,3 +179,14 @@ def test_a_method_that_somebody_has_put_on_the_optimizer_is_called(name):
     optimizer.first_step()
     optimizer.second_step(zero_grad=True)
     assert calls.call_count == 1
+
+
+def test_zero_grad_is_pytorchs_where_somebody_looks(monkeypatch: pytest.MonkeyPatch):
+    optimizer = SAM(make_params([7]), lr=0.1)
+    with torch.profiler.profile() as profile:
+        optimizer.zero_grad()
+    assert "Optimizer.zero_grad#SGD.zero_grad" in {event.key for event in profile.key_averages()}
+    calls = mock.Mock()
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: calls())
+    optimizer.zero_grad()
+    assert calls.call_count == 1
