@@ -185,7 +185,7 @@ def reason(error: Exception) -> str:
     """Why a build failed: what CMake or the compiler said first, in one line."""
     output = getattr(error, "output", None) or ""
     # The compiler's own words first: what CMake makes of them is that a test program did not compile.
-    said = re.search(r"(?:\berror|\bnvcc fatal *): ([^\n]+)", output)
+    said = re.search(r"\b(?:error|fatal) *: ([^\n]+)", output)
     said = said or re.search(r"CMake Error[^\n]*\n((?:[ \t][^\n]*\n|\n)+)", output)
     if said is None:
         return str(error)

@@ -123,12 +123,16 @@ OLD_NVCC = (
             CUDA_COMPILER_SAYS.format("nvcc fatal   : Unsupported gpu architecture 'compute_70'"),
             "Unsupported gpu architecture 'compute_70'",
         ),
+        (
+            "[2/9] a.cu\nnvcc error   : 'cicc' died due to signal 9 (Kill signal)",
+            "'cicc' died due to signal 9 (Kill signal)",
+        ),
         (CUDA_COMPILER_SAYS.format(OLD_NVCC), OLD_NVCC.partition("error: ")[2].partition(". ")[0]),
         (CMAKE_SAYS, 'The C++ compiler "/bin/false" is not able to compile a simple test program'),
         ("[1/9] ...\na.cpp:3:1: error: no such type\na.cpp:4:1: error: more", "no such type"),
         (None, "Command 'cmake' returned non-zero exit status 1."),
     ],
-    ids=["architecture", "host compiler", "CMake", "compiler", "silent"],
+    ids=["architecture", "killed", "host compiler", "CMake", "compiler", "silent"],
 )
 def test_the_reason_for_a_failed_build_is_in_the_words_of_the_one_that_failed(monkeypatch, output, reason):
     assert setup_py(monkeypatch)["reason"](subprocess.CalledProcessError(1, "cmake", output)) == reason
