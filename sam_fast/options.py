@@ -13,6 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from numbers import Number
 from typing import Any
 
 from torch import Tensor, autograd, nn
@@ -173,8 +174,10 @@ def make_plain(group: dict[str, Any]) -> None:
     """
     check_options(group)
     for name in OPTIONS:
-        if not hasattr(group[name], "__setitem__"):  # a tensor, an array: its value may change
-            group[name] = bool(group[name]) if name in FLAGS else float(group[name])
+        value = group[name]
+        # What else can be taken for a number, as a tensor, an array or an object with __float__, may change its value.
+        if isinstance(value, Number) or (hasattr(value, "dtype") and not hasattr(value, "__setitem__")):  # numpy's bool
+            group[name] = bool(value) if name in FLAGS else float(value)
 
 
 def check_at_least_zero(name: str, value: Any, wanted: str = "of at least 0") -> None:

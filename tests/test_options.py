@@ -252,7 +252,21 @@ def test_maximize_in_one_group_turns_only_that_groups_perturbation(backend: str,
     assert along[0] > 0 > along[1]
 
 
-@pytest.mark.parametrize("rho", [torch.tensor(0.5), np.array(0.5)], ids=["tensor", "array"])
+class Follows:
+    """A number that somebody changes."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __imul__(self, other: float) -> Follows:
+        self.value *= other
+        return self
+
+
+@pytest.mark.parametrize("rho", [torch.tensor(0.5), np.array(0.5), Follows(0.5)], ids=["tensor", "array", "object"])
 def test_numbers_of_other_kinds_become_pythons_and_what_may_change_stays(rho: Any) -> None:
     """They were looked at again in every step."""
     params = make_params([3])
