@@ -83,7 +83,7 @@ def _is_record(value: Any) -> bool:
 
 def _attributes_of(record: Any) -> dict[str, Any]:
     if hasattr(record, "__dict__"):
-        return vars(record)
+        return dict(vars(record))
     return {field.name: getattr(record, field.name) for field in fields(record) if hasattr(record, field.name)}
 
 
