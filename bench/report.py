@@ -259,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
         kind = run.machine["kind"]
         if root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
             parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
-        if name and kind != "cpu":
-            parser.error("--name takes a run on a CPU")
+        if name and (kind != "cpu" or len(arguments.runs) > 1):
+            parser.error("--name takes one run, on a CPU")
         if arguments.again and kind == "cpu":
             run.compare(Run.load(arguments.again))
         run.save(root / "bench" / "results" / (f"{kind}-{name}.json" if name else f"{kind}.json"))

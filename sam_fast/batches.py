@@ -77,7 +77,7 @@ def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = N
 
 
 def _is_record(value: Any) -> bool:
-    """Whether it is a dataclass's or a namespace."""
+    """Whether it is an instance of a dataclass, or a namespace."""
     return (is_dataclass(type(value)) or isinstance(value, SimpleNamespace)) and not isinstance(value, nn.Module)
 
 

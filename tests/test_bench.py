@@ -316,6 +316,8 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     run.machine["device"] = "an abacus"
     run.save(saved)
     report.main([str(saved), "--root", str(tmp_path), "--name", "other"])
+    with pytest.raises(SystemExit):  # the second would replace the first
+        report.main([str(saved), str(saved), "--root", str(tmp_path), "--name", "other"])
     assert (tmp_path / "bench" / "results" / "cpu-other.json").is_file()
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")

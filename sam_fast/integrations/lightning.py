@@ -215,7 +215,7 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 def _silenced(logger: Any) -> Any:
     """A logger of the same class, with the same names, numbers and paths (``log_dir``), that logs nothing."""
     nothing = DummyLogger()
-    nothing.finalize = logger.finalize  # what comes before a job is killed, by a signal's handler
+    nothing.finalize = logger.finalize  # which a signal's handler calls before the job is killed
 
     class Silent(type(logger)):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
