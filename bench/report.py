@@ -218,13 +218,12 @@ def page_of(run: Run) -> list[str]:
 
 def draw(run: Run, path: Path) -> None:
     """Bars with intervals of what the run has figures for."""
-    found = {
-        title: {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
-        for group, title in PANELS.items()
-    }
-    filled = {title: by_case for title, by_case in found.items() if by_case}
-    figure, axes = plt.subplots(len(filled), figsize=(9, 3.6 * len(filled)), layout="constrained", squeeze=False)
-    for axis, (title, by_case) in zip(axes[:, 0], filled.items(), strict=True):
+    figure, axes = plt.subplots(len(PANELS), figsize=(9, 3.6 * len(PANELS)), layout="constrained")
+    for axis, (group, title) in zip(axes, PANELS.items(), strict=True):
+        by_case = {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
+        if not by_case:
+            axis.set_axis_off()
+            continue
         # without names that not every case has, and SGD's single iteration
         frame = pd.DataFrame(by_case).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
         value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)
