@@ -96,6 +96,14 @@ class Passes:
             if p.grad is not None
         )
 
+    def _common_norm(self) -> Tensor | None:
+        """The norm of this step's first gradient, which all processes know. None where each has one of its own, or may
+        have: without ``first_pass`` nothing tells whether the gradients were synchronised.
+        """
+        step, perturbation = self._step, self._perturbation
+        common = step.first_pass_entered or perturbation.storage.process_wide or not several_processes()
+        return perturbation.norm.value if step.perturbs and common and not step.own_gradient else None
+
     def _require_first_step(self, what: str) -> None:
         if not self._step.active and self.will_perturb:
             raise RuntimeError(
@@ -222,9 +230,13 @@ def learns_graph(module: Any) -> bool:
     )
 
 
+def several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def warn_of_several_processes() -> None:
     """There was no synchronisation to leave out: no wonder in one process."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if several_processes():
         warnings.warn(
             "first_pass(model, sync=False) finds no DistributedDataParallel in model. If there is one around it, its "
             "gradients are synchronised all the same: pass the DistributedDataParallel itself, as it is called",
