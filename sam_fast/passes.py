@@ -87,6 +87,11 @@ class Passes:
         """Give the current step up."""
         raise NotImplementedError
 
+    def _give_up(self) -> None:
+        """After a pass that has raised, be it the first one, of which ``restore`` knows nothing."""
+        self.restore()
+        self._perturbation.storage.give_up_pass()
+
     def _gradients(self) -> Iterator[Tensor]:
         """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
         return (
@@ -165,8 +170,7 @@ class Passes:
                 yield
             self._step.train_unused()
         except BaseException:
-            self.restore()  # first_step may have been called inside
-            self._perturbation.storage.give_up_pass()
+            self._give_up()
             raise
         finally:
             self._step.without_sync = False
