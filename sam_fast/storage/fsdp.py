@@ -148,12 +148,23 @@ def own_gradients(module: nn.Module) -> Iterator[None]:
             )
     # set_requires_all_reduce(False) would keep the gradients in a buffer of FSDP's. A mesh without replicas puts them
     # where they belong.
+    without_replicas = [FSDPMeshInfo(info.mesh, info.shard_mesh_dim) for info in infos]
+    swapped = list(zip(param_groups, infos, without_replicas, strict=True))
     try:
-        for param_group, info in zip(param_groups, infos, strict=True):
-            param_group.mesh_info = FSDPMeshInfo(info.mesh, info.shard_mesh_dim)
+        for param_group, info, one_replica in swapped:
             if hasattr(info, "reduce_scatter_process_group"):  # since PyTorch 2.13
-                param_group.mesh_info.reduce_scatter_process_group = info.reduce_scatter_process_group
+                one_replica.reduce_scatter_process_group = info.reduce_scatter_process_group
+            _swap_mesh(param_group, info, one_replica)
         yield
     finally:
-        for param_group, info in zip(param_groups, infos, strict=True):
-            param_group.mesh_info = info
+        for param_group, info, one_replica in swapped:
+            _swap_mesh(param_group, one_replica, info)
+
+
+def _swap_mesh(param_group: Any, old: Any, new: Any) -> None:
+    """Two different ones would mean that weights are resharded to another mesh after the forward pass, which FSDP2
+    cannot do over tensor parallelism. Its first forward pass may take the root's second one away.
+    """
+    for name in ("mesh_info", "post_forward_mesh_info"):
+        if getattr(param_group, name) is old:
+            setattr(param_group, name, new)
