@@ -25,9 +25,10 @@ def has_fsdp1(model: nn.Module) -> bool:
 
 
 def forget_gathered_weights(model: nn.Module) -> None:
-    """Have FSDP2 gather the weights anew.
+    """Have FSDP2 gather the weights anew, and show as the model's parameters those that are sharded.
 
-    After ``set_reshard_after_backward(False)`` it keeps those of the pass before the perturbation.
+    Its root keeps what it has gathered after a forward pass alone, and after ``set_reshard_after_backward(False)`` all
+    keep the weights of the pass before the perturbation.
     """
     for module in model.modules():
         if is_fsdp_module(module):
