@@ -185,8 +185,7 @@ def markdown(cpu: Run, gpus: Sequence[Run] = (), others: Sequence[Run] = ()) -> 
     gpu = gpus[0] if gpus else None
     on_a_gpu = page_of(gpu) if gpu else not_measured
     lines = [*HEAD, "", *table_of([*targets.on_the_cpu(cpu), *targets.on_a_gpu(gpu)])]
-    picture = [f"![Ratios, with their intervals]({PICTURE.as_posix()})", ""] if panels(cpu) else []
-    lines += ["## On the CPU", "", *picture, *page_of(cpu)]
+    lines += ["## On the CPU", "", f"![Ratios, with their intervals]({PICTURE.as_posix()})", "", *page_of(cpu)]
     for other in others:
         lines += [f"## {OTHER} {where(other)}", "", *table_of(targets.on_the_cpu(other)), *page_of(other)]
     return "\n".join([*lines, "## On a GPU", "", *on_a_gpu]).rstrip("\n") + "\n"
@@ -217,22 +216,14 @@ def page_of(run: Run) -> list[str]:
     return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
 
 
-def panels(run: Run) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """The picture's bars, by panel and case: what the run has figures for."""
-    found = {
-        title: {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
-        for group, title in PANELS.items()
-    }
-    return {title: by_case for title, by_case in found.items() if by_case}
-
-
 def draw(run: Run, path: Path) -> None:
-    """Bars with intervals, where there are any."""
-    filled = panels(run)
-    if not filled:
-        return
-    figure, axes = plt.subplots(len(filled), figsize=(9, 3.6 * len(filled)), layout="constrained", squeeze=False)
-    for axis, (title, by_case) in zip(axes[:, 0], filled.items(), strict=True):
+    """Bars with intervals of what the run has figures for."""
+    figure, axes = plt.subplots(len(PANELS), figsize=(9, 3.6 * len(PANELS)), layout="constrained")
+    for axis, (group, title) in zip(axes, PANELS.items(), strict=True):
+        by_case = {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
+        if not by_case:
+            axis.set_axis_off()
+            continue
         # without names that not every case has, and SGD's single iteration
         frame = pd.DataFrame(by_case).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
         value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)

@@ -182,7 +182,7 @@ def closure_step(
             if not computed and all_zero(optimizer._gradients()):  # else they were written through .data
                 raise RuntimeError(NO_SECOND_GRADIENT)
     except BaseException:
-        optimizer.restore()
+        optimizer._give_up()
         mark_used(optimizer._gradients())  # they belong to a step that was given up
         raise
     optimizer._end_step()
@@ -200,7 +200,7 @@ def _whole_step(optimizer: Any, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             loss = closure()
     except BaseException:
-        optimizer.restore()
+        optimizer._give_up()
         mark_used(optimizer._gradients())
         raise
     step_without_closure(optimizer, None, False)

@@ -88,6 +88,11 @@ class Passes:
         """Give the current step up."""
         raise NotImplementedError
 
+    def _give_up(self) -> None:
+        """After a pass that has raised, be it the first one, of which ``restore`` knows nothing."""
+        self.restore()
+        self._perturbation.storage.give_up_pass()
+
     def _gradients(self) -> Iterator[Tensor]:
         """All gradients; of a DTensor the local tensor, whose version counter FSDP2 moves when it accumulates."""
         return (
@@ -96,6 +101,14 @@ class Passes:
             for grad in map(grad_of, group["params"])
             if grad is not None
         )
+
+    def _common_norm(self) -> Tensor | None:
+        """The norm of this step's first gradient, which all processes know. None where each has one of its own, or may
+        have: without ``first_pass`` nothing tells whether the gradients were synchronised.
+        """
+        step, perturbation = self._step, self._perturbation
+        common = step.first_pass_entered or perturbation.storage.process_wide or not several_processes()
+        return perturbation.norm.value if step.perturbs and common and not step.own_gradient else None
 
     def _require_first_step(self, what: str) -> None:
         if not self._step.active and self.will_perturb:
@@ -158,8 +171,7 @@ class Passes:
                 yield
             self._step.train_unused()
         except BaseException:
-            self.restore()  # first_step may have been called inside
-            self._perturbation.storage.give_up_pass()
+            self._give_up()
             raise
         finally:
             self._step.without_sync = False
@@ -223,9 +235,13 @@ def learns_graph(module: Any) -> bool:
     )
 
 
+def several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def warn_of_several_processes() -> None:
     """There was no synchronisation to leave out: no wonder in one process."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if several_processes():
         warnings.warn(
             "first_pass(model, sync=False) finds no DistributedDataParallel in model. If there is one around it, its "
             "gradients are synchronised all the same: pass the DistributedDataParallel itself, as it is called",

@@ -329,10 +329,8 @@ class SAM(Passes, OptimizerWrapper):
         settle_running_stats(base.param_groups, counts=not step.first_pass_done)
         scaling = UNSCALED
         if step.grad_scale is not None or step.found_inf is not None:
-            # Where each rank perturbs along its own gradient, an overflow of one in the first pass must not make it
-            # part from the others.
-            norm = perturbation.norm.value if step.perturbs and not step.own_gradient else None
-            scaling = scaling_of(step.grad_scale, step.found_inf, norm)
+            # An overflow in the first pass of one rank alone must not make it part from the others.
+            scaling = scaling_of(step.grad_scale, step.found_inf, self._common_norm())
         if step.first_pass_entered:
             step.forget_first_pass()
         if perturbation.flatten:

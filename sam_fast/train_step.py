@@ -24,7 +24,7 @@ from .closures import accelerate_accumulates, are_new
 from .options import check_at_least_zero, check_count, check_flag, check_loss_fn
 from .passes import learns_graph
 from .running_stats import ExtraBuffers, check_models
-from .storage.fsdp import has_fsdp1
+from .storage.fsdp import forget_gathered_weights, has_fsdp1
 from .unwrapping import unwrap
 
 
@@ -181,6 +181,8 @@ class TrainStep:
         return StepResult(loss, second - loss if same_samples else None, grad_norm)
 
     def _warn_of_other_parameters(self) -> None:
+        if self.sam._perturbation.storage.process_wide:
+            forget_gathered_weights(self.model)  # which are no parameters of the optimizer's
         trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
         if self._warned or not trainable:
             return

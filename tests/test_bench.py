@@ -332,10 +332,6 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert re.search(r"threads? on an abacus, the mean of the table is [\d.]+x\.", readme)
     assert page.count(f"]({report.PICTURE})") == 1
     assert (tmp_path / "docs" / report.PICTURE).is_file()
-    run.records = [*run.find("first_step, SGD").values()]
-    report.draw(run, tmp_path / "none.png")  # of a selection, which has none of the picture's figures
-    assert not (tmp_path / "none.png").exists()
-    assert "](" not in report.markdown(run)
 
 
 def test_readme_and_page_are_made_from_the_saved_results():

@@ -343,8 +343,8 @@ def test_a_process_that_raises_in_its_second_pass_leaves_none_perturbed():
     assert found[0][3] < timeout + 3.0
 
 
-def overflows(first: bool) -> tuple[bool, float, list[Tensor]]:
-    """Local: rank 1's gradient is not finite, in the first pass or in the second."""
+def overflows(first: bool, by_hand: bool) -> tuple[bool, float, list[Tensor]]:
+    """Local: rank 1's gradient is not finite, in the first pass or in the second. By hand: with DDP's ``no_sync``."""
     model = DistributedDataParallel(network(torch.float32))
     optimizer = SAM(model.parameters(), rho=RHO, lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -354,7 +354,7 @@ def overflows(first: bool) -> tuple[bool, float, list[Tensor]]:
         if distributed.get_rank() == 1 and first == is_first:
             x = x * torch.inf
         if is_first:
-            with optimizer.first_pass(model, sync=False):
+            with model.no_sync() if by_hand else optimizer.first_pass(model, sync=False):
                 scaler.scale(mse_loss(model(x), y)).backward()
             optimizer.first_step(zero_grad=True)
         else:
@@ -367,8 +367,9 @@ def overflows(first: bool) -> tuple[bool, float, list[Tensor]]:
 
 
 @pytest.mark.guarantee(id="failing-process")
+@pytest.mark.parametrize("by_hand", [False, True], ids=["first_pass", "no_sync"])
 @pytest.mark.parametrize("first", [True, False], ids=["first-pass", "second-pass"])
-def test_processes_agree_on_an_overflow_of_one_of_them(two, first):
-    found = two.run(overflows, first)
+def test_processes_agree_on_an_overflow_of_one_of_them(two, first, by_hand):
+    found = two.run(overflows, first, by_hand)
     assert [(same, scale) for same, scale, _ in found] == [(not first, 8.0 if first else 4.0)] * 2
     assert same_bits(found[0][2], found[1][2])

@@ -177,6 +177,28 @@ def test_a_pass_that_stops_halfway(two, after, style):
     assert two.run(stopped, after, style) == [True, True]
 
 
+def closure_raises_in_its_first_call() -> bool:
+    run = Run(None)
+
+    def closure() -> Tensor:
+        loss = run.loss()
+        loss.backward()
+        return loss
+
+    for then in (run.check, run.step):
+        handle = PLACES["in the backward of the inner module"](run.model)
+        with suppress(Failure):
+            run.optimizer.step(closure, passes="both")
+        handle.remove()
+        then()
+    return True
+
+
+@pytest.mark.guarantee(id="fsdp-given-up")
+def test_a_closure_that_raises_in_its_first_call(two):
+    assert two.run(closure_raises_in_its_first_call) == [True, True]
+
+
 def accumulating() -> bool:
     """The second of two micro-batches raises; those of the first are kept back, unreduced."""
     run = Run(None)

@@ -174,26 +174,31 @@ def test_the_kernels_do_to_a_part_what_they_do_to_the_whole(four, dtype):
 # ---- Tensor parallelism, and DTensor's own data parallelism ----------------------------------------------------------
 
 
-def tensor_parallel(shape: tuple[int, ...]) -> list[Tensor]:
-    """Two layers split, the third whole on every rank and no DTensor; with two dimensions, FSDP2 over the first."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor")[2 - len(shape) :])
+def tensor_parallel(data_shape: tuple[int, ...], sync: bool = True) -> list[Tensor]:
+    """Two layers split, the third whole on every rank and no DTensor; FSDP2 over the other dimensions of the mesh."""
+    names = ("replicate", "shard")[2 - len(data_shape) :]
+    mesh = init_device_mesh("cpu", (*data_shape, 2), mesh_dim_names=(*names, "tensor"))
     model = parallelize_module(network(), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     data = batches()
-    if len(shape) == 2:
-        for layer in (model[0], model[2]):
-            fully_shard(layer, mesh=mesh["data"])
-        fully_shard(model, mesh=mesh["data"])
-        data = [share(batch, mesh.get_local_rank("data"), shape[0]) for batch in data]
+    if names:
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=mesh[names])
+        data = [share(batch, mesh.get_local_rank(names[0]), data_shape[0]) for batch in data]
     optimizer = SAM(model.parameters(), rho=RHO, foreach=False, **SGD)
-    train(model, optimizer, data)
+    train(model, optimizer, data, sync)
     return weights(model)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["tensor", "data-and-tensor"])
-def test_tensor_parallel_is_one_process(request, shape):
-    group = request.getfixturevalue("two" if shape == (2,) else "four")
-    for found in group.run(tensor_parallel, shape):
+@pytest.mark.parametrize("data_shape", [(), (2,), (2, 1)], ids=["tensor", "data-and-tensor", "hsdp-and-tensor"])
+def test_tensor_parallel_is_one_process(request, data_shape):
+    group = request.getfixturevalue("four" if data_shape else "two")
+    for found in group.run(tensor_parallel, data_shape):
         torch.testing.assert_close(found, one_process(), **TOLERANCE)
+
+
+def test_hsdp_over_tensor_parallelism_with_gradients_of_each_replicas_own(four):
+    for found in four.run(tensor_parallel, (2, 1), sync=False):
+        torch.testing.assert_close(found, each_its_own(2), **TOLERANCE)
 
 
 def clipped_mixture() -> list[Tensor]:

@@ -66,6 +66,39 @@ def failing(model: nn.Sequential, x: Tensor, y: Tensor, first: bool) -> Tensor:
         return mean_loss(model, x, y)
 
 
+def measured_after_an_evaluation() -> Any:
+    """After a forward pass alone FSDP2's root keeps the weights that it has gathered, as parameters of the model."""
+    model = network()
+    for module in (model[0], model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    mine = [my_share(batch) for batch in batches(3)]
+    with torch.no_grad():
+        model(mine[0][0])
+    return rho_sharpness(model, mean_loss, mine, rho=0.1)
+
+
+@pytest.mark.guarantee(id="sharpness")
+def test_fsdp_after_an_evaluation(two: Group) -> None:
+    alone = rho_sharpness(network(), mean_loss, batches(3), rho=0.1)
+    for found in two.run(measured_after_an_evaluation):
+        assert vars(found) == pytest.approx(vars(alone), rel=1e-9)
+
+
+def bars_in_half_of_the_processes() -> int:
+    """How many progress bars a process shows that measures with the other one of its half alone."""
+    half = distributed.get_rank() // 2
+    group = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])][half]
+    model = DistributedDataParallel(network(), process_group=group)
+    with mock.patch("tqdm.tqdm") as bar:
+        rho_sharpness(model, mean_loss, batches(1), rho=0.1, progress=True)
+    return int(bar.call_count)
+
+
+def test_one_process_of_each_group_shows_progress(four: Group) -> None:
+    pytest.importorskip("tqdm")
+    assert four.run(bars_in_half_of_the_processes) == [1, 0, 1, 0]
+
+
 def trained_with_fsdp(measuring: bool) -> tuple[Any, list[Tensor]]:
     """What is found before the last of three steps, and the weights after it."""
     model = network()

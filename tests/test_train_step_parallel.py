@@ -133,6 +133,8 @@ def warned_of(before: bool) -> bool:
     early = SAM(model.parameters(), rho=RHO, **SGD)
     fully_shard(model, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
     step = TrainStep(model, early if before else SAM(model.parameters(), rho=RHO, **SGD), loss_of)
+    with torch.no_grad():  # an evaluation, after which the root keeps the weights that it has gathered
+        model(my_share(batches(1)[0])[0])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step(*my_share(batches(1)[0]))

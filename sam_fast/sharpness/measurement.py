@@ -228,7 +228,10 @@ class Measurement:
                 from tqdm import tqdm
             except ImportError:
                 raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-        first = (self._replicas is None and self.mesh is None) or distributed.get_rank() == 0
+        if self.mesh is not None:
+            first = not any(self.mesh.get_coordinate())
+        else:
+            first = self._replicas is None or distributed.get_rank(self._replicas) == 0
         if not (wanted and first):
             yield lambda: None
             return
@@ -252,6 +255,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     module = unwrapped(model)
+    forget_gathered_weights(module)  # FSDP2's root keeps those of a forward pass alone, and shows them as parameters
     if any(isinstance(inner, DistributedDataParallel) for inner in module.modules()):
         raise ValueError(
             "model has a DistributedDataParallel inside, whose passes wait for gradients: pass the "

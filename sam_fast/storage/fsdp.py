@@ -25,9 +25,10 @@ def has_fsdp1(model: nn.Module) -> bool:
 
 
 def forget_gathered_weights(model: nn.Module) -> None:
-    """Have FSDP2 gather the weights anew.
+    """Have FSDP2 gather the weights anew, and show as the model's parameters those that are sharded.
 
-    After ``set_reshard_after_backward(False)`` it keeps those of the pass before the perturbation.
+    Its root keeps what it has gathered after a forward pass alone, and after ``set_reshard_after_backward(False)`` all
+    keep the weights of the pass before the perturbation.
     """
     for module in model.modules():
         if is_fsdp_module(module):
@@ -148,12 +149,23 @@ def own_gradients(module: nn.Module) -> Iterator[None]:
             )
     # set_requires_all_reduce(False) would keep the gradients in a buffer of FSDP's. A mesh without replicas puts them
     # where they belong.
+    without_replicas = [FSDPMeshInfo(info.mesh, info.shard_mesh_dim) for info in infos]
+    swapped = list(zip(param_groups, infos, without_replicas, strict=True))
     try:
-        for param_group, info in zip(param_groups, infos, strict=True):
-            param_group.mesh_info = FSDPMeshInfo(info.mesh, info.shard_mesh_dim)
+        for param_group, info, one_replica in swapped:
             if hasattr(info, "reduce_scatter_process_group"):  # since PyTorch 2.13
-                param_group.mesh_info.reduce_scatter_process_group = info.reduce_scatter_process_group
+                one_replica.reduce_scatter_process_group = info.reduce_scatter_process_group
+            _swap_mesh(param_group, info, one_replica)
         yield
     finally:
-        for param_group, info in zip(param_groups, infos, strict=True):
-            param_group.mesh_info = info
+        for param_group, info, one_replica in swapped:
+            _swap_mesh(param_group, one_replica, info)
+
+
+def _swap_mesh(param_group: Any, old: Any, new: Any) -> None:
+    """Two different ones would mean that weights are resharded to another mesh after the forward pass, which FSDP2
+    cannot do over tensor parallelism. Its first forward pass may take the root's second one away.
+    """
+    for name in ("mesh_info", "post_forward_mesh_info"):
+        if getattr(param_group, name) is old:
+            setattr(param_group, name, new)
