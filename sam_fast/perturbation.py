@@ -200,7 +200,7 @@ class Perturbation:
             own_gradient: DTensor gradients that are partial sums are not added up.
         """
         self.prepare(param_groups)
-        if not self.nested:
+        if not self.nested and _others != [self._ref]:  # most often it is the only one
             others = [other for known in _others if (other := known()) is not None and other.active]
             for other in others:
                 self._refuse_perturbed(other, param_groups)
