@@ -108,7 +108,8 @@ test-cuda: $(EMULATION)/plain/_cuda.so
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile \
 		-m "not nightly and not float64 and not not_interpreted" \
-		tests/kernels tests/test_triton.py tests/test_upload.py tests/test_schedule.py tests/test_norm_layers.py
+		tests/kernels tests/test_triton.py tests/test_triton_choice.py tests/test_upload.py tests/test_schedule.py \
+		tests/test_norm_layers.py
 	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest -m "not nightly and not not_interpreted" \
 		tests/test_fused_step.py tests/test_second_step_path.py
 

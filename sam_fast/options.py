@@ -69,7 +69,7 @@ def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> 
     else:
         found = base_optimizer
     if not callable(found):
-        made = f"an {type(base_optimizer).__name__} object: pass it in place of params, SAM(optimizer, rho=0.05)"
+        made = f"an existing {type(base_optimizer).__name__}: pass it in place of params, SAM(optimizer, rho=0.05)"
         raise TypeError(
             "base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got "
             f"{made if isinstance(base_optimizer, Optimizer) else repr(base_optimizer)}"

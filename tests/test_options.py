@@ -108,7 +108,7 @@ def test_a_learning_rate_in_the_place_of_adaptive_is_an_error() -> None:
 
 def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
     params = make_params([3])
-    with pytest.raises(TypeError, match=r"base_optimizer.*class.*, got an SGD object: pass it in place of params"):
+    with pytest.raises(TypeError, match=r"base_optimizer.*class.*, got an existing SGD: pass it in place of params"):
         SAM(params, torch.optim.SGD(params, lr=0.1))  # type: ignore[arg-type]
 
 
