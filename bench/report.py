@@ -109,6 +109,11 @@ def interval(estimate: Estimate, digits: int) -> str:
     return value if low == high else f"{value} ({low} - {high})"
 
 
+def span(low: float, high: float) -> str:
+    """ "1.00 to 1.04", or one number where the two look the same."""
+    return " to ".join(dict.fromkeys(f"{x:.2f}" for x in (low, high)))
+
+
 def ratios(record: Record) -> dict[str, Estimate]:
     """By contender: how many times faster we are, or its cost over that of the group's yardstick (:data:`RELATIVE`)."""
     yardstick = RELATIVE.get(record.group, record.target)
@@ -166,7 +171,7 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
     said = []
     if iterations := cpu.find(ITERATION).values():
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
-        ours, reference = (f"{min(its):.2f} to {max(its):.2f}" for its in ratios)
+        ours, reference = (span(min(its), max(its)) for its in ratios)
         said.append(f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.")
     for run in others:
         commit = run.machine["commit"]
