@@ -62,7 +62,8 @@ void step_of(const Bucket& b, const typename Step::Options* options, double grad
       for (int s = 0; s < Step::kNumStates; ++s) elements.states[s] = at(b.states[s][c.tensor]);
       const bool past_caches = large && from != to && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
       const RoundingBits random{rounding.key, static_cast<uint32_t>(c.slot)};
-      step_chunk<Step, T>(elements, c.count, plan.of(c.tensor), past_caches, rounding.stochastic ? &random : nullptr);
+      step_chunk<Step, T>(elements, c.count, b.tensors[c.tensor].numel - c.begin, plan.of(c.tensor), past_caches,
+                          rounding.stochastic ? &random : nullptr);
     }
     if (large) stream_fence();
   });

@@ -77,6 +77,11 @@ struct Elements {
   std::array<Bits*, NumStates> states;
 };
 
+// How many bytes ahead to prefetch. A hardware prefetcher stops at the end of a page; this one goes on. On a Zen 5 core
+// it saves 4 to 9 % of a step with SGD that does not perturb, and 2 to 4 % of SGD's second step. Adam's second step
+// has four streams to read and one that goes past the caches: it gained nothing.
+constexpr int64_t kStepAhead = 2048;
+
 template <class Step, class T>
 struct ChunkStep {
   static constexpr int K = Step::kNumStates;
@@ -101,14 +106,35 @@ struct ChunkStep {
     L::template write_weight<Past>(e.to + i, stepped, random, i, part);
   }
 
+  // The cache lines of `count` elements from the i-th on.
+  template <class Flags>
+  static inline void prefetch(const E& e, int64_t i, int64_t count, Flags flags) {
+    for (const int64_t end = i + count; i < end; i += kLineBytes / static_cast<int64_t>(sizeof(Bits))) {
+      __builtin_prefetch(e.from + i);
+      __builtin_prefetch(e.grads + i);
+      for (int s = 0; s < K; ++s)
+        if (Step::uses(s, flags)) __builtin_prefetch(e.states[s] + i);
+    }
+  }
+
+  // left: elements from the first to the tensor's last, behind which there is nothing to prefetch.
   template <bool Past, class Flags>
-  static inline void run(const E& e, int64_t n, const P& in_memory, Flags flags, const RoundingBits* random) {
-    constexpr int kWidth = L::kWidth;
+  static inline void run(const E& e, int64_t n, int64_t left, const P& in_memory, Flags flags,
+                         const RoundingBits* random) {
+    constexpr int64_t kTwo = 2 * L::kWidth, kAhead = kStepAhead / static_cast<int64_t>(sizeof(Bits));
     const P prepared = in_memory;  // so that the compiler knows: what is written does not change it
     int64_t i = 0;
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth)
-      for (int k = 0; k < 2; ++k) vector<Past>(e, i + k * kWidth, prepared, flags, random);
-    for (; i + kWidth <= n; i += kWidth) vector<Past>(e, i, prepared, flags, random);
+    const auto two_vectors = [&] {
+      for (int k = 0; k < 2; ++k, i += L::kWidth) vector<Past>(e, i, prepared, flags, random);
+    };
+    if constexpr (!Past || K < 2) {
+      for (const int64_t end = left - kAhead < n ? left - kAhead : n; i + kTwo <= end;) {
+        prefetch(e, i + kAhead, kTwo, flags);
+        two_vectors();
+      }
+    }
+    while (i + kTwo <= n) two_vectors();
+    for (; i + L::kWidth <= n; i += L::kWidth) vector<Past>(e, i, prepared, flags, random);
     if (i < n) vector<false>(e, i, prepared, flags, random, First{n - i});
   }
 };
@@ -122,13 +148,13 @@ inline void with_flags(int flags, std::index_sequence<I...>, const Call& call) {
 
 // past_caches: only the backup is read from, what is written need not be read before.
 template <class Step, class T>
-inline void step_chunk(const Elements<T, Step::kNumStates>& e, int64_t n,
+inline void step_chunk(const Elements<T, Step::kNumStates>& e, int64_t n, int64_t left,
                        const Prepared<Step, typename Lanes<T>::Compute>& prepared, bool past_caches,
                        const RoundingBits* random) {
   using Combinations = std::make_index_sequence<sizeof(Step::kCombinations) / sizeof(int)>;
   with_flags<Step>(prepared.flags, Combinations{}, [&](auto flags) {
-    if (past_caches) ChunkStep<Step, T>::template run<true>(e, n, prepared, flags, random);
-    else ChunkStep<Step, T>::template run<false>(e, n, prepared, flags, random);
+    if (past_caches) ChunkStep<Step, T>::template run<true>(e, n, left, prepared, flags, random);
+    else ChunkStep<Step, T>::template run<false>(e, n, left, prepared, flags, random);
   });
 }
 
