@@ -45,8 +45,8 @@ struct Lanes {
   static inline void write(Bits* p, V v, Part part) {
     part.store(p, Storage<T>::template narrow<kWidth>(v));
   }
-  // Past: past the caches. With `random` rounded stochastically. A template parameter would double the code for less
-  // than can be measured.
+  // Past: writes past the caches. With `random` it rounds stochastically. A template parameter for that would double
+  // the code, and save less than can be measured.
   template <bool Past, class Part>
   static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random, [[maybe_unused]] int64_t i,
                                   Part part) {
@@ -104,7 +104,7 @@ struct ChunkStep {
   template <bool Past, class Flags>
   static inline void run(const E& e, int64_t n, const P& in_memory, Flags flags, const RoundingBits* random) {
     constexpr int kWidth = L::kWidth;
-    const P prepared = in_memory;  // so that the compiler knows: what is written does not change it
+    const P prepared = in_memory;  // so that the compiler knows that no store changes it
     int64_t i = 0;
     for (; i + 2 * kWidth <= n; i += 2 * kWidth)
       for (int k = 0; k < 2; ++k) vector<Past>(e, i + k * kWidth, prepared, flags, random);
@@ -120,7 +120,7 @@ inline void with_flags(int flags, std::index_sequence<I...>, const Call& call) {
          ...);
 }
 
-// past_caches: only the backup is read from, what is written need not be read before.
+// past_caches: the old weights are read from the backup, so what is written over need not be read.
 template <class Step, class T>
 inline void step_chunk(const Elements<T, Step::kNumStates>& e, int64_t n,
                        const Prepared<Step, typename Lanes<T>::Compute>& prepared, bool past_caches,
