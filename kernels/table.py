@@ -49,7 +49,7 @@ WIDTHS = tl.constexpr(4)
 """How many widths of accesses are tried: 16, 8, 4 and 2 bytes, those that are wider than an element."""
 
 
-# The results of these two must be constants for the compiler. With Triton 3.6 that of a jit function is none.
+# The results of these two must be constants for the compiler. A jit function's result is not one with Triton 3.6.
 @triton.constexpr_function
 def is_wide(SHIFT, DTYPE):
     """Whether ``16 >> SHIFT`` bytes are more than one element."""

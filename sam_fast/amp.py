@@ -77,7 +77,7 @@ def check_unscaled(optimizer: Any) -> None:
     ``unscale_`` was called before ``first_step``. The update would be thousands of times too large.
 
     Only the size of the gradients shows the mistake. Reading it waits for the device, so nothing is checked again after
-    the first step that was right. Adaptive groups are not checked: their norm is not that of the gradient.
+    the first step that was right. With adaptive groups nothing is checked: their norm is not that of the gradient.
     """
     step = optimizer._step
     adaptive = any(group["adaptive"] for group in optimizer.param_groups)

@@ -239,7 +239,7 @@ def _can_only_make_state(optimizer: Any) -> bool:
     This is how torch.distributed.checkpoint makes an optimizer create its state before saving or loading it. A training
     loop that forgot first_step() has gradients that are not zero.
     """
-    rates = [group.get("lr") for group in optimizer.param_groups]  # None: an optimizer without
+    rates = [group.get("lr") for group in optimizer.param_groups]  # None: a group without one
     if optimizer.state or not all(lr is not None and float(lr) == 0.0 for lr in rates):
         return False
     grads = list(optimizer._gradients())

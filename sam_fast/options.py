@@ -283,8 +283,8 @@ def needs_closure(function: Callable[..., Any]) -> bool:
 
 def differentiates_gradients(cls: type) -> bool:
     """Whether ``cls.step``, or a function that it calls by name, calls ``torch.autograd.grad``, as optimizers that
-    estimate the Hessian do. Functions that need a closure do not count, since SAM gives them none: heavyball's
-    optimizers have such functions, and also work without them.
+    estimate the Hessian do. Functions that need a closure do not count, since SAM gives them none: heavyball may
+    estimate the Hessian in one.
     """
     classes = cls.__mro__[: cls.__mro__.index(Optimizer)]
     pending: list[Any] = [vars(c).get("step") for c in classes]

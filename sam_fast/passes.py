@@ -89,7 +89,7 @@ class Passes:
         raise NotImplementedError
 
     def _give_up(self) -> None:
-        """Clean up after a pass that has raised. After a first pass there is nothing for ``restore`` to do."""
+        """Clean up after a pass that has raised, also after a first pass, of which ``restore`` alone knows nothing."""
         self.restore()
         self._perturbation.storage.give_up_pass()
 

@@ -90,7 +90,7 @@ def _is_pytorchs(kind: type) -> bool:
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module. None for PyTorch's own modules, where they do not matter."""
+    """The plain attributes of a module; empty for PyTorch's own modules, where they do not matter."""
     if _is_pytorchs(type(module)):  # type: ignore[arg-type]  # a class can be hashed
         return {}
     attributes = vars(module).copy()

@@ -128,7 +128,7 @@ class ScheduleWatch:
 
     def count(self, step: int, perturbed: bool) -> None:
         """Note a step, and whether it was perturbed."""
-        resumed = self.steps == 0 and step > self.schedule.first  # an earlier run may have perturbed
+        resumed = self.steps == 0 and step > self.schedule.first  # an earlier run has perturbed
         self.steps += 1
         self.quiet = self.quiet or perturbed or resumed
         if step + 1 == self.schedule.total:

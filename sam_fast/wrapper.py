@@ -205,7 +205,7 @@ class OptimizerWrapper(Optimizer):
         replaced = "step" in vars(self) and not is_scheduler_wrapper(vars(self)["step"], self)
         if any(hooks) or replaced or profiling():
             return True
-        # Inside PyTorch's own wrapper, a subclass's step is not the method below.
+        # Nobody, if what PyTorch has wrapped is SAM's own step and not a subclass's.
         return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step
 
     # ---- What the subclass says --------------------------------------------------------------------------------------

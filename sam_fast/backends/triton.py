@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 """Whether triton's interpreter stands in for a GPU; triton itself decides when the kernels are imported."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
-"""The most there are. With 128 threads each they are half of what a multiprocessor holds: enough loads are under way,
+"""At most this many. With 128 threads each they are half of what a multiprocessor holds: enough loads are under way,
 and there are few partial sums.
 """
 
