@@ -1,18 +1,22 @@
-# Every target makes its own virtual environment; nothing needs to be installed by hand but Python, make and a C++17 compiler.
-#   make demo    train a small network on Fashion-MNIST with and without SAM, and compare (under 5 minutes; examples/fashion_mnist)
-#   make test    all tests: those of the CPU, those that execute the CUDA kernels without a GPU, and the Triton kernels in Triton's interpreter
+# Targets make the virtual environments that they need. Install only Python, make and a C++17 compiler by hand.
+#   make demo    train a small network on Fashion-MNIST with and without SAM, and compare (under 5 minutes)
+#   make test    all tests: the CPU's, the CUDA kernels without a GPU, the Triton kernels in Triton's interpreter
 #   make test-integrations  the tests of tests/integrations, with the frameworks they are about (docs/integrations.md)
-#   make docs    the documentation site, in build/site; what it links to or refers to and is not there is an error
-#   make bench   the benchmarks (one thread, under 10 minutes); make bench-again a second run, make bench-report the report of both
-#   make gpu-check  on a machine with an NVIDIA GPU and PyTorch: builds, tests, benchmarks, sanitizers; no network (docs/gpu.md)
-#   make quality  trains a row of docs/quality.md again (QUALITY="A quarter --seeds 0 1") and compares; make quality-report makes that page
-#   make wheel   the sdist and the wheel for this machine as a release has them, tested on their own (docs/contributing.md)
+#   make docs    the documentation site, in build/site; a link or reference to something that is missing is an error
+#   make bench   the benchmarks (one thread, under 10 minutes); make bench-again: a second run; make bench-report: the
+#                report of both
+#   make gpu-check  on a machine with an NVIDIA GPU, in an environment that has PyTorch: builds, tests, benchmarks,
+#                sanitizers; no network (docs/gpu.md)
+#   make quality  trains a row of docs/quality.md again (QUALITY="A quarter --seeds 0 1") and compares; make
+#                quality-report: makes that page
+#   make wheel   the sdist and the wheel for this machine as a release has them, tested on their own
+#                (docs/contributing.md)
 #   make lint    ruff, mypy
 #   make sanitize  the kernel tests, CPU's and CUDA's, under AddressSanitizer, UBSan and ThreadSanitizer
 
 PYTHON ?= python3
 VENV ?= .venv
-# What an environment has instead of the versions in constraints.txt: make test VENV=.venv-old PINS="torch==2.12.0"
+# Versions to install in place of those in constraints.txt: make test VENV=.venv-old PINS="torch==2.12.0"
 PINS ?=
 CONSTRAINTS = { printf '%s\n' $(PINS); grep -v $(foreach pin,- $(PINS),-e '^$(firstword $(subst ==, ,$(pin)))==') constraints.txt; }
 BIN = $(VENV)/bin
@@ -25,8 +29,9 @@ SOURCES = setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find cs
 
 all: test
 
-# The environment is built again when the native sources or the requirements change; Python files are used from where they are. The CUDA kernels
-# are built for one architecture here; tests/test_cuda_compile.py compiles them for all (nightly).
+# The environment is built again when the native sources or the requirements change; Python files are used from where
+# they are. The CUDA kernels are built for one architecture here; tests/test_cuda_compile.py compiles them for all
+# (nightly).
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(CONSTRAINTS) > $(VENV)/constraints.txt
@@ -36,7 +41,8 @@ $(VENV)/installed: $(SOURCES)
 	@sed -n 's/^ *sam_fast: /built: /p' $(VENV)/install.log | sort -u
 	touch $@
 
-# One thread, unless something else is asked for: the tensors are small, and idle OpenMP threads spin. The tests that need more set their number.
+# One thread, unless something else is asked for: the tensors are small, and idle OpenMP threads spin. Tests that need
+# more threads set their number.
 test-main test-triton sanitize-cpu: export OMP_NUM_THREADS ?= 1
 
 # EMULATED_TESTS= leaves out what sanitize-cuda runs anyway.
@@ -53,11 +59,11 @@ nightly: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly
 	$(MAKE) --no-print-directory -k wheel test-integrations test-oldest test-next-oldest test-newest
 
-# With the oldest PyTorch that pyproject.toml allows, with the next, and with the newest: all tests but those of the emulated
-# CUDA kernels, which know nothing of PyTorch. pip takes the builds that its indexes offer. PyPI's are for CUDA: 3 GB to
-# download, 7 GB on disk, and only their CPU half is used. Where an index has CPU builds (PIP_EXTRA_INDEX_URL) pip prefers
-# those. Triton 3.6 is the one of the two old ones; its interpreter does not work with numpy 2.4. PyTorch 2.11 wants
-# setuptools before 82.
+# With the oldest PyTorch that pyproject.toml allows, with the next, and with the newest: all tests but those of the
+# emulated CUDA kernels, which know nothing of PyTorch. pip takes the builds that its indexes offer. PyPI's are for
+# CUDA: 3 GB to download, 7 GB on disk, and only their CPU half is used. If an index has CPU builds
+# (PIP_EXTRA_INDEX_URL), pip prefers those. The two old PyTorches go with Triton 3.6, whose interpreter does not work
+# with numpy 2.4. PyTorch 2.11 needs setuptools before 82.
 OLD = triton==3.6.0 numpy==2.3.5 setuptools==81.0.0
 test-oldest: OTHER_PINS = torch==2.10.0 $(OLD)
 test-next-oldest: OTHER_PINS = torch==2.11.0 $(OLD)
@@ -70,12 +76,12 @@ versions: $(VENV)/installed
 	@$(BIN)/python --version
 	@$(BIN)/python -m pip list --format=freeze | grep -E '^(numpy|torch|triton)='
 
-# Files share out over three processes: many tests wait for others.
+# Test files are spread over three processes, since many tests wait for processes of their own.
 test-main: $(VENV)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-# Frameworks pin many things: they have an environment of their own, which takes minutes to install, so that CI leaves
-# them out. CPUs only. In `make test` these tests are skipped. The native modules lie in the checkout, for both environments.
+# Frameworks pin many versions, so they have an environment of their own. It takes minutes to install, so CI leaves them
+# out. CPUs only. In `make test` these tests are skipped. Both environments use the native modules in the checkout.
 INTEGRATIONS = .venv-integrations
 $(INTEGRATIONS)/installed: $(SOURCES) tests/integrations/requirements.txt
 	$(PYTHON) -m venv $(@D)
@@ -95,8 +101,8 @@ PYTEST_EMULATED = $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -p c
 $(EMULATION)/%/_cuda.so: $(VENV)/installed $(SOURCES) $(wildcard tests/cuda_emulation/*)
 	$(BIN)/python tests/cuda_emulation/build.py $@ $(if $(filter-out plain,$*),--sanitize $* --optimize 0)
 
-# The walk over tensors depends on an element's size alone. sanitize-cuda sees two of them (and the GPU tests all);
-# elsewhere float32 is enough. Each -m has `not nightly`: it replaces the one in pyproject.toml.
+# The walk over tensors depends on an element's size alone. sanitize-cuda runs two sizes (and the GPU tests all);
+# elsewhere float32 is enough. Each -m has `not nightly`, because it replaces the -m in pyproject.toml.
 FLOAT32 = not nightly and not float64 and not bfloat16 and not float16
 
 test-cuda: $(EMULATION)/plain/_cuda.so
@@ -104,7 +110,7 @@ test-cuda: $(EMULATION)/plain/_cuda.so
 		kernels cuda_emulation test_perturbation.py test_interruptions.py test_sam.py test_flat.py test_norm_layers.py \
 		test_schedule.py::test_thirty_train_steps_equal_plain_pytorch
 
-# A process of its own: Triton decides when the kernels are imported whether they are interpreted.
+# In a process of its own: Triton decides when the kernels are imported whether they are interpreted.
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 SAM_FAST_TEST_BACKENDS=triton $(BIN)/python -m pytest -n 2 --dist loadfile \
 		-m "not nightly and not float64 and not not_interpreted" \
@@ -113,7 +119,8 @@ test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 SAM_FAST_BACKEND=triton $(BIN)/python -m pytest -m "not nightly and not not_interpreted" \
 		tests/test_fused_step.py tests/test_second_step_path.py
 
-# Fashion-MNIST out of Debian's package, which is not installed: no root needed. Where apt knows no packages, lists of our own are fetched.
+# Fashion-MNIST from Debian's package, which is unpacked but not installed, so that no root is needed. If apt knows no
+# packages, package lists are fetched into the build folder.
 FASHION_MNIST = build/fashion-mnist
 APT = apt-get -q -o Dir::State::Lists=$$PWD/lists -o Dir::Cache=$$PWD/cache -o APT::Sandbox::User=root
 data: $(FASHION_MNIST)
@@ -122,7 +129,8 @@ $(FASHION_MNIST):
 	cd $@.new && { apt-get -q download dataset-fashion-mnist || { $(APT) update && $(APT) download dataset-fashion-mnist; }; }
 	dpkg -x $@.new/*.deb $@.new/unpacked && mv $@.new/unpacked $@ && rm -rf $@.new
 
-# DEMO takes options: make demo DEMO="--seeds 5 6", DEMO="--data DIR", DEMO=--tune. Without Debian's package OpenML is asked, and the demo says so.
+# DEMO takes options: make demo DEMO="--seeds 5 6", DEMO="--data DIR", DEMO=--tune. Without Debian's package the demo
+# downloads the data from OpenML, and says so.
 demo: $(VENV)/installed
 	-@$(MAKE) --no-print-directory data
 	$(BIN)/python -m examples.fashion_mnist $(DEMO)
@@ -130,16 +138,19 @@ demo: $(VENV)/installed
 # BENCH takes other options: make bench BENCH="--device cuda", BENCH="-k resnet50".
 BENCH ?= --minutes 9
 RUNS = build/bench
-# One thread: where a virtual machine's two processors are changes from run to run (bench/README.md).
+# One thread: a virtual machine's two processors may share a cache or not, which changes from run to run
+# (bench/README.md).
 bench bench-again: export OMP_NUM_THREADS ?= 1
 bench bench-again: $(VENV)/installed
 	$(BIN)/python -m pytest bench -q --benchmark-only --save $(RUNS)/$@.json $(BENCH)
 
-# bench/results, docs/benchmarks.md with its picture and the table in the README, from the run of `make bench` (and of `make bench-again`).
+# Makes bench/results, docs/benchmarks.md with its picture, and the table in the README from the run of `make bench`
+# (and that of `make bench-again`).
 bench-report: $(VENV)/installed
 	$(BIN)/python -m bench.report $(wildcard $(RUNS)/bench.json $(RUNS)/gpu/cuda.json) $(addprefix --again ,$(wildcard $(RUNS)/bench-again.json))
 
-# SAM's accuracy at close to SGD's price: task, contender and seeds of a row of docs/quality.md. `python -m bench.quality run` does all the runs.
+# SAM's accuracy at close to SGD's price: task, contender and seeds of a row of docs/quality.md.
+# `python -m bench.quality run` does all the runs.
 QUALITY ?= A quarter --seeds 0 1
 quality: $(VENV)/installed
 	-@$(MAKE) --no-print-directory data
@@ -158,14 +169,14 @@ $(DOCS)/installed: docs/requirements.txt
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --strict
 
-# On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have PyTorch for it: builds, tests, measures and watches.
-# GPU_CHECK takes options: make gpu-check GPU_CHECK="--only build,tests --minutes 8".
+# On a machine with an NVIDIA GPU, in the environment of $(PYTHON), which must have a PyTorch for it: builds, tests,
+# benchmarks, sanitizers. GPU_CHECK takes options: make gpu-check GPU_CHECK="--only build,tests --minutes 8".
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --results $(RUNS)/gpu $(GPU_CHECK)
 
-# Built from the sdist, without CUDA unless SAM_FAST_CUDA=1, tested from / in an environment with nothing else. The
-# platform in the wheel's name follows from this machine's C library; those of a release are cibuildwheel's. Other Pythons:
-# make wheel PYTHON=python3.10 WHEEL=build/wheel-3.10 PINS="torch==2.14.1 triton==3.8.0"
+# Built from the sdist, without CUDA unless SAM_FAST_CUDA=1, and tested from / in an environment with nothing else. The
+# platform in the wheel's name follows from this machine's C library; a release has those of cibuildwheel. Other
+# Pythons: make wheel PYTHON=python3.10 WHEEL=build/wheel-3.10 PINS="torch==2.14.1 triton==3.8.0"
 WHEEL = build/wheel
 WHEEL_INSTALL = bin/python -m pip install --disable-pip-version-check --quiet -c $(WHEEL)/constraints.txt
 TOOLS = PATH="$(abspath $(WHEEL))/tools/bin:$$PATH"
@@ -190,8 +201,8 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
-# Copies of the package whose native module is instrumented; they go before the installed one (PYTHONPATH). Python itself is not instrumented, so
-# the runtime library is preloaded.
+# Copies of the package whose native module is instrumented; they go before the installed one (PYTHONPATH). Python itself
+# is not instrumented, so the runtime library is preloaded.
 SANITIZED = $(VENV)/sanitized
 $(SANITIZED)/%/installed: $(VENV)/installed $(SOURCES) $(shell find sam_fast -name '*.py')
 	rm -rf $(@D)

@@ -4,7 +4,7 @@ Environment variables:
     SAM_FAST_NATIVE=auto  build the native modules; where that fails, warn and leave them out: the package then runs on
                           PyTorch alone (the default). 1: a failure is an error; 0: build none, for a pure wheel.
     SAM_FAST_CUDA=auto    build the CUDA module if nvcc is found: in CUDA_HOME if that is set, else on the PATH or in
-                          /usr/local/cuda (the default). 1: it must be; 0: never.
+                          /usr/local/cuda (the default). 1: not finding it is an error; 0: never build it.
     CMAKE_CUDA_ARCHITECTURES=90;100
                           the GPUs to build for, in CMake's notation (default: 75, 80, 90 and, from CUDA 12.8 on, 100
                           and 120).
@@ -58,7 +58,7 @@ NVCC = find_nvcc() if NATIVE != "0" and CUDA != "0" else None
 if CUDA == "1" and NVCC is None:
     raise SystemExit(
         "sam_fast: SAM_FAST_CUDA=1 asks for the CUDA module, but there is no nvcc in CUDA_HOME, on the PATH or in "
-        "/usr/local/cuda (or SAM_FAST_NATIVE=0)"
+        "/usr/local/cuda, or SAM_FAST_NATIVE=0 is set"
     )
 
 
@@ -71,7 +71,7 @@ def what_is_built() -> dict[str, str]:
 
 
 def note(folder: Path, state: dict[str, str]) -> None:
-    """Leave what was built beside the modules, for ``python -m sam_fast info``, and print it."""
+    """Write what was built into a file beside the modules, for ``python -m sam_fast info``, and print it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / BUILD_INFO).write_text(json.dumps(state, indent=2) + "\n")
     print("sam_fast: " + "; ".join(f"{module}: {text}" for module, text in state.items()), flush=True)
@@ -99,7 +99,7 @@ def from_torch_notation(architecture: str) -> str:
 
 
 class BuildPy(build_py):
-    """Leaves the note of what was built where there is nothing to compile."""
+    """Notes what was built when there is nothing to compile, so that CMakeBuild does not run."""
 
     def run(self) -> None:
         super().run()
@@ -131,7 +131,7 @@ class CMakeBuild(build_ext):
         note(target, state)
 
     def attempt(self, target: Path, options: list[str], wanted: str) -> str | None:
-        """Builds what ``options`` say; returns the reason if that fails, but if it is ``wanted`` (1) raises it."""
+        """Builds with ``options``. Returns why that failed, or None; if ``wanted`` is "1", a failure is an error."""
         try:
             self.cmake(target, options)
         except (subprocess.CalledProcessError, FileNotFoundError, ImportError) as error:
@@ -145,7 +145,7 @@ class CMakeBuild(build_ext):
         return None
 
     def leave_out(self) -> None:
-        """There is nothing native after all: a wheel for every platform."""
+        """Makes a wheel for every platform, since there is nothing native in it after all."""
         self.extensions = self.distribution.ext_modules = []
         self.get_finalized_command("bdist_wheel").root_is_pure = True
 
@@ -184,7 +184,7 @@ class CMakeBuild(build_ext):
 def reason(error: Exception) -> str:
     """Why a build failed: what CMake or the compiler said first, in one line."""
     output = getattr(error, "output", None) or ""
-    # The compiler's own words first: what CMake makes of them is that a test program did not compile.
+    # The compiler's own words first: CMake only says that a test program did not compile.
     said = re.search(r"\b(?:error|fatal) *: ([^\n]+)", output)
     said = said or re.search(r"CMake Error[^\n]*\n((?:[ \t][^\n]*\n|\n)+)", output)
     if said is None:
@@ -193,7 +193,7 @@ def reason(error: Exception) -> str:
 
 
 def readme() -> str:
-    """README.md for a package index, where a link to a file of this repository leads nowhere: its text stays."""
+    """README.md for a package index. Links to files of this repository lead nowhere there: only their text stays."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)  # pictures
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text)

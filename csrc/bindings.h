@@ -1,4 +1,4 @@
-// What the bindings of both native modules have in common: numbers that Python passes become what kernels take.
+// Shared by the bindings of both native modules: turns the numbers that Python passes into what kernels take.
 #pragma once
 
 #include <pybind11/pybind11.h>

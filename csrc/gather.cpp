@@ -125,7 +125,7 @@ bool Gather::matches(const Local& local, const Record& record, uint64_t known, u
   if (!local.is_plain()) return false;
   DlTensor t;
   if (exchange_->view(local.get(), &t) != 0) {
-    PyErr_Clear();  // no strided memory: Python says what it is
+    PyErr_Clear();  // not in strided memory: Python's side reports what it is
     return false;
   }
   bool same = std::memcmp(&t.kind, &record.kind, sizeof(DlKind)) == 0;
@@ -146,8 +146,8 @@ bool Gather::placed_alike(size_t i, PyObject* grad, PyObject* param) {
   const Owned spec_of_param(attribute(param, class_of(param).spec, spec_));
   PyErr_Clear();
   const bool have_specs = spec_of_grad.get() != nullptr && spec_of_param.get() != nullptr;
-  if (have_specs && spec_of_grad.get() == spec_of_param.get()) return true;  // FSDP2's have one spec
-  // A DTensor's attribute `placements` is its spec's, by way of a call of Python.
+  if (have_specs && spec_of_grad.get() == spec_of_param.get()) return true;  // with FSDP2 both have the same
+  // DTensor.placements is the spec's, but reading it there calls into Python.
   Owned of_grad(checked(PyObject_GetAttr(have_specs ? spec_of_grad.get() : grad, placements_)));
   Owned of_param(checked(PyObject_GetAttr(have_specs ? spec_of_param.get() : param, placements_)));
   if (of_grad.get() == alike_[i].of_grad && of_param.get() == alike_[i].of_param) return true;

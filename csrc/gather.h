@@ -22,7 +22,7 @@ struct DlpackExchange;  // the part of DLPack's C exchange interface that is use
 // tensor, 0 where there is none: writable buffers of 64-bit numbers, array("Q") in Python. Methods that read one return
 // the tensors, by number, that do not match the record; their address is 0.
 //
-// A parameter may be a wrapper, a DTensor, whose elements are another tensor's: its attribute _local_tensor.
+// A parameter may be a wrapper (a DTensor). Its elements are then those of another tensor, its attribute _local_tensor.
 //
 // Throws PythonError with a Python exception set.
 class Gather {
@@ -37,12 +37,12 @@ class Gather {
   Gather(const Gather&) = delete;
   Gather& operator=(const Gather&) = delete;
 
-  // A tensor that lies where `addresses` says already is not asked again whether its memory is its value.
+  // A tensor that still lies where `addresses` says is not asked again whether its memory is its value (is_neg).
   std::vector<int64_t> weights(PyObject* addresses);
 
   // weights() and the gradients in one walk; a gradient's address is 0 where it is None. wanted: one byte per group, 0
-  // where gradients are not looked at; or None. A gradient that is placed over processes otherwise than its parameter
-  // does not match.
+  // where gradients are not looked at; or None. A gradient whose placement over processes is not its parameter's does
+  // not match.
   struct Odd {
     std::vector<int64_t> weights;
     std::vector<int64_t> grads;
@@ -97,12 +97,12 @@ class Gather {
   PyObject* params_ = nullptr;
   PyObject* grad_ = nullptr;  // attributes of torch.Tensor
   PyObject* is_neg_ = nullptr;
-  // These as the C functions that they are: every parameter and every new gradient is asked, and looking the attribute
-  // up, or the descriptor's checks, cost several percent of that. Null where they are none.
+  // The C functions behind grad_ and is_neg_, null if there are none. Every parameter and every new gradient is asked:
+  // looking the attributes up, or the descriptors' checks, would cost several percent of that.
   const PyGetSetDef* get_grad_ = nullptr;
   PyCFunction call_is_neg_ = nullptr;
   PyObject* is_conj_ = nullptr;
-  PyObject* dispatch_ = nullptr;        // its __torch_dispatch__, that of every class whose tensors are their memory
+  PyObject* dispatch_ = nullptr;        // torch.Tensor's __torch_dispatch__; a wrapper's class has another one
   PyObject* torch_dispatch_ = nullptr;  // names
   PyObject* local_tensor_ = nullptr;
   PyObject* spec_ = nullptr;
@@ -112,7 +112,7 @@ class Gather {
     PyObject* of_grad;
     PyObject* of_param;
   };
-  std::vector<Alike> alike_;  // for each tensor placements, not the same tuple, that were equal; null where none were
+  std::vector<Alike> alike_;  // for each tensor the last placements that were equal, but not one tuple; or null
   mutable std::deque<Class> classes_;  // of the tensors seen so far
   std::vector<Record> records_;
   std::vector<int64_t> groups_;
@@ -120,7 +120,7 @@ class Gather {
   int64_t num_grads_ = 0;
   bool moved_ = false;
   std::vector<PyObject*>
-      keys_;  // of the base optimizer's state in its order, when it was last looked at; only compared, never used
+      keys_;  // of the base optimizer's state, in order, when it was last read; only compared, never dereferenced
   std::vector<int64_t> places_;     // the tensor of each of them, -1 for none
   std::vector<PyObject*> entries_;  // each tensor's entry, null for none
 };

@@ -1,4 +1,4 @@
-// What the two files of Gather share.
+// Shared by the two files of Gather.
 #pragma once
 
 #include "gather.h"
@@ -59,9 +59,9 @@ struct Gather::Record {
 // A tensor's class.
 struct Gather::Class {
   PyTypeObject* type;
-  bool is_plain;  // its tensors are their memory
-  // The slots that a wrapper's attributes are in, null where they are no slots. Asked directly: looking an attribute up
-  // costs several times as much.
+  bool is_plain;  // its tensors' values are what their memory holds
+  // The slots of a wrapper's attributes, null where these are not in slots. They are read directly: looking attributes
+  // up costs several times as much.
   PyObject* local_tensor;
   PyObject* spec;
 };
@@ -118,7 +118,7 @@ class Gather::Local {
   bool is_plain_;
 };
 
-// A buffer of n 64-bit numbers, for as long as this lives.
+// Access to a buffer of n 64-bit numbers, for as long as this lives.
 class Numbers {
  public:
   Numbers(PyObject* object, size_t n, int flags, const char* what) {

@@ -54,7 +54,8 @@ void Gather::find_entries(PyObject* state) {
   const auto size = static_cast<size_t>(PyDict_Size(state));
   Py_ssize_t position = 0;
   PyObject *key = nullptr, *value = nullptr;
-  // Mostly the keys are those of the step before: then no tensor's hash, which is a call into Python, is asked for.
+  // The dict is walked: looking a tensor up in it would call the tensor's hash, in Python. Mostly the keys are those of
+  // the step before, and the places of their tensors are known.
   bool known = size == keys_.size();
   for (size_t k = 0; known && PyDict_Next(state, &position, &key, &value); ++k) known = key == keys_[k];
   if (!known) {
@@ -118,7 +119,7 @@ Gather::Found Gather::counters(PyObject* state, PyObject* name, uint64_t bit, Py
     for (int32_t d = 0; d < t.kind.ndim; ++d)
       if (t.shape[d] != 1) return odd;
     const Record& record = records_[i];
-    // A device's counter may lie on the host; a host's is always there.
+    // The counter of a tensor on a device may lie on the host; that of a tensor on the host always does.
     const bool on_host = t.kind.device.type == kHost;
     const bool beside = t.kind.device.type == record.kind.device.type && t.kind.device.id == record.kind.device.id;
     Counters found = Counters::none;

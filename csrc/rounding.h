@@ -49,8 +49,8 @@ SAM_HD U round_f16(U value, U random) {
   const U magnitude = value & 0x7fffffffu;
   const U normal =
       ((magnitude + (random >> 19)) >> 13) - 0x1c000u;  // 13 bits go; the exponent is re-biased by 15 - 127
-  // Below 2^-14: a whole number of 2^-24 remains of significand * 2^(exponent - 150). Of what lies below 2^-31 of that
-  // unit nothing is left.
+  // Below 2^-14: significand * 2^(exponent - 150) is rounded to a whole number of units of 2^-24. Bits below 2^-31 of a
+  // unit are dropped first.
   const U exponent = magnitude >> 23;
   const U significand = (magnitude & 0x7fffffu) | 0x800000u;
   const U drop = 126u - (exponent < 113u ? exponent : U{} + 112u);

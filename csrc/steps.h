@@ -27,7 +27,7 @@ namespace sam {
 inline namespace SAM_ISA {
 #endif
 
-// Options, their names, and options of which some are on: bit i is that of option i.
+// Defines Options, their names, and switched(on): options of which the i-th is on if bit i of `on` is.
 #define SAM_OPTION_MEMBER(name) double name;
 #define SAM_OPTION_NAME(name) #name,
 #define SAM_OPTION_SWITCH(name) (on >> i++ & 1) * 0.5,
@@ -41,7 +41,7 @@ inline namespace SAM_ISA {
     return {LIST(SAM_OPTION_SWITCH)};                                \
   }
 
-// Of the steps without counters.
+// The base of steps without counters.
 struct Uncounted {
   static constexpr bool kCounts = false;
   struct Counted {};

@@ -74,6 +74,6 @@ for epoch in range(done + 1, arguments.epochs + 1):
                 {"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch},
                 f"{arguments.checkpoint}.new",
             )
-            # whenever it is killed, one of them is whole
+            # one of the two files is whole, whenever the process is killed
             os.replace(f"{arguments.checkpoint}.new", arguments.checkpoint)
 distributed.destroy_process_group()

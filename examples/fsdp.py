@@ -1,5 +1,5 @@
-"""Handwritten digits with FSDP2: weights, gradients and SAM's backup are sharded, the norm is that of all processes
-together.
+"""Handwritten digits with FSDP2: weights, gradients and SAM's backup are sharded, and there is one norm for all
+processes.
 
 The checkpoint may be resumed by any number of processes. Needs scikit-learn, for the data.
 
@@ -54,7 +54,7 @@ optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.05, lr=2e-3)
 state = {"epoch": 0}
 if arguments.resume:
     state["model"], state["optimizer"] = get_state_dict(model, optimizer)
-    # written last, so that a killed run leaves none
+    # .metadata is written last: a checkpoint whose writing was interrupted has none
     whole = [entry.parent for entry in Path(arguments.checkpoint).glob("*/.metadata")]
     checkpoint.load(state, checkpoint_id=max(whole, key=lambda folder: int(folder.name)))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -15,7 +15,7 @@ COUNTS = True
 
 
 def counted(options: dict[str, float], t: float) -> tuple[float, float]:
-    """The bias corrections of step t; the second one's root."""
+    """The bias corrections of step t: the first, and the root of the second."""
     return 1.0 - options["beta1"] ** t, math.sqrt(1.0 - options["beta2"] ** t)
 
 

@@ -11,10 +11,10 @@ import triton.language as tl
 from .table import MASKED_BLOCK, NUM_WARPS, WIDTHS, aligned_part, block_for, is_wide, load_chunk
 
 WORDS = {1: (tl.int8, 1), 2: (tl.int16, 1), 4: (tl.int32, 1), 8: (tl.int64, 1), 16: (tl.int64, 2)}
-"""Itemsize -> the integer that an element is moved as, and how many of them it is."""
+"""Itemsize -> the integer type that elements are moved as, and how many of these an element is."""
 
 BLOCK_BYTES = 8192
-"""Moved by a program at once: four 16-byte accesses for each of its 128 threads."""
+"""How much a program moves at once: four 16-byte accesses for each of its 128 threads."""
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def copy_kernel(
             tl.store(written, ticket)
         end = num_chunks
     else:
-        # Without this ticket the backup was never written: the launch before this one did not happen.
+        # Without this ticket the backup was never written: the launch that should have done so did not happen.
         end = tl.where(tl.load(written) == ticket, num_chunks, 0)
     for index in range(tl.program_id(0), end, tl.num_programs(0)):
         tensor, _group, begin, count, slot = load_chunk(chunks, index)

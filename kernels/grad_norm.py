@@ -63,8 +63,8 @@ def _add_chunk(
         if is_wide(shift, DTYPE):
             part = aligned_part(addresses, done, count, shift, BLOCK)
             if done < part:
-                # Sums of their own, since the order of their elements differs; as short-lived as possible, since they
-                # take registers.
+                # Separate sums, since their elements are in another order. They take registers, so they live no longer
+                # than necessary.
                 own_lanes = tl.arange(0, block_for(shift, BLOCK))
                 own = tl.zeros((block_for(shift, BLOCK),), tl.float64)
                 w = tl.multiple_of(weights.to(tl.pointer_type(DTYPE)) + begin, 16 >> shift)
@@ -120,7 +120,7 @@ def grad_norm(
 
 
 def compiled(chunks: torch.Tensor, dtype: torch.dtype) -> Any:
-    """The kernel that :func:`grad_norm` launches, only compiled: the number of partial sums is known only then."""
+    """Compile the kernel that :func:`grad_norm` launches: the number of partial sums depends on its registers."""
     return grad_norm_kernel.warmup(chunks, 7, torch.int64, 7, torch.float64, grid=(1,), **_options(dtype))
 
 

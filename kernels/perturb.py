@@ -28,7 +28,7 @@ NORM_BLOCK = 1024
 
 @triton.jit
 def _norm_of(partials, num_partials, NORM_BLOCK: tl.constexpr):
-    """The same sum in the same order in every program."""
+    """The norm. Every program adds the same numbers in the same order."""
     sums = tl.zeros((NORM_BLOCK,), tl.float64)
     lanes = tl.arange(0, NORM_BLOCK)
     for start in range(0, num_partials, NORM_BLOCK):

@@ -1,22 +1,22 @@
 """step: put w back and step as the base optimizer does, in one pass over memory.
 
-Here is the walk. A base optimizer is a module beside this one, with the names of its struct in csrc/steps.h:
+This module walks over the tensors. Each base optimizer is a module beside it, with these names, as in its struct in
+csrc/steps.h:
 
     OPTIONS    names of its options, all float64; ``lr`` is the first, ``maximize`` among them
-    STATES     names of its states. The last one may depend on an option, which then is not 0 where there is the state:
-               that option's name, else None
+    STATES     names of its states, each with None; the last one may have the name of an option instead, and then exists
+               only where that option is not 0
     COUNTS     whether it has step counters; then it has ``counted``, ``bases`` and ``counted_from``, see :mod:`.adam`
     numbers    what ``apply`` takes, from the options, the learning rate and what was counted: computed in float64, once
                for each chunk, and rounded to the dtype of the arithmetic
-    apply      the new weights of a block from its weights and gradients. States, as many as there are, are pointers for
-               it to load and store: the fewer values at a time, the fewer registers
+    apply      the new weights of a block from its weights and gradients. It gets pointers to the states, and loads and
+               stores them itself: the fewer values at a time, the fewer registers
 
 ``numbers`` and ``apply`` are jit functions. Where the C++ has madd, they have a fused multiply-add.
 
-The address table (int64) has for each tensor the address of its weight, of its gradient, of its weight again if it is
-saved, else 0, of its step counter, if the base optimizer counts, and of each state; then for each group the address of
-a learning rate on the device, 0 without one, and its size in bytes. What may change with every step is in a table of
-its own.
+The address table (int64) has one column for each of: weights; gradients; weights again, but 0 where a tensor is not
+saved; step counters, if the base optimizer counts; each state. Then it has for each group the address of a learning
+rate on the device, or 0, and its size in bytes. Numbers that may change with every step are in a table of their own.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _counted(numbers, tensor, common1, common2, counter, COUNTED_FROM: tl.conste
 
 @triton.jit
 def _pointers(addresses, begin, ALIGNED: tl.constexpr, DTYPE: tl.constexpr):
-    """To the element ``begin`` at each address, which is aligned to ``ALIGNED`` bytes, or to nothing known (None)."""
+    """Pointers to the element ``begin`` from each address on, known to be aligned to ``ALIGNED`` bytes unless None."""
     pointers = ()
     for i in tl.static_range(len(addresses)):
         pointer = addresses[i].to(tl.pointer_type(DTYPE)) + begin
@@ -203,11 +203,11 @@ def step_kernel(
         weights = tl.load(table + tensor)
         grads = tl.load(table + num_tensors + tensor)
         if grads != 0:
-            # Here, not once: the answer would be kept on the stack.
+            # Loaded here, not once before the loop: it would be kept on the stack.
             saved = (tl.load(written) == ticket) & (tl.load(table + 2 * num_tensors + tensor) != 0)
             if skipped:
                 if saved:
-                    # Skipped steps are rare: only 16 bytes or one element.
+                    # Skipped steps are rare: only accesses of 16 bytes or of one element.
                     copy_chunk(weights, backup, begin, slot, count, False, WORD, BLOCK, 1)
             else:
                 source = tl.where(saved, backup.to(tl.int64) + slot * itemsize, weights + begin * itemsize)

@@ -23,11 +23,11 @@ BLOCK = 2048
 each float32 array."""
 
 MASKED_BLOCK = tl.constexpr(512)
-"""Elements moved at once where accesses are masked or not aligned. Each of them takes its own address: more would take
-all the registers.
+"""Elements moved at once where accesses are masked or not aligned. Each element has an address of its own, and more of
+them would take all the registers.
 
-The pointers and lanes of these accesses are computed anew, without the promise of alignment: shared with the others,
-they would make the compiler order their elements as the wide accesses need it and move them through shared memory.
+The pointers and lanes of these accesses are computed anew, without the promise of alignment. If they were shared with
+the wide accesses, the compiler would order their elements as these need it, and move them through shared memory.
 """
 
 
@@ -49,7 +49,7 @@ WIDTHS = tl.constexpr(4)
 """How many widths of accesses are tried: 16, 8, 4 and 2 bytes, those that are wider than an element."""
 
 
-# What these two return must be constant for the compiler. A jit function's result is not with Triton 3.6.
+# The results of these two must be constants for the compiler. A jit function's result is not one with Triton 3.6.
 @triton.constexpr_function
 def is_wide(SHIFT, DTYPE):
     """Whether ``16 >> SHIFT`` bytes are more than one element."""
@@ -60,19 +60,19 @@ def is_wide(SHIFT, DTYPE):
 def block_for(SHIFT, BLOCK):
     """Elements moved at once with accesses of ``16 >> SHIFT`` bytes, ``BLOCK`` being that for 16.
 
-    Each width has a number of its own, and masked accesses too: among blocks of one shape the compiler orders the
-    elements of all as the widest needs it, and moves the others' through shared memory before they are stored.
+    Each width has a number of its own, and so do masked accesses. For blocks of one shape the compiler would order the
+    elements of all as the widest access needs it, and move the others through shared memory to store them.
     """
     return BLOCK >> SHIFT if SHIFT == 0 or (BLOCK >> SHIFT) != MASKED_BLOCK.value else MASKED_BLOCK.value // 2
 
 
 @triton.jit
 def aligned_part(addresses, done, count, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Up to which element a chunk can be moved in whole blocks, unmasked and ``16 >> SHIFT`` bytes at a time.
+    """The end of the part of a chunk that can be moved in whole blocks, unmasked and ``16 >> SHIFT`` bytes at a time.
 
-    ``done`` elements have been moved. ``addresses``: those of the tensors, or-ed together. They decide: a chunk begins
-    a multiple of 16 bytes behind them, and in the backup a multiple of 64 bytes. The compiler learns it from
-    ``tl.multiple_of``; without that, or with a mask, it makes every access a scalar one.
+    ``done`` elements have been moved already. ``addresses``: those of the tensors, or-ed together. They alone decide: a
+    chunk begins at a multiple of 16 bytes from them, and in the backup at a multiple of 64 bytes. ``tl.multiple_of``
+    tells the compiler so; without it, or with a mask, every access becomes a scalar one.
     """
     block: tl.constexpr = block_for(SHIFT, BLOCK)
     return tl.where(addresses % (16 >> SHIFT) == 0, done + (count - done) // block * block, done)

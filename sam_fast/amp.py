@@ -21,11 +21,10 @@ from torch.optim import Optimizer
 from .devices import need_not_wait
 
 ATTRIBUTES = ("grad_scale", "found_inf")
-"""What a GradScaler sets on an optimizer whose step knows what to do with scaled gradients, and removes after the step.
-"""
+"""Attributes that a GradScaler sets on an optimizer whose step handles scaled gradients, and removes after the step."""
 
 TOO_LARGE = 256.0
-"""A first gradient is larger than the second by the scale, where the second alone is unscaled."""
+"""If the second gradient is more than this many times as large as the first, only the first was unscaled."""
 
 _warned: set[str] = set()
 
@@ -44,7 +43,7 @@ class Scaling:
     found_inf: Tensor | None
 
     def on(self, device: torch.device) -> Scaling:
-        """The same on another device; nothing waits for a device to give something to another."""
+        """The same on another device. The host waits only for what is copied to the CPU."""
         numbers, at_once = (self.grad_scale, self.found_inf), need_not_wait(device)
         return Scaling(*(None if number is None else number.to(device, non_blocking=at_once) for number in numbers))
 
@@ -54,18 +53,18 @@ UNSCALED = Scaling(None, None)
 
 
 def scaling_of(grad_scale: Tensor | None, found_inf: Tensor | float | None, norm: Tensor | None) -> Scaling:
-    """The scaling of the step that a GradScaler has just called, as tensors on the device: nothing waits for it.
+    """The scaling of the step that a GradScaler is calling, as tensors on the device: nothing waits for them.
 
     Args:
         grad_scale: what the scaler has set on the optimizer.
-        found_inf: the same.
-        norm: the first pass's norm, which is not finite if one of the gradients that it covers is not; None if that
-            must not count.
+        found_inf: likewise.
+        norm: the norm of the first gradient, which is not finite if the first pass overflowed; None if an overflow
+            there must not count.
     """
     if found_inf is None:
         return Scaling(grad_scale, None)
     if not isinstance(found_inf, Tensor):
-        found_inf = torch.tensor(float(found_inf))  # the scaler found no gradients, and added nothing up
+        found_inf = torch.tensor(float(found_inf))  # the scaler found no gradients: its sum is the int 0
     overflow = found_inf != 0
     if norm is not None:
         overflow |= ~norm.isfinite().to(overflow.device)
@@ -75,19 +74,19 @@ def scaling_of(grad_scale: Tensor | None, found_inf: Tensor | float | None, norm
 
 def check_unscaled(optimizer: Any) -> None:
     """Raise RuntimeError if a GradScaler takes the second gradients of ``optimizer``, a SAM, for unscaled because
-    ``unscale_`` was called before ``first_step``: they would be thousands of times too large.
+    ``unscale_`` was called before ``first_step``. The update would be thousands of times too large.
 
-    Nothing but their size tells. Once it was right this is not asked again: reading it waits for the device. With
-    adaptive groups there is no norm of the gradient to compare with.
+    Only the size of the gradients shows the mistake. Reading it waits for the device, so nothing is checked again after
+    the first step that was right. With adaptive groups nothing is checked: their norm is not that of the gradient.
     """
     step = optimizer._step
     adaptive = any(group["adaptive"] for group in optimizer.param_groups)
     if step.unscaling_is_right or not step.perturbs or step.grad_scale is not None or adaptive:
         return
-    if optimizer._perturbation.storage.process_wide:  # each process has a part, and all must do the same
+    if optimizer._perturbation.storage.process_wide:  # each process sees a part, and all must decide alike
         return
     scaler = next(filter(None, map(_scaler_in, _callers())), None)
-    if scaler is not None and scaler.get_scale() <= TOO_LARGE:  # gradients scaled by it do not stand out
+    if scaler is not None and scaler.get_scale() <= TOO_LARGE:  # too small a scale to stand out
         return
     grads = [g.detach() for g in optimizer._gradients() if g.layout == torch.strided and g.numel() > 0]
     second = math.hypot(
@@ -106,8 +105,8 @@ def check_unscaled(optimizer: Any) -> None:
 
 
 def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], None]) -> None:
-    """Step the base optimizer with gradients that are scaled like this, unless there must be no update; its state is
-    then untouched.
+    """Step the base optimizer with gradients scaled as ``scaling`` says. If there must be no update, its state stays as
+    it was.
 
     ``step(base)`` calls ``base.step()``.
 
@@ -115,16 +114,16 @@ def step_base(base: Optimizer, scaling: Scaling, step: Callable[[Optimizer], Non
     reads ``found_inf``.
 
     Raises:
-        ValueError: gradients in float16, where unscaling would lose the small ones, for a base optimizer that does not
-            unscale them itself.
+        ValueError: gradients are float16, and the base optimizer does not unscale them itself. Unscaling them in place
+            would lose the small ones.
     """
     if scaling.grad_scale is None and scaling.found_inf is None:
         step(base)
         return
     # On the CPU a fused step may be replaced by one that does not decide, see base_step.FUSED_ON_CPU.
     decides = getattr(base, "_step_supports_amp_scaling", False) and not _is_on_host(scaling)
-    # A fused step that is skipped while it makes its state would leave one behind; SGD's momentum would be memory that
-    # nobody has written.
+    # A fused step that makes its state and is then skipped leaves that state behind: SGD's momentum buffer would be
+    # uninitialized memory.
     on_host = not decides or _lacks_state(base)
     if on_host and scaling.found_inf is not None and scaling.found_inf.item():
         return
@@ -146,12 +145,12 @@ def _is_on_host(scaling: Scaling) -> bool:
 
 
 def inverse_scale(grad_scale: Tensor) -> Tensor:
-    """The reciprocal, in float64 as GradScaler takes it (MPS has none), then float32."""
+    """The reciprocal as GradScaler takes it: in float64 (which MPS does not have), rounded to float32."""
     return grad_scale.reciprocal() if grad_scale.device.type == "mps" else grad_scale.double().reciprocal().float()
 
 
 def without_scale(norm: Tensor, scaler: Any) -> Tensor:
-    """A norm of gradients that ``scaler``, if there is one, has scaled: in units of the loss."""
+    """The norm of the unscaled gradients, from that of gradients scaled by ``scaler``, which may be None."""
     return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
 
 
@@ -177,21 +176,20 @@ def unscale(base: Optimizer, grad_scale: Tensor) -> None:
         raise ValueError("gradients in float16 are too small to be unscaled: keep float32 parameters and use autocast")
     inverse = inverse_scale(grad_scale)
     for (device, _, _), grads in alike.items():
-        # the operation also looks for overflows: the scaler has done so already
+        # the operation also looks for overflows, which the scaler has done already
         checked = torch.zeros((), dtype=torch.float32, device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(grads, checked, inverse.to(device))
 
 
 def report_overflow(optimizer: Optimizer, scaling: Scaling) -> None:
-    """Let the next ``GradScaler.update()`` hear of an overflow in the first pass, which no gradient shows any more.
-    Nothing waits for the device.
+    """Tell the next ``GradScaler.update()`` about an overflow in the first pass, which the present gradients no longer
+    show. Nothing waits for the device, except under Accelerate.
 
-    A scaler gives the optimizer the sum of what it has found, neither the tensors that update() reads nor itself. But
-    it is up the call stack; schedulers, hooks and profilers may lie between. If it is not to be found there, one
-    warning says so.
+    A scaler hands the optimizer the sum of what it has found, but neither the tensors that update() reads nor itself.
+    It is found up the call stack, beyond any schedulers, hooks and profilers. If it is not there, one warning says so.
 
-    Accelerate takes a step for skipped if ``step`` was not called, which it sees by a function that it has put around
-    it: that is told as well.
+    Accelerate wraps ``step`` to learn whether it was called, and treats a step that was not called as skipped. Its
+    wrapper is told about the overflow, too.
     """
     found_inf = scaling.found_inf
     if found_inf is None:
@@ -207,7 +205,7 @@ def report_overflow(optimizer: Optimizer, scaling: Scaling) -> None:
         _warn_once("step() was not called by torch.amp.GradScaler")
         return
     try:
-        given = frame.f_locals.get("optimizer", optimizer)  # a framework's wrapper, it may be
+        given = frame.f_locals.get("optimizer", optimizer)  # may be a framework's wrapper
         scaler._per_optimizer_states[id(given)]["found_inf_per_device"][found_inf.device] = found_inf
     except (AttributeError, KeyError, TypeError) as error:
         _warn_once(f"this version of {type(scaler).__name__} has other internals ({type(error).__name__}: {error})")
@@ -222,13 +220,13 @@ def _callers() -> Iterator[FrameType]:
 
 
 def is_under_way(function: Callable[..., Any]) -> bool:
-    """Whether a function, without what decorators have put around it, has been called and has not returned."""
+    """Whether a function has been called and has not returned. Only the function itself counts, not its decorators."""
     code = inspect.unwrap(function).__code__
     return any(frame.f_code is code for frame in _callers())
 
 
 def _scaler_in(frame: FrameType) -> GradScaler | None:
-    """The scaler whose ``step`` a frame is of."""
+    """The scaler, if the frame is that of a GradScaler's ``step``."""
     scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
     return scaler if isinstance(scaler, GradScaler) else None
 

@@ -1,4 +1,4 @@
-"""The base optimizer's own step, where restoring and stepping are not one pass: what surrounds ``base.step()``."""
+"""Calling the base optimizer's own step, where it is not fused with the restore, and what has to surround the call."""
 
 from __future__ import annotations
 
@@ -23,39 +23,40 @@ from .rounding import ROUNDED
 from .steps import RULE_OF
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
-"""Optimizers whose ``fused=True`` walks over memory on the CPU as if parameters had no gaps, and gradients and
-state lay as they do (PyTorch 2.10 to 2.15).
+"""Optimizers whose ``fused=True`` step on the CPU assumes that parameters have no gaps in memory, and that gradients
+and state have the layout of their parameters (PyTorch 2.10 to 2.15).
 """
 
 WRONG_IN_16_BITS = (torch.optim.SGD,) if torch.__version__ < (2, 14) else ()  # type: ignore[operator]
-"""Those of them whose values are wrong in 16 bits, too."""
+"""Those of them that also compute wrong values in 16 bits."""
 
 PLAIN_ZERO_GRAD = Optimizer.zero_grad
-"""As PyTorch has it: tools put others into the class."""
+"""PyTorch's own method. Tools replace it in the class."""
 
 profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
-"""Whether a profiler is to see what is called."""
+"""Whether a profiler is recording what is called."""
 
 
 def maximizes(base: Optimizer) -> bool:
-    """Whether an optimizer maximizes where its groups do not say: pytorch_optimizer's keep it to themselves."""
+    """Whether an optimizer maximizes in groups without ``maximize``: pytorch_optimizer's have it as an attribute."""
     said = (getattr(optimizer, "maximize", False) for optimizer in and_inner(base))
     return any(bool(value) and not callable(value) for value in said)
 
 
 class BaseStep:
-    """Calls ``base.step()`` so that hooks run once, and entries that somebody else keeps in its state do no harm.
+    """Calls ``base.step()`` so that global hooks run once, and what others keep in its state does no harm.
 
-    PyTorch's optimizers take a state that is not empty for one of their own. What SAM's users keep in
-    ``optimizer.state[p]`` before the base optimizer's first step with p is set aside for that step. But they may also
-    put the base optimizer's own state there, restored by name or made for a parameter that has grown: the names tell.
+    PyTorch's optimizers take any non-empty ``state[p]`` for their own. So what users keep in ``optimizer.state[p]``
+    before the base optimizer's first step with p is set aside during that step. Users may also put the base optimizer's
+    own state there, restored by name or made for a parameter that has grown: the names of the entries tell which it is.
 
-    A loop may also call ``base.step()``, as in a warm-up, and so may a variant of SAM in a ``second_step`` of its own.
-    Hooks do the same for that, and put back what is disabled in BatchNorm layers, as at the end of SAM's step.
+    ``base.step()`` may also be called directly: by a loop, as in a warm-up, or by a variant of SAM in a ``second_step``
+    of its own. Hooks on the base optimizer then do the same, and put back the statistics of disabled BatchNorm layers,
+    as at the end of SAM's step.
 
     Args:
         base: the base optimizer.
-        perturbation: that of the SAM, which is restored before its step.
+        perturbation: that of the SAM. Calling ``base.step()`` directly while it is active is an error.
     """
 
     def __init__(self, base: Optimizer, perturbation: Any) -> None:
@@ -65,23 +66,26 @@ class BaseStep:
         self._perturbation = ref(perturbation)
         self.look_at(base)
         _unhook_dead(base)
-        # not by the methods that register: their handles need what not every wrapper's dictionaries have
+        # not by the methods that register hooks: their handles need what some wrappers' dictionaries lack
         base._optimizer_step_pre_hooks[self] = self._before_alone  # type: ignore[index]
         base._optimizer_step_post_hooks[self] = self._after_alone  # type: ignore[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is made where a base optimizer copies its hooks, too. It belongs to no SAM and knows no parameters."""
+        """For a copy of the base optimizer, which copies its hooks. The copy belongs to no SAM and knows no parameters.
+
+        ``type(None)``, when called, returns None like a dead reference.
+        """
         return {**vars(self), "_perturbation": type(None), "_state": None}
 
     def look_at(self, base: Optimizer) -> None:
-        """What is in the state of ``base`` now is its own, but for what is known not to be."""
+        """Take all that is in the state of ``base`` now for its own, except names that are known to be foreign."""
         self._state = base.state
-        entries = ((p, entry) for p, entry in base.state.items() if isinstance(p, Tensor))  # MADGRAD counts in one more
+        entries = ((p, entry) for p, entry in base.state.items() if isinstance(p, Tensor))  # MADGRAD also has a "k"
         self._initialised = {id(p) for p, entry in entries if _names_of(entry) - self._foreign}
         self._entries = len(base.state)
 
     def adopt(self, base: Optimizer, params: Iterable[Tensor]) -> None:
-        """The state that ``base`` has made of new parameters, outside its step, is its own."""
+        """Take the state that ``base`` has made for new parameters, outside its step, for its own."""
         self._initialised.update(id(p) for p in params if _names_of(base.state.get(p, {})))
 
     def __call__(self, base: Optimizer) -> None:
@@ -112,10 +116,10 @@ class BaseStep:
             self._after(base)
 
     def _before(self, base: Optimizer) -> None:
-        if base.state is not self._state:  # loaded
+        if base.state is not self._state:  # a state dict was loaded
             self._aside = {}
             self.look_at(base)
-        elif self._aside:  # of a step alone that has raised
+        elif self._aside:  # a direct base.step() has raised
             self._after(base)
         if self._foreign or len(base.state) != self._entries:
             self._set_aside(base)
@@ -124,7 +128,7 @@ class BaseStep:
         aside = self._aside
         for p, entry in aside.items():
             base.state[p] |= entry
-        self._aside = {}  # here, so that whatever interrupts this loses nothing
+        self._aside = {}  # only now, so that an interruption loses nothing
         if aside or len(base.state) != self._entries:
             self.look_at(base)
 
@@ -143,20 +147,20 @@ class BaseStep:
 
 
 def reset_gradients(base: Optimizer, set_to_none: bool) -> None:
-    """``base.zero_grad()``; where it is PyTorch's own, in half the time."""
+    """``base.zero_grad()``, but in half the time if that is PyTorch's own."""
     if not set_to_none:
         base.zero_grad(False)
     elif getattr(base.zero_grad, "__func__", None) is not PLAIN_ZERO_GRAD or profiling():
-        base.zero_grad()  # one of somebody's own may take nothing
+        base.zero_grad()  # a user's own may take no argument
     else:
         for group in base.param_groups:
             for p in group["params"]:
                 p.grad = None
 
 
-def is_schedulers(step: Any, optimizer: Optimizer) -> bool:
-    """Whether the ``step`` that somebody has put on an optimizer is a learning rate scheduler's, which does nothing but
-    note in ``_opt_called`` that it was called.
+def is_scheduler_wrapper(step: Any, optimizer: Optimizer) -> bool:
+    """Whether the ``step`` that was put on an optimizer is a learning rate scheduler's wrapper, which only notes in
+    ``_opt_called`` that it was called.
     """
     return hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is type(optimizer).step
 
@@ -168,8 +172,8 @@ def has_hooks(base: Optimizer) -> bool:
 
 
 def _unhook_dead(base: Optimizer) -> None:
-    """Take the hooks of SAMs that are gone from a base optimizer. Not when they go, which may be in the middle of its
-    step, as the garbage collector pleases.
+    """Remove the hooks of deleted SAMs from a base optimizer. They cannot go when the SAM is deleted: the garbage
+    collector may delete it in the middle of the base optimizer's step.
     """
     dictionaries: list[Any] = [base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks]
     for hooks in dictionaries:
@@ -179,16 +183,16 @@ def _unhook_dead(base: Optimizer) -> None:
 
 
 def _names_of(entry: Any) -> set[str]:
-    """Those of the states in an entry. What is no dictionary, but a tensor or an object, only its optimizer makes.
-    ZeroRedundancyOptimizer loads None in place of what other processes have.
+    """The names of the states in an entry. An entry that is a tensor or an object, not a dictionary, can only be the
+    optimizer's: its type's name stands for it. ZeroRedundancyOptimizer loads None where another process has the state.
     """
     return set(entry or ()) if entry is None or isinstance(entry, dict) else {type(entry).__name__}
 
 
 @cache
 def _names_in(cls: type[Optimizer]) -> frozenset[str]:
-    """The strings in the code of a class of optimizers, and those it has by a global name: the names of its states are
-    among them.
+    """All strings in the code of an optimizer class, and in the globals that it uses: the names of its states are among
+    them.
     """
     methods = [method for c in cls.__mro__[: cls.__mro__.index(Optimizer)] for method in vars(c).values()]
     found: list[Any] = []
@@ -203,7 +207,7 @@ def _names_in(cls: type[Optimizer]) -> frozenset[str]:
 
 
 def _step_of(base: Optimizer) -> Callable[[], Any]:
-    """``base.step`` without global step hooks, which see SAM's own step."""
+    """``base.step`` without the global step hooks, which are called for SAM's own step."""
     unhooked = getattr(type(base).step, "__wrapped__", None)
     there_are_some = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
     its_own = has_hooks(base) or "step" in vars(base)
@@ -222,7 +226,9 @@ def _is_misread(base: Optimizer, p: Tensor) -> bool:
 
 @contextmanager
 def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
-    """Inside, what PyTorch's fused steps get wrong on the CPU is out of their way."""
+    """Inside, PyTorch's fused CPU steps get nothing that they would misread: ``fused`` is off for groups with such
+    parameters, and gradients have the strides of their parameters.
+    """
     laid_out: list[tuple[Tensor, Tensor]] = []
     not_fused = []
     for group in base.param_groups if isinstance(base, FUSED_ON_CPU) else ():

@@ -1,4 +1,4 @@
-"""What both passes of a step are given: a batch, its rows, and a copy that the other pass cannot disturb."""
+"""The batch that both passes of a step are given: its rows, and copies with which no pass disturbs the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn, strided
 from torch.nn.utils.rnn import PackedSequence
 
 _PLAIN = frozenset((Tensor, int, float, bool, str, bytes, type(None)))
-"""What is in no need of a copy, to be told at once: a batch may hold a hundred thousand numbers."""
+"""Types that need no copy. They are recognized first, because a batch may hold a hundred thousand numbers."""
 
 
 def number_of_rows(batch: Any) -> int | None:
@@ -29,19 +29,19 @@ def every_row(batch: tuple[Any, ...], every: int) -> tuple[Any, ...]:
 
 
 def slice_rows(batch: tuple[Any, ...], begin: int, end: int) -> tuple[Any, ...]:
-    """Some rows of everything in ``batch`` that has as many rows as the batch."""
+    """Rows ``begin`` to ``end - 1`` of everything in ``batch`` that has as many rows as the batch."""
     first = _first_tensor(batch)
     return tuple(_mapped(item, first, lambda rows: rows[begin:end]) for item in batch)
 
 
 def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = None) -> Any:
-    """The same tensors in containers of their own: what one pass takes out of its batch, or replaces in it, the other
-    pass still finds. So with objects that say how to be copied, such as those of graphs. What cannot be copied, or
-    refuses to be written into, both passes share.
+    """The same tensors in new containers: what one pass removes from its batch, or replaces in it, is still there for
+    the other. Objects that define ``__copy__``, such as graphs, are copied too. Both passes share what cannot be copied
+    or refuses to be written into.
 
     Args:
         value: a batch or a part of one.
-        known: by its id, what was met with already, and what was made of it. A batch may lead back to itself.
+        known: by its id, each value met so far and its copy. A batch may contain itself.
     """
     if type(value) in _PLAIN:
         return value
@@ -59,7 +59,7 @@ def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = N
         elif isinstance(value, tuple):
             items = [with_own_containers(item, known) for item in value]
             if any(made is not item for made, item in zip(items, value, strict=True)):
-                own = tuple.__new__(type(value), items)  # not by its constructor, which may want anything
+                own = tuple.__new__(type(value), items)  # its constructor may take other arguments
                 if hasattr(value, "__dict__"):
                     vars(own).update(vars(value))
         elif hasattr(type(value), "__copy__"):
@@ -68,9 +68,9 @@ def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = N
         elif _is_record(value):
             own = copy(value)
             known[id(value)] = value, own
-            for name, item in _attributes_of(value).items():  # also what is left out where it is pickled
-                object.__setattr__(own, name, with_own_containers(item, known))  # a frozen one's, too
-    except Exception:  # as it says
+            for name, item in _attributes_of(value).items():  # also those that pickling, and so copy(), leaves out
+                object.__setattr__(own, name, with_own_containers(item, known))  # frozen ones, too
+    except Exception:  # it cannot be copied: both passes share it
         own = value
     known[id(value)] = value, own
     return own
@@ -88,14 +88,14 @@ def _attributes_of(record: Any) -> dict[str, Any]:
 
 
 def versions_of(batch: Any) -> list[int]:
-    """What changes when somebody writes into a tensor of ``batch``."""
+    """The versions of the tensors in ``batch``: writing into a tensor changes its version."""
     return [tensor._version for tensor in _tensors(batch, in_records=True) if not tensor.is_inference()]
 
 
 def warn_of_written(batch: Any, versions: list[int], stacklevel: int = 3) -> None:
-    """Warn if somebody has written into a tensor of ``batch`` since its versions were these.
+    """Warn if a tensor of ``batch`` has been written into since its versions were ``versions``.
 
-    ``stacklevel``: as for ``warnings.warn``; by default whoever has called the caller is to blame.
+    ``stacklevel``: as for ``warnings.warn``; by default the warning points at the caller's caller.
     """
     if versions_of(batch) != versions:
         warnings.warn(
@@ -112,9 +112,11 @@ def _first_tensor(batch: Any) -> Tensor | None:
 
 
 def _tensors(value: Any, in_records: bool = False) -> Iterator[Tensor]:
-    """Those in lists, tuples and mappings, each of which is looked through once. Records are not cut into rows."""
+    """The tensors in lists, tuples and mappings, each of which is searched once. Dataclasses and namespaces are not cut
+    into rows, and are searched only with ``in_records``.
+    """
     known: dict[int, Any] = {}
-    ahead = [value]  # no recursion: records may form a graph, in which every one leads to the next
+    ahead = [value]  # no recursion: records may form a long chain
     while ahead:
         item = ahead.pop()
         if isinstance(item, Tensor):
@@ -130,8 +132,8 @@ def _tensors(value: Any, in_records: bool = False) -> Iterator[Tensor]:
 
 
 def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:
-    """``value`` with ``f`` of each tensor, array, and list of samples with as many rows as ``first``, the batch's first
-    tensor, in containers of the same kind.
+    """``value`` with ``f`` applied to each tensor, array and list of samples that has as many rows as ``first``, the
+    batch's first tensor. Containers keep their kind.
     """
     if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.layout != strided):
         raise TypeError(
@@ -146,7 +148,7 @@ def _mapped(value: Any, first: Any, f: Callable[[Any], Any]) -> Any:
         named = {key: _mapped(item, first, f) for key, item in value.items()}
         if not isinstance(value, MutableMapping):
             return type(value)(named)  # type: ignore[call-arg]
-        made = copy(value)  # with what else the object has: a default, attributes
+        made = copy(value)  # keeps what else the object has: a default factory, attributes
         if hasattr(made, "__dict__"):
             vars(made).update(_mapped(vars(value), first, f))
         for key, item in named.items():

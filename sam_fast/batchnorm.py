@@ -4,13 +4,13 @@ The statistics are copied before the second pass and copied back after it. Unlik
 ``track_running_stats`` to False this keeps ``num_batches_tracked`` right, survives NaN batches, works for any layer
 that keeps statistics, and changes no attribute of any module, so ``torch.compile`` has nothing to recompile.
 
-Statistics that were disabled and not enabled again are put back when a SAM step ends: evaluation and checkpoints see
-the first passes alone. The layers stay disabled. Until they run again, what they hold is right, whoever has written it
-(a checkpoint may be loaded), and it is saved just before they run. A hook on all modules notices that, and is there
-only as long as it is needed.
+Statistics that were disabled and not enabled again are put back when a SAM step ends, so that evaluation and
+checkpoints see the first passes alone. The layers stay disabled. Until they run again, the values in them are right,
+whoever wrote them (a checkpoint may be loaded). A hook on all modules, installed only while it is needed, saves these
+values just before the layers run.
 
-Threads may train a model each: the end of a step settles what its own thread has disabled, or was the last to run, and
-in whatever thread it ends, models with its parameters.
+Several threads may train a model each. The end of a step settles the layers that its own thread has disabled or was the
+last to run. In whatever thread it ends, it also settles those of models that have its parameters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Group:
         self.snapshot = snapshot
         self._models = list(map(ref, models))
         self.settled = False  # the layers hold the right statistics; False: the snapshot does
-        self.fresh = False  # settled since it was disabled: the snapshot is right unless something was loaded
+        self.fresh = False  # settled ever since it was disabled: the snapshot is right unless something was loaded
         self.partial = False  # some of the layers were enabled again
         self.of_step = False  # disabled in the step that is under way, for its second pass
         self.thread = get_ident()
@@ -53,9 +53,9 @@ class _Group:
         return any(id(p) in params for model in models if model is not None for p in model.parameters())
 
     def reestimates(self) -> bool:
-        """Whether somebody has set another momentum or has reset what was saved: passes without gradients are to count.
+        """Whether the momentum was changed or the saved statistics were reset: passes without gradients then count.
 
-        So do torch.optim.swa_utils.update_bn and precise BatchNorm.
+        torch.optim.swa_utils.update_bn and precise BatchNorm do that.
         """
         return self._momenta != self._momenta_now() or self.snapshot._has_changed()
 
@@ -82,13 +82,13 @@ class _Group:
             self.partial = False
 
     def run_unseen(self, layers: list[nn.Module], trained: set[int] | None = None) -> list[nn.Module]:
-        """Those of the layers, which are settled, that seem to have run where no hook is called, as in a compiled
-        function.
+        """Those of the settled ``layers`` that seem to have run where no hook is called, as in a compiled function.
 
-        A forward pass leads to gradients. Where nothing but counters is changed, putting back harms nobody.
+        Gradients show that a layer has run. If the group is fresh and at most its counters have changed, this returns
+        all layers: putting them back does no harm.
 
         Args:
-            layers: those that are or were in the group.
+            layers: layers that are or were in the group.
             trained: ids of the parameters whose gradients count; None means all.
         """
         if self.fresh and not self.snapshot._has_changed(counters=False):
@@ -110,16 +110,16 @@ _spare: WeakKeyDictionary[nn.Module, BatchNormSnapshot] = WeakKeyDictionary()
 
 
 def _groups() -> list[_Group]:
-    """All of them. Other threads may add some meanwhile, which keyrefs() does not mind."""
+    """All groups. keyrefs() is safe while other threads add some."""
     return [group for known in _known.keyrefs() if (group := known()) is not None]
 
 
 def save_layers(models: list[nn.Module], layers: Layers) -> BatchNormSnapshot:
-    """A snapshot of ``layers``, saved: the one that was kept for ``models`` if it fits."""
+    """Save ``layers`` in a snapshot and return it. Reuses the one that was kept for ``models`` if it fits."""
     snapshot = _spare.pop(models[0], None) if models else None
     if snapshot is None or not snapshot._covers(layers):
         snapshot = BatchNormSnapshot._of_layers(layers)
-        _below.clear()  # there are modules that were not known
+        _below.clear()  # there may be modules that it does not know
     snapshot.save()
     return snapshot
 
@@ -131,11 +131,11 @@ def keep(models: list[nn.Module], snapshot: BatchNormSnapshot) -> None:
 
 
 def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> None:
-    """From here to :func:`enable_running_stats` forward passes of ``model`` do not count in its running statistics.
+    """Until :func:`enable_running_stats`, forward passes of ``model`` do not count in its running statistics.
 
-    They are saved here, and put back there or earlier, when a SAM step ends. A layer that is disabled already keeps
-    what was saved first. Statistics that are loaded or reset between the end of a step and the next forward pass are
-    kept.
+    The statistics are saved now. They are put back when a SAM step ends, or by :func:`enable_running_stats` if that
+    comes first. A layer that is already disabled keeps what was saved first. Statistics that are loaded or reset
+    between the end of a step and the next forward pass are kept.
 
     Args:
         model: a module, or a list or tuple of modules.
@@ -171,9 +171,9 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
 
 
 def enable_running_stats(model: Models) -> None:
-    """Undo :func:`disable_running_stats` for the layers of ``model``: their statistics are what they were then.
+    """Undo :func:`disable_running_stats` for the layers of ``model``, and put their statistics back.
 
-    Does nothing to layers that are not disabled. ``model`` may be the model that was disabled, a wrapper of it, a part
+    Layers that are not disabled are left alone. ``model`` may be the model that was disabled, a wrapper of it, a part
     of it, or a list of modules.
 
     Raises:
@@ -204,8 +204,8 @@ def enable_running_stats(model: Models) -> None:
 
 
 def _candidates(models: list[nn.Module]) -> Iterable[nn.Module]:
-    """The modules that may be disabled: all that are, where the user has named buffers, whose names are not known
-    here.
+    """The modules in ``models`` that may be disabled: those with statistics. If a user has named further buffers, whose
+    names are not known here, all modules that are disabled.
     """
     seen: set[nn.Module] = set()
     layers = find_layers(models, seen=seen).modules
@@ -241,16 +241,16 @@ _steps: WeakKeyDictionary[StepState, None] = WeakKeyDictionary()
 
 
 def watch_steps(state: StepState) -> None:
-    """Let it be known of an optimizer whose ``state`` says when a step of it is under way."""
+    """Register an optimizer, whose ``state`` says when one of its steps is under way."""
     _steps[state] = None
 
 
 def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = False) -> None:
-    """Put back what is disabled, because a SAM step ends. The layers stay disabled.
+    """Put back the statistics of disabled layers at the end of a SAM step. The layers stay disabled.
 
     Args:
-        param_groups: those of the optimizer, whose parameters have the gradients of the second pass.
-        counts: that pass was the only one of the step: what it has left in the layers is right.
+        param_groups: those of the optimizer. Their parameters have the gradients of the second pass.
+        counts: that pass was the only one of the step, so the statistics that it has left in the layers are right.
     """
     if not _disabled:
         return
@@ -261,7 +261,8 @@ def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = 
     if any(group.settled or group.thread != here for group in groups):
         trained = {id(p) for param_group in param_groups for p in param_group["params"]}
     for group in groups:
-        if group.thread != here and not group.is_of(trained):  # of another model; or the step has changed threads
+        # Another thread's model. If it is this step's model, the step has changed threads.
+        if group.thread != here and not group.is_of(trained):
             continue
         if group.settled:
             group.put_back(group.run_unseen(group.layers(), trained))
@@ -279,8 +280,8 @@ def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = 
 
 
 class _UncountedPass(local):
-    """A forward pass of this thread without gradients, in training mode, of layers that are disabled: it is undone as
-    soon as it ends.
+    """A forward pass of this thread through disabled layers, in training mode but without gradients. What it does to
+    the statistics is undone as soon as it ends.
     """
 
     def __init__(self) -> None:
@@ -300,17 +301,17 @@ class _UncountedPass(local):
             group.put_back(group.layers())
 
 
-# Modules that were called, and in each of them the layers that may be disabled.
+# For each module that was called, the layers in it that may be disabled.
 _below: WeakKeyDictionary[nn.Module, list[ReferenceType[nn.Module]]] = WeakKeyDictionary()
 _pass = _UncountedPass()
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
-    """Save what the layers in ``module`` hold if it is right and they are about to change it."""
+    """Save the statistics of the layers in ``module`` if they are right and about to change."""
     if _pass.module is not None:
         _pass.depth += _pass.module() is module
         return
-    if not module.training:  # evaluation; a layer in it that is in training mode is called itself
+    if not module.training:  # in evaluation; the hook also sees the call of a layer in it that trains
         return
     layers = _below.get(module)
     if layers is None:

@@ -1,4 +1,4 @@
-"""Clipping of the second gradient: one fused norm, and a factor that the second step reads where it reads a scale."""
+"""Clipping of the second gradient: one fused norm, and a factor that the second step applies like a scaler's scale."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .backends.columns import local_tensor
 from .perturbation import Perturbation
 
 IN_PLACE = (torch.float64, torch.float16, torch.complex32, torch.complex64, torch.complex128)
-"""Dtypes of gradients that are clipped before the step: a scale is float32 and would round float64's factor; no base
-optimizer's own step may unscale the others, of which float16 loses small ones, and GradScaler's operation takes no
-complex ones.
+"""Dtypes whose gradients are clipped in place before the step. A scale is float32, and would round the factor of
+float64. The others cannot be unscaled for a base optimizer that steps by itself: float16 would lose small gradients,
+and GradScaler's operation takes no complex ones.
 """
 
 EPS = 1e-6
@@ -26,14 +26,14 @@ EPS = 1e-6
 def clipped(perturbation: Perturbation, base: Optimizer, scaling: Scaling, max_norm: float) -> Scaling:
     """The scaling under which the gradients' norm is at most ``max_norm``; nothing waits for a device.
 
-    The norm is that over all gradients of all groups, unscaled. Where the buckets cannot give it, and in the dtypes
-    ``IN_PLACE``, gradients are unscaled and clipped in place.
+    The norm is taken over all gradients of all groups, unscaled. Where the buckets cannot measure it, and for the
+    dtypes ``IN_PLACE``, gradients are unscaled and clipped in place.
 
     Args:
         perturbation: its buckets measure the norm.
-        base: the base optimizer, whose gradients are meant.
+        base: the base optimizer, whose gradients are clipped.
         scaling: what a GradScaler has done to the gradients.
-        max_norm: in units of the gradients.
+        max_norm: the largest norm of the unscaled gradients.
     """
     norm = perturbation.norm_of_gradients(base.param_groups)
     in_place = norm is None or perturbation.holds(IN_PLACE)

@@ -23,8 +23,8 @@ from .running_stats import ExtraBuffers, Models, as_models, check_extra_buffers,
 from .snapshot import BatchNormSnapshot
 
 LIMIT = 300
-"""Objects that are looked at to find what a closure refers to: a trainer may lead to everything there is. Hooks find
-the rest.
+"""How many objects are searched for what a closure refers to: a trainer may lead to everything there is. Hooks find the
+rest.
 """
 
 _COMPILED = "_torchdynamo_orig_callable"
@@ -39,13 +39,13 @@ def uncounted_forwards(
     extra_buffers: ExtraBuffers = (),
     closure: Callable[[], Any] | None = None,
 ) -> Iterator[None]:
-    """Forward passes inside do not count in running statistics, whatever modules they are of and however the body ends.
+    """Forward passes inside do not count in the running statistics of any module, however the body ends.
 
-    Statistics are saved at the beginning for ``models`` and for modules that ``closure`` refers to, and for every other
-    module when it is called, with all that is in it. They are put back at the end.
+    Statistics are saved at the beginning for ``models`` and for modules that ``closure`` refers to, and for any other
+    module, with everything in it, when it is called. They are put back at the end.
 
     Args:
-        models: what may run without a module being called, as in a compiled function: a module, or a list or tuple of
+        models: modules that may run without being called, as in a compiled function: a module, or a list or tuple of
             modules.
         extra_buffers: as in :func:`sam_fast.disable_running_stats`. Without ``models`` a pattern may match nothing.
         closure: what is called inside. If all it is seen to run is a compiled function in which no module is found, a
@@ -65,7 +65,7 @@ def uncounted_forwards(
             if module not in second.seen:
                 second.save([module])
         stack.callback(_end, ref(second))
-        finalize(second, _hooks.update)  # where an interruption comes before or while it ends
+        finalize(second, _hooks.update)  # in case an interruption keeps _end from running
         _active[second] = None
         _hooks.update()
         yield
@@ -80,7 +80,7 @@ except ImportError:  # not public: where it is gone, closures with torch.func.gr
 
 
 class _Uncounted:
-    """What was saved, and which modules were seen, since forward passes do not count."""
+    """What :func:`uncounted_forwards` has seen and saved so far."""
 
     def __init__(self, extra_buffers: ExtraBuffers, stack: ExitStack) -> None:
         self.seen: set[nn.Module] = set()
@@ -94,8 +94,8 @@ class _Uncounted:
             self._stack.callback(_put_back, roots, save_layers(roots, layers))
 
     def save_in_place(self, module: nn.Module) -> None:
-        """What the module holds now may be the caller's own tensors: they too count once, but they must not stay in the
-        module.
+        """For ``functional_call``, during which the module may hold the caller's own tensors. The second pass must not
+        count in these either, but they must not be put into the module for good.
         """
         inside: set[nn.Module] = set()
         layers = find_layers([module], self._extra_buffers, inside, every_pattern=False)
@@ -120,7 +120,7 @@ def _before_forward(module: nn.Module, args: Any) -> None:
 def _is_functional_call() -> bool:
     try:
         return sys._getframe(6).f_code is _FUNCTIONAL_CALL  # behind this one, two of the hook and three of nn.Module
-    except ValueError:  # a thread that began with the module
+    except ValueError:  # fewer frames: a thread that began with the module
         return False
 
 
@@ -166,7 +166,7 @@ def refers_to(closure: Any) -> tuple[list[nn.Module], list[Any]]:
     modules: list[nn.Module] = []
     compiled: list[Any] = []
     queue, known = [closure], {id(closure)}
-    for found in queue:  # which grows
+    for found in queue:  # which grows meanwhile
         if issubclass(type(found), nn.Module):
             modules.append(found)
             continue
@@ -197,17 +197,17 @@ def _children(parent: Any) -> Iterable[Any]:
         return ()
     if issubclass(kind, type | ModuleType | Optimizer) or _is_torchs(kind):
         return ()
-    return gc.get_referents(parent)  # attributes, without running any code of theirs
+    return gc.get_referents(parent)  # attributes, without running the object's code
 
 
 def _is_torchs(found: Any) -> bool:
-    """Whether it is a function or type of PyTorch's."""
+    """Whether ``found`` is one of PyTorch's functions or types."""
     return str(found.__module__).partition(".")[0] == "torch"
 
 
 def _names(code: CodeType) -> dict[str, None]:
-    """What a function may look up in its globals, functions inside it included. Not a set, whose order of strings
-    differs between processes: all ranks are to find the same within the limit.
+    """The names that a function, or a function inside it, may look up in its globals. Not a set, whose order differs
+    between processes: all ranks must find the same objects within the limit.
     """
     names = dict.fromkeys(code.co_names)
     for constant in code.co_consts:

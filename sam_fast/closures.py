@@ -89,7 +89,7 @@ def check_closure_option(name: str, value: Any) -> None:
 
 
 def mark_used(gradients: Iterable[Tensor]) -> None:
-    """Note that these gradients are no new ones until they change."""
+    """Note that these gradients are not new until they change."""
     for grad in gradients:
         setattr(grad, USED, _version(grad))
 
@@ -102,20 +102,20 @@ def are_new(gradients: Iterable[Tensor]) -> bool:
 def _version(grad: Tensor) -> int:
     try:
         return grad._version
-    except RuntimeError:  # an inference tensor, as of gradients that are estimated without a backward pass
+    except RuntimeError:  # an inference tensor: a gradient that was estimated without a backward pass
         return 0
 
 
 def all_zero(gradients: Iterable[Tensor]) -> bool:
-    """Whether every element of every gradient is zero. This looks at them on the host, the small ones first: after a
-    backward pass one of these says no, and an embedding's need not be read.
+    """Whether every element of every gradient is zero. The host reads them, the small ones first: after a backward pass
+    one of these is most likely not zero, and large ones, such as an embedding's, need not be read.
     """
     return not any(grad.any() for grad in sorted(gradients, key=Tensor.numel))
 
 
 def left_by_a_pass(gradients: Iterable[Tensor]) -> bool:
-    """Whether there are gradients that are new and not all zero, as after ``model.zero_grad(set_to_none=False)``. Where
-    there are new ones, this looks at their values on the host.
+    """Whether a pass has left gradients: they are new, and not all zero, as they would be after
+    ``model.zero_grad(set_to_none=False)``. If there are new ones, the host reads their values.
     """
     gradients = list(gradients)
     return are_new(gradients) and not all_zero(gradients)
@@ -160,7 +160,7 @@ def closure_step(
     try:
         with torch.enable_grad():
             if first_pass_done and not begun:
-                first_pass_done = _first_step_along_what_is_there(optimizer, passes)
+                first_pass_done = _first_step_along_existing(optimizer, passes)
             computes_first = not first_pass_done and optimizer.needs_first_pass
             if first_pass_done:
                 random_state = step.next_random_state()
@@ -174,12 +174,12 @@ def closure_step(
                 optimizer.first_step(zero_grad=True)
             replayed = nullcontext() if random_state is None else random_state.replayed()
             uncounted = uncounted_forwards(model, extra_buffers, closure) if step.first_pass_done else nullcontext()
-            active = step.active  # not where a variant has both steps of its own
+            active = step.active  # False where a variant has both steps of its own
             with uncounted, replayed:
                 second_loss = closure()
             _check_where_the_step_stands(step, active)
             computed = begun or not first_pass_done or are_new(optimizer._gradients())
-            if not computed and all_zero(optimizer._gradients()):  # else they were written through .data
+            if not computed and all_zero(optimizer._gradients()):  # if not zero, they were written through .data
                 raise RuntimeError(NO_SECOND_GRADIENT)
     except BaseException:
         optimizer._give_up()
@@ -236,10 +236,10 @@ def _can_only_make_state(optimizer: Any) -> bool:
     """Whether a step would do nothing but make the base optimizer's state: there is none yet, all learning rates
     and all gradients are 0.
 
-    This is how torch.distributed.checkpoint has an optimizer make its state before it saves or loads it. A training
-    loop that forgets first_step() has gradients.
+    This is how torch.distributed.checkpoint makes an optimizer create its state before saving or loading it. A training
+    loop that forgot first_step() has gradients that are not zero.
     """
-    rates = [group.get("lr") for group in optimizer.param_groups]  # None: an optimizer that finds its own
+    rates = [group.get("lr") for group in optimizer.param_groups]  # None: a group without one
     if optimizer.state or not all(lr is not None and float(lr) == 0.0 for lr in rates):
         return False
     grads = list(optimizer._gradients())
@@ -247,9 +247,7 @@ def _can_only_make_state(optimizer: Any) -> bool:
 
 
 def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) -> bool:
-    """Whether the gradients that are there are to be the first pass, as far as can be said without looking at their
-    values.
-    """
+    """Whether the existing gradients are to be the first pass, as far as can be told without reading their values."""
     if passes == SECOND:
         if not are_new(optimizer._gradients()):
             raise RuntimeError(
@@ -272,15 +270,15 @@ def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) ->
 
 
 def accelerate_accumulates() -> bool:
-    """Whether there is an Accelerator, of which all have one state, with ``gradient_accumulation_steps`` above 1."""
+    """Whether an Accelerator has ``gradient_accumulation_steps`` above 1; all Accelerators share one state."""
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
     return bool(state is not None and state._shared_state.get("plugin_kwargs", {}).get("num_steps", 1) > 1)
 
 
-def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
-    """first_step along the gradients that are there.
+def _first_step_along_existing(optimizer: Any, passes: str) -> bool:
+    """Take first_step along the existing gradients.
 
-    False if they are all zero: then it is undone, and there was no first pass.
+    False if they are all zero: there was no first pass then, and a first_step is undone.
     """
     step = optimizer._step
     surely = passes == SECOND or step.first_pass_entered
@@ -302,14 +300,14 @@ def _first_step_along_what_is_there(optimizer: Any, passes: str) -> bool:
 def lightning_closure(closure: Callable[[], Any]) -> Any:
     """The closure of Lightning's automatic optimization that ``closure`` leads to, or None.
 
-    It zeroes gradients itself where it does not add to those of earlier batches; then its ``_zero_grad_fn`` is None.
+    It zeroes gradients itself, unless it adds to those of earlier batches: its ``_zero_grad_fn`` is then None.
     """
     closure = innermost(closure)
     return closure if hasattr(closure, "_zero_grad_fn") and hasattr(closure, "_step_fn") else None
 
 
 def innermost(closure: Callable[[], Any]) -> Callable[[], Any]:
-    """What the partial functions around a closure lead to: Lightning puts some around it."""
+    """The closure inside the partial functions that Lightning, for one, puts around it."""
     while isinstance(closure, partial) and closure.args:
         closure = closure.args[-1]
     return closure

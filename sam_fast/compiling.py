@@ -1,5 +1,5 @@
-"""torch.compile leaves the optimizer alone: a compiled training step breaks its graph once for a call of it, instead of
-in many places inside.
+"""Keeps torch.compile out of the optimizer: a compiled training step then breaks its graph once per call of the
+optimizer, instead of in many places inside it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 TRACED = ("module_hooks",)
-"""What TorchDynamo has to see: hooks of models, whose graph a hook that it may not see would break."""
+"""Modules that TorchDynamo must trace. Their hooks run inside models, whose graph would break at a hook it skips."""
 
 _done = False
 
@@ -17,8 +17,8 @@ _done = False
 def leave_uncompiled() -> None:
     """Have TorchDynamo skip the functions of this package, at no cost per call.
 
-    Called when an optimizer is made, which imports TorchDynamo anyway. A PyTorch that knows no such list compiles what
-    it can: slower to compile, with the same results.
+    Called when an optimizer is made, which imports TorchDynamo anyway. A PyTorch without a list of modules to skip
+    compiles what it can: compiling is slower, the results are the same.
     """
     global _done
     if _done:

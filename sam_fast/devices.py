@@ -1,4 +1,4 @@
-"""What the package asks of a device, of whatever kind. Public PyTorch functions only."""
+"""What the package asks of devices of any kind, through public PyTorch functions only."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def devices_of(param_groups: Iterable[dict[str, Any]]) -> set[torch.device]:
 
 
 def made_current(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches, and questions about the current stream, go to the current device: makes it ``device``."""
+    """Make ``device`` the current device, to which launches and questions about the current stream go."""
     if device.type == "cuda":
         return torch.cuda.device(device)
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
 
 
 def need_not_wait(device: torch.device) -> bool:
-    """``non_blocking`` of a copy to ``device``: the host reads what it gets at once, and must not come too early."""
+    """``non_blocking`` for a copy to ``device``: False for the host, which reads the copy at once."""
     return device.type != "cpu"
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether there are graphs for a device of this kind."""
+    """Whether a device of this kind can capture graphs."""
     return hasattr(getattr(torch, device.type, None), "is_current_stream_capturing")
 
 
@@ -60,8 +60,8 @@ def check_whole_step(recorded: bool | None, device: torch.device) -> None:
 
 
 def never_ran(recorded: bool | None, device: torch.device) -> bool:
-    """Whether the weights need not be put back: first_step was ``recorded`` in a graph, whose capture ended before the
-    step did. One warning says so: a graph that is replayed all the same moves them.
+    """Whether the weights need not be put back, because first_step was only ``recorded`` in a graph whose capture ended
+    before the step did. Warns in that case: if the graph is replayed all the same, it moves the weights.
 
     Raises:
         RuntimeError: putting them back would only be recorded.

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .amp import UNSCALED, Scaling
 from .backends import Bucket, StepOptions
-from .base_step import has_hooks, is_schedulers
+from .base_step import has_hooks, is_scheduler_wrapper
 from .devices import refuse_capture
 from .perturbation import Perturbation
 from .steps import RULE_OF, MissingState, NotFused, Rule, fused_classes
@@ -31,13 +31,13 @@ def fused_step(
     """Restore the weights and take the base optimizer's step in one pass.
 
     Args:
-        perturbation: the weights are at ``w + e``; afterwards they are not.
+        perturbation: that of the weights at ``w + e``; no longer active afterwards.
         base: the base optimizer, whose options and state are used.
         scaling: what a GradScaler has done to the gradients. They stay scaled, unlike after the base optimizer's step.
-        rounding_key: that of the new weights' stochastic rounding (:mod:`sam_fast.rounding`), or None.
+        rounding_key: the key of the new weights' stochastic rounding (:mod:`sam_fast.rounding`), or None.
 
     Returns:
-        None; or the reason why that cannot be done, and then nothing has been changed.
+        None if it was done; else the reason why not, and the weights have not changed.
     """
     try:
         rule = _rule_for(base)
@@ -47,7 +47,7 @@ def fused_step(
         options = []
         for bucket in buckets:
             of_bucket = _options_of(bucket, base, rule, rounding_key)
-            # Where it is not known yet whether there is a step, none must leave a state behind.
+            # While it is unknown whether there will be a step, no state is made: a skipped step must not leave one.
             _prepare(bucket, base, of_bucket, may_make=scaling.found_inf is None)
             if bucket.host_counters or rule.group_counter is not None:
                 _check_host_counters(bucket, scaling)
@@ -60,7 +60,7 @@ def fused_step(
         for group in base.param_groups:
             group[rule.group_counter] = group.get(rule.group_counter, 0) + 1
     if "step" in vars(base):
-        base._opt_called = True  # type: ignore[attr-defined]  # what the wrapped step would have noted
+        base._opt_called = True  # type: ignore[attr-defined]  # as the scheduler's wrapper would have
     return None
 
 
@@ -75,7 +75,7 @@ def _rule_for(base: Optimizer) -> Rule:
         raise NotFused(f"{cls.__qualname__} is not one of {', '.join(fused_classes())}")
     if has_hooks(base):
         raise NotFused("the base optimizer has step hooks of its own: register them on SAM")
-    if "step" in vars(base) and not is_schedulers(vars(base)["step"], base):
+    if "step" in vars(base) and not is_scheduler_wrapper(vars(base)["step"], base):
         raise NotFused("the base optimizer's step was replaced")
     if not _is_own_step(cls, cls.step):
         raise NotFused(f"{cls.__qualname__}.step was replaced")
@@ -84,7 +84,7 @@ def _rule_for(base: Optimizer) -> Rule:
 
 @lru_cache(maxsize=64)
 def _is_own_step(cls: Any, step: Any) -> bool:
-    """Whether a class's ``step`` is what it or a base class defines, within wrappers of PyTorch alone."""
+    """Whether a class's ``step`` is what it or a base class defines, in no wrappers but PyTorch's."""
     while (inner := getattr(step, "__wrapped__", None)) is not None:
         if not getattr(step, "__globals__", {}).get("__name__", "").startswith("torch."):
             return False
@@ -93,9 +93,9 @@ def _is_own_step(cls: Any, step: Any) -> bool:
 
 
 def _on_host(scaling: Scaling, buckets: Sequence[Bucket]) -> Scaling:
-    """The scaling as the kernels take it: what is on the host is decided here.
+    """The scaling as the kernels take it: a ``found_inf`` on the host is decided here.
 
-    Raises NotFused if there must be no step, or if the base optimizer must see to it.
+    Raises NotFused if there must be no step, or if the base optimizer has to decide.
     """
     if scaling.grad_scale is not None and any(bucket.dtype == torch.float16 for bucket in buckets):
         raise NotFused("scaled gradients in float16")  # refused, see amp.step_base
@@ -111,7 +111,7 @@ def _on_host(scaling: Scaling, buckets: Sequence[Bucket]) -> Scaling:
 
 
 def _check_host_counters(bucket: Bucket, scaling: Scaling) -> None:
-    """Raise NotFused if a step with counters on the host has to be decided upon on the device."""
+    """Raise NotFused if step counters are on the host and the device decides whether there is a step."""
     if scaling.found_inf is not None:
         raise NotFused(
             "step counters on the host have to know beforehand whether gradients overflowed: fused=True or "
@@ -136,7 +136,7 @@ def _options_of(bucket: Bucket, base: Optimizer, rule: Rule, rounding_key: int |
         (*rule.values(group, base), group.get("differentiable", False), group.get("capturable", False))
         for group in base.param_groups
     ]
-    plain = all(type(value) in (float, int, bool) for group in given for value in group)  # no tensors: == is ==
+    plain = all(type(value) in (float, int, bool) for group in given for value in group)  # no tensors to compare
     known = bucket.step_options
     if not plain or known is None or known.given != given or known.rule is not rule:
         known = bucket.step_options = _new_options(bucket, base, rule, given if plain else [])
@@ -203,7 +203,7 @@ def _prepare(bucket: Bucket, base: Optimizer, options: StepOptions, may_make: bo
 
 
 def _make_first_states(bucket: Bucket, base: Optimizer, rule: Rule) -> bool:
-    """Make the state of parameters that take their first step, beside entries that are not the base optimizer's.
+    """Make the state of parameters that take their first step. Entries that are not the base optimizer's stay.
 
     A parameter that has some of the states but not all is left to the base optimizer, as is one that the kernel cannot
     take a first step with. Returns whether any was made.

@@ -30,19 +30,19 @@ def _others_have_hooks() -> bool:
 
 
 def _is_being_compiled() -> bool:
-    """Whether TorchDynamo is at work in this thread. What it has found must stay until its guards are made."""
+    """Whether TorchDynamo is compiling in this thread. Hooks that it has seen must stay until its guards are made."""
     context = getattr(sys.modules.get("torch._guards"), "CompileContext", None)
     return context is not None and context.try_get() is not None
 
 
 class ModuleHooks:
-    """A pair of global module hooks that can be put in and taken out again.
+    """A pair of global module hooks that can be installed and removed repeatedly.
 
-    Where Dynamo compiles while they are in, its guards hold their keys: these stay the same, so that nothing is
-    compiled again and again. In what is compiled they are not called.
+    If Dynamo compiles while the hooks are installed, its guards contain their keys. So the keys stay the same, and
+    nothing is compiled again and again. Compiled code does not call the hooks.
 
     Args:
-        needed: says whether they are needed now.
+        needed: returns whether the hooks are needed now.
         before: takes a module and its positional arguments, before its forward pass.
         after: takes a module, its positional arguments and its output, also after a forward pass that raises; or None.
     """
@@ -59,13 +59,13 @@ class ModuleHooks:
         self._key = RemovableHandle(OrderedDict()).id
         _our_keys.add(self._key)
         self._installed = False
-        self._late = False  # no longer needed, but still in
+        self._late = False  # no longer needed, but still installed
         self._silenced = False
         self._filters: Sequence[Any] = []
         self._lock = RLock()
 
     def _unless_compiling(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """What TorchDynamo traces of a hook: the rest of the package it must not see (compiling.py)."""
+        """The part of a hook that TorchDynamo traces. The rest of the package is hidden from it (compiling.py)."""
 
         def call(*args: Any) -> None:
             if not torch.compiler.is_compiling():
@@ -76,8 +76,8 @@ class ModuleHooks:
         return call
 
     def update(self) -> None:
-        """Put them in if they are needed, else take them out; what is asked and what is done are one, whatever other
-        threads do. Where a model is freed while another is compiled, they are taken out later.
+        """Install the hooks if they are needed, else remove them. The lock keeps other threads out between question and
+        answer. If a model is freed while another is being compiled, they are removed later.
         """
         with self._lock:
             needed = self._needed()
@@ -88,14 +88,14 @@ class ModuleHooks:
                 self.remove()
 
     def install(self) -> None:
-        """Does nothing if they are in."""
+        """Does nothing if the hooks are installed."""
         if self._installed:
             return
-        # The warning concerns the hooks of others too. Not through warnings.filterwarnings, which forgets what has been
-        # shown once.
+        # If others have hooks, the warning is about those too, and stays. Not through warnings.filterwarnings, which
+        # makes Python show warnings again that it has shown once.
         self._silenced = not _others_have_hooks()
         if self._silenced:
-            self._filters = warnings.filters  # those of now: warnings.catch_warnings() puts others in their place
+            self._filters = warnings.filters  # the present list: warnings.catch_warnings() replaces it
             self._filters.insert(0, _IGNORED)  # type: ignore[attr-defined]
         self._installed = True
         torch_module._global_forward_pre_hooks[self._key] = self._before
@@ -104,7 +104,7 @@ class ModuleHooks:
             torch_module._global_forward_hooks_always_called[self._key] = True
 
     def remove(self) -> None:
-        """Does nothing if they are not in."""
+        """Does nothing if the hooks are not installed."""
         if not self._installed:
             return
         self._installed = False

@@ -1,4 +1,4 @@
-"""One norm over buckets and devices: where the partial sums of squares are, and how they come together."""
+"""One norm over buckets and devices: where the partial sums of squares are, and how they are combined."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class NormSum:
         return self.partials[: self.own].sum()
 
     def measured(self) -> Tensor:
-        """The norm, which follows from partial sums that are complete."""
+        """The norm, once the partial sums are complete."""
         return self.partials.sum().sqrt()
 
     def measure(self) -> None:
-        """Write the norm where no bucket's perturb does."""
+        """Write the norm, for a device on which no bucket's perturb writes it."""
         self.norm.copy_(self.measured())
 
 
@@ -53,12 +53,12 @@ def exchange_sums(sums: Sequence[NormSum]) -> None:
 class Norm:
     """The norm over all buckets.
 
-    ``parts`` has for each bucket the memory for its own partial sums, and where perturb finds those of all.
+    ``parts`` has for each bucket the memory for its own partial sums, and the NormSum in which perturb finds all sums.
 
     Args:
         buckets: all buckets.
-        process_wide: what perturb finds is the sum over all processes, one number per device.
-        last: the norm over other buckets, whose value stays until there is a new one.
+        process_wide: perturb finds the sum over all processes, one number per device.
+        last: the norm over the buckets before these; its value stays until there is a new one.
     """
 
     def __init__(self, buckets: Sequence[Bucket] = (), process_wide: bool = False, last: Norm | None = None) -> None:
@@ -89,7 +89,7 @@ class Norm:
         return self._first.norm
 
     def own_norm(self) -> Tensor:
-        """What the partial sums of the first bucket's device say, in a tensor of its own; :attr:`value` stays."""
+        """The norm from the present partial sums on the first bucket's device, in a new tensor; :attr:`value` stays."""
         return self._first.measured()
 
     def exchange(self) -> None:

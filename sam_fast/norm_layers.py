@@ -16,15 +16,15 @@ NORM_LAYERS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
     nn.RMSNorm,
 )
-"""The classes of normalization layers, and of what is derived from them."""
+"""Classes of normalization layers. Subclasses count, too."""
 
 NAMES = ("batchnorm", "instancenorm", "groupnorm", "layernorm", "rmsnorm")
-"""A class whose name contains one of these in any case, as LlamaRMSNorm, T5LayerNorm or RmsNorm does, is one too."""
+"""A class whose name contains one of these, in any case, counts as well: LlamaRMSNorm, T5LayerNorm, RmsNorm."""
 
 
 def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """A module's, without those of modules in it, but with those that a parametrization such as weight_norm computes
-    them from.
+    """A module's own parameters, without those of its submodules, but with the ones from which a parametrization, such
+    as weight_norm, computes its weights.
     """
     yield from module.parameters(recurse=False)
     if parametrize.is_parametrized(module):
@@ -33,8 +33,8 @@ def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def is_norm_layer(module: nn.Module) -> bool:
-    """Whether a module normalizes: by its class, or its class's name. One of that name that has matrices, as a
-    LayerNormLinear, does more.
+    """Whether a module is a normalization layer, by its class or by the name of its class. A class with such a name but
+    with matrices, such as LayerNormLinear, is not one: it does more than normalize.
     """
     named = any(name in type(module).__name__.lower() for name in NAMES)
     return isinstance(module, NORM_LAYERS) or (
@@ -46,12 +46,12 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Two parameter groups of a model for :class:`sam_fast.SAM`: the parameters of normalization layers, which are
     perturbed, and all others, if any, which are not (``perturb=False``) and need no backup.
 
-    Inside ``first_pass(model)`` the others get no gradient. Warns if all that is to be perturbed is frozen. The paper
-    takes about five times SAM's rho.
+    Inside ``first_pass(model)`` the others get no gradient. Warns if all parameters to perturb are frozen. The paper
+    uses about five times SAM's rho.
 
     Args:
-        model: BatchNorm, InstanceNorm, GroupNorm, LayerNorm and RMSNorm layers are known by their class, libraries' own
-            by their class's name.
+        model: the model. BatchNorm, InstanceNorm, GroupNorm, LayerNorm and RMSNorm layers are recognized by their
+            class, those of other libraries by the name of their class.
         options: options of both groups, such as ``lr`` or ``rho``.
 
     Returns:
@@ -73,8 +73,8 @@ def norm_layers_only(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
         raise ValueError("norm_layers_only(model): the model has no normalization layer with weights")
     if not any(p.requires_grad for p in norms):
         warnings.warn(
-            "norm_layers_only(model): the weights of all normalization layers are frozen, as LoRA leaves them, and "
-            "until one is not, nothing is perturbed: that is the base optimizer without SAM",
+            "norm_layers_only(model): the weights of all normalization layers are frozen, as with LoRA. Until one of "
+            "them is trainable nothing is perturbed: this is the base optimizer without SAM",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,6 +1,5 @@
-"""What SAM is given: parameters, options, a base optimizer, a state dict.
-
-Checked and brought into the form that the rest expects.
+"""Checks what a user gives SAM (parameters, options, a base optimizer, a state dict), and brings it into the form that
+the rest of the package expects.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ FLAGS = ("adaptive", "perturb")
 """Those of them that are true or false."""
 
 OLD_WEIGHTS = "old_p"
-"""Where the reference implementation keeps its backup, in the state that it saves."""
+"""The state entry in which the reference implementation keeps its backup, and saves it."""
 
 
 def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
-    """The state of a reference implementation's checkpoint, without the copy of the weights in it."""
+    """The state in a checkpoint of the reference implementation, without its copy of the weights."""
     if not any(OLD_WEIGHTS in entry for entry in state.values() if isinstance(entry, dict)):
         return state
     warnings.warn(
@@ -44,10 +43,10 @@ def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Callable[[list[dict[str, Any]]], Any]:
-    """What makes the base optimizer from the parameter groups.
+    """A function that makes the base optimizer from the parameter groups.
 
     Raises:
-        TypeError: ``base_optimizer`` is not callable, or ``params`` is an optimizer, which leaves nothing to make.
+        TypeError: ``base_optimizer`` is not callable, or ``params`` is an optimizer and another one is asked for.
         ValueError: ``base_optimizer`` is not an import path.
     """
     if isinstance(params, Optimizer):
@@ -74,14 +73,14 @@ def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> 
             "base_optimizer must be an Optimizer class or a callable that returns an Optimizer, got "
             f"{made if isinstance(base_optimizer, Optimizer) else repr(base_optimizer)}"
         )
-    # Some, as MuonWithAuxAdam, take no entries that they do not know: the options are taken over afterwards.
+    # Some, such as MuonWithAuxAdam, refuse entries that they do not know: the options are taken over afterwards.
     return lambda groups: found(
         [{k: v for k, v in group.items() if k not in OPTIONS} for group in groups], **base_kwargs
     )
 
 
 def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -> None:
-    """Give the groups that a base optimizer has made the SAM options of the groups that their parameters came in.
+    """Give the groups that a base optimizer has made SAM's options, from the groups in which their parameters came.
 
     Raises:
         ValueError: a group mixes parameters that came with different options.
@@ -91,7 +90,7 @@ def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -
         if all(name in group for name in OPTIONS):
             continue
         found = [options_of[id(p)] for p in group["params"] if id(p) in options_of]
-        if not found and len(made) == len(given):  # without parameters, or with others that the base has made of them
+        if not found and len(made) == len(given):  # no parameters, or the base has replaced them
             found = [given[index]]
         for name in OPTIONS if found else ():
             if any(options[name] != found[0][name] for options in found):
@@ -108,7 +107,7 @@ def _tensors(params: Any) -> list[Tensor]:
 
 
 def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
-    """The parameter groups, as new dictionaries; an optimizer's own."""
+    """The parameter groups as new dictionaries; of an optimizer, its own groups."""
     if isinstance(params, Optimizer):
         return params.param_groups
     if isinstance(params, Tensor):
@@ -119,10 +118,10 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
         warnings.warn(
             "optimizer parameters need to be organized in ordered collections: the order of a set changes from run to "
             "run, and a checkpoint's state would go to other parameters. Pass a list",
-            FutureWarning,  # as torch since 2.15, whose words it begins with
+            FutureWarning,  # as in torch 2.15, with the same first words
             stacklevel=3,
         )
-    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):  # some are iterables, of modules
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):  # some iterate over modules
         raise TypeError(f"params must be parameters, got a model, {type(params).__name__}: pass model.parameters()")
     if hasattr(params, "param_groups"):
         raise TypeError(
@@ -135,7 +134,7 @@ def as_groups(params: Iterable[Any] | Optimizer) -> list[dict[str, Any]]:
         groups = [dict(group) for group in entries]
         for group in groups:
             if not isinstance(group.get("params"), (Tensor, list, set, type(None))):
-                group["params"] = list(group["params"])  # an iterator would be used up by who looks first
+                group["params"] = list(group["params"])  # whoever looks first would use an iterator up
         return groups
     return [{"params": entries}]
 
@@ -145,7 +144,7 @@ def name_of(param: Tensor, param_groups: Sequence[dict[str, Any]]) -> str:
     for index, group in enumerate(param_groups):
         for position, p in enumerate(group["params"]):
             if p is param:
-                names = group.get("param_names") or []  # shorter, where somebody has appended to the parameters
+                names = group.get("param_names") or []  # shorter if somebody has appended to the parameters
                 numbered = f"parameter {position} of group {index}"
                 return f"parameter {names[position]!r}" if position < len(names) else numbered
     return "a parameter"
@@ -167,7 +166,7 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def make_plain(group: dict[str, Any]) -> None:
-    """Check a group's options, and turn its int and numpy's numbers into Python's own kinds, which need no second look.
+    """Check a group's options, and turn ints and NumPy's numbers into floats and bools, which pass at once next time.
 
     Raises:
         ValueError: as :func:`check_options`.
@@ -175,14 +174,14 @@ def make_plain(group: dict[str, Any]) -> None:
     check_options(group)
     for name in OPTIONS:
         value = group[name]
-        # What else can be taken for a number, as a tensor, an array or an object with __float__, may change its value.
+        # Other things that convert to a number (a tensor, an array, an object with __float__) may change their value.
         if isinstance(value, Number) or (hasattr(value, "dtype") and not hasattr(value, "__setitem__")):  # numpy's bool
             group[name] = bool(value) if name in FLAGS else float(value)
 
 
 def check_at_least_zero(name: str, value: Any, wanted: str = "of at least 0") -> None:
-    """Raise ValueError if the option ``name`` is not a finite number of at least 0. True is not one: it is another
-    argument in the wrong place.
+    """Raise ValueError if the option ``name`` is not a finite number of at least 0. True does not count as one: it is
+    another argument in the wrong place.
     """
     try:
         number = float(value) if not isinstance(value, str | bool) else math.nan
@@ -212,8 +211,8 @@ def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
 
 
 def check_loss_fn(loss_fn: Any) -> None:
-    """Raise TypeError if ``loss_fn`` cannot be called as ``loss_fn(model, *batch)``, or is a loss of torch's, which
-    takes no model. One derived from it, with a ``forward`` of its own, may.
+    """Raise TypeError if ``loss_fn`` cannot be called as ``loss_fn(model, *batch)``: it is not callable, or is one of
+    torch's losses, which take no model. A subclass with a ``forward`` of its own may take one.
     """
     if not callable(loss_fn) or (
         isinstance(loss_fn, nn.modules.loss._Loss) and type(loss_fn).forward.__module__ == nn.modules.loss.__name__
@@ -225,14 +224,14 @@ def check_loss_fn(loss_fn: Any) -> None:
 
 
 def check_base(base: Any, flatten: bool = False) -> None:
-    """Raise TypeError or ValueError if ``base``, or an optimizer in it, cannot be a base optimizer, or not with
-    ``flatten=True``.
+    """Raise TypeError or ValueError if ``base``, or an optimizer inside it, cannot be a base optimizer (with
+    ``flatten=True``, if that is asked for).
     """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
     for name in ("defaults", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        if not hasattr(base, name):  # some that wrap another one do without Optimizer.__init__
-            setattr(base, name, OrderedDict())  # to which, unlike a dict, the handle of a hook can refer
+        if not hasattr(base, name):  # some wrappers do not call Optimizer.__init__
+            setattr(base, name, OrderedDict())  # a hook's handle cannot weakly refer to a plain dict
     for optimizer in and_inner(base):
         _check_one(optimizer)
         if flatten and getattr(optimizer, "parameters_as_bucket_view", False):
@@ -243,7 +242,7 @@ def check_base(base: Any, flatten: bool = False) -> None:
 
 
 def and_inner(base: Optimizer) -> list[Optimizer]:
-    """An optimizer and those that it wraps, as Lookahead does."""
+    """An optimizer, and the optimizers inside it if it is a wrapper such as Lookahead."""
     found = [base]
     for optimizer in found:
         for value in vars(optimizer).values():
@@ -283,8 +282,9 @@ def needs_closure(function: Callable[..., Any]) -> bool:
 
 
 def differentiates_gradients(cls: type) -> bool:
-    """Whether ``cls.step``, or what it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the
-    Hessian. What cannot do without a closure, which SAM does not give, does not count: heavyball's may estimate it.
+    """Whether ``cls.step``, or a function that it calls by name, calls ``torch.autograd.grad``, as optimizers that
+    estimate the Hessian do. Functions that need a closure do not count, since SAM gives them none: heavyball may
+    estimate the Hessian in one.
     """
     classes = cls.__mro__[: cls.__mro__.index(Optimizer)]
     pending: list[Any] = [vars(c).get("step") for c in classes]

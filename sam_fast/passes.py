@@ -24,7 +24,7 @@ from .storage.fsdp import forget_gathered_weights, is_fsdp_module, own_gradients
 
 
 class Passes:
-    """The two passes of an optimizer, as context managers, and where its step stands."""
+    """The two passes of a step as context managers, and properties that say where the step stands."""
 
     param_groups: list[dict[str, Any]]
     _step: StepState
@@ -38,14 +38,14 @@ class Passes:
 
     @property
     def will_perturb(self) -> bool:
-        """Whether the coming step perturbs, or the one that is under way. It depends on the schedule and the step
+        """Whether the step that is under way, or else the next one, perturbs. This depends on the schedule and the step
         counter alone, so it is the same on all ranks.
         """
         return self._schedule is None or self._schedule.perturbs(steps_taken(self.param_groups))
 
     @property
     def needs_first_pass(self) -> bool:
-        """Whether the coming step needs a first pass: it does if it perturbs."""
+        """Whether the next step needs a first pass: it does if it perturbs."""
         return self.will_perturb
 
     @property
@@ -62,8 +62,8 @@ class Passes:
 
     @torch.no_grad()
     def _grad_norm(self) -> Tensor:
-        """``||T g||`` of the gradients as they are now, in their dtype and under the reference implementation's name:
-        loops log it, and variants measure with it in a ``first_step`` of their own.
+        """``||T g||`` of the gradients as they are now, in their dtype. The name is the reference implementation's:
+        loops log the norm with it, and variants of SAM measure with it in a ``first_step`` of their own.
         """
         norm = torch.nn.utils.get_total_norm(
             (p.abs() + group["eta"]) * p.grad if group["adaptive"] else p.grad
@@ -89,7 +89,7 @@ class Passes:
         raise NotImplementedError
 
     def _give_up(self) -> None:
-        """After a pass that has raised, be it the first one, of which ``restore`` knows nothing."""
+        """Clean up after a pass that has raised, also after a first pass, of which ``restore`` alone knows nothing."""
         self.restore()
         self._perturbation.storage.give_up_pass()
 
@@ -103,8 +103,8 @@ class Passes:
         )
 
     def _common_norm(self) -> Tensor | None:
-        """The norm of this step's first gradient, which all processes know. None where each has one of its own, or may
-        have: without ``first_pass`` nothing tells whether the gradients were synchronised.
+        """The norm of this step's first gradient if it is the same in all processes. None if each process has, or may
+        have, a gradient of its own: without ``first_pass`` nothing tells whether the gradients were synchronised.
         """
         step, perturbation = self._step, self._perturbation
         common = step.first_pass_entered or perturbation.storage.process_wide or not several_processes()
@@ -129,8 +129,8 @@ class Passes:
     def first_pass(self, model: Models, replay_rng: bool = False, sync: bool = True) -> Iterator[None]:
         """Around the first forward and backward; optional.
 
-        Inside, weights of groups with ``perturb=False`` get no gradient, which saves its computation; except for models
-        in DDP or FSDP2, which wait for every gradient.
+        Inside, weights of groups with ``perturb=False`` get no gradient, which saves computing it. Models in DDP or
+        FSDP2 are an exception: they wait for every gradient.
 
         Args:
             model: the model, as it is called (the DDP wrapper where there is one), or a list or tuple of models.
@@ -141,8 +141,8 @@ class Passes:
                 gradient). With a GradScaler, only the second pass then decides whether the update is skipped, since the
                 ranks must agree.
 
-        The second pass comes after the block. If the body raises, the weights are w. Warns if there are several
-        processes, ``sync=False``, and ``model`` has no synchronisation to leave out.
+        The second pass comes after the block. If the body raises, the weights are w. Warns if ``sync`` is False in one
+        of several processes, and ``model`` has no synchronisation to leave out.
 
         Raises:
             RuntimeError: a step is under way.
@@ -154,7 +154,7 @@ class Passes:
         check_flag("replay_rng", replay_rng)
         check_flag("sync", sync)
         models = as_models(model, "first_pass(model)")
-        if not (replay_rng and are_new(self._gradients())):  # else it adds to the first pass of other micro-batches
+        if not (replay_rng and are_new(self._gradients())):  # else this adds to the first pass of other micro-batches
             self._step.random_states.clear()
         if replay_rng:
             self._step.random_states.append(RandomState.capture(devices_of(self.param_groups)))
@@ -164,7 +164,7 @@ class Passes:
             with ExitStack() as stack:
                 found = [stack.enter_context(without_gradient_sync(module)) for module in models if not sync]
                 if not (sync or any(found) or self._perturbation.storage.process_wide):
-                    warn_of_several_processes()
+                    warn_if_several_processes()
                 self._step.unused = unused_weights(models, self.param_groups)
                 for p in self._step.unused:
                     p.requires_grad = False
@@ -178,9 +178,9 @@ class Passes:
 
     @contextmanager
     def second_pass(self, model: Models, extra_buffers: ExtraBuffers = ()) -> Iterator[None]:
-        """Around the second forward and backward: the BatchNorm statistics of ``model`` end as they were if there was a
-        first pass, dropout draws that pass's masks if ``first_pass`` was asked to remember them, and if the body
-        raises, the weights are restored before the exception goes on.
+        """Around the second forward and backward. If there was a first pass, the BatchNorm statistics of ``model`` end
+        as they were. If ``first_pass`` was asked to remember the random state, dropout draws the same masks again. If
+        the body raises, the weights are restored before the exception goes on.
 
         ``break``, ``continue`` and ``return`` out of the body are a normal end: the weights stay perturbed, for the
         second_step that follows. Call ``restore()`` before them to give the step up.
@@ -198,7 +198,7 @@ class Passes:
         self._require_first_step("second_pass")
         self._step.require_sync("second_pass")
         models, extra_buffers = check_models(model, extra_buffers, "second_pass(model)")
-        if not self._step.active:  # a step that does not perturb may do without
+        if not self._step.active:  # a step that does not perturb may come without first_step()
             self.first_step()
         random_state = self._step.next_random_state()
         try:
@@ -214,8 +214,8 @@ class Passes:
 
 
 def unused_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
-    """The weights whose gradient a first pass has no use for: those that are not perturbed, where others are. None in
-    DDP and FSDP2, which wait for every gradient.
+    """The weights whose gradients the first pass does not need: those that are not perturbed, if others are. An empty
+    list in DDP and FSDP2, which wait for every gradient.
     """
     by_perturb: dict[bool, list[Tensor]] = {True: [], False: []}
     for group in param_groups:
@@ -239,8 +239,8 @@ def several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def warn_of_several_processes() -> None:
-    """There was no synchronisation to leave out: no wonder in one process."""
+def warn_if_several_processes() -> None:
+    """Warn that there was no synchronisation to leave out. In one process there never is any."""
     if several_processes():
         warnings.warn(
             "first_pass(model, sync=False) finds no DistributedDataParallel in model. If there is one around it, its "
@@ -254,7 +254,7 @@ def warn_of_several_processes() -> None:
 def without_gradient_sync(model: Any) -> Iterator[bool]:
     """Run forward and backward of ``model`` without gradient synchronisation, wherever in it a DDP or FSDP2 module is.
 
-    Yields whether there is any. For other models there is none to leave out.
+    Yields whether there is such a module. Other models have no synchronisation to leave out.
 
     Raises:
         ValueError: an FSDP2 module is sharded over all processes, so that no process has a gradient of its own; or a

@@ -1,6 +1,4 @@
-"""The perturbation of one optimizer's parameters: which buckets there are, the norm over all of them, perturb and
-restore.
-"""
+"""The perturbation of one optimizer's parameters: its buckets, the norm over all of them, perturb and restore."""
 
 from __future__ import annotations
 
@@ -26,14 +24,14 @@ from .storage import Flat, InPlace, Member, is_dtensor, sharded
 ParamGroups = Sequence[dict[str, Any]]
 
 _others: list[ref[Perturbation]] = []
-"""Those of this process's optimizers that may be perturbed now."""
+"""The perturbations in this process that may be active now."""
 
 
 def _takes_part(p: Tensor, perturb: bool) -> bool:
     """Whether a bucket must hold a parameter: it has a gradient, or may get one.
 
-    What is frozen, on the meta device, sparse, quantised or yet to be materialised, and has no gradient, is not looked
-    into.
+    Parameters without a gradient that are frozen, on the meta device, sparse, quantised or yet to be materialised are
+    left out.
     """
     if perturb and p.grad is not None:
         return True
@@ -53,7 +51,7 @@ class Perturbation:
         backend: name of the backend to force, or None.
         flatten: move parameters and gradients into flat buffers.
         eps: added to the norm before it divides rho.
-        nested: it is restored before anything else happens, and may lie within another one's.
+        nested: it is restored before anything else happens, so it may move weights that another one has perturbed.
     """
 
     def __init__(self, backend: str | None, flatten: bool, eps: float, nested: bool = False) -> None:
@@ -61,7 +59,7 @@ class Perturbation:
         self.flatten = flatten
         self.eps = eps
         self.nested = nested
-        self.maximize = False  # where a group does not say
+        self.maximize = False  # in groups that do not say
         self.active = False
         self.buckets: list[Bucket] = []
         self.storage: InPlace = Flat(backend) if flatten else InPlace()
@@ -122,7 +120,7 @@ class Perturbation:
         for position, (member, tensor) in enumerate(zip(members, tensors, strict=True)):
             is_shared = position in shared
             backend = self._choose_for_shared() if is_shared else self._choose(storage, member[0], tensor)
-            # What is never perturbed is in buckets of its own, which allocate no backup.
+            # Parameters that are never perturbed have buckets of their own, which allocate no backup.
             perturbs = bool(param_groups[member[1]]["perturb"])
             key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]), perturbs)
             alike.setdefault(key, []).append(member)
@@ -132,7 +130,7 @@ class Perturbation:
         self.norm = Norm(self.buckets, storage.process_wide, self.norm)
 
     def _members(self, param_groups: ParamGroups) -> tuple[list[Member], list[tuple[Tensor, bool]]]:
-        """The parameters that take part, and those that do not with whether their groups are perturbed."""
+        """The parameters that take part; and the others, each with whether its group is perturbed."""
         members: list[Member] = []
         left_out: list[tuple[Tensor, bool]] = []
         seen: set[int] = set()
@@ -196,8 +194,8 @@ class Perturbation:
 
         Args:
             param_groups: those of the optimizer.
-            rounding_key: that of ``w + e``'s stochastic rounding (:mod:`sam_fast.rounding`), or None.
-            own_gradient: DTensor gradients that are partial sums are not added up.
+            rounding_key: the key of the stochastic rounding of ``w + e`` (:mod:`sam_fast.rounding`), or None.
+            own_gradient: do not add up DTensor gradients that are partial sums.
         """
         self.prepare(param_groups)
         if not self.nested and _others != [self._ref]:  # most often it is the only one
@@ -210,8 +208,8 @@ class Perturbation:
         options = GroupOptions(param_groups, rounding_key, self.maximize)
         try:
             if not self._collect(options, own_gradient):
-                # Parameters were given other memory, a dtype or a layout (model.to(), p.data = ...): start from what
-                # they are.
+                # Parameters have other memory, another dtype or layout (model.to(), p.data = ...): build the buckets
+                # from what they are now.
                 self._build(param_groups)
                 if not self._collect(options, own_gradient):
                     raise RuntimeError("a parameter changes its device, dtype or layout while it is looked at")
@@ -225,7 +223,7 @@ class Perturbation:
         self.active = True
         try:
             for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
-                home.measure()  # a bucket of the same device that perturbs writes it anew
+                home.measure()  # overwritten by any bucket of the same device that perturbs
             for bucket, _, home in self.norm.parts:
                 if bucket in perturbed:
                     bucket.perturb(options, home.partials, self.eps, home.norm)
@@ -236,7 +234,9 @@ class Perturbation:
         self.measured = True
 
     def _refuse_perturbed(self, other: Perturbation, param_groups: ParamGroups) -> None:
-        """Whichever of two restores last would undo the other's update, or leave its perturbation in the weights."""
+        """Raise RuntimeError if ``other`` has perturbed one of these parameters: whichever of the two restores last
+        would undo the other's update, or leave its perturbation in the weights.
+        """
         perturbed = set(map(id, other._saved_params()))
         for group in param_groups:
             for p in group["params"]:
@@ -247,11 +247,11 @@ class Perturbation:
                     )
 
     def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
-        """Those with a tensor in a group that is perturbed: the others need no backup."""
+        """The buckets with a tensor in a group that is perturbed. The others need no backup."""
         return [bucket for bucket in self.buckets if any(options.perturb[group] for group in bucket.groups)]
 
     def _leave_out_what_was_frozen(self, param_groups: ParamGroups) -> None:
-        """What was frozen between the constructor and the first step needs no backup; nor does it step with zeros."""
+        """Drop what was frozen between constructor and first step: it needs no backup, and no step with zeros."""
         self.storage.release_frozen()
         frozen = (p.grad is None and not p.requires_grad for bucket in self.buckets for p in bucket.sources)
         if not self.flatten and any(frozen):
@@ -278,7 +278,7 @@ class Perturbation:
         return zip(self.left_out, self._may_perturb, strict=True)
 
     def _shares_anew(self) -> bool:
-        """Whether other tensors share memory than when the buckets were built."""
+        """Whether tensors share memory now that did not when the buckets were built, or the other way round."""
         if overlapping(self._tensors) != self._shared:
             return True
         replaced = self.storage.replaced()  # then the next first step builds the buckets anew
@@ -319,7 +319,7 @@ class Perturbation:
         """Write the weights back, bit for bit. What an interruption left undone, the next call does."""
         error: RuntimeError | None = None
         perturbed = self._saved_params()
-        # one that shares memory with an earlier one has backed up what that moved
+        # In reverse: a bucket that shares memory with an earlier one has backed up what the earlier one had moved.
         for bucket in reversed(self.buckets):
             try:
                 bucket.restore()
@@ -343,12 +343,12 @@ class Perturbation:
         return [p for bucket in self.buckets for p in bucket.saved_params()]
 
     def _mark_written(self, params: list[Tensor]) -> None:
-        """Let autograd know of weights that kernels have written, and whatever keeps something made of the old ones."""
+        """Tell autograd that kernels have written these weights, and drop what is cached from the old ones."""
         increment_version(self.storage.written(params) if self.storage.process_wide else params)
         forget_old_weights()
 
     def zero_grad(self, param_groups: ParamGroups) -> None:
-        """With ``flatten=True``: zero the gradients in the flat buffers, and let go of those outside."""
+        """With ``flatten=True``: zero the gradients in the flat buffers, and set the others to None."""
         self.storage.zero_grad()
         params = self.left_out if self.fits(param_groups) else [p for group in param_groups for p in group["params"]]
         held = self.storage.held() if params else ()
@@ -359,10 +359,10 @@ class Perturbation:
     # ---- Second step -------------------------------------------------------------------------------------------------
 
     def step_buckets(self, param_groups: ParamGroups) -> list[Bucket]:
-        """For each bucket the one that a fused second step works on, whose tensors are parameters.
+        """For each bucket the one that a fused second step works on. The tensors of that one are parameters.
 
         Raises:
-            NotFused: there are none, or the parameters are others than in first_step, or one is listed twice.
+            NotFused: there are none, or the parameters are not those of first_step, or one is listed twice.
         """
         buckets: list[Bucket] | None = self.buckets
         if self.flatten:
@@ -384,7 +384,7 @@ class Perturbation:
             )
 
     def restore_and_step(self, buckets: Sequence[Bucket], options: Sequence[StepOptions], scaling: Scaling) -> None:
-        """Restore and step ``step_buckets()``, which are prepared for it."""
+        """Restore and step the buckets of ``step_buckets()``, after their ``prepare_step``."""
         written: list[Tensor] = []
         for source, bucket in zip(self.buckets, buckets, strict=True):
             if bucket is not source:

@@ -1,4 +1,4 @@
-"""The state of the random generators, which the second pass may draw from again."""
+"""The state of the random generators, saved so that the second pass can draw the same numbers again."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from .devices import refuse_capture
 
 CPU, PYTHON, NUMPY = "cpu", "python", "numpy"
-"""Generators that are found by name. Not torch.default_generator, of which a copy would have another state."""
+"""Generators that are known by name. Not torch.default_generator itself: a copy of it would have a state of its own."""
 
 
 class RandomState:
-    """The state of torch's default generators, the CPU's and those of some devices, of Python's and NumPy's, from which
-    mixup and augmentation are often drawn, and of further ones.
+    """The states of torch's default generators (the CPU's and those of some devices), of Python's and NumPy's, from
+    which mixup and augmentation often draw, and of further torch generators.
     """
 
     def __init__(self, states: list[tuple[torch.device | torch.Generator | str, Any]]) -> None:
@@ -65,8 +65,8 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draw from this state inside; outside the generators go on as if nothing had been drawn. The next time goes on
-        where this one ended.
+        """Inside, the generators draw from this state. Afterwards they go on as if nothing had been drawn. If entered
+        again, this goes on where it ended.
         """
         outside = self._now()
         self.apply()

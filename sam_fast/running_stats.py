@@ -1,4 +1,4 @@
-"""Running statistics: which tensors of a model they are.
+"""Which tensors of a model are running statistics.
 
 They are found by name among the buffers, frozen parameters and plain attributes of every module; a user can name more.
 """
@@ -39,7 +39,7 @@ def _is_statistic(name: str) -> bool:
 
 
 class _Names(dict[str, bool]):
-    """For each name whether it is a statistic's, asked for once: models are walked in every step."""
+    """For each name whether it is that of a statistic. Cached, because models are searched at every step."""
 
     def __missing__(self, name: str) -> bool:
         self[name] = found = _is_statistic(name)
@@ -63,12 +63,14 @@ def _keeps_statistics(module: nn.Module) -> bool:
 _ATTRIBUTES = frozenset(vars(nn.Module()))
 
 MOST_ASIDE = 100
-"""Objects that are looked at to find what a module keeps aside. Longer containers are histories or data."""
+"""How many objects are searched for modules that a module keeps in plain attributes. Containers of this length or more
+are not searched: they are histories or data.
+"""
 
 
 class _Kinds(dict[type, int]):
-    """By type: 1 for modules, 2 for containers, 0 for what leads to no module. Not by instance, since isinstance()
-    takes a weakref.proxy for what it stands for.
+    """For each type 1 if it is a module, 2 if it is a container, 0 if neither. By type, since isinstance() takes a
+    weakref.proxy for what it refers to.
     """
 
     def __missing__(self, kind: type) -> int:
@@ -81,14 +83,14 @@ _KIND = _Kinds()
 
 @lru_cache(maxsize=1000)  # parametrized and traced modules have a class each
 def _is_pytorchs(kind: type) -> bool:
-    """Whether a class of modules is PyTorch's own. One that it derives from a user's, to parametrize or shard a module,
-    says so too, but has the user's attributes.
+    """Whether a class of modules, with all its bases, is PyTorch's. To parametrize or shard a module PyTorch derives a
+    class from a user's: that says it is PyTorch's, too, but has the user's attributes.
     """
     return all(str(base.__module__).partition(".")[0] in ("torch", "abc", "builtins") for base in kind.__mro__)
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module, where its class may have some that matter here: PyTorch's have none."""
+    """The plain attributes of a module; empty for PyTorch's own modules, where they do not matter."""
     if _is_pytorchs(type(module)):  # type: ignore[arg-type]  # a class can be hashed
         return {}
     attributes = vars(module).copy()
@@ -96,7 +98,7 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _modules_in(values: Iterable[Any]) -> list[nn.Module]:
-    """Modules that are kept in lists and the like, or as plain attributes: to PyTorch they are no part of a module."""
+    """The modules among ``values`` and in lists and the like among them. PyTorch does not see these as submodules."""
     found = []
     pending = [value for value in values if _KIND[type(value)]]
     for value in islice(pending, MOST_ASIDE):  # which grows
@@ -147,7 +149,7 @@ def check_extra_buffers(extra_buffers: Any) -> CheckedBuffers:
 
 
 def check_models(models: Any, extra_buffers: Any, argument: str) -> tuple[list[nn.Module], CheckedBuffers]:
-    """Both, checked, before anything is changed.
+    """``models`` and ``extra_buffers``, checked before anything is changed.
 
     Raises:
         TypeError: one of them is of the wrong type.
@@ -174,14 +176,14 @@ def find_layers(
     seen: set[nn.Module] | None = None,
     every_pattern: bool = True,
 ) -> Layers:
-    """The modules that keep statistics: every BatchNorm, SyncBatchNorm, InstanceNorm with tracking, custom ones, Keras'
-    on torch.
+    """The modules that keep statistics: every BatchNorm, SyncBatchNorm, InstanceNorm with tracking, custom layers, and
+    Keras layers on torch.
 
     Args:
         models: where to look.
         extra_buffers: see :data:`ExtraBuffers`.
-        seen: modules that are left out with all that is in them; those that were looked at are added.
-        every_pattern: every pattern must fit something.
+        seen: modules to leave out, with everything in them. The modules that were searched are added.
+        every_pattern: whether every pattern must fit something.
 
     Raises:
         TypeError: ``extra_buffers`` is of the wrong type.
@@ -265,8 +267,8 @@ class _ByName:
 
 
 class FrozenParameters(_ByName):
-    """The parameters of a module that need no gradient, with the same interface. Keras on torch keeps statistics as
-    such.
+    """The parameters of a module that need no gradient, with the same interface. Keras on torch keeps its statistics
+    there.
     """
 
     _kind = "_parameters"
@@ -282,7 +284,7 @@ class FrozenParameters(_ByName):
 
 
 class PlainTensors:
-    """The statistics that are plain attributes of a module, with the same interface, as norms written by hand have."""
+    """The statistics in plain attributes of a module, as in hand-written norms, with the same interface."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
@@ -302,7 +304,7 @@ class PlainTensors:
 
 
 def owners_of(module: nn.Module, extra: frozenset[str]) -> list[Any]:
-    """What holds statistics of a module by name, with those that are called ``extra``."""
+    """The collections in which a module holds statistics by name, and those named ``extra``."""
     owners = [buffers_of(module)]
     # a scripted module's dict cannot be iterated itself
     if any(STATISTIC[name] or name in extra for name in module._parameters.keys()):  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""class SAM: Sharpness-Aware Minimization around any torch optimizer."""
+"""The class SAM: Sharpness-Aware Minimization around any torch optimizer."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class SAM(Passes, OptimizerWrapper):
         closure: what ``step(closure)`` does with existing gradients. "second": they are the first pass, and the closure
             is called for the second, as in the reference implementation. "both": they are discarded and the closure is
             called for both, as with any torch optimizer. "auto", the default: "second" if they are new (neither used by
-            a step with a closure nor zeroed by ``zero_grad()``) and not all zero, else "both"; this looks at the norm
-            on the host.
+            a step with a closure nor zeroed by ``zero_grad()``) and not all zero, else "both"; to decide, the host
+            waits for the norm.
         stochastic_rounding: round weights in bfloat16 and float16 up or down with the probabilities that make ``w + e``
             right on average, and with a fused second step the new weights too. False rounds to nearest, which loses
             most of a small e. None, the default, means False (docs/mixed_precision.md has the measurement).
         schedule: which steps perturb, a :class:`sam_fast.Schedule`; None: all do.
-        along: the direction of the perturbation. Only "gradient", this batch's, from a first pass: other directions did
-            not keep enough of SAM's accuracy (docs/quality.md).
+        along: the direction of the perturbation. There is only "gradient", that of a first pass over this batch: other
+            directions did not keep enough of SAM's accuracy (docs/quality.md).
         **base_kwargs: options of the base optimizer.
 
     Attributes:
@@ -133,7 +133,7 @@ class SAM(Passes, OptimizerWrapper):
         self._begin()
 
     def _begin(self) -> None:
-        """Build what is not copied."""
+        """Build what copies and pickles leave out."""
         leave_uncompiled()
         self._base_step = BaseStep(self.base_optimizer, self._perturbation)
         self._perturbation.maximize = maximizes(self.base_optimizer)
@@ -149,7 +149,7 @@ class SAM(Passes, OptimizerWrapper):
         self._require_restored("copying the optimizer")
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.__dict__.pop("step", None)  # where a scheduler put it, it is bound to the original
+        twin.__dict__.pop("step", None)  # a scheduler's wrapper is bound to the original
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,8 +193,8 @@ class SAM(Passes, OptimizerWrapper):
     def first_step(self, zero_grad: bool = False) -> None:
         """Move from w to ``w + e`` along the gradients of the first pass.
 
-        The gradients may be multiplied by any scale, as a GradScaler does: it cancels, except for ``perturb_eps``.
-        Never unscale them before.
+        The gradients may be multiplied by any scale, as a GradScaler does: it cancels, except against ``perturb_eps``.
+        Do not unscale them before.
 
         Parameters without a gradient do not move. If the norm is not finite no parameter moves (the second pass is then
         an ordinary one at w); this is decided on the device.
@@ -246,7 +246,7 @@ class SAM(Passes, OptimizerWrapper):
         if watched and not self._step.finishing and not self._step_leads_back():
             self._finish(self.step)
         else:
-            self._opt_called = True  # which a scheduler asks for
+            self._opt_called = True  # which schedulers check
             self._update()
         if zero_grad:
             self.zero_grad()
@@ -275,9 +275,9 @@ class SAM(Passes, OptimizerWrapper):
             passes: "auto", "both" or "second", for this call instead of the constructor's ``closure``.
             replay_rng: the second call of the closure draws what the first one drew (the same dropout masks); the
                 random state afterwards is that after the first call.
-            model: modules whose BatchNorm statistics the second pass must leave alone although the closure does not
-                call them itself, because a compiled function does: a module, or a list or tuple. Modules that the
-                closure calls are found without it.
+            model: modules whose BatchNorm statistics the second pass must leave alone, and which the closure does not
+                call itself because a compiled function does: a module, or a list or tuple. Modules that the closure
+                calls are found without this.
             extra_buffers: further buffers that the second pass must leave as they were; see
                 :func:`sam_fast.disable_running_stats`.
 
@@ -298,14 +298,14 @@ class SAM(Passes, OptimizerWrapper):
             passes = self._closure if passes is None else passes
             return closure_step(self, closure, passes, replay_rng, model, extra_buffers)
         except BaseException:
-            # a GradScaler forgets only after a step that did not raise, and would count its scale twice in the next
+            # A GradScaler removes its scale only if step() returns, and multiplies the next one by what is left.
             clear_scaling(self)
             raise
 
-    _plain_step = staticmethod(step)  # as it is here: PyTorch puts its own around it
+    _plain_step = staticmethod(step)  # as it is here: PyTorch wraps ``step`` later
 
     def _end_step(self) -> None:
-        """What ``step`` ends with: the second step, a subclass's own where it has one that has not called ``step``."""
+        """The second step, with which ``step`` ends: a subclass's own one, unless that has called ``step``."""
         its_own = type(self).second_step
         if its_own is not SAM.second_step and not (self._step.finishing or is_under_way(its_own)):
             self._finish(self.second_step)
@@ -314,7 +314,7 @@ class SAM(Passes, OptimizerWrapper):
         self._update()
 
     def _finish(self, call: Callable[[], None]) -> None:
-        """``step`` and ``second_step`` lead to each other, but once."""
+        """Call ``step`` from ``second_step`` or the other way round, and keep them from doing so again."""
         try:
             self._step.finishing = True
             call()
@@ -329,12 +329,12 @@ class SAM(Passes, OptimizerWrapper):
         settle_running_stats(base.param_groups, counts=not step.first_pass_done)
         scaling = UNSCALED
         if step.grad_scale is not None or step.found_inf is not None:
-            # An overflow in the first pass of one rank alone must not make it part from the others.
+            # If the first pass overflows on one rank alone, that rank must not skip an update that the others make.
             scaling = scaling_of(step.grad_scale, step.found_inf, self._common_norm())
         if step.first_pass_entered:
             step.forget_first_pass()
         if perturbation.flatten:
-            perturbation.storage.release_frozen()  # between the passes
+            perturbation.storage.release_frozen()  # what was frozen between the passes
         rounds = self._rounds and self._rounds_stochastically()
         key = rounding_key(steps_taken(base.param_groups), UPDATE) if rounds else None
         perturbed = perturbation.active

@@ -15,7 +15,7 @@ STEP = "sam_step"
 """Entry of every parameter group where steps are counted: the number of second steps so far."""
 
 PATIENCE = 100
-"""Steps without a perturbation after which an optimizer does not go without a warning."""
+"""An optimizer that is deleted after more steps than this, none of which perturbed, gives a warning."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Schedule:
         every: perturb every ``every``-th step; at least 1.
         start: the first step that perturbs. A float is a share of ``total``: ``start=0.75`` is the last quarter.
         stop: the first step that no longer perturbs, or a share of ``total``; None: there is none.
-        total: how many steps training has; needed for shares. If it ends earlier, a start given as a share may never
-            come: one warning says so.
+        total: how many steps training has; needed for shares. If training ends earlier, it may never reach a start
+            given as a share: one warning says so.
 
     Raises:
         TypeError: an argument is not a number of its type.
@@ -98,12 +98,12 @@ def check_schedule(schedule: Any) -> None:
 
 
 def steps_taken(param_groups: Sequence[dict[str, Any]]) -> int:
-    """The number of second steps so far. It is in the groups: a run that resumes goes on as it would have."""
+    """The number of second steps so far. It is kept in the groups, so that a resumed run follows the same schedule."""
     return max((int(group.get(STEP, 0)) for group in param_groups), default=0)
 
 
 def start_counter(param_groups: Sequence[dict[str, Any]]) -> None:
-    """Have the counter in all groups: torch.distributed.checkpoint loads only entries that are there."""
+    """Put the counter into all groups: torch.distributed.checkpoint loads only entries that are there."""
     steps = steps_taken(param_groups)
     for group in param_groups:
         group.setdefault(STEP, steps)
@@ -119,7 +119,7 @@ def count_step(param_groups: Sequence[dict[str, Any]]) -> int:
 
 @dataclass
 class ScheduleWatch:
-    """Warns once of a schedule under which no step was perturbed, and once of one that a graph does not follow."""
+    """Warns once if no step was perturbed under a schedule, and once if a captured graph cannot follow it."""
 
     schedule: Schedule
     steps: int = 0
@@ -127,8 +127,8 @@ class ScheduleWatch:
     captured: bool = False
 
     def count(self, step: int, perturbed: bool) -> None:
-        """Note a step, which was perturbed or not."""
-        resumed = self.steps == 0 and step > self.schedule.first  # the run before has perturbed
+        """Note a step, and whether it was perturbed."""
+        resumed = self.steps == 0 and step > self.schedule.first  # an earlier run has perturbed
         self.steps += 1
         self.quiet = self.quiet or perturbed or resumed
         if step + 1 == self.schedule.total:
@@ -148,7 +148,7 @@ class ScheduleWatch:
         )
 
     def warn_at_the_end(self) -> None:
-        """When its optimizer is deleted."""
+        """Called when the optimizer is deleted."""
         if self.steps > PATIENCE:
             self._warn(f"none of the {self.steps} steps there were")
 

@@ -26,8 +26,8 @@ from .running_stats import (
 
 
 def _with_memory(tensor: Tensor | None, unwrap: bool) -> Tensor | None:
-    """The tensor, or None if it has no memory of its own: lazy, or standing for another one inside a torch.func
-    transform, such as vmap over an ensemble. With ``unwrap`` then that other one.
+    """The tensor, or None if it has no memory of its own: it is lazy, or wraps another one inside a torch.func
+    transform, such as vmap over an ensemble. With ``unwrap``, the tensor that it wraps.
     """
     functorch = torch._C._functorch
     if tensor is None:
@@ -40,10 +40,10 @@ def _with_memory(tensor: Tensor | None, unwrap: bool) -> Tensor | None:
 class BatchNormSnapshot:
     """A copy of all running statistics of ``model``, taken and put back in one fused call per device and dtype.
 
-    Covered are the buffers, frozen parameters and tensors in plain attributes named ``running_*``, ``moving_*`` and
-    ``num_batches_tracked`` (also as the last part of a path, ``norm/moving_mean``) of every module that ``model`` has,
-    or keeps in plain lists and the like, when the snapshot is made, and those that ``extra_buffers`` names. Modules
-    without statistics, in evaluation mode or lazy and not yet run are left as they are.
+    It covers the buffers, frozen parameters and tensors in plain attributes that are named ``running_*``, ``moving_*``
+    or ``num_batches_tracked`` (also as the last part of a path, ``norm/moving_mean``), and those that ``extra_buffers``
+    names. It covers every module that ``model`` has, or keeps in plain lists and the like, when the snapshot is made,
+    in training or evaluation mode. Lazy modules that have not run yet are left as they are.
 
     Args:
         model: any module, or a list or tuple of modules. The snapshot does not keep them alive.
@@ -61,7 +61,7 @@ class BatchNormSnapshot:
 
     @classmethod
     def _of_layers(cls, layers: Layers, in_place: bool = False) -> BatchNormSnapshot:
-        """``in_place``: it is only restored in place."""
+        """``in_place``: only :meth:`_restore_in_place` will be called."""
         snapshot = cls.__new__(cls)
         snapshot._in_place = in_place
         snapshot._use(layers)
@@ -124,7 +124,7 @@ class BatchNormSnapshot:
             except RuntimeError:
                 if not _reshape(bucket):
                     raise
-            if bucket.empty:  # the kernels pass them over
+            if bucket.empty:  # the kernels skip tensors without elements
                 _reshape(bucket)
         # Autograd may have saved a statistic that a layer changed in place: it must notice that the value is gone.
         # PyTorch's own layers change theirs without a new version, since their backward does not need them.
@@ -146,8 +146,8 @@ class BatchNormSnapshot:
     def _has_changed(self, counters: bool = True) -> bool:
         """Whether a statistic is another tensor or has another version than after the last save or restore.
 
-        PyTorch's BatchNorm gives a new version to nothing but its counter when it runs; other layers, and compiled
-        ones, to all that they change. ``counters=False`` leaves counters out.
+        When PyTorch's BatchNorm runs, only its counter gets a new version. In other layers, and in compiled ones,
+        everything that they change does. ``counters=False`` leaves counters out.
         """
         if not self._is_unchanged():
             return True
@@ -185,8 +185,8 @@ class BatchNormSnapshot:
         self._buckets = [backend.bucket(tensors, [0] * len(tensors)) for (_, _, backend), tensors in members.items()]
 
     def _put_back(self, chosen: Iterable[int], replaced_only: bool) -> None:
-        """Put statistics back one by one: where a layer now has another tensor under the name, and for some layers
-        only.
+        """Put the statistics of the layers ``chosen`` back one by one. With ``replaced_only``, only those for which the
+        layer now has another tensor.
 
         A layer that assigns new tensors gets its old one back: the new one may be needed by its backward. A layer that
         was moved to another device or dtype gets a new one there with the old values.

@@ -40,16 +40,16 @@ class StepState:
     finishing: bool = False
     zeroed: bool = False
 
-    random_states: list[RandomState] = field(default_factory=list)  # one for each time that first_pass was asked to
+    random_states: list[RandomState] = field(default_factory=list)  # one for each first_pass(replay_rng=True)
     own_gradient: bool = False  # the gradient of this rank alone
     without_sync: bool = False  # inside first_pass(sync=False)
     first_pass_entered: bool = False
-    unused: list[Tensor] = field(default_factory=list)  # require no gradient while there is a first_pass
+    unused: list[Tensor] = field(default_factory=list)  # weights that require no gradient in first_pass
     path: str = NOT_STEPPED
     clip_grad_norm: float | None = None  # of the second gradient, for one step
     grad_scale: Tensor | None = None  # what a GradScaler has set, for one step
     found_inf: Tensor | float | None = None
-    unscaling_is_right: bool = False  # as far as amp.check_unscaled knows
+    unscaling_is_right: bool = False  # amp.check_unscaled need not look again
     warned_of_gradients: bool = False
 
     def __del__(self) -> None:
@@ -57,13 +57,13 @@ class StepState:
             warnings.warn(DELETED, RuntimeWarning, stacklevel=2)
 
     def forget_first_pass(self) -> None:
-        """What ``first_pass`` was told holds for one step."""
+        """Forget the arguments of ``first_pass``, which hold for one step."""
         self.train_unused()
         self.random_states.clear()
         self.own_gradient, self.first_pass_entered = False, False
 
     def next_random_state(self) -> RandomState | None:
-        """What the next second pass draws from: the first passes' states in turn, of which the last goes on."""
+        """The state the next second pass draws from: those of the first passes in turn, the last one repeatedly."""
         states = self.random_states
         return states.pop(0) if len(states) > 1 else next(iter(states), None)
 
@@ -76,7 +76,7 @@ class StepState:
             )
 
     def train_unused(self) -> None:
-        """What needed no gradient in ``first_pass`` requires one again. After an interruption: what is left of it."""
+        """Let the weights that required no gradient in ``first_pass`` require one again."""
         for p in self.unused:
             p.requires_grad = True
         self.unused = []
@@ -87,7 +87,7 @@ class StepState:
 
 
 def set_by_scaler(name: str) -> property:
-    """An attribute that a GradScaler sets on the optimizer or on what a framework has put around it; it is there while
+    """An attribute that a GradScaler sets on the optimizer, or on a framework's wrapper around it. It exists only while
     it is set.
     """
 

@@ -1,4 +1,4 @@
-"""A whole SAM iteration in one call, whatever the schedule and the direction."""
+"""A whole SAM iteration in one call, under any schedule."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class StepResult(NamedTuple):
     """What a :class:`TrainStep` returns: 0-d tensors on the device. Only reading their values waits for it.
 
     Attributes:
-        loss: mean over the whole batch, in the dtype of ``loss_fn``'s; at w where the first pass saw all of it, else
-            the second pass's.
-        sharpness: L(w + e) - L(w), in the same dtype, where both passes saw the same samples, else None. With dropout
+        loss: mean over the whole batch, in the dtype that ``loss_fn`` returns. If the first pass saw all of the batch,
+            this is its loss, at w; else it is the second pass's.
+        sharpness: L(w + e) - L(w), in the same dtype, if both passes saw the same samples, else None. With dropout
             the two losses have different masks, unless ``replay_rng=True``.
         grad_norm: ``||T g||`` of the first pass's gradient, in float64, times any factor by which ``backward`` has
             scaled the loss; None if the step did not perturb.
@@ -53,15 +53,15 @@ class TrainStep:
     once if the optimizer has none of the model's trainable parameters.
 
     Args:
-        model: the model as it is called, with its DDP or FSDP2 if there is one.
+        model: the model as it is called: its DDP or FSDP2 wrapper if there is one.
         optimizer: a SAM, or a framework's wrapper around one.
         loss_fn: ``loss_fn(model, *batch)`` returns the loss, a mean over the batch's rows.
         ascent: share of the batch that the first pass sees, above 0 and at most 1: rows 0, k, 2k, ... with
             ``k = round(1/ascent)``, of everything that has as many rows as the batch. With a quarter a step makes 1.25
             of SGD's passes (NFNets, https://arxiv.org/abs/2102.06171). Batches should be shuffled.
-        micro_batches: both passes accumulate gradients over so many parts of the batch, at most one for each row; with
-            ``ascent`` the first pass has its share of them.
-        autocast: what forward passes and the loss run in: a dtype, a context manager, or a function that returns one.
+        micro_batches: the number of parts of the batch over which both passes accumulate gradients, at most one for
+            each row; with ``ascent`` the first pass has its share of them.
+        autocast: for forward passes and the loss: a dtype, a context manager, or a function that returns one.
         scaler: a torch.amp.GradScaler.
         clip_grad_norm: largest norm of the second gradient over all parameters, as in ``clip_grad_norm_``, but without
             writing the gradients where the second step is fused.
@@ -124,14 +124,15 @@ class TrainStep:
         Args:
             batch: goes to ``loss_fn`` after the model: tensors, or lists, tuples and mappings of them; the first
                 tensor's first dimension is the batch's. Arrays and lists with an item for each row are cut as tensors.
-                With ``ascent=1`` and ``micro_batches=1``, which cut nothing, anything at all: a graph, or nothing.
+                With ``ascent=1`` and ``micro_batches=1`` nothing is cut, and a batch may be anything: a graph, or no
+                arguments.
 
         Returns:
             The loss, the sharpness and the norm: a :class:`StepResult`.
 
         Raises:
-            TypeError: what has to be cut into rows is packed, sparse or nested, or a list in which either lists or
-                tensors may be the samples; or ``loss_fn`` returns no tensor.
+            TypeError: something that has to be cut into rows is packed, sparse or nested, or is a list of n items with
+                n rows each, so that either may be the samples; or ``loss_fn`` returns no tensor.
             ValueError: the batch has no rows, or no tensor with rows where it has to be cut; or ``loss_fn`` returns
                 more than one number.
             RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
@@ -182,7 +183,7 @@ class TrainStep:
 
     def _warn_of_other_parameters(self) -> None:
         if self.sam._perturbation.storage.process_wide:
-            forget_gathered_weights(self.model)  # which are no parameters of the optimizer's
+            forget_gathered_weights(self.model)  # gathered weights are not the optimizer's parameters
         trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
         if self._warned or not trainable:
             return
@@ -196,10 +197,10 @@ class TrainStep:
             )
 
     def _pass(self, batch: Any, rows: int, parts: int, sync: bool) -> Tensor:
-        """Forward and backward over so many parts of the batch, about equal. Returns the mean loss.
+        """Forward and backward over ``parts`` parts of the batch, of about equal size. Returns the mean loss.
 
-        Their number does not depend on the rows, as long as there are enough: FSDP2 communicates in each, and ranks
-        may have batches of different sizes.
+        The number of parts does not depend on that of rows, as long as there are enough of these: FSDP2 communicates in
+        each part, and ranks may have batches of different sizes.
         """
         total: Tensor | None = None
         parts = min(parts, rows)
@@ -261,7 +262,7 @@ def is_context(value: Any) -> bool:
 
 
 def check_kinds(model: Any, loss_fn: Any, autocast: Any, scaler: Any, backward: Any) -> None:
-    """Raise TypeError unless the arguments of :class:`TrainStep` are what they are called."""
+    """Raise TypeError if one of these arguments of :class:`TrainStep` is of the wrong kind."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}: TrainStep(model, optimizer, loss_fn)"
@@ -284,10 +285,10 @@ def check_kinds(model: Any, loss_fn: Any, autocast: Any, scaler: Any, backward: 
 
 @contextmanager
 def accumulating(model: nn.Module) -> Iterator[None]:
-    """Gradients are not exchanged by DDP inside: a later micro-batch of the same pass exchanges their sum.
+    """Inside, DDP does not exchange gradients: a later micro-batch of the same pass exchanges their sum.
 
-    FSDP2 goes on to exchange them, which is right and costs communication; so does DDP with a static graph until it
-    has seen that.
+    FSDP2 still exchanges them, which is right but costs communication. So does DDP with a static graph until it has
+    seen that graph.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -297,7 +298,7 @@ def accumulating(model: nn.Module) -> Iterator[None]:
 
 
 def stride_of(ascent: float, replay_rng: bool) -> int:
-    """The first pass sees every so many-th row.
+    """k, where the first pass sees every k-th row.
 
     Raises:
         ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``; or that is neither True nor False.

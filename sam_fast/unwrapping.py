@@ -1,4 +1,4 @@
-"""The SAM inside what a framework has put around it."""
+"""Finds the SAM inside a framework's wrapper."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def unwrap(optimizer: Any) -> SAM:
 
 
 def _inner(optimizer: Any) -> SAM | None:
-    """What the wrappers lead to. A wrapper may itself be of a class derived from SAM, as Lightning's is; and so may a
-    SAM with an attribute of one of these names that leads to none.
+    """The innermost SAM, or None. A wrapper may itself be an instance of a class derived from SAM, as Lightning's is.
+    And a SAM may have an attribute with one of these names that leads to no other.
     """
     seen: list[Any] = []
     sam = None

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
-from .base_step import BaseStep, is_schedulers, profiling
+from .base_step import BaseStep, is_scheduler_wrapper, profiling
 from .closures import all_zero
 from .options import OPTIONS, check_options, without_old_weights
 
 SWITCHES = ("train", "eval")
-"""Methods of a base optimizer that exchange the weights for others, as schedule-free ones have them."""
+"""Methods of a base optimizer that swap the weights for others, as those of schedule-free optimizers do."""
 
 DISTRIBUTED_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
@@ -41,9 +41,8 @@ class _NoBaseYet:
 class OptimizerWrapper(Optimizer):
     """A torch optimizer whose state and parameter groups are those of ``base_optimizer``.
 
-    Frameworks put objects of a subclass around an optimizer, with a ``__dict__`` of their own that falls back on the
-    optimizer's. So nothing here asks what is in ``self.__dict__``, and what changes during a step is kept in objects
-    that both share.
+    Frameworks wrap an optimizer in an object of a subclass, with a ``__dict__`` of its own that begins as a copy of the
+    optimizer's or falls back on it. So what changes during a step is kept in objects that both share.
     """
 
     base_optimizer: Optimizer
@@ -56,8 +55,8 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's state. torch.distributed.checkpoint asks for it before anything else, and then it is
-        made where it is missing.
+        """The base optimizer's state. torch.distributed.checkpoint asks for it before anything else. If there is none
+        yet, it is made for that caller.
         """
         if not self.base_optimizer.state and sys._getframe(1).f_globals.get("__name__") == DISTRIBUTED_CHECKPOINTS:
             self._make_state()
@@ -77,8 +76,8 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.param_groups = value
 
     def __getattr__(self, name: str) -> Any:
-        """Public attributes and methods of the base optimizer's own: ``train`` and ``eval`` of a schedule-free one, for
-        instance.
+        """Public attributes and methods that only the base optimizer has, such as ``train`` and ``eval`` of a
+        schedule-free one.
         """
         # What a GradScaler sets for one step is never looked for in the base optimizer.
         if name.startswith("_") or name == "base_optimizer" or name in ATTRIBUTES:
@@ -140,8 +139,8 @@ class OptimizerWrapper(Optimizer):
         return state_dict
 
     def _make_state(self) -> None:
-        """What torch.distributed.checkpoint does before it saves or loads a state: a step with gradients of zeros. It
-        does not where there are gradients, and with ``flatten=True`` there always are, be they zeros.
+        """Take a step with zero gradients, as torch.distributed.checkpoint does before it saves or loads a state. It
+        does not if there are gradients, and with ``flatten=True`` there always are, even if all of them are zero.
         """
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads or not all_zero(grads):
@@ -176,14 +175,15 @@ class OptimizerWrapper(Optimizer):
         if "state" in state_dict:
             state_dict["state"] = without_old_weights(state_dict["state"])
         self.base_optimizer.load_state_dict(state_dict)
-        self._base_step.look_at(self.base_optimizer)  # one of somebody's own may load into the state that it has
+        self._base_step.look_at(self.base_optimizer)  # a user's own may load into the same state object
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _step_leads_back(self) -> bool:
-        """Whether ``second_step`` must not call ``step``, as it never does in the reference implementation: a subclass
-        has one that makes both passes itself, or a loop has put ``first_step`` or ``second_step`` in its place.
+        """Whether ``second_step`` must not call ``step``, because that would call it in turn: a subclass's ``step``
+        makes both passes itself, or a loop has put ``first_step`` or ``second_step`` in its place. The reference
+        implementation's ``second_step`` never calls ``step``.
         """
         steps = {"first_step", "second_step"}
         code = getattr(inspect.unwrap(type(self).step), "__code__", None)
@@ -202,10 +202,10 @@ class OptimizerWrapper(Optimizer):
             torch_optimizer._global_optimizer_pre_hooks,
             torch_optimizer._global_optimizer_post_hooks,
         )
-        replaced = "step" in vars(self) and not is_schedulers(vars(self)["step"], self)
+        replaced = "step" in vars(self) and not is_scheduler_wrapper(vars(self)["step"], self)
         if any(hooks) or replaced or profiling():
             return True
-        # PyTorch's own wrapping of the method below is all that there may be.
+        # Nobody, if what PyTorch has wrapped is SAM's own step and not a subclass's.
         return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step
 
     # ---- What the subclass says --------------------------------------------------------------------------------------

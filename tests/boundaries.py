@@ -27,8 +27,8 @@ class Boundaries:
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         inside = frame.f_code.co_filename.startswith(PACKAGE)
-        # Python's own calls from the package, and out of it into torch: the caller is the package. Native ones have the
-        # package's frame.
+        # For Python functions that the package calls, its own and torch's, the calling frame is the package's. Native
+        # functions are reported with the package's frame itself.
         if not inside and not (
             event in ("call", "return")
             and frame.f_back is not None

@@ -28,7 +28,7 @@ INTERPRETED = backends.triton.INTERPRETED
 
 
 def interpreter(test: Any) -> Any:
-    """A test that runs kernels: `make test-triton` does that without a GPU."""
+    """Marks a test that runs Triton's kernels in its interpreter, as `make test-triton` does."""
     return pytest.mark.stand_in(
         pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make test-triton")(test)
     )
@@ -95,7 +95,7 @@ def is_dense_of_a_stand_in(tensor: Any) -> bool:
 
 
 def buckets_of(optimizer: SAM) -> list[Bucket]:
-    """For tests of what a bucket does inside a whole step, and of what it costs."""
+    """Its buckets, for tests of what a bucket does inside a whole step, and of what that costs."""
     return optimizer._perturbation.buckets
 
 

@@ -20,10 +20,10 @@ from sam_fast.fused_step import fused_step
 if INTERPRETED:
     import interpreter  # noqa: F401  (makes it faster)
 
-# Its asserts are those of several test files.
+# It makes asserts for several test files.
 pytest.register_assert_rewrite("followed_run")
 
-# On a GPU: full float32, and the same bits in every run, as the tests expect of what is not ours.
+# On a GPU: full float32, and the same bits in every run, which the tests expect of PyTorch's own operations.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
@@ -32,7 +32,7 @@ torch.backends.cudnn.benchmark = False
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark what has a dtype among its parameters, so that -m can leave it out."""
+    """Mark tests that have a dtype among their parameters, so that -m can leave them out."""
     callspec = getattr(item, "callspec", None)
     for value in callspec.params.values() if callspec else ():
         if isinstance(value, torch.dtype) and value in (torch.float64, torch.bfloat16, torch.float16):

@@ -24,7 +24,7 @@ EPS = 1e-12
 
 
 class Raised(BaseException):
-    """Not an Exception, as KeyboardInterrupt is not."""
+    """Like KeyboardInterrupt, not an Exception."""
 
 
 class Run:
@@ -85,8 +85,8 @@ class Run:
                 assert same_bits([p.grad], [grad])
 
     def still_outside(self) -> set[int]:
-        """Those that the next first step leaves outside: it brings all in that are not frozen, once it has to bring one
-        in.
+        """The parameters that the next first step leaves outside. If it has to bring one in, it brings in all that are
+        not frozen.
         """
         outside = [p for p in self.params if id(p) in self.outside]
         if not self.left_flat and all(p.grad is None for p in outside):
@@ -178,7 +178,7 @@ class Run:
                 )
                 assert (close | (p == w) | (p.isnan() & w.isnan())).all()
             elif adam:
-                # The square root, rounded correctly here: a unit in the last place of the update.
+                # The square root is rounded correctly here: up to a unit in the last place of the update.
                 assert torch.allclose(p, w, rtol=1e-6, atol=1e-7, equal_nan=True)
             else:
                 assert same_bits([p.nan_to_num(7.0)], [w.nan_to_num(7.0)])  # NaN has many bits

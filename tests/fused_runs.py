@@ -1,4 +1,4 @@
-"""Steps whose second one is fused, and the same without."""
+"""Runs of SAM with a fused second step, and the same without."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from sam_fast.random_state import RandomState
 class MovingNorm(nn.Module):
     """A custom norm, with TensorFlow's names, that updates its statistics in place.
 
-    No torch class but nn.Module in its family.
+    Its only base class of torch's is nn.Module.
     """
 
     def __init__(self, features: int) -> None:

@@ -21,16 +21,16 @@ STEPS = 20
 RHO = 0.1
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
-"""In float64: twenty steps whose sums are taken in another order.
+"""For twenty steps in float64 whose sums are taken in another order.
 
-Each rounds by 1e-16; the runs here part by about 1e-14.
+Each step rounds by 1e-16; the runs here differ by about 1e-14.
 """
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Sizes that two processes do not divide; of four one has nothing of the last layer.
+    """Layers with sizes that cannot be divided by two processes; of four, one has nothing of the last layer.
 
-    The first layer is even, as tensor parallelism wants it.
+    The first layer is even, because tensor parallelism needs that.
     """
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
@@ -90,7 +90,7 @@ def collectives(call: Callable[[], Any]) -> list[str]:
 
 
 def weights(model: nn.Module) -> list[Tensor]:
-    """All of every parameter, wherever its parts are."""
+    """The whole of every parameter, wherever its parts are."""
     return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in model.parameters()]
 
 
@@ -115,7 +115,7 @@ def each_its_own(replicas: int, steps: int = STEPS) -> list[Tensor]:
     """m-sharpness: every replica is perturbed along the gradient of its own share, and their gradients at w + e_r are
     averaged.
 
-    With stateless calls, and no optimizer but the base: it has nothing in common with what it is compared with.
+    Made of stateless calls, with no optimizer but the base: it shares nothing with what it is compared with.
     """
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), **SGD)

@@ -1,4 +1,4 @@
-"""SAM in plain PyTorch, one parameter after the other: what users' own situations are compared with.
+"""SAM in plain PyTorch, one parameter after the other: the oracle for tests of users' situations and frameworks.
 
 Uses nothing of sam_fast.
 """

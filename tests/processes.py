@@ -1,7 +1,7 @@
 """Groups of real processes with gloo between them, for the tests of what happens across processes.
 
-They are forked from a server that has imported torch once, and a group lives for as long as its fixture: a check costs
-what it computes.
+They are forked from a server that has imported torch once, and a group lives for as long as its fixture. So a check
+costs no more than what it computes.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _work(rank: int, size: int, store: str, connection: Connection, timeout: flo
         torch.manual_seed(0)
         try:
             outcome = check(*args, **kwargs)
-        except BaseException:  # pytest's own exceptions are no Exceptions
+        except BaseException:  # pytest's own exceptions are not derived from Exception
             outcome = Raised(traceback.format_exc())
         connection.send_bytes(pickle.dumps(outcome))
     distributed.destroy_process_group()

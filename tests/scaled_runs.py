@@ -42,7 +42,7 @@ def batch_of(i: int) -> tuple[Tensor, Tensor]:
 class Run:
     """A small network in training, with or without a scaler; the same weights each time.
 
-    No perturb_eps: the one thing that sees the scale.
+    perturb_eps is 0: the scale makes a difference to nothing else.
     """
 
     def __init__(self, options: dict[str, Any], scaler: torch.amp.GradScaler | None = None, clip: bool = False) -> None:

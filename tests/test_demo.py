@@ -95,7 +95,7 @@ REFUSED = {
     "--seeds -1": "argument --seeds: a seed is out of range",
     "--seeds 1 100": "argument --seeds: seeds 100 to 104 chose the settings",
     "--tune --seeds 1": "argument --seeds: seeds 100 to 104 chose the settings: give them with --tune, and no others",
-    "--data short": "argument --data: short: needed are at least 256 training images and 1 test image",
+    "--data short": "argument --data: short: this needs at least 256 training images and 1 test image",
     "--data small": "there are train-images-idx3-ubyte (256, 3, 3), train-labels-idx1-ubyte (256,),",
     "--data untested": "t10k-images-idx3-ubyte (0, 4, 4), t10k-labels-idx1-ubyte (0,)",
     "--data unlearnt": "argument --data: unlearnt: test label 2 is above all training labels",
@@ -128,13 +128,13 @@ def test_fashion_mnist_that_is_missing_or_another_is_no_fashion_mnist(tmp_path, 
     pixels, labels = np.full((10_256, 784), 51.0), np.array(["1", "0"] * 5128)
     monkeypatch.setattr(data, "fetch_openml", lambda **_: Namespace(data=pixels, target=labels))
     with (
-        pytest.warns(UserWarning, match=r"OpenML is asked.*make data"),
-        pytest.warns(UserWarning, match=r"could not be had, these are scikit-learn's digits: OpenML: SHA-256"),
+        pytest.warns(UserWarning, match=r"from OpenML.*make data"),
+        pytest.warns(UserWarning, match=r"is not available, using scikit-learn's digits: OpenML: SHA-256"),
     ):
         assert data.load("auto").source == "scikit-learn's digits"
     content = b"".join(b"\x33" * 784 * n + b"\1\0" * (n // 2) for n in (256, 10_000))
     monkeypatch.setattr(data, "SHA256", hashlib.sha256(content).hexdigest())
-    with pytest.warns(UserWarning, match="OpenML is asked for Fashion-MNIST"):
+    with pytest.warns(UserWarning, match="loading Fashion-MNIST from OpenML"):
         found = data.load("auto")
     assert (found.test_images.shape, found.source) == ((10_000, 1, 14, 14), "Fashion-MNIST")
     assert found.test_images.unique().tolist() == pytest.approx([0.2])

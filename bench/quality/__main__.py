@@ -34,7 +34,7 @@ def run(hours: float, tasks: list[str]) -> None:
 
 
 def row(task: str, contender: str, seeds: list[int]) -> int:
-    """Train a contender again as in the table; returns 1 where an accuracy is 0.5 points off the one on file."""
+    """Train a contender again as in the table; returns 1 if an accuracy is over 0.5 points off the one on file."""
     results = plan.load()
     setting = plan.chosen(task, contender, results)
     if setting is None:

@@ -81,7 +81,7 @@ CONTENDERS: dict[str, Contender] = {
     "norms-quarter": Contender(rhos=around(0.2), norms_only=True, rows=4),
     "friendly": Contender("friendly", rhos=around(0.05)),
 }
-"""In the order in which they run: what is most worth knowing comes first."""
+"""In the order in which they run: those most worth knowing about come first."""
 
 TITLES = {
     "sgd": "SGD",
@@ -191,7 +191,7 @@ class Trainer:
         return [state[p]["momentum_buffer"] for p in self.params]
 
     def _less_mean(self, u: list[Tensor]) -> list[Tensor]:
-        """Friendly-SAM: u - m, and m moves towards u. m is 0 before the first step."""
+        """Friendly-SAM: m moves towards u, then this returns u - m. m is 0 before the first step."""
         if self.mean is None:
             self.mean = [torch.zeros_like(g) for g in u]
         torch._foreach_lerp_(self.mean, u, 1 - self.contender.decay)

@@ -24,7 +24,7 @@ def bounds(estimate: Any) -> list[list[float]]:
 
 
 def cost_picture(by_task: dict[str, list[Any]]) -> Any:
-    """Gain over cost of all contenders. Those of the same cost stand beside each other."""
+    """The gain of all contenders, sorted by their cost."""
     figure, axes = plt.subplots(len(by_task), 1, figsize=(11, 5 * len(by_task)), layout="constrained", squeeze=False)
     for axis, (task, found) in zip(axes[:, 0], by_task.items(), strict=True):
         shown = sorted((r for r in found if len(r.runs) > 2), key=lambda r: (r.cost, r.gain.value))

@@ -1,4 +1,4 @@
-"""Which runs there are and in which order, and the file of their results that a stopped experiment goes on from."""
+"""Which runs there are, in which order, and the file of their results, from which a stopped experiment goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.quality.train import Run
 
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 KEPT = 2
-"""Settings that are tried on all tuning seeds, of those tried on the first ones."""
+"""How many of the settings that were tried on the first tuning seeds are tried on all of them."""
 
 Results = dict[Run, dict[str, Any]]
 
@@ -80,7 +80,7 @@ def kept(task: str, contender: str, tried: list[Setting], results: Results) -> l
 
 
 def best(task: str, contender: str, tried: list[Setting], results: Results) -> Setting | None:
-    """Of those settings that were kept, the one that is best on all tuning seeds; None while that is not known."""
+    """Of the settings that were kept, the one that is best on all tuning seeds; None while that is not known."""
     first, more, _ = seeds_of(task)
     found = ranked(task, contender, kept(task, contender, tried, results), first + more, results)
     return found[0] if found else None
@@ -94,7 +94,7 @@ def chosen(task: str, contender: str, results: Results) -> Setting | None:
 
 
 def tuning(task: str, contender: str, results: Results) -> Iterator[Run]:
-    """Each run is to be in ``results`` before the next is asked for, as in ``plan``."""
+    """The runs of a contender's tuning. Add each to ``results`` before taking the next, as with :func:`plan`."""
     first, more, _ = seeds_of(task)
     for i in range(2 if contender == "sam" else 1):
         tried = grids(task, contender, results)[i]
@@ -109,7 +109,7 @@ URGENT = ("sgd", "sam", "quarter", "every4", "previous", "late-quarter")
 
 
 def plan(results: Results, tasks: Sequence[str] = tuple(TASKS)) -> Iterator[Run]:
-    """All runs of the tasks: half of the seeds for the urgent contenders, the same for the others, the other half.
+    """All runs of the tasks: half of the seeds for the urgent contenders, then for the others, then the other half.
 
     What comes next depends on earlier results: add a run's result to ``results`` before taking another run.
     """
@@ -137,7 +137,7 @@ def size(task: str, contender: str) -> tuple[int, int]:
 
 
 def load(path: Path = RESULTS) -> Results:
-    """The finished runs of a file of JSON lines. What a stop cut off in the last line is no finished run."""
+    """The finished runs in a file of JSON lines. A last line that was cut off is not one."""
     results: Results = {}
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         if line.endswith("\n"):
@@ -147,7 +147,7 @@ def load(path: Path = RESULTS) -> Results:
 
 
 class Writer:
-    """Appends results to a file, a line each, at once. One process at a time.
+    """Appends each result to a file as a line, and sees that it is on disk. One process at a time.
 
     Raises:
         SystemExit: another process writes to the file.

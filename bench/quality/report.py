@@ -42,7 +42,7 @@ def mean_difference(a: Any, b: Any, axis: int) -> Any:
 
 
 def retained(a: Any, sgd: Any, sam: Any, axis: int) -> Any:
-    """The share of SAM's gain over SGD that ``a`` has."""
+    """The share of SAM's gain over SGD that ``a`` keeps."""
     return mean_difference(a, sgd, axis) / mean_difference(sam, sgd, axis)
 
 
@@ -280,7 +280,8 @@ R is the share of SAM's gain over SGD that a contender keeps: mean(accuracy - SG
   is the median of the ratios to SGD's time within a round of `python -m bench.quality time`.
 - The first pass's batch counts in BatchNorm's statistics, unless a row says otherwise. A single pass always counts.
 - Accepted: R at least 0.90 and its lower bound at least 0.75, at least 80 % of SAM's reduction of sharpness, at most
-  1.30 of SGD's time (stretch: 1.15, or R at least 0.75 at 1.05). What has R under 0.7 on both tasks is not shipped.
+  1.30 of SGD's time (stretch: 1.15, or R at least 0.75 at 1.05). A contender with R under 0.7 on both tasks is not
+  shipped.
 - Everything is float32 in plain PyTorch on one thread (`bench/quality`); nothing of sam_fast's kernels is in it."""
 DESCRIPTIONS = {
     "A": """\
@@ -306,14 +307,17 @@ LINES = {
     "quarter-late-half": "`Schedule(start=0.5, total=steps)`, `TrainStep(ascent=1 / 4)`",
     "quarter-late-quarter": "`Schedule(start=0.75, total=steps)`, `TrainStep(ascent=1 / 4)`",
 }
-"""What an accepted contender is with sam_fast."""
+"""How to write an accepted contender with sam_fast."""
 
 
 BASIS = ("sgd", "sgd-2x", "sam")
 
 
 def contrasted(by_task: dict[str, list[Row]]) -> list[list[Row]]:
-    """SGD, also with SAM's passes, SAM, and what is accepted on all tasks, the cheapest last; a row of each task."""
+    """SGD, SGD with as many passes as SAM, SAM, and the contenders that are accepted on all tasks, the cheapest last.
+
+    For each of them its rows, one for each task.
+    """
     each = [list(same) for same in zip(*by_task.values(), strict=True)]
     accepted = [same for same in each if all(r.complete and r.verdict.startswith("accepted") for r in same)]
     basis = [same for same in each if same[0].contender in BASIS and all(r.runs for r in same)]

@@ -1,4 +1,4 @@
-"""What the contenders train on: few and small images, so that one core does two thousand runs in some hours."""
+"""The tasks that the contenders train on: few small images, so that one core does two thousand runs in some hours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from examples.fashion_mnist.data import Dataset, split_for_seed
 
 @dataclass(frozen=True)
 class Task:
-    """Images of Fashion-MNIST, their 2 x 2 pixels averaged, and how long is trained on them.
+    """Images of Fashion-MNIST, with blocks of 2 x 2 pixels averaged, and how to train on them.
 
     Attributes:
         images: number of training images, drawn anew for each seed. The test images are Fashion-MNIST's own 10,000.
@@ -22,7 +22,7 @@ class Task:
         pixel_noise: standard deviation of the Gaussian noise in every image, those of the test too; 1 is white. An
             image's noise stays what it is from epoch to epoch.
         epochs: a multiple of 4.
-        repeats: multiplies the numbers of seeds, where accuracies differ by less.
+        repeats: multiplies the numbers of seeds, for tasks in which accuracies differ by less.
         lrs, decays: the learning rates and weight decays that tuning tries, all pairs.
         radius: multiplies the radii that tuning tries.
     """
@@ -52,7 +52,7 @@ TASKS = {
 }
 
 SUBJECTS = {"A": "wrong labels", "B": "noisy pixels"}
-"""What there is to overfit."""
+"""What a model can overfit in each task."""
 
 
 @cache
@@ -62,8 +62,9 @@ def fashion_mnist() -> Dataset:
 
 
 def split(task: Task, seed: int) -> Dataset:
-    """What a seed trains and tests on: images (n, 1, 14, 14). The test images and their noise are the same for
-    all seeds."""
+    """The images (n, 1, 14, 14) that are trained and tested on with this seed. The test images and their noise are the
+    same for all seeds.
+    """
     clean = split_for_seed(fashion_mnist(), task.images, task.noise, seed)
     if not task.pixel_noise:
         return clean

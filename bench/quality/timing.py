@@ -17,11 +17,11 @@ from examples.fashion_mnist.model import network
 
 TIMES = ROOT / "bench" / "results" / "quality-time.json"
 STEPS = 16
-"""Of a miniature training, so that each schedule's mix of steps is timed."""
+"""Steps of a miniature training: enough for each schedule's mix of steps."""
 
 
 def measure(rounds: int, path: Path = TIMES) -> None:
-    """Write the seconds that a miniature training takes, by task and contender; each round draws their order anew."""
+    """Time a miniature training of each contender, and write the seconds. Each round draws the order anew."""
     seconds: dict[str, dict[str, list[float]]] = {}
     for name, task in TASKS.items():
         data = split(task, 0)

@@ -90,8 +90,8 @@ def train(run: Run) -> dict[str, Any]:
 def sharpness(model: nn.Module, images: Tensor, labels: Tensor, *, rho: float, batch_size: int = 128) -> float:
     """Mean over batches of L(w + e) - L(w), in nats, with e = rho * g / ||g|| along the batch's own gradient g.
 
-    Plain PyTorch, as all that judges. In evaluation mode; the model is left in training mode. A batch whose gradient is
-    0 adds nothing.
+    In plain PyTorch, like all that judges the contenders. Measured in evaluation mode; the model is left in training
+    mode. A batch whose gradient is 0 adds nothing.
     """
     params = dict(model.named_parameters())
     total = 0.0

@@ -25,7 +25,7 @@ py::object found_as_tuple(const sam::Gather::Found& found) {
   return py::make_tuple(found.wrong == sam::Gather::Wrong::missing, found.tensor, found.name);
 }
 
-// Python's own exception goes on; pybind11 turns it into error_already_set.
+// Passes a Python exception on, as pybind11's error_already_set.
 template <class Call>
 auto translated(const Call& call) {
   try {

@@ -6,7 +6,7 @@
 namespace sam {
 inline namespace SAM_ISA {
 
-// A whole vector, or at the end of a tensor its first elements; the others are read as zero.
+// Whole: a whole vector. First: its first elements, at the end of a tensor; the others are read as zero.
 struct Whole {
   template <class V>
   inline V load(const void* p) const {

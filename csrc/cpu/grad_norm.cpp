@@ -37,8 +37,8 @@ inline void accumulate(V (&sums)[kVectors], const typename Storage<T>::Bits* w, 
 
 // How many bytes ahead to prefetch. A hardware prefetcher stops at the end of its page; this one also has the next
 // page's address translated before it is needed. One Zen 5 core reads 40 GB/s in this loop, 36 without prefetching;
-// with four streams, a quarter of a chunk apart, 23. (Two Zen 3 cores: 36 with four streams, 30 with one, both
-// without.)
+// with four streams, a quarter of a chunk apart, 23. (Two Zen 3 cores, without prefetching: 36 with four streams, 30
+// with one.)
 constexpr int64_t kAhead = 8192;
 constexpr int64_t kLine = 64;
 

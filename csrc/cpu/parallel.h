@@ -21,7 +21,7 @@ namespace sam {
 inline namespace SAM_ISA {
 
 #if defined(__SANITIZE_THREAD__)
-// Small tensors are shared out too: to find races, not to save time.
+// Small tensors are split over threads too: to find races, not to save time.
 constexpr int64_t kElementsPerThread = 16;
 #else
 // Below this many elements per thread a thread costs more than it saves.

@@ -10,7 +10,7 @@ namespace sam {
 inline namespace SAM_ISA {
 namespace {
 
-// The numbers of every tensor that takes part: tensors mostly have their group and counter in common.
+// The numbers of every tensor that takes part. Most tensors share them, having the same group and counter.
 template <class Step, class Compute>
 class Plan {
  public:

@@ -45,8 +45,8 @@ struct Lanes {
   static inline void write(Bits* p, V v, Part part) {
     part.store(p, Storage<T>::template narrow<kWidth>(v));
   }
-  // Past: past the caches. With `random` rounded stochastically. A template parameter would double the code for less
-  // than can be measured.
+  // Past: writes past the caches. With `random` it rounds stochastically. A template parameter for that would double
+  // the code, and save less than can be measured.
   template <bool Past, class Part>
   static inline void write_weight(Bits* p, V v, [[maybe_unused]] const RoundingBits* random, [[maybe_unused]] int64_t i,
                                   Part part) {
@@ -122,7 +122,7 @@ struct ChunkStep {
   static inline void run(const E& e, int64_t n, int64_t left, const P& in_memory, Flags flags,
                          const RoundingBits* random) {
     constexpr int64_t kTwo = 2 * L::kWidth, kAhead = kStepAhead / static_cast<int64_t>(sizeof(Bits));
-    const P prepared = in_memory;  // so that the compiler knows: what is written does not change it
+    const P prepared = in_memory;  // so that the compiler knows that no store changes it
     int64_t i = 0;
     const auto two_vectors = [&] {
       for (int k = 0; k < 2; ++k, i += L::kWidth) vector<Past>(e, i, prepared, flags, random);
@@ -146,7 +146,7 @@ inline void with_flags(int flags, std::index_sequence<I...>, const Call& call) {
          ...);
 }
 
-// past_caches: only the backup is read from, what is written need not be read before.
+// past_caches: the old weights are read from the backup, so what is written over need not be read.
 template <class Step, class T>
 inline void step_chunk(const Elements<T, Step::kNumStates>& e, int64_t n, int64_t left,
                        const Prepared<Step, typename Lanes<T>::Compute>& prepared, bool past_caches,

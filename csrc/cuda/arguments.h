@@ -17,8 +17,8 @@ constexpr int kVectorsPerThread = 4;  // independent 16-byte loads in flight, fo
 // elements of at most 16 bytes, but at least one unit. More would not leave enough registers.
 template <class U>
 constexpr int kUnitsPerBatch = std::max(1, std::min(4 / U::kSize, 16 / U::kBytes));
-// The registers must suffice for this many: 98 KB of loads in flight, five times what an H100 needs. On Turing bfloat16
-// takes several instructions.
+// The registers must suffice for so many blocks: 98 KB of loads in flight, five times what an H100 needs. On Turing
+// bfloat16 takes several instructions.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kBlocksPerProcessor = 2;
 #else
@@ -39,7 +39,7 @@ struct Tile {
   int group;                    // index into Arguments::groups
   int tensor;                   // index into the tables of Arguments
 
-  // Whether it is as long as tiles are.
+  // Whether it is kTileBytes long.
   template <class Bits>
   __device__ __forceinline__ bool full() const {
     return count == kTileBytes / static_cast<int>(sizeof(Bits));
@@ -130,7 +130,7 @@ struct Sizes {
   static_assert(sizeof(Medium) <= sizeof(Large));
 };
 
-// Of grad_norm, perturb and copy.
+// Those of grad_norm, perturb and copy.
 using PlainSizes = Sizes<Group, 2, 576, 5376>;
 
 }  // namespace sam::cuda

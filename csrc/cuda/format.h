@@ -87,7 +87,7 @@ auto with_dtype(DType dtype, const Call& call) {
   }
 }
 
-// The same, and of the rounding of its new weights.
+// call(T{}) for the format of a dtype and the rounding of its new weights.
 template <class Call>
 auto with_format(DType dtype, const Rounding& rounding, const Call& call) {
   if (rounding.stochastic && dtype == DType::bf16) return call(Stochastic<bf16>{});
@@ -97,7 +97,7 @@ auto with_format(DType dtype, const Rounding& rounding, const Call& call) {
 
 constexpr int kVectorBytes = 16;  // the widest access that every architecture has
 
-// Elements that move in one access of so many bytes.
+// Elements that move in one access of `Bytes` bytes.
 template <class Bits, int Bytes>
 struct alignas(Bytes) Unit {
   static constexpr int kBytes = Bytes;

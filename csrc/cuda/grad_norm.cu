@@ -92,7 +92,7 @@ __device__ __forceinline__ double sum_of_full_tile(const Tile<kStates>& tile, do
   for (int half = kVectorsPerThread / 2; half > 0; half /= 2)
 #pragma unroll
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  // A sum of zero is right where every gradient is: tensors that took no part in the loss are common, and not worth a
+  // A sum of zero is right if every gradient is zero: tensors that took no part in the loss are common, and not worth a
   // second look.
   const bool nothing = zero && sums[0] == Compute{};
   const bool trusted =

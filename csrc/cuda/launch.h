@@ -54,8 +54,8 @@ inline bool has_context(int device) {
   return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
 }
 
-// Makes `device` the current one for as long as this lives. A device before it without a context stays without:
-// `device` is then left current, as PyTorch does, which remembers by itself which device its user wants.
+// Makes `device` the current one for as long as this lives. A previous device without a context is not given one:
+// `device` then stays current. PyTorch does the same, and remembers by itself which device its user wants.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {

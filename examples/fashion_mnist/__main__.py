@@ -21,7 +21,7 @@ from .train import ROWS, train
 DATA = "folder in Fashion-MNIST's format, or 'digits'; default: Fashion-MNIST of Debian or OpenML, else the digits"
 LABEL_NOISE = 0.5  # the share of training labels that are drawn anew
 RHOS = (0.025, 0.05, 0.1, 0.2, 0.4)
-TUNING_SEEDS = range(100, 105)  # bench/quality's have chosen the other settings; rho is chosen with the first three
+TUNING_SEEDS = range(100, 105)  # bench/quality chose the other settings with them; the first three choose rho here
 
 
 def options(arguments: list[str] | None) -> tuple[Any, Dataset]:
@@ -54,7 +54,7 @@ def options(arguments: list[str] | None) -> tuple[Any, Dataset]:
 
 
 def compare(chosen: Any, data: Dataset) -> None:
-    """Train all rows with all seeds. Whatever ends it, what is finished is printed and, unless it tunes, saved."""
+    """Train all rows with all seeds. However it ends, finished runs are printed and, unless this is tuning, saved."""
     rows = ROWS
     if chosen.tune:
         tuned = [replace(r, rho=rho, title=f"{r.title}, rho {rho:g}") for r in ROWS.values() if r.rho for rho in RHOS]

@@ -40,20 +40,20 @@ def load(name: str) -> Dataset:
         try:
             return fashion_mnist()
         except (OSError, ValueError) as error:
-            warnings.warn(f"Fashion-MNIST could not be had, these are scikit-learn's digits: {error}", stacklevel=2)
+            warnings.warn(f"Fashion-MNIST is not available, using scikit-learn's digits: {error}", stacklevel=2)
     return digits() if name in ("auto", "digits") else dataset(read_folder(Path(name)), 255, name)
 
 
 def fashion_mnist() -> Dataset:
     """Fashion-MNIST from Debian's package, else, with a warning, from OpenML: the same pixels.
 
-    Raises OSError or ValueError: it cannot be had, or is not what it was.
+    Raises OSError or ValueError: it cannot be loaded, or its checksum is wrong.
     """
     folder = next((f for f in (FETCHED, Path("/") / PACKAGE) if f.is_dir()), None)
     if folder:
         parts = read_folder(folder)
     else:
-        warnings.warn(f"OpenML is asked for Fashion-MNIST: {FETCHED} is not there, `make data` makes it", stacklevel=2)
+        warnings.warn(f"loading Fashion-MNIST from OpenML: {FETCHED} is missing, `make data` makes it", stacklevel=2)
         bunch = fetch_openml(data_id=40996, as_frame=False, parser="liac-arff")  # the test's 10,000 images come last
         images, labels = bunch.data.astype(np.uint8).reshape(-1, 28, 28), bunch.target.astype(np.uint8)
         parts = [images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]]
@@ -93,7 +93,7 @@ def digits() -> Dataset:
 def dataset(parts: list[np.ndarray], white: int, source: str) -> Dataset:
     """Images (n, height, width) from 0 to ``white`` and labels of training and test as the network takes them.
 
-    Of images of 16 x 16 and more, 2 x 2 pixels are averaged: a quarter of the work.
+    In images of 16 x 16 and more, blocks of 2 x 2 pixels are averaged: a quarter of the work.
     """
     images, labels, test_images, test_labels = (torch.tensor(part) for part in parts)
     size = images.shape[1:]
@@ -101,7 +101,7 @@ def dataset(parts: list[np.ndarray], white: int, source: str) -> Dataset:
     if not enough or test_images.shape[1:] != size:
         found = ", ".join(f"{name} {part.shape}" for name, part in zip(FILES, parts, strict=True))
         needed = "256 training images and 1 test image, all of one size of at least 4 x 4, and their labels"
-        raise ValueError(f"{source}: needed are at least {needed}; there are {found}")
+        raise ValueError(f"{source}: this needs at least {needed}, but there are {found}")
     classes = int(labels.max()) + 1
     if test_labels.max() >= classes:
         raise ValueError(f"{source}: test label {int(test_labels.max())} is above all training labels")

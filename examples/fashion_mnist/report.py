@@ -1,4 +1,4 @@
-"""The table, what it says, and the picture: of the runs that are finished, and nothing else."""
+"""The table, what it says, and the picture, all made from the runs that are finished."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ def figures(runs: list[Run], row: str) -> np.ndarray:
 
 
 def spread(column: np.ndarray, shown: str) -> str:
-    """Mean ± standard deviation; of one figure the figure."""
+    """Mean ± standard deviation; for a single figure just that."""
     return f"{column.mean():{shown}}" + (f" ± {column.std(ddof=1):{shown}}" if len(column) > 1 else "")
 
 

@@ -75,7 +75,7 @@ def train(name: str, row: Row, data: Dataset, seed: int, epochs: int) -> Run:
     images, labels = data.train_images, data.train_labels
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(labels), generator=generator) for _ in range(row.epochs * epochs)]
-    batches = torch.stack(orders)[:, : len(labels) // BATCH * BATCH].reshape(-1, BATCH)  # full ones: the rest sits out
+    batches = torch.stack(orders)[:, : len(labels) // BATCH * BATCH].reshape(-1, BATCH)  # full batches only
     steps = len(batches)
     model = network(data, seed)
     optimizer = torch.optim.SGD(model.parameters(), row.lr, momentum=0.9, weight_decay=row.weight_decay)

@@ -1,6 +1,7 @@
 """The backends, in one list, and the one place that chooses between them.
 
-A backend is one module with a ``BACKEND``; adding one is that file and a line in :data:`BACKENDS`.
+A backend is one module with a ``BACKEND``. To add one, write that file, and add it to :data:`BACKENDS` and
+:data:`PREFERENCE`.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ def available() -> list[str]:
 
 
 def why_not() -> dict[str, str]:
-    """For every backend that cannot be used here the reason."""
+    """The reason for every backend that cannot be used here."""
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def unusable_devices() -> dict[str, str]:
-    """For every backend that can be used, but not on some GPU that is here: the reason, by backend and device."""
+    """The reasons why backends that can be used here cannot be used on some GPU, by backend and device."""
     devices = [
         device(kind, index) for kind in ("cuda", "xpu") for index in range(getattr(pytorch, kind).device_count())
     ]
@@ -81,7 +82,7 @@ def forced(backend: str | None) -> Backend | None:
 
 def _preferred(device_type: str) -> tuple[str, ...]:
     names = PREFERENCE.get(device_type, ())
-    # PyTorch calls an AMD GPU "cuda" too. That CUDA kernels cannot serve it is no loss to warn of.
+    # PyTorch calls an AMD GPU "cuda" too. CUDA kernels cannot serve it, which is not worth a warning.
     return tuple(name for name in names if name != "cuda") if version.hip else names
 
 

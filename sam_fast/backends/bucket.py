@@ -1,7 +1,7 @@
-"""Buckets: tensors of one device and dtype in one flat index space, and the operations on them, the one interface.
+"""Buckets: tensors of one device and dtype in one flat index space. Their methods are the interface of all backends.
 
-By default the tensors are parameters where they lie; with ``flatten=True`` they are each group's run of a flat buffer
-(:mod:`sam_fast.storage.flat`). Every tensor has a *slot* in the bucket's index space, which starts on a 64-byte
+By default the tensors are the parameters where they lie; with ``flatten=True`` each is one group's part of a flat
+buffer (:mod:`sam_fast.storage.flat`). Every tensor has a *slot* in the bucket's index space, which starts on a 64-byte
 boundary. The tensors are cut into *chunks*, so that one launch serves tensors of every size, of all parameter groups.
 """
 
@@ -25,7 +25,7 @@ from .columns import GradientOf
 from .memory import allocated, dense_layout, is_plain, is_wrapper, padded_size
 
 CHUNK = 16384
-"""Elements. Small enough to balance over threads, large enough that the work per chunk vanishes. A multiple of 64."""
+"""Elements. Small enough to balance over threads, large enough that a chunk's overhead vanishes. A multiple of 64."""
 
 
 class GroupOptions:
@@ -71,7 +71,7 @@ class StepOptions:
         learning_rates: for each group its learning rate as a tensor (one element, float32 or float64) on the bucket's
             device, which a kernel reads there, or None where ``values`` has it. Empty means None everywhere.
         rounding_key: as in :class:`GroupOptions`, for the new weights.
-        given: what all this was made of; empty where that may change without being another object.
+        given: the values that all this was made from, to compare with; empty if they may change in place.
     """
 
     rule: Rule
@@ -94,16 +94,16 @@ class StepOptions:
 class Bucket(ABC):
     """Tensors of one device and dtype, the storage for their backup, and the operations; a subclass for each backend.
 
-    Every operation works on the whole bucket. None allocates after its first use, none waits for a device.
+    Every operation works on the whole bucket, and does not wait for a device.
 
     Args:
         tensors: strided tensors of one device and dtype.
         groups: for each the index of its parameter group; ascending.
-        params: for each the parameters whose version counters follow it, by default the tensor itself. The first of
-            them is the tensor, or the DTensor that it is a part of, or the first parameter in a flat buffer.
+        params: for each the parameters that it stands for, whose version counters change with it: the DTensor that it
+            is the local tensor of, or all parameters in a flat buffer. By default the tensor itself.
         backup: another bucket with the same elements in the same slots, whose backup is this one's too.
         shared: tensors may share memory with each other: they must be moved one after the other.
-        gradient_of: what a DTensor's gradient is here.
+        gradient_of: returns what this process holds of a DTensor's gradient.
     """
 
     backend: ClassVar[str]
@@ -139,12 +139,12 @@ class Bucket(ABC):
         self.all_params = [p for of_tensor in self.params for p in of_tensor]
         pairs = zip(self.tensors, self.params, strict=True)
         self.sources = [of[0] if is_wrapper(type(of[0])) else tensor for tensor, of in pairs]
-        """For each tensor whose ``.grad`` is its gradient, and which is the key of the base optimizer's state."""
+        """The tensors whose ``.grad`` is read, and which are the keys of the base optimizer's state."""
         self.has_wrappers = any(is_wrapper(type(source)) for source in self.sources)
         self.empty = [index for index, tensor in enumerate(self.tensors) if tensor.numel() == 0]
         self.shared = shared
         self.moved = True
-        """Whether a tensor was seen to lie elsewhere than before, since somebody has set this to False."""
+        """Whether a tensor was seen in other memory than before, since this was last set to False."""
         self.step_options: StepOptions | None = None
         """Those of the last fused step."""
         self._recorded: bool | None = None  # whether what is saved was only recorded in a graph, see devices.never_ran
@@ -189,7 +189,7 @@ class Bucket(ABC):
 
     @cached_property
     def backups(self) -> list[Tensor]:
-        """The backup's slots as tensors of the tensors' shapes, in the tensors' memory order where these are dense."""
+        """The backup as a tensor for each of the bucket's, with its shape and, if it is dense, in its memory order."""
         pairs = zip(self._layouts, self.slots, strict=True)
         return [self.backup.as_strided(*layout, slot) for layout, slot in pairs]
 
@@ -240,7 +240,7 @@ class Bucket(ABC):
         """The tensors with a backup that :meth:`restore` has not yet written back. None means all."""
 
     def is_backed_up(self) -> bool:
-        """Whether that backup was written, and not only announced. May wait for the device."""
+        """Whether the backup that :meth:`saved` tells of was written, and not only noted. May wait for the device."""
         return True
 
     def saved_params(self) -> list[Tensor]:
@@ -270,8 +270,8 @@ class Bucket(ABC):
 
     @abstractmethod
     def share_saved(self, source: Bucket) -> None:
-        """Note for each tensor of this bucket, ``source.by_parameter()`` and collected, whether ``source`` has it
-        saved.
+        """Take over which tensors are saved from ``source``. This bucket is ``source.by_parameter()``, after
+        :meth:`prepare_step`.
         """
 
     @abstractmethod
@@ -302,13 +302,13 @@ class Bucket(ABC):
         """Put the saved tensors back and step as the base optimizer does; after :meth:`prepare_step`.
 
         Tensors without a gradient are only put back. Afterwards nothing is saved. Gradients are divided by
-        ``scaling.grad_scale``, which is on the bucket's device. Where ``scaling.found_inf`` (also there) is not 0, all
-        tensors are only put back and the state stays as it was; with step counters it needs ``device_counters``: a
-        counter on the host has to know beforehand whether there is a step.
+        ``scaling.grad_scale``, which is on the bucket's device. If ``scaling.found_inf`` (also there) is not 0, all
+        tensors are only put back and the state stays as it was. If there are step counters, a ``found_inf`` needs
+        ``device_counters``: a counter on the host has to know beforehand whether there is a step.
         """
 
     def written_params(self) -> list[Tensor]:
-        """After :meth:`prepare_step`: the parameters that the step writes, which are saved or have a gradient."""
+        """After :meth:`prepare_step`: the parameters that the step writes: those that are saved or have a gradient."""
         saved, stepped = self.saved(), self.with_gradient()
         if saved is None or stepped is None:
             return self.all_params
@@ -321,12 +321,12 @@ class Bucket(ABC):
 
 
 def step_gradient(bucket: Bucket, index: int) -> Tensor:
-    """The gradient of one tensor for a fused second step. Raises NotFused if the base optimizer must see to it."""
+    """The gradient of one tensor for a fused second step. Raises NotFused if only the base optimizer can use it."""
     source = bucket.sources[index]
     grad = source.grad
     if grad is not None and is_wrapper(type(source)):
         if getattr(grad, "placements", None) != source.placements:  # type: ignore[attr-defined]
-            # Bringing it there takes collectives. All processes give the same answer.
+            # Moving it there takes collectives. All processes come to the same answer.
             raise NotFused("a DTensor's gradient is not placed as the parameter is")
         grad = bucket.gradient_of(index)
     if grad is None or not is_plain(grad):
@@ -347,7 +347,7 @@ class Backend(ABC):
         """Why this backend cannot be used at all here, or None."""
 
     def unusable_on(self, device: torch.device) -> str | None:
-        """Why this backend cannot be used on this device, of a kind that it is for, or None."""
+        """Why this backend cannot be used on this device, although it is for devices of this kind, or None."""
         return None
 
     def build_info(self) -> dict[str, str]:
@@ -358,7 +358,7 @@ class Backend(ABC):
     def rejects(self, tensor: Tensor, arithmetic: bool = True) -> str | None:
         """Why this backend cannot take this tensor, or None, on a device that it can be used on.
 
-        Without ``arithmetic``: for save and restore, any dtype.
+        Without ``arithmetic`` the tensor is only to be saved and restored, and may have any dtype.
         """
 
 

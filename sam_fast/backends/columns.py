@@ -1,7 +1,7 @@
-"""Columns: one address per tensor of a bucket, read anew at every step and checked against what the tensors were.
+"""Columns: one address per tensor of a bucket, read anew at every step from a tensor that must match the bucket's.
 
-Gradients, a direction that is somebody's own list of tensors, and the base optimizer's state are all columns.
-``Gather`` reads them: natively (csrc/gather.h) where that was built, else :class:`PythonGather`.
+Gradients, a direction given as a list of tensors, and the base optimizer's state are all columns. ``Gather`` reads
+them: the native one (csrc/gather.h) if it was built, else :class:`PythonGather`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ except ImportError:
     _cpu = None  # type: ignore[assignment]
 
 NO_COUNTERS, HOST_FLOAT32, HOST_FLOAT64, DEVICE_FLOAT32 = range(4)
-"""What step counters are: ``Gather::Counters`` in csrc/gather.h."""
+"""The kinds of step counters: ``Gather::Counters`` in csrc/gather.h."""
 
 Wrong = tuple[bool, int, int]
-"""What is wrong with a state: whether it is missing (else it is not laid out as its tensor), whose it is, its name's
-number.
+"""What is wrong with a state: whether it is missing (else it is not laid out as its tensor), the number of its tensor,
+the number of its name.
 """
 
 
@@ -54,11 +54,11 @@ def all_none(items: list[Any]) -> bool:
 
 
 def local_tensor(tensor: Any) -> Any:
-    """What this process holds of a DTensor; anything else itself."""
+    """What this process holds of a DTensor; any other tensor as it is."""
     local = getattr(tensor, "_local_tensor", None)
     if local is None:
         return tensor
-    wait = getattr(local, "trigger_wait", None)  # what an asynchronous collective will have written
+    wait = getattr(local, "trigger_wait", None)  # an asynchronous collective may still be writing it
     return local if wait is None else wait()
 
 
@@ -70,8 +70,8 @@ def tensor_now(source: Tensor, tensor: Tensor) -> Tensor:
 def state_tensors(
     state: Any, params: Sequence[Tensor], takes: Sequence[int], bit: int, name: str
 ) -> list[Tensor | None] | int:
-    """``state[param][name]`` for each param whose entry in ``takes`` has the bit; or the number of the first that has
-    none.
+    """``state[param][name]`` for each param whose entry in ``takes`` has the bit; or the number of the first param
+    without such a state.
     """
     found: list[Tensor | None] = []
     for i, (param, mask) in enumerate(zip(params, takes, strict=True)):
@@ -174,7 +174,7 @@ def _kind_of_counter(counter: Tensor, tensor: Tensor) -> int:
 
 
 def make_gather(tensors: list[Tensor], params: list[Tensor], groups: list[int]) -> Any:
-    """Reads the columns of a bucket; native where that was built.
+    """What reads the columns of a bucket: the native Gather if it was built, else the one in Python.
 
     Args:
         tensors: strided tensors of one device and dtype.

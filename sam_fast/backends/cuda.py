@@ -31,7 +31,7 @@ def _current_stream(device: torch.device) -> int:
 
 @cache
 def _why_unusable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device, or None. Neither the module nor the driver changes: asked once."""
+    """Why the kernels cannot run on this device, or None. Cached: neither the module nor the driver changes."""
     try:
         _cuda.probe(device.index or 0)
     except RuntimeError as error:
@@ -111,7 +111,7 @@ class CudaBucket(NativeBucket):
 
     def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
         learning_rates = _learning_rates(options)
-        # A GradScaler's are float32 already.
+        # A GradScaler's are float32 already, and are not copied.
         numbers = (scaling.grad_scale, scaling.found_inf)
         grad_scale, found_inf = (None if tensor is None else tensor.float() for tensor in numbers)
         return _cuda.step(

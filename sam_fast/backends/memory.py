@@ -22,7 +22,7 @@ def is_wrapper(cls: type[Tensor]) -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """True if the elements lie in strided memory of the tensor's own.
 
-    Nothing else is asked of one for which it is False.
+    Do not ask anything else about a tensor for which it is False.
     """
     if is_wrapper(type(tensor)) or is_lazy(tensor):
         return False
@@ -74,10 +74,10 @@ def has_grad_dtype(p: Tensor) -> bool:
 
 
 def allocated(tensor: Tensor) -> Tensor:
-    """``tensor``, which was made for kernels to read or write.
+    """Return ``tensor``, which was just made for kernels to read or write.
 
     Raises:
-        RuntimeError: it has no memory. Its address is 0.
+        RuntimeError: it has no memory, so that kernels would be given the address 0.
     """
     if is_wrapper(type(tensor)):
         raise RuntimeError(
@@ -100,9 +100,9 @@ def rejects_memory(tensor: Tensor) -> str | None:
 
 
 def signature(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
-    """What a tensor must still be when its address is taken.
+    """What must be the same about a tensor when its address is taken.
 
-    The stride of a dimension of at most one element is free.
+    The stride of a dimension of at most one element does not matter.
     """
     empty = tensor.numel() == 0
     sizes = zip(tensor.shape, tensor.stride(), strict=True)

@@ -1,4 +1,4 @@
-"""What the backends share whose kernels take addresses: struct Bucket of csrc/table.h, and all but the launches."""
+"""What backends share if their kernels take addresses: struct Bucket of csrc/table.h, and all but the launches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 """Matches ``enum class DType`` in csrc/table.h."""
 
 BUILD_NOTE = Path(__file__).parent.parent / "_build_info.json"
-"""What setup.py built and what not, by module."""
+"""In which setup.py notes for each native module that it was built, or why not."""
 
 MAX_STATES = 3
 
@@ -62,10 +62,10 @@ class NativeBucket(Bucket):
     """
 
     counts: ClassVar[bool] = True
-    """Whether a step's kernel counts float32 step counters on the host."""
+    """Whether a step's kernel adds 1 to float32 step counters on the host."""
 
     proves_backup: ClassVar[bool] = False
-    """Whether a backup that was never written is known as such on the device."""
+    """Whether the device knows that a backup was never written."""
 
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(tensors, groups, *args, **kwargs)
@@ -74,13 +74,13 @@ class NativeBucket(Bucket):
         self._weights, self._along, self._saved, self._counters = (column(size) for _ in range(4))
         self._states = tuple(column(size) for _ in range(MAX_STATES))
         self._occupied = size - len(self.empty)
-        # How many tensors with elements are saved; None: not known. `_saved` has the truth, this saves looking.
+        # How many tensors with elements are saved; None: not known. ``_saved`` says which; this saves looking there.
         self._num_saved: int | None = 0
         self._can_capture = can_capture(self.device)
-        self._copies: dict[int, Tensor] = {}  # directions in their tensors' own layout
+        self._copies: dict[int, Tensor] = {}  # copies of directions, in their tensors' layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
         self._wide_steps = torch.empty(0)
-        self._uncounted = False  # whether some of them are left to count after the kernel
+        self._uncounted = False  # whether some of them have to be counted after the kernel
         self.device_counters = self.host_counters = False
         values = {
             "dtype": DTYPE_CODES.get(self.dtype, -1),  # -1: only saved and restored
@@ -98,7 +98,7 @@ class NativeBucket(Bucket):
         }
         self._struct = array("q", [values[field] for field in FIELDS])
         self.address = _address(self._struct)
-        """That of the bucket's ``struct Bucket``."""
+        """The address of the bucket's ``struct Bucket``."""
 
     def _allocate_backup(self) -> Tensor:
         backup = super()._allocate_backup()
@@ -127,7 +127,7 @@ class NativeBucket(Bucket):
 
     def _collect(self, wanted: bytes | None) -> tuple[list[int], list[int]]:
         if self.has_wrappers:
-            # A wrapper's __torch_function__ is looked up for every tensor that is asked something. DTensor has none.
+            # Else each access to a tensor looks up the __torch_function__ of its class. DTensor has none of its own.
             with DisableTorchFunctionSubclass():
                 changed, odd = self._gather.collect(self._weights, self._along, wanted)
         else:
@@ -216,7 +216,7 @@ class NativeBucket(Bucket):
         self._saved[:] = column(len(self._saved))
 
     def _restore_changed(self, changed: list[int], release: bool) -> None:
-        """Restore tensors that are saved but no longer match the bucket, by way of PyTorch."""
+        """Restore tensors that are saved but no longer match the bucket, with PyTorch's copy."""
         error: ParameterError | None = None
         for index in changed:
             tensor, backup = tensor_now(self.sources[index], self.tensors[index]), self.backups[index]
@@ -280,11 +280,11 @@ class NativeBucket(Bucket):
         self.device_counters = kind == DEVICE_FLOAT32
         self.host_counters = kind not in (NO_COUNTERS, DEVICE_FLOAT32)
         self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else torch.empty(0)
-        # A kernel counts float32 counters on the host, but never comes to a tensor without elements.
+        # A kernel counts float32 counters on the host, except those of tensors without elements.
         self._uncounted = bool(self._steps) and (bool(self.empty) or not self.counts or kind != HOST_FLOAT32)
 
     def _steps_in_float32(self) -> Tensor:
-        """Copies of counters in float64, which PyTorch makes where that is the default dtype; kernels read float32."""
+        """Copies of float64 counters, which PyTorch makes if that is the default dtype. Kernels read float32 ones."""
         copies = torch.cat([step.detach().reshape(1) for step in self._steps]).float()
         for position, index in enumerate(self._counted()):
             self._counters[index] = copies.data_ptr() + copies.itemsize * position

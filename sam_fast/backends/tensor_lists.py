@@ -12,16 +12,16 @@ from ..rounding import ROUNDED, round_stochastically
 from .memory import is_dense
 
 HAS_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-"""Whether PyTorch's fused steps have its default's bits on the CPU: in whole vectors on x86, PyTorch 2.10 to 2.15."""
+"""Whether PyTorch's fused CPU steps have its default bits: in whole vectors on x86, PyTorch 2.10 to 2.15."""
 
 VECTOR = 64
-"""Bytes of the widest vector, and of what the fused steps give to a thread."""
+"""Bytes of the widest vector, and the unit in which the fused steps share tensors out over threads."""
 
 ROW = 64
-"""Elements whose squares are added in float32 on the CPU: some 20 roundings, less than 7e-7 of the norm at worst."""
+"""How many squares are added in float32 on the CPU: some 20 roundings, at worst an error of 7e-7 of the norm."""
 
 LARGE = 1 << 14
-"""Elements. Smaller gradients are put together."""
+"""Elements. Gradients with fewer are concatenated."""
 
 
 def is_on_host(tensor: Tensor) -> bool:
@@ -41,7 +41,7 @@ def squared_norm(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
         ends = [x.numel() // ROW * ROW for x in large]
         rows = [torch.linalg.vector_norm(x[:n].view(-1, ROW), dim=1) for x, n in zip(large, ends, strict=True)]
         total = _dot([torch.cat(rows)], dtype)
-        # Squares of less than 1e-38 may be missing, and large ones be infinite.
+        # Squares below 1e-38 may be lost, and large ones infinite: between these bounds neither matters.
         if 1e-30 * sum(ends) < total < math.inf:
             rest = [x[n:] for x, n in zip(large, ends, strict=True)]
             return total + _dot([x for x in flat if x.numel() < LARGE or x.dtype != torch.float32] + rest, dtype)
@@ -154,8 +154,9 @@ Step = Callable[..., None]
 def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool, has_fused: bool) -> None:
     """Step with ``columns``: weights, gradients, state. ``divide``: the end of a tensor may be stepped by itself.
 
-    PyTorch's fused step on the CPU walks over memory as if all tensors lay as the weight does, and what is left behind
-    the last whole vector of a tensor has other bits: the default step takes that.
+    PyTorch's fused step on the CPU assumes that all tensors are laid out as the weight is, and computes other bits
+    after the last whole vector of a tensor. So the default step takes what comes after it, or without ``divide`` the
+    whole tensor.
     """
     if not has_fused:
         step(False, *columns)
@@ -168,7 +169,7 @@ def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool, has_
     others: list[Sequence[Tensor]] = []
     for entry, of_entry in zip(zip(*columns, strict=True), strides, strict=True):
         rest = (n := entry[0].numel()) % line
-        alike = can and len({(), *of_entry}) == 2 and is_dense(entry[0])  # () are a step counter's
+        alike = can and len({(), *of_entry}) == 2 and is_dense(entry[0])  # () is a step counter's
         if not alike or rest == n or (rest and not divide):
             others.append(entry)
         elif rest:

@@ -123,7 +123,7 @@ class TorchBucket(Bucket):
         for group, weights, backups, directions in participants if moves else ():
             rho, eta, adaptive = options.of(group)
             scale = scale_of(rho, norm + eps, compute_dtype(self.dtype))
-            at_once = 1 if self.shared else len(weights)  # or one after the other, each by the e of w
+            at_once = 1 if self.shared else len(weights)  # shared: one by one, each by the e that belongs to w
             for i in range(0, len(weights), at_once):
                 part = (weights[i : i + at_once], backups[i : i + at_once], directions[i : i + at_once])
                 perturb_tensors(*part, scale, eta if adaptive else None, finite, options.rounding_key)
@@ -149,7 +149,7 @@ class TorchBucket(Bucket):
             return
         self._is_as_built()
         error: ParameterError | None = None
-        # .data: what is written back may be a BatchNorm buffer that autograd has saved, and its value is as it was.
+        # .data keeps the version: autograd may have saved a BatchNorm buffer, which gets back the value it had then.
         tensors, backups = [], []
         for index in self.saved():
             tensor, backup = self.tensors[index].data, self.backups[index]
@@ -206,9 +206,9 @@ class TorchBucket(Bucket):
 
     @torch.no_grad()
     def restore_and_step(self, options: StepOptions, scaling: Scaling) -> None:
-        """Restore, then step group by group; what was saved apart from what was not.
+        """Restore, then step group by group, with saved tensors apart from others.
 
-        What was saved is put back if a step is interrupted. The others are stepped whole or not at all.
+        If a step is interrupted, a saved tensor is put back. One that is not saved must be stepped as a whole.
         """
         if any(self._saved):
             check_whole_step(self._recorded, self.device)

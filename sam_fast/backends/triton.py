@@ -29,7 +29,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 """Whether triton's interpreter stands in for a GPU; triton itself decides when the kernels are imported."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
-"""At most. With 128 threads each, half of what a multiprocessor holds: enough loads under way, and few partial sums."""
+"""At most this many. With 128 threads each they are half of what a multiprocessor holds: enough loads are under way,
+and there are few partial sums.
+"""
 
 INTERPRETED_PROGRAMS = 4
 
@@ -56,7 +58,7 @@ def _load_a_kernel(device: torch.device) -> None:
 
 @cache
 def _why_unusable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device, or None. What Triton needs does not come or go: asked once."""
+    """Why the kernels cannot run on this device, or None. Cached: what Triton needs does not come or go."""
     if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
         return "it has no float64 (the norm is summed in it)"
     try:
@@ -84,7 +86,7 @@ def _programs_at_once(kernel: Any, device: torch.device) -> int:
     _ = kernel.run  # loads the machine code: only the driver knows its registers
     properties: Any = torch.cuda.get_device_properties(device)
     threads = kernel.metadata.num_warps * properties.warp_size
-    registers = -(-kernel.n_regs // 8) * 8 * threads  # they are given out in eights
+    registers = -(-kernel.n_regs // 8) * 8 * threads  # allocated in units of eight
     fit = min(properties.regs_per_multiprocessor // registers, properties.max_threads_per_multi_processor // threads)
     return int(max(1, min(PROGRAMS_PER_MULTIPROCESSOR, fit)))
 
@@ -92,9 +94,9 @@ def _programs_at_once(kernel: Any, device: torch.device) -> int:
 class TritonBucket(NativeBucket):
     """The addresses, their copies on the device, and which backup was written.
 
-    A signal can come between a launch and the note that it was made. So the note, that tensors are saved, is made
-    before the launch, with a ticket that no launch before had. The kernel that writes the backup leaves the ticket on
-    the device, and restore does nothing unless it finds it there.
+    An interruption may come between a launch and a note that it was made. So the tensors are noted as saved before the
+    launch, which gets a new ticket. The kernel that writes the backup leaves its ticket on the device, and restore does
+    nothing unless it finds that ticket there.
     """
 
     backend = "triton"
@@ -125,7 +127,7 @@ class TritonBucket(NativeBucket):
         return max(1, min(len(self._chunks), self._programs.get(operation, default)))
 
     def _learn(self, operation: str, kernel: Any) -> None:
-        """Note what an operation was compiled to, for its next launch; its result is the same with any number."""
+        """Note how many programs of an operation run at once, for its next launch. Any number gives the same result."""
         if kernel is not None and operation not in self._programs:
             self._programs[operation] = _multiprocessors(self.device) * _programs_at_once(kernel, self.device)
 
@@ -135,7 +137,7 @@ class TritonBucket(NativeBucket):
 
     @property
     def _backup_bytes(self) -> Tensor:
-        # Where nothing was ever saved there is no backup; any other memory stands for it, and is not looked at.
+        # If nothing was ever saved there is no backup. Other memory stands in for it, and is not read.
         return (self.backup if "backup" in vars(self) else self._chunks).view(torch.uint8)
 
     # ---- First step --------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ class TritonBucket(NativeBucket):
         return self.addresses.send(b"".join(part.tobytes() for part in (*parts, rates)))
 
     def _count_steps(self, scaling: Scaling) -> None:
-        # After the launch: one that fails has counted nothing.
+        # After the launch, so that a launch that fails counts nothing.
         by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
         torch._foreach_add_(self._steps, by)
 
@@ -318,10 +320,11 @@ class TritonBackend(NativeBackend):
 
 
 def _counted(bucket: TritonBucket, options: StepOptions, module: Any) -> tuple[tuple[float, float], array[float]]:
-    """The two numbers that follow from the number of the step to come; if the device knows it, what they are made of.
+    """The two numbers that follow from the number of the coming step; if only the device knows that, the bases from
+    which it computes them.
 
-    Returns those of the first tensor, and a table with those of every tensor, but zeros where they are the first one's:
-    it need not be copied to the device at every step as long as all tensors have stepped as often as each other.
+    Returns those of the first tensor, and a table for all tensors, with zeros where they are the same as the first
+    one's. So the table need not be copied at every step as long as all tensors have taken equally many steps.
     """
     table = array("d", bytes(16 * len(bucket.tensors)))
     common: tuple[float, float] | None = None

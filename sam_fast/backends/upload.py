@@ -1,4 +1,4 @@
-"""Numbers of the host in device memory, under CUDA graphs too: for kernels that take their tables from there."""
+"""Copies numbers from the host to device memory, under CUDA graphs too, for kernels that read their tables there."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class _Copies(NamedTuple):
 
 
 class Upload:
-    """8-byte numbers that the host keeps, in device memory: copied when they are not those that were sent last.
+    """8-byte numbers of the host in device memory. They are copied only if they are not those that were sent last.
 
-    A graph replays its copies, from the memory it was captured with to the memory it was captured with. So what a
-    capture uses is written by nothing else afterwards, and is kept as long as this object. If the numbers are what an
-    eager operation has sent last, a capture uses that memory and copies nothing. Otherwise it takes a spare pair:
-    pinned memory should not be allocated while a graph is captured.
+    A graph replays its copies, from and to the memory that it was captured with. So nothing else writes to memory that
+    a capture has used, and this object keeps it. If the numbers are those that an eager operation has sent last, a
+    capture uses that memory and copies nothing. Otherwise it takes a spare pair, because pinned memory should not be
+    allocated while a graph is captured.
     """
 
     SPARES = 2

@@ -37,13 +37,13 @@ else:
 class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
     """Makes both passes of SAM in Lightning's automatic optimization.
 
-    ``configure_optimizers`` returns a SAM. Accumulated batches are kept for the second pass, which runs
-    ``training_step`` on them again at ``w + e`` before the step, without logging and hooks. Metrics, numbers
-    (attributes of the module) and BatchNorm statistics count the first pass only. Lightning clips the second gradient.
+    ``configure_optimizers`` has to return a SAM. Accumulated batches are kept for the second pass, which runs
+    ``training_step`` on them again at ``w + e`` before the step, without logging and hooks. Metrics, attributes of the
+    module that are numbers, and BatchNorm statistics count the first pass only. Lightning clips the second gradient.
     ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with the second gradient.
 
-    Every ``log_every_n_steps`` steps logs ``sam/grad_norm`` and, if ``ascent`` is 1, ``sam/sharpness`` (loss at
-    ``w + e`` minus loss at w, this process's) of the last step that perturbed.
+    Every ``log_every_n_steps`` steps the callback logs ``sam/grad_norm`` and, if ``ascent`` is 1, ``sam/sharpness``
+    (loss at ``w + e`` minus loss at w, in this process) of the last step that perturbed.
 
     Args:
         ascent: share of each batch's rows that the first pass sees, see :class:`sam_fast.TrainStep`. What
@@ -155,7 +155,7 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
             ) from None
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Batches before this one take no part in the coming step."""
+        """Forget the batches before this one: they take no part in the coming step."""
         if self._window is not None:
             self._window.keep_last()
 
@@ -226,8 +226,8 @@ def _silenced(logger: Any) -> Any:
 
 
 def _states_of(metric: Any) -> Iterator[Callable[[], None]]:
-    """What puts the states of a torchmetrics metric back, and tensors and numbers that are none, as MinMaxMetric's and
-    RunningMean's. Metrics may share their tensors: they stay the same ones.
+    """Functions that put back the states of a torchmetrics metric, and other tensors and numbers in it, such as
+    MinMaxMetric's and RunningMean's. Metrics may share tensors, so the tensors stay the same objects.
     """
     others = (name for name, value in vars(metric).items() if isinstance(value, (Tensor, int, float)))
     for name in dict.fromkeys((*metric._defaults, "_computed", "_forward_cache", *others)):

@@ -40,8 +40,8 @@ class SAMTrainerMixin:
 
     Raises:
         TypeError: a class puts ``Trainer`` before the mixin.
-        ValueError: the Trainer is used in a way that leaves no place for a second pass, or has a SAM of its user's own,
-            whose options ``sam_rho``, ``sam_adaptive`` and ``sam_options`` cannot be.
+        ValueError: the Trainer is used in a way that leaves no place for a second pass; or it was given a SAM, which
+            takes none of ``sam_rho``, ``sam_adaptive`` and ``sam_options``.
     """
 
     optimizer: Any
@@ -144,8 +144,8 @@ class SAMTrainerMixin:
             return prepared
 
         def again(*args: Any, prepared: Any = ()) -> Tensor:
-            """What was prepared serves both passes: trainers that generate text generate it once, and what is done to
-            inputs on the way is not done to the same ones again.
+            """Both passes get the same prepared inputs: trainers that generate text generate it once, and inputs that
+            are changed while they are prepared are not changed twice.
             """
             left = list(prepared)
             with _with_attributes(self, _prepare_inputs=lambda inputs: left.pop(0) if left else prepare(inputs)):
@@ -168,8 +168,8 @@ class SAMTrainerMixin:
 
     @contextmanager
     def _sam_unnoticed(self) -> Iterator[None]:
-        """Inside, nothing is logged, what the Trainer counts does not change, and optimizers that are told in which
-        mode they are, such as schedule-free ones, are not told again while the weights are perturbed.
+        """Inside, nothing is logged, what the Trainer counts does not change, and optimizers with a training mode, such
+        as schedule-free ones, are not put into it again while the weights are perturbed.
         """
         counted = {name: _copied(value) for name, value in vars(self).items() if name in COLLECTED}
         try:
@@ -179,19 +179,19 @@ class SAMTrainerMixin:
             vars(self).update(counted)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Of w, also where it is saved between the second pass and the step, as with ``enable_jit_checkpoint``."""
+        """Save w, even between the second pass and the step, as ``enable_jit_checkpoint`` may do."""
         with nullcontext() if self._sam_window is None else at_w(self._sam_window.sam):
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the loss, what the last step has measured."""
+        """Log what the last step has measured together with the loss."""
         if "loss" in logs:
             logs.update({name: float(value) for name, value in self._sam_values.items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 def _copied(value: Any) -> Any:
-    """Dictionaries and lists of numbers and tensors, these without their graphs, which deepcopy refuses."""
+    """A copy of dictionaries and lists of numbers and tensors. Tensors lose their graphs, which deepcopy refuses."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -203,7 +203,7 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _with_attributes(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Inside, these stand before what ``owner`` and its classes, a user's included, have under their names."""
+    """Inside, ``owner`` has these attributes, which hide those of the same names in it and in its classes."""
     own = vars(owner)
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)

@@ -20,7 +20,9 @@ from ..train_step import accumulating, stride_of
 
 @dataclass
 class Forward:
-    """A call of the framework's forward pass: its arguments, and what it drew, counted from and returned."""
+    """A call of the framework's forward pass: its arguments, the random state and the owner's numbers before it, and
+    the loss that it returned.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -34,8 +36,8 @@ class Window:
 
     Args:
         sam: the optimizer.
-        owner: the user's object whose methods are called. Numbers among its attributes, by which it may count or
-            anneal, are in the second pass what they were in the first, and end as they were.
+        owner: the user's object whose methods are called. Attributes that are numbers, with which it may count or
+            anneal, have the same values in the second pass as in the first, and count the first pass only.
         ascent: share of each batch that the first pass sees.
         replay_rng: the second pass draws what the first one drew.
         extra_buffers: further buffers that only the first pass may change.
@@ -51,7 +53,7 @@ class Window:
     def first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``forward(*args, **kwargs)`` as a part of the first pass and remember it. The caller sets its loss.
 
-        Where none is needed, this is the only pass.
+        In a step that needs no first pass this is the only one, and is not remembered.
         """
         sam = self.sam
         if not sam.needs_first_pass:
@@ -72,11 +74,11 @@ class Window:
         return output
 
     def keep_last(self) -> None:
-        """Gradients are zeroed between the last forward pass and its backward pass."""
+        """Forget all but the last forward pass: gradients are zeroed between that and its backward pass."""
         del self.forwards[:-1]
 
     def clear(self) -> None:
-        """Forget all of it."""
+        """Forget all forward passes."""
         self.forwards.clear()
 
     def second(self, model: Any, forward: Callable[..., Tensor | None]) -> tuple[Tensor, Tensor] | None:
@@ -116,8 +118,8 @@ class Window:
 
 @contextmanager
 def at_w(sam: SAM) -> Iterator[None]:
-    """Inside, the weights are w, for a checkpoint that is saved in the middle of a step, as after a signal. Then they
-    are ``w + e`` again, and a pass that is under way has not noticed.
+    """Inside, the weights are w, for a checkpoint that is saved in the middle of a step, as after a signal. Afterwards
+    they are ``w + e`` again, and a pass that is under way does not notice.
     """
     perturbation = sam._perturbation
     if not perturbation.active:
@@ -128,9 +130,9 @@ def at_w(sam: SAM) -> Iterator[None]:
         indices = bucket.saved() if bucket.is_backed_up() else []  # else nothing has moved yet
         for index in range(len(bucket.tensors)) if indices is None else indices:
             saved.append((bucket.tensors[index].data, bucket.backups[index]))
-    moved = [tensor.to("cpu", copy=True) for tensor, _ in saved]  # there may be no other memory left
+    moved = [tensor.to("cpu", copy=True) for tensor, _ in saved]  # the device may have none left
     try:
-        for tensor, backup in reversed(saved):  # one that shares memory with an earlier one saved what that moved
+        for tensor, backup in reversed(saved):  # a later one may have saved what an earlier one, sharing memory, moved
             tensor.copy_(backup)
         perturbation.active = False
         yield
@@ -141,7 +143,9 @@ def at_w(sam: SAM) -> Iterator[None]:
 
 
 def _is_number(value: Any) -> bool:
-    """Also numpy's. A flag, or what was None, says that something was made, which is not to be made again."""
+    """Whether it is a number, also NumPy's. Flags, and attributes that were None, are left alone: they may say that
+    something was made, which must not be made again.
+    """
     return isinstance(value, Number) and not isinstance(value, bool)
 
 
@@ -151,10 +155,10 @@ def _numbers_of(owner: Any) -> dict[str, Any]:
 
 
 def _put_back(owner: Any, numbers: dict[str, Any]) -> None:
-    """Let the attributes that are numbers be what they were."""
+    """Give the attributes that are numbers the values that they had."""
     own = vars(owner)
     for name in _numbers_of(owner):
         if name in numbers:
             own[name] = numbers[name]
-        elif _is_number(getattr(type(owner), name, None)):  # the class has what it began with
+        elif _is_number(getattr(type(owner), name, None)):  # it began as the class's
             del own[name]

@@ -1,4 +1,4 @@
-"""Sharpness as SAM sees it: how far the loss rises at the point of a ball that one ascent step leads to."""
+"""Sharpness as SAM sees it: how far the loss rises to the point that one ascent step reaches on a ball around w."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def rho_sharpness(
     with one perturbation. All return the same numbers.
 
     Args:
-        model: the model, in DistributedDataParallel or FSDP2 or not. Parameters that require no gradient stay.
-        loss_fn: ``loss_fn(model, *batch)`` returns a scalar, a mean over the batch's rows. It is given what is inside
-            DistributedDataParallel, and puts autocast around the model itself where that is wanted.
-        batches: such as a DataLoader; goes through it once. A batch that is not a tuple or list is one argument.
+        model: the model, in DistributedDataParallel or FSDP2 or not. Parameters that require no gradient do not move.
+        loss_fn: ``loss_fn(model, *batch)`` returns a scalar, a mean over the batch's rows. It is called with the module
+            inside DistributedDataParallel, and has to enter autocast itself if that is wanted.
+        batches: such as a DataLoader; gone through once. A batch that is not a tuple or list is one argument.
         rho: radius of the ball, above 0.
-        m: samples per perturbation: each batch is split into shards of so many rows, the last may have fewer. None:
+        m: samples per perturbation: each batch is split into shards of m rows, of which the last may have fewer. None:
             the whole batch.
         adaptive: as in :class:`sam_fast.SAM`.
         eta: likewise.

@@ -24,13 +24,14 @@ from ..storage import is_dtensor, sharded
 from ..storage.fsdp import forget_gathered_weights, give_up_pass, is_fsdp_module
 
 _STREAM = 20_180_000
+"""Added to seeds, see :func:`generator`."""
 
 PERTURB_EPS = 1e-12
 """Added to the norm, as SAM does by default."""
 
 
 class Measurement:
-    """A model, a loss and batches, and what is done with them.
+    """A model, a loss and batches, and what every measure does with them.
 
     The model is measured in the mode it is in. With DistributedDataParallel its ``module`` is called, nothing is
     synchronised, and numbers are combined over its processes; with FSDP2 and tensor parallelism over the device mesh.
@@ -39,7 +40,7 @@ class Measurement:
         model: with at least one parameter that requires a gradient; the others are left alone.
         loss_fn: ``loss_fn(model, *batch)`` returns a scalar, a mean over the batch's rows.
         batches: what ``loss_fn`` takes after the model, in tuples or lists; anything else is one argument.
-        whole: what needs all of every parameter in one process, for the error; None if DTensors are welcome.
+        whole: the name, for the error, of a function that needs whole parameters; None if DTensors will do.
         backend: as in :class:`sam_fast.SAM`.
 
     Raises:
@@ -113,11 +114,11 @@ class Measurement:
         """The gradient of ``loss`` with respect to each of ``params``; None where it does not depend on one."""
         finite(loss, "w")
         grads: list[Tensor | None] = [None]
-        if loss.requires_grad and self._fsdp:  # it reduces gradients in hooks of backward()
+        if loss.requires_grad and self._fsdp:  # FSDP2 reduces gradients in hooks of backward()
             self.put_gradients([None] * len(self.params))
             loss.backward()
             grads = [p.grad for p in self.params]
-        elif loss.requires_grad:  # no hooks: DistributedDataParallel has nothing to wait for
+        elif loss.requires_grad:  # calls no hooks, so that DistributedDataParallel has nothing to wait for
             grads = list(torch.autograd.grad(loss, self.params, create_graph=create_graph, allow_unused=True))
         if all(grad is None for grad in grads):
             raise ValueError("loss_fn returned a loss that depends on no trainable parameter of model")
@@ -161,7 +162,7 @@ class Measurement:
 
         Args:
             direction: for each parameter the tensor that SAM would have as its gradient.
-            rho: radius; below 0 the other way.
+            rho: radius; if negative, the weights move the other way.
             adaptive, eta: as in :class:`sam_fast.SAM`.
             eps: added to the direction's norm.
 
@@ -200,7 +201,7 @@ class Measurement:
             distributed.all_reduce(tensor, group=self._replicas)
 
     def add_over_mesh(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes that share the parameters, which have parts of the same batches."""
+        """The sum over all processes among which the parameters are spread. These have parts of the same batches."""
         if self.mesh is None:
             return tensor
         total = tensor.to(self.mesh.device_type)
@@ -221,7 +222,7 @@ class Measurement:
 
     @contextmanager
     def progress(self, wanted: bool, what: str, total: int | None) -> Iterator[Callable[[], Any]]:
-        """A progress bar, in one of the processes, and what moves it on by one."""
+        """A progress bar in one of the processes. Yields a function that moves it on by one."""
         check_flag("progress", wanted)
         if wanted:  # in all processes: if one alone raised, the others would wait for it
             try:
@@ -255,7 +256,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     module = unwrapped(model)
-    forget_gathered_weights(module)  # FSDP2's root keeps those of a forward pass alone, and shows them as parameters
+    forget_gathered_weights(module)  # after a forward pass alone FSDP2's root still shows those as parameters
     if any(isinstance(inner, DistributedDataParallel) for inner in module.modules()):
         raise ValueError(
             "model has a DistributedDataParallel inside, whose passes wait for gradients: pass the "
@@ -285,8 +286,8 @@ def generators_of(batches: Any) -> list[torch.Generator]:
 
 @contextmanager
 def iterator_left_alone(batches: Any) -> Iterator[None]:
-    """A DataLoader with persistent workers has one iterator, which ``iter()`` starts anew: a training loop over it
-    would end early, and its workers' random states would go on. Inside it has another one.
+    """Inside, a DataLoader with persistent workers has another iterator. Otherwise it has only one, which ``iter()``
+    starts anew: a training loop over it would end early, and its workers' random states would go on.
     """
     if not (isinstance(batches, DataLoader) and batches.persistent_workers):
         yield
@@ -299,7 +300,7 @@ def iterator_left_alone(batches: Any) -> Iterator[None]:
 
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator:
-    """Random numbers that are not those with which ``torch.manual_seed(seed)`` has initialized the model."""
+    """A generator of other numbers than those with which ``torch.manual_seed(seed)`` has initialized the model."""
     check_count("seed", seed, at_least=0)
     return torch.Generator(device).manual_seed(_STREAM + seed)
 

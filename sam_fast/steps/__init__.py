@@ -13,7 +13,7 @@ RULES: tuple[Rule, ...] = (SgdRule(), AdamRule(), AdamWRule(), LionRule(), Inter
 
 
 class _RuleOf(dict[type[Optimizer], Rule | None]):
-    """Class of the base optimizer -> how it steps, or None. Its qualified name decides, and no package is imported."""
+    """Class of the base optimizer -> its rule, or None. The qualified name decides, so that no package is imported."""
 
     def __missing__(self, cls: type[Optimizer]) -> Rule | None:
         name = f"{cls.__module__}.{cls.__qualname__}"

@@ -1,4 +1,4 @@
-"""What a rule says: how one family of base optimizers steps."""
+"""Rules: how families of base optimizers step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class NotFused(Exception):
-    """Restoring and stepping cannot be one pass here, for the reason that is the message. Nothing has been changed."""
+    """Restoring and stepping cannot be one pass here; the message says why. The weights have not been changed."""
 
 
 class MissingState(NotFused):
@@ -27,7 +27,7 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
-    """That of the step in csrc/steps.h and of the module in kernels/."""
+    """The name of the step in csrc/steps.h, and of the module in kernels/."""
 
     classes: ClassVar[tuple[str, ...]]
     """Qualified names of the optimizer classes that step like this: exactly these, no subclasses."""
@@ -63,7 +63,7 @@ class Rule(ABC):
 
     @abstractmethod
     def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
-        """The state with which the kernel's step is a parameter's first, as PyTorch takes it. None if there is none."""
+        """The state from which the kernel's step equals PyTorch's first step of a parameter. None if no state does."""
 
     has_fused: ClassVar[bool] = False
     """Whether :meth:`step` can use PyTorch's fused kernels."""

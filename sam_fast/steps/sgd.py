@@ -26,8 +26,8 @@ class SgdRule(Rule):
         return self.states if group["momentum"] != 0 else ()
 
     def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
-        # PyTorch makes the first gradient the buffer, without dampening. momentum * -0.0 + g has the bits of g, the
-        # sign of 0 included.
+        # PyTorch's first buffer is the gradient itself, without dampening. momentum * -0.0 + g has the bits of g, even
+        # the sign of 0.
         if group["dampening"] != 0:
             return None
         return {"momentum_buffer": torch.full_like(param, -0.0, requires_grad=False)}

@@ -1,4 +1,4 @@
-"""Where the parameters' memory is: as it lies, in flat buffers, or spread over processes. One protocol, three files."""
+"""Where the parameters are: in their own memory, in flat buffers, or spread over processes. One protocol, 3 files."""
 
 from __future__ import annotations
 

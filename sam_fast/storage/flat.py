@@ -82,20 +82,20 @@ class FlatBuffers:
             self.run_params.append(self.params[begin:end])
 
     def intact(self) -> bool:
-        """True if every parameter still lies where it was put, as it was laid out."""
+        """True if every parameter still lies where it was put, in the same layout."""
         return not self._gather.weights(self._found) and self._found == self._weight_places
 
     def in_place(self) -> tuple[bool, bool]:
-        """Whether every parameter, and every gradient, lies where it was put: one look at both.
+        """Whether every parameter, and whether every gradient, lies where it was put, in one look.
 
-        Whichever object ``.grad`` is: ``model.to()`` gives the same one other memory.
+        Only memory counts, not objects: ``model.to()`` gives the same ``.grad`` other memory.
         """
         changed, odd = self._gather.collect(self._found, self._found_grads)
         weights = not changed and self._found == self._weight_places
         return weights, not odd and self._found_grads == self._grad_places
 
     def release_frozen(self) -> None:
-        """Take their gradients of zeros from parameters that have been frozen since they were zeroed."""
+        """Set to None the gradients of parameters that have been frozen since these were zeroed."""
         if all(map(_requires_grad, self.params)):
             return
         for index, (p, view) in enumerate(zip(self.params, self.grad_views, strict=True)):
@@ -140,7 +140,7 @@ class FlatBuffers:
     def zero_grad(self) -> None:
         """Zero all gradients and attach those that are missing; a parameter that requires none loses its gradient.
 
-        Parameters that were moved out of the flat buffer are left there, with gradients of zeros.
+        Parameters that were moved out of the flat buffer stay where they are, with gradients of zeros.
         """
         self.grads.zero_()
         weights, grads = self.in_place()

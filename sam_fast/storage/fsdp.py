@@ -1,4 +1,4 @@
-"""FSDP2's modules (``fully_shard``): what they keep of a pass that has ended, or was given up."""
+"""FSDP2's modules (``fully_shard``): dropping what they keep of a pass, and gradients that replicas do not share."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def has_fsdp1(model: nn.Module) -> bool:
 
 
 def forget_gathered_weights(model: nn.Module) -> None:
-    """Have FSDP2 gather the weights anew, and show as the model's parameters those that are sharded.
+    """Make FSDP2 gather the weights anew, and show the sharded ones as the model's parameters.
 
-    Its root keeps what it has gathered after a forward pass alone, and after ``set_reshard_after_backward(False)`` all
-    keep the weights of the pass before the perturbation.
+    After a forward pass without a backward pass its root keeps what it has gathered. With
+    ``set_reshard_after_backward(False)`` all modules keep the weights from before the perturbation.
     """
     for module in model.modules():
         if is_fsdp_module(module):
@@ -36,14 +36,14 @@ def forget_gathered_weights(model: nn.Module) -> None:
 
 
 def give_up_pass(params: Iterable[Tensor]) -> None:
-    """After a pass that was given up: FSDP2 lets go of the weights it has gathered, w + e, and of the rest of that
-    pass.
+    """After a pass that was given up, make FSDP2 drop the weights that it has gathered, w + e, and all else that it
+    keeps of the pass.
 
     Torch's own ``reset_iter_state`` (PyTorch 2.13) keeps gradients that were not reduced yet, which the next backward
     pass would add to.
 
     Args:
-        params: the parameters whose pass it was. Whole models are reset, wherever in them these are.
+        params: the parameters of that pass. Every model that contains one of them is reset as a whole.
     """
     ids = {id(p) for p in params}
     try:
@@ -64,9 +64,9 @@ def give_up_pass(params: Iterable[Tensor]) -> None:
 
 
 def _fsdp_models() -> list[Any]:
-    """For each model that FSDP2 has run the states of its modules.
+    """For each model that FSDP2 has run, the states of its modules.
 
-    Torch has a list of all modules; a parameter does not know the one that it belongs to.
+    They are found in torch's list of all modules: a parameter does not know its module.
     """
     if "torch.distributed.fsdp" not in sys.modules:
         return []
@@ -87,7 +87,7 @@ def _param_groups(state: Any) -> Any:
 def _drop_gathered(groups: Sequence[Any]) -> None:
     """Have the next pass gather the weights, and begin with no gradients."""
     for group in groups:
-        # Stopped in a forward pass, reshard() would keep what reshard_after_forward=False keeps, as the root does.
+        # In the middle of a forward pass reshard() would keep what reshard_after_forward=False keeps, as the root does.
         group._training_state = group._training_state.IDLE
         group.reshard()
         group._partial_reduce_output = None
@@ -99,7 +99,7 @@ def _drop_gathered(groups: Sequence[Any]) -> None:
 
 
 def _reset_iter_state(states: Sequence[Any], groups: Sequence[Any]) -> None:
-    """FSDP2's ``reset_iter_state`` for one model, also where torch has none: before PyTorch 2.13."""
+    """FSDP2's ``reset_iter_state`` for one model, or the same by hand before PyTorch 2.13, which has none."""
     root = next(state for state in states if state._is_root)
     if hasattr(root, "_reset_iter_state"):
         root._reset_iter_state()
@@ -163,8 +163,9 @@ def own_gradients(module: nn.Module) -> Iterator[None]:
 
 
 def _swap_mesh(param_group: Any, old: Any, new: Any) -> None:
-    """Two different ones would mean that weights are resharded to another mesh after the forward pass, which FSDP2
-    cannot do over tensor parallelism. Its first forward pass may take the root's second one away.
+    """Replace a parameter group's mesh, in both places. Two different meshes would mean that weights are resharded to
+    the other one after the forward pass, which FSDP2 cannot do over tensor parallelism. The root may have no second
+    one: FSDP2's first forward pass takes it away.
     """
     for name in ("mesh_info", "post_forward_mesh_info"):
         if getattr(param_group, name) is old:

@@ -1,4 +1,4 @@
-"""Parameters as they lie: the kernels work on each where it is."""
+"""Parameters in their own memory: the kernels work on each where it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Member = tuple[Tensor, int]
 
 
 class InPlace:
-    """How parameters become buckets of tensors. The other storages override what is different with them."""
+    """How parameters become buckets of tensors. Subclasses override what their kind of memory needs."""
 
     process_wide = False
     """Whether sums of squares are all-reduced over processes, so that each device's is one number."""
@@ -49,7 +49,7 @@ class InPlace:
     def step_buckets(self, buckets: list[Bucket]) -> list[Bucket] | None:
         """For each bucket the one that a fused second step works on, whose tensors are parameters.
 
-        None without such.
+        None if parameters are no longer where this storage has put them.
         """
         return buckets
 
@@ -69,7 +69,7 @@ class InPlace:
         """Make each device's sum that over all processes."""
 
     def release_frozen(self) -> None:
-        """Take the gradients of zeros that this storage has made from parameters that have been frozen since."""
+        """Remove the zero gradients that this storage has given to parameters that have been frozen since."""
 
     def write_back(self, perturbed: Sequence[Tensor]) -> ParameterError | None:
         """Bring restored weights to parameters that were given other memory while they were perturbed.
@@ -86,4 +86,4 @@ class InPlace:
         """Reset the gradients that this storage holds."""
 
     def give_up_pass(self) -> None:
-        """A backward pass through the parameters was given up."""
+        """Clean up after a pass that was given up."""

@@ -30,7 +30,7 @@ _local_of = attrgetter("_local_tensor")
 
 
 class Sharded(InPlace):
-    """Parameters of which some are spread over processes.
+    """Parameters, some of them spread over processes.
 
     Args:
         params: all parameters.
@@ -77,7 +77,7 @@ class Sharded(InPlace):
             return grad  # type: ignore[no-any-return]
         with torch.no_grad():
             if grad.placements != param.placements and not self._is_own(param, grad):
-                # Partial sums, for instance: torch's optimizers have them added up as well.
+                # For instance partial sums, which torch's optimizers also add up.
                 grad = grad.redistribute(placements=param.placements)
             local: Tensor = local_tensor(grad)
             return local.detach()
@@ -96,9 +96,9 @@ class Sharded(InPlace):
         return True
 
     def combine(self, sums: Iterable[tuple[Bucket, Tensor, NormSum]]) -> None:
-        """Add the buckets' partial sums up, over all processes that have a part of them: one number per device.
+        """Add up the buckets' partial sums, over all processes that have a part of them: one number per device.
 
-        Every process does the same collectives in the same order: what it has no elements or no gradients of is zero.
+        Every process calls the same collectives in the same order. A process without elements or gradients adds zero.
         """
         totals: dict[ProcessGroups, Tensor] = {}
         homes: dict[ProcessGroups, NormSum] = {}

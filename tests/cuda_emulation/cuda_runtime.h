@@ -185,8 +185,8 @@ struct Warp {
   alignas(8) unsigned char slots[kWarp][8];
 };
 
-// The threads of a block. They wait for the next launch in between: to start hundreds of threads for every launch is
-// what takes the time.
+// The threads of a block. Between launches they wait: most of the time would go into starting hundreds of threads for
+// every launch.
 class Pool {
  public:
   explicit Pool(unsigned threads)

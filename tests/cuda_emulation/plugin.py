@@ -52,7 +52,7 @@ def share(path: str) -> int:
 
 
 SHARED = 0 if os.environ.get("SAM_FAST_EMULATED_SHARED") == "kept" else share(PATH)
-"""How many variables are poisoned: an operation, a dtype and a size of arguments have their own.
+"""How many variables are poisoned. Each operation, dtype and size of arguments has variables of its own.
 
 ``SAM_FAST_EMULATED_SHARED=kept``: none.
 """

@@ -57,7 +57,7 @@ def main() -> None:
             optimizer = SAM(
                 params_of(dtype), base, lr=0.01, weight_decay=0.1, stochastic_rounding=True, backend="cuda", **options
             )
-            for _ in range(3):  # the first step is the base optimizer's
+            for _ in range(3):  # the first step also makes the state
                 optimizer.first_step()
                 optimizer.second_step()
     model = torch.nn.Sequential(*(torch.nn.BatchNorm1d(n) for n in (1, 17, 300))).cuda()

@@ -1,3 +1,3 @@
-"""Frameworks are imported after this."""
+"""Prepares the environment before any framework is imported."""
 
 import environment  # noqa: F401

@@ -11,8 +11,8 @@ import torch
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A torchvision of another build than torch's does not find its operators, and then neither timm nor fastai can be
-# imported, though nothing here uses them.
+# A torchvision of another build than torch's does not find its own operators, and then neither timm nor fastai can be
+# imported. Nothing here uses these operators, so empty definitions will do.
 for _ in range(20):
     try:
         importlib.import_module("torchvision")

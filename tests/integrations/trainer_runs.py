@@ -49,7 +49,7 @@ def text(rows: int = 14, ragged: bool = True) -> list[dict[str, Tensor]]:
 
 
 def tokenizer() -> Any:
-    """Its words are the numbers of the tokens."""
+    """A tokenizer whose words are the numbers of the tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     words = {str(number): number for number in range(19)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="2"))
@@ -86,7 +86,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The Trainer's: no weight decay for biases and norms."""
+    """The Trainer's parameter groups: no weight decay for biases and norms."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     spared = [name for name, _ in named if name.endswith("bias") or "norm" in name.lower()]
     return [

@@ -105,7 +105,7 @@ def with_accelerate_fsdp2() -> Any:
 
 
 def use_fsdp2(accelerator: Any) -> None:
-    """Accelerate itself does so with GPUs alone."""
+    """Switch FSDP2 on, which Accelerate itself does only with GPUs."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 

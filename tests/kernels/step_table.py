@@ -1,6 +1,4 @@
-"""The fused steps, one row each: cases of options, the state that they use, and the step in float64 as its paper has
-it.
-"""
+"""The fused steps, one row each: cases of options, the state that they use, and the step in float64 as in its paper."""
 
 from __future__ import annotations
 

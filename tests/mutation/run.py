@@ -3,7 +3,7 @@ takes minutes.
 
     python tests/mutation/run.py               # from an environment made by `make`; all of breakages_of_*.py
     python tests/mutation/run.py momentum      # those whose name contains a word, or whose file begins with it
-    python tests/mutation/run.py --skip-whole  # without the tests on whole sources first, if they have passed before
+    python tests/mutation/run.py --skip-whole  # does not run the tests on unbroken sources first
 
 Each breakage is a text replaced in a copy of the sources; a text that is not there exactly once is an error, so that a
 breakage never outlives the code it breaks. The native module of the copy is built again where a C++ source was broken.
@@ -118,7 +118,7 @@ def check(copy: Path, build: Path, breakage: Breakage) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="in the names of breakages, or at the beginning of their files' names")
-    parser.add_argument("--skip-whole", action="store_true", help="no tests on whole sources first")
+    parser.add_argument("--skip-whole", action="store_true", help="do not run the tests on unbroken sources first")
     arguments = parser.parse_args()
     words = arguments.words
     chosen = [b for b in BREAKAGES if not words or any(word in b.name or b.file.startswith(word) for word in words)]
@@ -134,12 +134,12 @@ def main() -> None:
             built = {path: path.read_bytes() for path in (copy / "sam_fast").glob("_cpu*.so")}
         every = tuple(sorted({test for b in chosen for test in b.tests}))
         if not arguments.skip_whole and not passes(copy, every, show=True):
-            raise SystemExit("the tests fail on sources that nothing was done to")
+            raise SystemExit("the tests fail on unbroken sources")
         caught = 0
         for breakage in chosen:
             begin = time.monotonic()
             noticed = check(copy, build, breakage)
-            for path, content in built.items():  # whole sources have the whole module, though its build is out of date
+            for path, content in built.items():  # the module of the unbroken sources; the build folder is out of date
                 path.write_bytes(content)
             caught += noticed
             print(

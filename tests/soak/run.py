@@ -5,8 +5,8 @@ the test suite.
 
 In every round a network is trained twice on the same data: once undisturbed, once with faults. A fault is an exception
 in the second pass, an interruption at a random call inside first_step or second_step, a batch of NaN, weights that are
-given other memory, or a crash, after which a new process's worth of objects is made from the last checkpoint
-(``weights_only=True``). Both must end with the same bits: weights, statistics and the optimizer's state. The memory of
+given other memory, or a crash, after which all objects are made anew from the last checkpoint (``weights_only=True``),
+as in a new process. Both runs must end with the same bits: weights, statistics and the optimizer's state. The memory of
 the process and the number of live tensors must not grow. Ends with an error if either fails.
 """
 
@@ -42,8 +42,8 @@ CHECKPOINT_EVERY = 20
 FAULT_RATE = 0.25
 WARM_UP_ROUNDS = 8
 MAX_GROWTH_MB = 8.0
-"""Of the resident memory between the first and the last quarter of the rounds: the allocator's own ups and downs are a
-few MB.
+"""How much the resident memory may grow from the first to the last quarter of the rounds. The allocator alone moves it
+by a few MB.
 """
 
 CONFIGURATIONS: list[dict[str, Any]] = [
@@ -89,7 +89,7 @@ class Training:
             cross_entropy(self.model(x), y).backward()
 
     def step(self, fault: str | None = None, rng: random.Random | None = None) -> bool:
-        """One step; with a fault the same step all over again after it. False if only the last checkpoint helps."""
+        """One step; after a fault the same step is taken again. False if only the last checkpoint helps."""
         optimizer, model = self.optimizer, self.model
         x, y = self.data[self.done]
         torch.manual_seed(1000 * self.seed + self.done)
@@ -168,7 +168,7 @@ class Training:
 def disturbed(
     seed: int, configuration: dict[str, Any], rng: random.Random, file: Path, counts: Counter[str]
 ) -> Training:
-    # A parameter that left its flat buffer takes the base optimizer's own step, whose square root is another
+    # A parameter that left its flat buffer takes the base optimizer's own step, which rounds its square root otherwise
     # (docs/differences.md).
     other_root = configuration.get("flatten") and configuration["base_optimizer"] is torch.optim.AdamW
     faults = [fault for fault in FAULTS if fault != "moved" or not other_root]
