@@ -23,10 +23,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.machine import ROOT
-from bench.machine import first_line as output
-from bench.peers import FOREACH, REFERENCE
-from bench.records import TORCH_COPY, Run
+from bench.contenders import FOREACH, REFERENCE
+from bench.records import ROOT, TORCH_COPY, Run, output
 from bench.training import SGD_TWICE
 
 REGRESSION = "REGRESSION"

@@ -23,8 +23,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.machine import ROOT, describe, find, installed
-from bench.records import replace
+from bench.records import ROOT, describe, find, installed, replace
 
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
 STEPS = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
