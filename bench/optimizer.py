@@ -48,7 +48,7 @@ def optimizer_step(
     for name in contenders:
         try:
             optimizer = make(name, problem, **(settings if name == OURS else {}))
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             bench.leave_out(f"{name}: {error}")
             continue
         if case.id not in bench.checked:
