@@ -1,4 +1,1 @@
-"""Benchmarks against the reference implementation.
-
-Run them with ``pytest bench --benchmark-only``; see README.md in this folder.
-"""
+"""Benchmarks, of sam_fast against others: README.md in this folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,13 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import models
 from bench.cases import CASES
-from bench.harness import Bench, Case
-from bench.machine import describe, load_average
-from bench.records import Run
+from bench.contenders import shrink
+from bench.harness import Bench, Case, nothing
+from bench.records import Run, describe
 
-BENCH, RUN, BEGIN = pytest.StashKey[Bench](), pytest.StashKey[Run](), pytest.StashKey[float]()
+BENCH, RUN = pytest.StashKey[Bench](), pytest.StashKey[Run]()
+BEGIN = time.monotonic()
+TIMES: list[float] = []
+
+
+def replay() -> float:
+    """pytest-benchmark's timer, read before and after each round. It says what the harness has measured, whose
+    contenders take turns, so that its table shows the same numbers for every device."""
+    return TIMES.pop()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,17 +41,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_timer = "bench.conftest.REPLAY"
+    config.option.benchmark_timer = "bench.conftest.replay"
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a GPU and a PyTorch that sees it, which is not the case here")
     bench = Bench(device, config.getoption("--smoke"))
     if bench.smoke:
-        models.shrink()
+        shrink()
     selection = device if device == "rehearsal" else "smoke" if bench.smoke else "default"
     machine = {**describe(device, config.getoption("--commit")), "seconds": "0", "selection": selection}
     config.stash[BENCH], config.stash[RUN] = bench, Run(machine, bench.records, bench.left_out)
-    config.stash[BEGIN] = time.monotonic()
+    gc.freeze()  # what has been imported stays: looking through it takes longer than many a case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -52,54 +60,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "part"), parts, ids=[f"{case.id}-{n}" for case, n in parts])
 
 
-def pytest_collection_finish() -> None:
-    # What has been imported stays: looking through it takes longer than many a case.
-    gc.collect()
-    gc.freeze()
-
-
-class Replay:
-    """pytest-benchmark's timer: it advances only by what the harness has measured, whose contenders take turns, so that
-    its table shows the same numbers for every device."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1e-12  # a timer that stood still would have no precision to determine
-        return self.now
-
-
-REPLAY = Replay()
-
-
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, benchmark: Any, case: Case, part: int) -> Iterator[Bench]:
-    """The run's :class:`Bench`. What the case measures first is shown in pytest-benchmark's table, all parts so far."""
-    bench, config = request.config.stash[BENCH], request.config
+    """The run's :class:`Bench`. What the case measures first is shown in pytest-benchmark's table, all parts so far.
+    The run is saved after each case: one that is killed keeps what it had."""
+    option, bench, run = request.config.getoption, request.config.stash[BENCH], request.config.stash[RUN]
     bench.shown = None
-    if time.monotonic() - config.stash[BEGIN] > 60 * config.getoption("--minutes"):
+    if time.monotonic() - BEGIN > 60 * option("--minutes"):
         if part == 0:
             bench.leave_out(f"{case.id}: the time was up (--minutes)")
         pytest.skip("the time was up")
     yield bench
-    save(config)
+    run.machine |= {"load average": f"{os.getloadavg()[0]:.1f}", "seconds": f"{time.monotonic() - BEGIN:.0f}"}
+    if option("--save") and run.records:
+        run.save(option("--save"))
     if bench.shown is not None:
         rounds = bench.shown.rounds[bench.shown.target]
-        seconds = iter(rounds)
-
-        def one() -> None:
-            REPLAY.now += next(seconds)
-
+        TIMES[:] = [time for seconds in reversed(rounds) for time in (seconds, 0.0)]
         benchmark.group = bench.shown.key
-        benchmark.pedantic(one, rounds=len(rounds))
-
-
-def save(config: pytest.Config) -> None:
-    """Write what there is so far: a run that is killed keeps it."""
-    run, path = config.stash[RUN], config.getoption("--save")
-    if path is not None and run.records:
-        run.machine |= {"load average": load_average(), "seconds": f"{time.monotonic() - config.stash[BEGIN]:.0f}"}
-        run.save(path)
+        benchmark.pedantic(nothing, rounds=len(rounds))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

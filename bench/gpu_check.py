@@ -23,8 +23,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.machine import ROOT, describe, find, installed
-from bench.records import replace
+from bench.records import ROOT, describe, find, installed, replace
 
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
 STEPS = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
@@ -37,14 +36,25 @@ SPARE = 12.0
 
 PIP = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check"]
 BUILD = [*PIP, "--no-build-isolation", "-v", "-e", "."]
-BUILDS: tuple[dict[str, str], ...] = (
-    {"SAM_FAST_CUDA": "1"},
-    {"SAM_FAST_CUDA": "0", "SAM_FAST_NATIVE": "1"},
-    {"SAM_FAST_NATIVE": "0"},
-)
-"""Tried in turn: with CUDA kernels; without them, for the triton and torch backends; without any compiler."""
+BUILD_INFO = ROOT / "sam_fast" / "_build_info.json"
+"""What setup.py has built, and why not the rest."""
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 TESTS = ["-p", "bench.outcomes", "--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
+NATIVE = "no native module can be built, neither for GPUs nor for the CPU"
+PROGRAMS = ("cmake", "nvcc", "compute-sanitizer")
+NEEDED = {
+    "setuptools 77 or newer": "the package cannot be built, and nothing runs",
+    "cmake": NATIVE,
+    "nvcc": "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1",
+    "compute-sanitizer": "no sanitizers",
+    "pybind11": NATIVE,
+    "pytest": "no tests and no benchmarks",
+    "pytest-benchmark": "no benchmarks",
+    "pytest-xdist": "tests run one after the other and may not end in time",
+    "hypothesis": "tests/test_properties.py does not run",
+    "pytorch_optimizer": "it is left out of the peers; its target is not measured",
+}
+"""Program or package -> what follows where it is missing."""
 GPU_TESTS, OTHER_TESTS = ["tests/gpu"], ["tests", "--ignore=tests/gpu"]
 
 
@@ -126,28 +136,14 @@ class Check:
         replace(self.file, json.dumps(content, indent=1) + "\n")
 
 
+def is_here(what: str) -> bool:
+    if what.startswith("setuptools"):
+        return int(installed("setuptools").partition(".")[0] or 0) >= 77
+    return bool(find(what) if what in PROGRAMS else installed(what))
+
+
 def missing_here() -> list[str]:
-    """What is not there, and what follows."""
-    native = "no native module can be built, neither for GPUs nor for the CPU"
-    programs = {
-        "cmake": native,
-        "nvcc": "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1",
-        "compute-sanitizer": "no sanitizers",
-    }
-    packages = {
-        "pybind11": native,
-        "pytest": "no tests and no benchmarks",
-        "pytest-benchmark": "no benchmarks",
-        "pytest-xdist": "tests run one after the other and may not end in time",
-        "hypothesis": "tests/test_properties.py does not run",
-        "pytorch_optimizer": "it is left out of the peers; its target is not measured",
-    }
-    missing = {"setuptools 77 or newer": "the package cannot be built, and nothing runs"}
-    if int(installed("setuptools").partition(".")[0] or 0) >= 77:
-        missing.clear()
-    missing |= {program: follows for program, follows in programs.items() if not find(program)}
-    missing |= {package: follows for package, follows in packages.items() if not installed(package)}
-    return [f"{what}: {follows}" for what, follows in missing.items()]
+    return [f"{what}: {follows}" for what, follows in NEEDED.items() if not is_here(what)]
 
 
 def use_wheels(folder: Path) -> None:
@@ -162,23 +158,24 @@ def use_wheels(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def cuda_module() -> str:
+    """``built``, or why it is not."""
+    return json.loads(BUILD_INFO.read_text())["sam_fast._cuda"] if BUILD_INFO.is_file() else "not built"
+
+
 def build(check: Check) -> bool:
-    """Install the package, with CUDA kernels or else without. False if that fails, too."""
+    """Install the package. setup.py leaves out what cannot be built; CUDA kernels are left out, too, if they take too
+    long. False if nothing can be installed."""
     (check.logs / "build.log").unlink(missing_ok=True)
-    architecture, reason = check.machine.get("compute capability", "9.0").replace(".", ""), ""
-    for options in BUILDS:
+    architecture = check.machine.get("compute capability", "9.0").replace(".", "")
+    for switch in ("auto", "0"):
         check.waiting["build"] = STEPS["build"]
-        step = check.run("build", BUILD, CMAKE_CUDA_ARCHITECTURES=architecture, **options)
+        step = check.run("build", BUILD, CMAKE_CUDA_ARCHITECTURES=architecture, SAM_FAST_CUDA=switch)
         if step.state != FAILED:
             break
-        reason = reason or step.detail
-        print(f"   the build with {options} failed", flush=True)
-    built = step.state == PASSED
-    if built and reason:
+    if (built := step.state == PASSED) and (reason := cuda_module()) != "built":
         # The later ones serve what needs no CUDA module; the step itself has failed.
-        used = " ".join(f"{key}={value}" for key, value in options.items())
-        said = f"without the CUDA module, whose build failed; what follows was built with {used}"
-        check.done("build", FAILED, f"{said}\n{reason}")
+        check.done("build", FAILED, f"what follows was run without the CUDA module: {reason}\n{step.detail}")
     return built
 
 
@@ -209,8 +206,8 @@ def benchmarks(check: Check) -> None:
 
 
 def sanitizer(check: Check, tool: str) -> None:
-    if not list(ROOT.glob("sam_fast/_cuda*.so")):
-        check.done(tool, NOT_RUN, "the CUDA module was not built")
+    if (reason := cuda_module()) != "built":
+        check.done(tool, NOT_RUN, f"the CUDA module: {reason}")
         return
     # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
     # PyTorch itself probes for what the driver may not have: errors of the API are not ours.

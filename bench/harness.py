@@ -1,5 +1,5 @@
-"""How a case is measured: its contenders take turns in one process, next to the memory's bandwidth. README.md has the
-reasons.
+"""How a case is measured: its contenders take turns in one process, next to the memory's bandwidth; on the CPU by the
+host's clock, on a GPU by events or by the durations of its kernels. README.md has the reasons.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from typing import Any
 import torch
 
 from bench.records import COPY, Record
-from bench.timers import BASELINE_HEAD_START, HEAD_START, WARMUP, Gpu, Rehearsal, Timer, Work
 from sam_fast import backends
 
+WARMUP = 3
+"""Rounds that are not counted. On a GPU the first counts launches, the next decide between events and kernels. On a CPU
+the allocator has by then what all contenders need."""
+HEAD_START = 20e-3
+"""In seconds: longer than the host needs to launch several kernels for each parameter."""
+WORK, LAUNCHES, HOST = "events, after a head start", "events, with launches", "host clock"
+"""How a contender is timed on a GPU: its work alone; from an idle device on, so that launching counts; only until the
+call returns."""
+KERNELS = "sum of the kernels' durations"
+
+Work = Callable[[], object]
 PARTS = 3
 """That cases are measured in on a CPU, minutes apart; their rounds are put together."""
 ROOM = 8
@@ -34,6 +44,75 @@ CACHES = 10
 
 def nothing() -> None:
     pass
+
+
+def synchronize() -> None:
+    """Wait for the GPU where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def by_host(run: Work) -> float:
+    """Seconds by the host's clock. A GPU is waited for before and after, untimed."""
+    synchronize()
+    begin = time.perf_counter()
+    run()
+    taken = time.perf_counter() - begin
+    synchronize()
+    return taken
+
+
+def by_events(run: Work, head_start: float) -> tuple[float, bool]:
+    """Seconds by a GPU's events, and whether it was awake before the host had launched everything. During the head
+    start the device sleeps and the host launches: the work is timed, not the launches."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # What was queued before must not run while the host launches: without a head start the work would get one.
+    torch.cuda.synchronize()
+    if head_start:
+        torch.cuda._sleep(int(head_start * 2e9))  # cycles per second, about
+    begin.record()
+    run()
+    late = begin.query()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, late
+
+
+def by_kernels(run: Work, kind: str = "CUDA") -> list[float]:
+    """Seconds of each kernel, copy and memset that ``run`` launches; empty where the profiler may not look."""
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+        run()
+        synchronize()
+    # Not profile.events(), which takes seconds for thousands of launches.
+    events, device = profile.profiler.kineto_results.events(), getattr(torch.autograd.DeviceType, kind)
+    return [e.duration_ns() / 1e9 for e in events if e.device_type() == device and not e.is_user_annotation()]
+
+
+class Timer:
+    """Times one stage of one contender, round by round, in seconds: ``rounds``.
+
+    Where the head start is too short, as with more launches than the driver's queue holds, the kernels' durations are
+    added up; without a profiler, launching counts.
+    """
+
+    def __init__(self, method: str, gpu: bool) -> None:
+        self.method = method if gpu else HOST
+        self.rounds: list[float] = []
+        self.launches = 0
+
+    def __call__(self, run: Work) -> None:
+        rehearsal = not torch.cuda.is_initialized()  # whose times are the host's and say nothing
+        if self.method == HOST:
+            seconds = by_host(run)
+        elif self.method == KERNELS or (self.method == WORK and not self.rounds):
+            durations = [by_host(run)] if rehearsal else by_kernels(run)
+            self.launches, seconds = len(durations), sum(durations)
+        else:
+            head_start = HEAD_START if self.method == WORK else 0.0
+            seconds, late = (by_host(run), False) if rehearsal else by_events(run, head_start)
+            if late and self.method == WORK and len(self.rounds) < WARMUP:
+                self.method = KERNELS if self.launches else LAUNCHES
+        self.rounds.append(seconds)
 
 
 @dataclass(frozen=True)
@@ -61,20 +140,19 @@ class Case:
 @dataclass
 class Contender:
     """What is timed: stages one after the other, each by itself. ``prepare`` runs before and ``finish`` after each,
-    untimed. ``head_start``: see timers.py; on the CPU there is none. ``settings``: what the report says of it."""
+    untimed. ``method``: how a GPU is timed."""
 
     stages: dict[str, Work]
     prepare: Work = nothing
     finish: Work = nothing
-    head_start: float | None = BASELINE_HEAD_START
-    settings: str = ""
+    method: str = WORK
 
 
 def measure(
     contenders: dict[str, Contender],
     seconds: float,
     rounds: tuple[int, int],
-    gpu: Gpu | None = None,
+    gpu: bool = False,
     flush: Work = nothing,
     lead_in: int = 0,
 ) -> dict[str, dict[str, Timer]]:
@@ -87,7 +165,7 @@ def measure(
     timers: dict[str, dict[str, Timer]] = defaultdict(dict)
     for name, contender in contenders.items():
         for stage in contender.stages:
-            timers[stage][name] = Timer(contender.head_start, gpu)
+            timers[stage][name] = Timer(contender.method, gpu)
     order, least, most = list(contenders), *rounds
     shuffle = random.Random(0).shuffle
     keep_memory()
@@ -136,16 +214,15 @@ class Bench:
     """Measures cases on one device and collects their records.
 
     ``device``: "cpu", "cuda", or "rehearsal", which does as on a GPU, but on the CPU. ``smoke``: does it run at all?
-    Tiny shapes (models.shrink) and a few rounds; the figures say nothing.
+    Tiny shapes (contenders.shrink) and a few rounds; the figures say nothing.
     """
 
     def __init__(self, device: str = "cpu", smoke: bool = False) -> None:
-        rehearsal = device == "rehearsal"
-        self.gpu = Rehearsal() if rehearsal else Gpu() if device == "cuda" else None
+        self.gpu = device != "cpu"
         self.kind = "cuda" if self.gpu else "cpu"
         """What the records are of: a rehearsal's go where a GPU's would."""
-        self.device = "cpu" if rehearsal else device
-        self.smoke = smoke or rehearsal
+        self.device = "cuda" if device == "cuda" else "cpu"
+        self.smoke = smoke or device == "rehearsal"
         self.parts = 1 if self.gpu else 2 if smoke else PARTS
         self.copied = 2 * (1 << 20 if self.smoke else 1 << 30 if self.gpu else 1 << 27)
         """Bytes that the yardsticks read and write: more than the caches hold."""
@@ -163,7 +240,7 @@ class Bench:
         or an update in place, which some memories do faster; the faster of the two counts."""
         source, other = (torch.rand(self.copied // 8, device=self.device) for _ in range(2))
         if self.device != "cpu":
-            return {COPY: Contender({COPY: lambda: other.copy_(source)}, head_start=HEAD_START)}
+            return {COPY: Contender({COPY: lambda: other.copy_(source)})}
         bucket = backends.choose(source).bucket([source], [0])
         return {COPY: Contender({COPY: bucket.save}), "update in place": Contender({COPY: other.neg_})}
 
@@ -188,7 +265,7 @@ class Bench:
             total: name of a further record, the sum over the stages.
 
         Raises:
-            AssertionError: a figure cannot be right (:meth:`Record.invalid`). The records are kept, and say so.
+            AssertionError: a figure cannot be right (:meth:`Record.invalid`). Nothing of it is kept.
         """
         seconds, rounds = (2.5, (11, 60)) if self.gpu else (case.seconds, case.rounds)
         rounds = (3, 3) if self.smoke else rounds
@@ -200,22 +277,18 @@ class Bench:
         flush = self.yardsticks[COPY].stages[COPY] if moved or self.device != "cpu" else nothing
         timers = measure({**contenders, **yardsticks}, seconds, rounds, self.gpu, flush, case.lead_in)
         copies = [timer.rounds for timer in timers.pop(COPY, {}).values()]
-        parts = {stage: [by_name] for stage, by_name in timers.items()}
+        stages_of = {stage: [by_name] for stage, by_name in timers.items()}
         if total is not None:
-            parts = {total: list(timers.values()), **parts}
+            stages_of = {total: list(timers.values()), **stages_of}
             if moved.keys() >= timers.keys():
                 moved[total] = sum(moved.values())
-        settings = {name: contender.settings for name, contender in contenders.items() if contender.settings}
         made = []
-        for part, stages in parts.items():
+        for part, stages in stages_of.items():
             used = {name: [by_name[name] for by_name in stages] for name in contenders}
             sums = {n: list(map(math.fsum, zip(*(t.rounds for t in its), strict=True))) for n, its in used.items()}
-            record = Record(
-                f"{part}, {case.group}".removeprefix(", "), case.name, next(iter(contenders)), sums, elements
-            )
-            record.facts = {"device": self.kind, "threads": torch.get_num_threads()}
-            if settings:
-                record.facts["settings"] = settings
+            group = ", ".join(filter(None, [part, case.group]))
+            record = Record(group, case.name, next(iter(contenders)), sums, elements)
+            record.facts["device"] = self.kind
             if self.gpu:
                 methods = {name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()}
                 launches = {name: sum(t.launches for t in its) for name, its in used.items() if its[0].launches}
@@ -223,11 +296,12 @@ class Bench:
             if part in moved:
                 record.bytes_moved, record.copy_bytes = moved[part], self.copied
                 record.copy_rounds = list(map(min, zip(*copies, strict=True)))
-            made.append(self.add(record))
-        wrong = "; ".join(f"{record.key}: {reason}" for record in made if (reason := record.invalid()))
-        assert not wrong, wrong
+            made.append(record)
+        for wrong in filter(None, (record.invalid() for record in made)):
+            self.leave_out(wrong)
+            raise AssertionError(wrong)
         self.checked.add(case.id)
-        return made
+        return list(map(self.add, made))
 
     def add(self, record: Record) -> Record:
         """Keep a record, or its rounds with those of the same case's earlier part. Returns what was kept."""

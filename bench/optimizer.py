@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 
-from bench.harness import Bench, Case, Contender
-from bench.models import SHAPES
-from bench.peers import make_all
-from bench.problem import Problem, backward, copies, make_params
+from bench.contenders import NORM_ERROR, OURS, SHAPES, Problem, backward, copies, make, make_params, params_of
+from bench.harness import WORK, Bench, Case, Contender
 from bench.records import TORCH_COPY
-from bench.timers import HEAD_START
 from sam_fast import backends
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
@@ -26,9 +23,7 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], int]] = {
 in, weights and momentum out; AdamW has two moments."""
 
 
-def make_problem(
-    bench: Bench, case: Case, base: str = "SGD", dtype: str = "float32", adaptive: bool = False
-) -> Problem:
+def problem_of(bench: Bench, case: Case, base: str = "SGD", dtype: str = "float32", adaptive: bool = False) -> Problem:
     """On the shapes that a case's name begins with."""
     start = make_params(SHAPES[case.name.partition(", ")[0]], getattr(torch, dtype), bench.device)
     return Problem(start, *BASES[base][:2], rho=0.5 if adaptive else 0.05, adaptive=adaptive)
@@ -41,14 +36,26 @@ def optimizer_step(
     base: str = "SGD",
     dtype: str = "float32",
     adaptive: bool = False,
-    head_start: float | None = HEAD_START,
+    method: str = WORK,
     **settings: Any,
 ) -> None:
-    """first_step, second_step and their sum. ``settings`` are sam_fast's."""
+    """first_step, second_step and their sum, each with the gradients of a new backward pass. ``settings`` are
+    sam_fast's. Results are checked once for each case."""
     if (backend := settings.get("backend")) not in (None, *usable(bench.device)):
         return bench.leave_out(f"{case.group}: the {backend} backend cannot be used here")
-    problem = make_problem(bench, case, base, dtype, adaptive)
-    made = make_all(bench, case, contenders, problem, head_start, **settings)
+    problem = problem_of(bench, case, base, dtype, adaptive)
+    made = {}
+    for name in contenders:
+        try:
+            optimizer = make(name, problem, **(settings if name == OURS else {}))
+        except ModuleNotFoundError as error:
+            bench.leave_out(f"{name}: {error}")
+            continue
+        if case.id not in bench.checked:
+            problem.check(name, optimizer, norm_error=0.0 if name == OURS else NORM_ERROR)
+        stages = {"first_step": optimizer.first_step, "second_step": optimizer.second_step}
+        gradients = backward(params_of(optimizer), problem.gradients)
+        made[name] = Contender(stages, gradients, optimizer.zero_grad, method)
     size = problem.elements * problem.start[0].element_size() // 4
     # norm: g; perturb: w and g in, w and the backup out. The norm of an adaptive group reads the weights too.
     moved = {"first_step": (24 if adaptive else 20) * size, "second_step": BASES[base][2] * size}
@@ -58,16 +65,11 @@ def optimizer_step(
 def operations(bench: Bench, case: Case, dtype: str = "float32", adaptive: bool = False) -> None:
     """grad_norm, perturb and restore of a bucket by itself, on each backend. Restoring and stepping in one is
     second_step, which is among the steps."""
-    problem = make_problem(bench, case, "SGD", dtype, adaptive)
+    problem = problem_of(bench, case, "SGD", dtype, adaptive)
     check = case.id not in bench.checked
     contenders = {backend: operations_of(problem, backend, check) for backend in usable(bench.device)}
-    targets = [torch.empty_like(p) for p in problem.start]
-
-    def copy() -> None:
-        """What does not change with this project: Tensor.copy_ of the same weights."""
-        for target, p in zip(targets, problem.start, strict=True):
-            target.copy_(p.detach())
-
+    weights = [p.detach() for p in problem.start]
+    copy = partial(torch._foreach_copy_, list(map(torch.empty_like, weights)), weights)  # no part of this project
     size = problem.elements * problem.start[0].element_size()
     moved = {"grad_norm": (2 if adaptive else 1) * size, "perturb": 4 * size, "restore": 2 * size}
     contenders[TORCH_COPY] = Contender(dict.fromkeys(moved, copy))
@@ -98,7 +100,7 @@ def operations_of(problem: Problem, backend: str, check: bool = True) -> Contend
         stages["restore"]()
         exact = all(torch.equal(p, q) for p, q in zip(params, problem.start, strict=True))
         assert exact, "restore is not exact, so it is not timed"
-    return Contender(stages, prepare=collect, head_start=HEAD_START)
+    return Contender(stages, prepare=collect)
 
 
 def usable(device: str) -> list[str]:

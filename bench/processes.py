@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,19 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from bench.harness import Bench, Case, Contender, mallopt, measure
-from bench.models import SHAPES
-from bench.peers import OURS, REFERENCE
-from bench.problem import Problem, copies, make_params
+from bench.contenders import OURS, REFERENCE, SHAPES, Problem, copies, make_params
+from bench.harness import Bench, Case, Contender, Work, mallopt, measure, synchronize
 from bench.records import Record
-from bench.timers import synchronize
+from bench.training import SGD_ONCE, perturbed, plain
 from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
 MEMORY, WEAK_SCALING = "peak memory", "weak scaling"
-SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
-PLAIN = "SGD"
-MAKERS: dict[str, Callable[..., Any]] = {
-    OURS: SAM,
-    "sam_fast, flatten": partial(SAM, flatten=True),
-    PLAIN: lambda params, base, **options: base(params, fused=True, **options),
-    REFERENCE: ReferenceSAM,
+ITERATIONS: dict[str, Callable[..., Work]] = {
+    OURS: perturbed,
+    "sam_fast, flatten": partial(perturbed, sam=partial(SAM, flatten=True)),
+    SGD_ONCE: plain,
+    REFERENCE: partial(perturbed, sam=ReferenceSAM),
 }
 """Whose memory is measured."""
 WIDTH, LAYERS, BATCH = 2048, 8, 8
@@ -49,33 +43,28 @@ def resident() -> int:
 
 
 def peak_bytes(contender: str, device: str) -> float:
-    """What three training steps need beyond what there was before the model. In a new process: a peak never sinks."""
+    """What three training iterations need beyond what there was before the model. In a new process, for a peak never
+    sinks."""
     mallopt(-3, 1 << 16)  # a tensor's memory goes back when it is freed: what the allocator keeps is chance
-    x = torch.randn(BATCH, WIDTH, device=device)
+    x, y = torch.randn(BATCH, WIDTH, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device)
     nn.Linear(WIDTH, 64, device=device)(x).sum().backward()
     before = resident() if device == "cpu" else torch.cuda.memory_allocated()
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, device=device), nn.ReLU())]
-    model = nn.Sequential(*layers)
-    optimizer = MAKERS[contender](model.parameters(), torch.optim.SGD, **SGD)
-    steps = [optimizer.step] if contender == PLAIN else [optimizer.first_step, optimizer.second_step]
-    for step in 3 * steps:
-        model(x).square().mean().backward()
-        step()
-        optimizer.zero_grad()
+    iteration = ITERATIONS[contender](nn.Sequential(*layers), x, y)
+    for _ in range(3):
+        iteration()
     return float((resident() if device == "cpu" else torch.cuda.max_memory_allocated()) - before)
 
 
 def memory(bench: Bench, case: Case) -> None:
-    """Peak memory of three training steps."""
-    with get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        found = pool.starmap(peak_bytes, [(name, bench.device) for name in MAKERS], chunksize=1)
-    peaks = {name: [peak] for name, peak in zip(MAKERS, found, strict=True)}
+    """Peak memory of three training iterations: as the allocator says, or a child process's peak RSS."""
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        found = pool.starmap(peak_bytes, [(name, bench.device) for name in ITERATIONS], chunksize=1)
     elements = LAYERS * (WIDTH * WIDTH + WIDTH)
     # The weights and their gradients are there in any case; less was not measured right.
-    assert min(map(min, peaks.values())) > 2 * 4 * elements
-    how = "as the allocator says" if bench.device == "cuda" else "peak RSS of a child process"
-    facts = {"unit": "bytes", "how": how, "device": bench.kind}
-    bench.add(Record(case.group, case.name, OURS, peaks, elements, facts=facts))
+    assert min(found) > 2 * 4 * elements
+    peaks = {name: [peak] for name, peak in zip(ITERATIONS, found, strict=True)}
+    bench.add(Record(case.group, case.name, OURS, peaks, elements, facts={"unit": "bytes", "device": bench.kind}))
 
 
 def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
@@ -98,12 +87,12 @@ def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
     return optimizer
 
 
-def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int, device: str) -> None:
-    """One process: its rounds of every case begin together with the others', and the slowest counts."""
+def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int, device: str, found: Any) -> None:
+    """One process: its rounds of every stage begin together with the others', and the slowest counts."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = distributed.get_default_backend_for_device(device)
     distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     source = torch.randn(16_000_000, device=device)
     target = torch.empty_like(source)
@@ -116,7 +105,7 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
     slowest = torch.tensor([row[""].rounds for row in timers.values()], dtype=torch.float64, device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)
     if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps(dict(zip(timers, slowest.tolist(), strict=True))))
+        found.put(dict(zip(timers, slowest.tolist(), strict=True)))
     distributed.destroy_process_group()
 
 
@@ -128,12 +117,12 @@ def weak_scaling(bench: Bench, case: Case) -> None:
     if most == 1:
         return bench.leave_out(f"{case.group}: needs two cores, or two GPUs")
     by_size: dict[str, dict[str, list[float]]] = {}
+    found = multiprocessing.get_context("spawn").SimpleQueue()
     for size in sorted({most, 1} | {n for n in (2, 4) if n < most}, reverse=True):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (size, f"{folder}/store", SHAPES[case.name], 3 if bench.smoke else 30, bench.device)
+            arguments = (size, f"{folder}/store", SHAPES[case.name], 3 if bench.smoke else 30, bench.device, found)
             multiprocessing.spawn(work, arguments, nprocs=size)
-            processes = f"{size} process{'es' if size > 1 else ''}"
-            by_size[processes] = json.loads(Path(f"{folder}/store.json").read_text())
+        by_size[f"{size} process{'es' if size > 1 else ''}"] = found.get()
     for stage in by_size["1 process"]:
         rounds = {processes: by_stage[stage] for processes, by_stage in by_size.items()}
         bench.add(Record(case.group, stage, next(iter(rounds)), rounds))
@@ -142,7 +131,5 @@ def weak_scaling(bench: Bench, case: Case) -> None:
 def import_time(bench: Bench, case: Case) -> None:
     """Seconds that ``import sam_fast`` adds to ``import torch``, in fresh processes."""
     script = "import time, torch; t = time.perf_counter(); import sam_fast; print(time.perf_counter() - t)"
-    cached = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    command = [sys.executable, "-c", script]
-    runs = [subprocess.run(command, check=True, capture_output=True, text=True, env=cached) for _ in range(4)]
-    bench.add(Record(case.group, case.name, OURS, {OURS: [float(run.stdout) for run in runs[1:]]}))
+    run = partial(subprocess.check_output, [sys.executable, "-c", script])
+    bench.add(Record(case.group, case.name, OURS, {OURS: [float(run()) for _ in range(4)][1:]}))

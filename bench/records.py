@@ -1,15 +1,21 @@
-"""What a run leaves behind: records of rounds, and the figures that are computed from them, once, here."""
+"""What a run leaves behind: what it was made on, records of rounds, and the figures that are computed from them."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ROOT = Path(__file__).parent.parent
 COPY, TORCH_COPY = "streaming copy", "torch copy_"
 CEILING = 1.1
 """A GPU's memory is not faster than that, relative to the copy."""
@@ -84,7 +90,7 @@ class Record:
             return ""
         shares = {name: statistics.median(self.shares(name)) for name in self.rounds if name != TORCH_COPY}
         above = [f"{name} at {100 * s:.0f} % of the copy's bandwidth" for name, s in shares.items() if s > CEILING]
-        return f"invalid, an error in the measurement: {', '.join(above)}" if above else ""
+        return f"{self.key}: invalid, an error in the measurement: {', '.join(above)}" if above else ""
 
 
 @dataclass
@@ -122,12 +128,8 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """What was saved, without the records that cannot be right: these are among what was left out."""
         data = json.loads(path.read_text())
-        records = [Record(**r) for r in data["records"]]
-        data["records"] = [r for r in records if not r.invalid()]
-        data["left_out"] += [f"{r.group}, {r.case}: {reason}" for r in records if (reason := r.invalid())]
-        return cls(**data)
+        return cls(**{**data, "records": [Record(**record) for record in data["records"]]})
 
 
 def replace(path: Path, text: str) -> None:
@@ -136,3 +138,78 @@ def replace(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     os.replace(new, path)
+
+
+def output(*command: str) -> str:
+    """What a command prints; empty if it cannot run."""
+    if (program := find(command[0])) is None:
+        return ""
+    return subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def find(program: str) -> str | None:
+    """Where a program is; CUDA's tools are not always on the PATH."""
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders = os.pathsep.join([f"{cuda}/bin", f"{cuda}/compute-sanitizer"])
+    return shutil.which(program) or shutil.which(program, path=folders)
+
+
+def installed(package: str) -> str:
+    """A package's version; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def describe(device: str, commit: str = "") -> dict[str, str]:
+    """Device, versions, commit, date."""
+    rehearsal = {"device": "none: a rehearsal on the CPU, whose figures say nothing"}
+    packages = {package: installed(package) for package in ("torch", "pytorch_optimizer", "triton")}
+    return {
+        "kind": "cpu" if device == "cpu" else "cuda",
+        **(cpu() if device == "cpu" else gpu() if device == "cuda" else rehearsal),
+        **{package: version for package, version in packages.items() if version},
+        "python": platform.python_version(),
+        **commit_and_date(commit),
+    }
+
+
+def commit_and_date(commit: str = "") -> dict[str, str]:
+    """The commit (given where the files came without git), ``with changes`` if the tree is not clean, and the date."""
+    changed = " with changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    commit = commit or output("git", "rev-parse", "HEAD") + changed or "unknown"
+    return {"commit": commit, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+
+
+def cpu() -> dict[str, str]:
+    import torch
+
+    from sam_fast import backends
+
+    isa = backends.build_info().get("cpu: instruction set in use", "no native module")
+    return {"device": processor(), "threads": str(torch.get_num_threads()), "instruction set": isa}
+
+
+def gpu() -> dict[str, str]:
+    """The first CUDA device: name, compute capability, driver and tools."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB, cache {properties.L2_cache_size / 2**20:.0f} MiB",
+        "driver": output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": output("nvcc", "--version").rpartition("release ")[2].partition(",")[0] or "not found",
+        "CUDA of torch": str(torch.version.cuda),
+    }
+
+
+def processor() -> str:
+    """The processor's name and how many of its cores this machine has."""
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark, which may be missing where a GPU is checked
+
+    info = get_cpu_info()
+    family = f", family {info['family']} model {info['model']}" if "family" in info else ""
+    return f"{os.cpu_count()} cores of {info.get('brand_raw', info['arch'])}{family}"

@@ -1,4 +1,4 @@
-"""Turns saved runs into bench/results/*.json, docs/benchmarks.md with its pictures, and the README's table.
+"""Turns saved runs into bench/results/*.json, docs/benchmarks.md with targets and picture, and the README's table.
 
     python -m bench.report [RUN.json ...] [--again SECOND.json] [--name OTHER] [--root DIR]
 
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -22,50 +21,37 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy.stats import gmean
 
-from bench import targets
-from bench.machine import ROOT
-from bench.models import MODELS, NETWORKS
-from bench.peers import BEST_PEERS, REFERENCE
-from bench.processes import MEMORY, PLAIN, WEAK_SCALING
-from bench.records import Estimate, Record, Run, median
-from bench.training import ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
+from bench.contenders import BEST_PEERS, LARGE, LARGEST, MAKERS, MODELS, PEER_FOREACH, PUBLIC_LOOP, REFERENCE
+from bench.processes import MEMORY, WEAK_SCALING
+from bench.records import ROOT, Estimate, Record, Run, median
+from bench.training import ASCENT, EVERY, ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
 from bench.training import REFERENCE as SAM_REFERENCE
 
+MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
+UNITS = {"x": 1.0, "%": 1e2, "ms": 1e3, "us": 1e6, "launches": 1.0}
 OTHER = "Another run:"
 """How the title begins of a section with a run beside the one in the README."""
 BEGIN, END = "<!-- benchmarks: made by bench.report -->", "<!-- end of benchmarks -->"
-RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY: PLAIN, WEAK_SCALING: "1 process"}
+RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY: SGD_ONCE, WEAK_SCALING: "1 process"}
 """Groups whose tables say how much of this contender's cost each one's is; elsewhere: how many times faster we are."""
 SECTIONS = {
     "Whole optimizer step": (
-        "(?P<table>optimizer step, (SGD|AdamW|reference and public loop))",
+        "optimizer step, (SGD|AdamW|reference and public loop)",
         "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline. "
         "The bandwidth is given where the last level cache would hold at most a tenth of the bytes that move.",
     ),
-    "Its halves": ("(?P<table>(first|second)_step, (SGD|AdamW))", ""),
-    "Operations": (
-        r"(?P<row>.+), (?P<table>operation)",
-        "Bytes that must move, over the bandwidth measured in the same rounds.",
-    ),
-    "Host overhead": ("(?P<table>(first|second)_step, host time.*|import.*)", ""),
-    "Scaling": ("optimizer step, (?P<table>scaling.*)", "Whole step with SGD. Cases are elements in tensors."),
-    "Weak scaling": (
-        f"(?P<table>{WEAK_SCALING})",
-        "Each process has a thread (or GPU) and resnet18's parameters, as replicas or as shards of DTensors: time of "
-        "several over that of one.",
-    ),
-    "Whole training iteration": (f"(?P<table>{ITERATION})", "Time over that of two iterations of SGD."),
-    "Fewer passes": (f"(?P<table>{PRICE}|{UNPERTURBED})", "Time over that of SGD."),
-    "Memory": (f"(?P<table>{MEMORY})", "Three training steps, above what was there before the model."),
+    "Its halves": ("(first|second)_step, (SGD|AdamW)", "Of the same rounds."),
+    "Operations": (".+, operation", "Bytes that must move, over the bandwidth measured in the same rounds."),
+    "Host overhead": ("(first|second)_step, host time.*|import.*", "For tiny tensors, until the call returns."),
+    "Scaling": ("optimizer step, scaling.*", "Whole step with SGD. Cases are elements in tensors."),
+    "Weak scaling": (WEAK_SCALING, "Time over one process's, each with resnet18's parameters or a shard as large."),
+    "Whole training iteration": (ITERATION, "Time over that of two iterations of SGD(fused=True)."),
+    "Fewer passes": (f"{PRICE}|{UNPERTURBED}", "Time over that of SGD(fused=True)."),
+    "Memory": (MEMORY, "Three training iterations, above what was there before the model."),
 }
-"""Title -> pattern of its groups, which says what their table is called and what their rows are besides the case, and
-an explanation."""
-PANELS = {
-    "optimizer step, SGD": "whole step with SGD: times faster than",
-    "optimizer step, AdamW": "whole step with AdamW: times faster than",
-    ITERATION: "SAM's iteration / two of SGD's",
-}
-"""Of the picture: group -> what its bars are."""
+"""Title -> pattern of its groups, each of which has a table, and an explanation."""
+PANELS = ("optimizer step, SGD", "optimizer step, AdamW", ITERATION)
+"""Groups that are in the picture."""
 PICTURE = Path("benchmarks") / "ratios.png"
 HEAD = """# Benchmarks
 
@@ -73,8 +59,109 @@ Made by `python -m bench.report` from `bench/results/`; do not edit. How to run 
 
 Ratios are medians over rounds of the quotient within the round, with the 95 % interval of the median.
 
-## Targets
-""".splitlines()
+## Targets"""
+
+Values = Callable[[Run], pd.Series]
+"""What finds figures in a run, by case; none if one of them is missing."""
+
+
+def of(group: str, cases: Iterable[str], value: Callable[[Record], float | None]) -> Values:
+    """A figure of the group's record of each case, all of which must be there. What is None is left out."""
+
+    def find(run: Run) -> pd.Series:
+        records = run.find(group)
+        wanted = cases if records.keys() >= set(cases) else ()
+        return pd.Series({case: value(records[case]) for case in wanted}, dtype=float).dropna()
+
+    return find
+
+
+def faster(group: str, cases: Iterable[str], *baselines: str) -> Values:
+    """How many times faster than the best of the baselines. All must be there but pytorch_optimizer's foreach: it is
+    slower than its loop, and not measured everywhere."""
+
+    def ratio(r: Record) -> float | None:
+        there = set(baselines) & r.rounds.keys()
+        return r.faster_than_best(there) if there and set(baselines) - there <= {PEER_FOREACH} else None
+
+    return of(group, cases, ratio)
+
+
+def share(group: str, cases: Iterable[str]) -> Values:
+    return of(group, cases, lambda r: median(r.shares()).value if r.shares() else None)
+
+
+def of_sgd(name: str) -> Values:
+    """Time over SGD's, in batches of 128."""
+    return of(PRICE, ["ConvNet, batch 128"], lambda r: r.faster_than(name, SGD_ONCE).value)
+
+
+def apart(run: Run) -> pd.Series:
+    """How far the ratios of a second run were from this one's."""
+    return pd.Series(run.agreement.get("apart"), dtype=float)
+
+
+WITHOUT_LARGEST = [name for name in MODELS if name != LARGEST]
+BIG = [name for name in LARGE if name != "resnet50"]
+"""80M parameters and more."""
+FIRST, STEP, ADAMW = "first_step, SGD", "optimizer step, SGD", "optimizer step, AdamW"
+PUBLIC = "optimizer step, reference and public loop"
+THAN, WHOLE = "times faster than the reference", "whole step with"
+HOST = "host time of first_step for 161 parameters under 60 us, in a loop of its own"
+host_time = of("first_step, host time, in a loop", ["161 x 8"], lambda r: r.seconds().value)
+imported = of("import sam_fast after import torch", ["fresh process"], lambda r: r.seconds().value)
+straw = of(PUBLIC, ["resnet18", "efficientnet_b0"], lambda r: 1 / r.faster_than(PUBLIC_LOOP).value - 1)
+# the interval's lower end: no slower beyond the noise
+no_slower = of(UNPERTURBED, ["resnet18", "resnet50"], lambda r: r.faster_than("sam_fast", SGD_ONCE).low)
+than_peers = faster(STEP, MODELS, *BEST_PEERS)
+foreach = faster(FIRST, ["resnet50"], PEER_FOREACH)
+launches = of("second_step, SGD", ["resnet50"], lambda r: r.facts.get("launches", {}).get("sam_fast"))
+
+ON_THE_CPU: list[tuple[str, str, str, Values]] = [
+    (f"first_step at least 3.5 {THAN} on every set", ">= 3.5 x", "least", faster(FIRST, MODELS, REFERENCE)),
+    ("first_step at least 4.5 times faster, geometric mean", ">= 4.5 x", "mean", faster(FIRST, MODELS, REFERENCE)),
+    (f"{WHOLE} SGD at least 4 {THAN}, geometric mean", ">= 4 x", "mean", faster(STEP, MODELS, REFERENCE)),
+    (f"{WHOLE} SGD at least 3 times faster on every set", ">= 3 x", "least", faster(STEP, MODELS, REFERENCE)),
+    (f"{WHOLE} SGD at least twice as fast as the best peer, geometric mean", ">= 2 x", "mean", than_peers),
+    ("the same on every set", ">= 2 x", "least", than_peers),
+    (f"{WHOLE} AdamW at least 3 {THAN}, geometric mean", ">= 3 x", "mean", faster(ADAMW, WITHOUT_LARGEST, REFERENCE)),
+    ("the same on every set", ">= 3 x", "least", faster(ADAMW, WITHOUT_LARGEST, REFERENCE)),
+    ("SGD: at least 85 % of the measured bandwidth from 25M parameters on", ">= 85 %", "least", share(STEP, LARGE)),
+    ("AdamW: the same", ">= 85 %", "least", share(ADAMW, [name for name in LARGE if name != LARGEST])),
+    ("SAM with ascent=1/4 at most 1.35 of SGD's time, batches of 128", "<= 1.35 x", "most", of_sgd(ASCENT)),
+    ("SAM with every=4 at most 1.30 of SGD's time, batches of 128", "<= 1.30 x", "most", of_sgd(EVERY)),
+    ("a step that does not perturb no slower than SGD(fused=True), beyond the noise", "<= 1 x", "most", no_slower),
+    (HOST, "<= 60 us", "mean", host_time),
+    ("import adds under 50 ms", "<= 50 ms", "mean", imported),
+    ("the reference at most 10 % slower than the public implementation's operations", "<= 10 %", "most", straw),
+    ("two runs agree: every ratio to the reference within 15 %", "<= 15 %", "most", apart),
+]
+"""What is wanted, the bound, which of the figures must keep it ("least", "most", or their geometric "mean")."""
+ON_A_GPU: list[tuple[str, str, str, Values]] = [
+    (f"GPU: first_step on resnet50 at least 10 {THAN}", ">= 10 x", "mean", faster(FIRST, ["resnet50"], REFERENCE)),
+    ("GPU: the same at least 3 times faster than pytorch_optimizer's foreach SAM", ">= 3 x", "mean", foreach),
+    (f"GPU: whole step on resnet50 at least 10 {THAN}", ">= 10 x", "mean", faster(STEP, ["resnet50"], REFERENCE)),
+    ("GPU: first_step at 90 % of a copy's rate from 80M parameters on", ">= 90 %", "least", share(FIRST, BIG)),
+    ("GPU: whole step at 90 % of the same", ">= 90 %", "least", share(STEP, BIG)),
+    (f"GPU: {HOST}", "<= 60 us", "mean", host_time),
+    ("GPU: second_step is one launch", "<= 1 launches", "mean", launches),
+]
+
+
+def judged(wanted: list[tuple[str, str, str, Values]], run: Run) -> list[dict[str, str]]:
+    """Every target: what was wanted, what was measured (empty where nothing was), and whether it is met."""
+    rows = []
+    for target, bound, which, find in wanted:
+        sign, limit, unit = bound.split()
+        measured, verdict = "", NOT_MEASURED
+        if not (values := UNITS[unit] * find(run)).empty:
+            where = {"least": values.idxmin(), "most": values.idxmax()}.get(which)
+            value = values[where] if where else gmean(values)
+            measured = f"{value:.2f}x" if unit == "x" else f"{value:.0f} {unit}"
+            measured += f", {which}: {where}" if where else ""
+            verdict = MET if (value >= float(limit) if sign == ">=" else value <= float(limit)) else NOT_MET
+        rows.append({"target": target, "measured": measured, "": verdict})
+    return rows
 
 
 def results(root: Path, names: str) -> list[Run]:
@@ -82,19 +169,20 @@ def results(root: Path, names: str) -> list[Run]:
     return [Run.load(path) for path in sorted((root / "bench" / "results").glob(f"{names}.json"))]
 
 
-# ---- Tables ----------------------------------------------------------------------------------------------------------
-
-
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """Lines of Markdown."""
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(line)} |" for line in lines)]
 
 
-def table_of(rows: list[dict[str, str]], heading: str = "") -> list[str]:
-    """Of rows that may lack cells, below its heading and with an empty line after it; nothing where there is no row."""
-    head = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [*table(head, [[row.get(name, "") for name in head] for row in rows]), ""]
-    return [*([heading, ""] if heading else []), *lines] if rows else []
+def table_of(rows: Iterable[dict[str, str]]) -> str:
+    """Of rows that may lack cells; empty where there is no row."""
+    frame = pd.DataFrame(rows).fillna("")
+    return "\n".join(table(frame.columns, frame.to_numpy())) if len(frame) else ""
+
+
+def section(title: str, *blocks: str) -> list[str]:
+    """Nothing where all of it is empty."""
+    return [title, *blocks] if any(blocks) else []
 
 
 def cost(record: Record, name: str | None = None) -> str:
@@ -120,9 +208,9 @@ def ratios(record: Record) -> dict[str, Estimate]:
     return {name: record.faster_than(name, yardstick) for name in record.rounds if name != yardstick}
 
 
-def row(record: Record, besides: str | None = None) -> dict[str, str]:
+def row(record: Record) -> dict[str, str]:
     """A record's line in its table."""
-    case = {"case": ", ".join(filter(None, [record.case, besides]))}
+    case = {"case": record.case}
     yardstick = RELATIVE.get(record.group)
     others = {name: interval(ratio, 3 if yardstick else 2) for name, ratio in ratios(record).items()}
     if yardstick:
@@ -143,18 +231,17 @@ def steps_of(run: Run) -> list[Record]:
 def mean_of(run: Run) -> str:
     """How many times faster than the reference these are."""
     ratios = [r.faster_than(REFERENCE).value for r in steps_of(run)]
-    return f"{gmean(ratios):.1f}x" if ratios else targets.NOT_MEASURED
+    return f"{gmean(ratios):.1f}x" if ratios else NOT_MEASURED
 
 
 def where(run: Run) -> str:
     """A CPU's threads and name."""
     threads = run.machine["threads"]
-    return f"{threads} thread{'' if threads == '1' else 's'} on {run.machine['device']}"
+    return f"{threads} thread{'s' * (threads != '1')} on {run.machine['device']}"
 
 
 def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
     """What stands in the README between the two marks."""
-    steps = steps_of(cpu)
     rows = [
         {
             "shapes, parameters": f"{r.case}, {r.elements / 1e6:.1f}M",
@@ -162,12 +249,11 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
             "faster than the reference": f"{r.faster_than(REFERENCE).value:.1f}x",
             "than its best peer": f"{r.faster_than_best(BEST_PEERS):.1f}x",
         }
-        for r in steps
+        for r in steps_of(cpu)
     ]
     rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean_of(cpu)}**"})
     m = cpu.machine
     head = f"{where(cpu)}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:"
-    lines = [BEGIN, "", head, "", *table_of(rows)]
     said = []
     if iterations := cpu.find(ITERATION).values():
         ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
@@ -177,58 +263,48 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
         commit = run.machine["commit"]
         earlier = "" if commit == m["commit"] else f" (commit {commit[:7]})"
         said.append(f"With {where(run)}{earlier}, the mean of the table is {mean_of(run)}.")
-    lines += [" ".join(said), ""] if said else []
-    return "\n".join([*lines, END])
-
-
-# ---- The page --------------------------------------------------------------------------------------------------------
+    return "\n\n".join([BEGIN, head, table_of(rows), *filter(None, [" ".join(said)]), END])
 
 
 def markdown(cpu: Run, gpus: Sequence[Run] = (), others: Sequence[Run] = ()) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
-    not_measured = ["Not measured: no run with `--device cuda` is in `bench/results/`."]
-    gpu = gpus[0] if gpus else None
-    on_a_gpu = page_of(gpu) if gpu else not_measured
-    lines = [*HEAD, "", *table_of([*targets.on_the_cpu(cpu), *targets.on_a_gpu(gpu)])]
-    lines += ["## On the CPU", "", f"![Ratios, with their intervals]({PICTURE.as_posix()})", "", *page_of(cpu)]
+    gpu = gpus[0] if gpus else Run({})
+    not_measured = "Not measured: no run with `--device cuda` is in `bench/results/`."
+    blocks = [HEAD, table_of([*judged(ON_THE_CPU, cpu), *judged(ON_A_GPU, gpu)])]
+    blocks += ["## Contenders and their settings", table_of({"name": n, "settings": MAKERS[n][1]} for n in MAKERS)]
+    blocks += ["## On the CPU", f"![Ratios, with their intervals]({PICTURE.as_posix()})", *page_of(cpu)]
     for other in others:
-        lines += [f"## {OTHER} {where(other)}", "", *table_of(targets.on_the_cpu(other)), *page_of(other)]
-    return "\n".join([*lines, "## On a GPU", "", *on_a_gpu]).rstrip("\n") + "\n"
+        blocks += [f"## {OTHER} {where(other)}", table_of(judged(ON_THE_CPU, other)), *page_of(other)]
+    return "\n\n".join([*blocks, "## On a GPU", *(page_of(gpu) if gpus else [not_measured])]) + "\n"
 
 
 def page_of(run: Run) -> list[str]:
-    lines = [*(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind"), ""]
+    blocks = ["\n".join(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind")]
     ways = {(way, name) for r in run.records for name, way in r.facts.get("timed by", {}).items()}
     by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False).agg("; ".join)
-    lines += table_of(by_way.to_dict("records"), "### How each was timed")
-    settings = {name: said for r in reversed(run.records) for name, said in r.facts.get("settings", {}).items()}
-    said = [{"name": name, "settings": said} for name, said in sorted(settings.items())]
-    lines += table_of(said, "### Contenders and their settings")
+    blocks += section("### How each was timed", table_of(by_way.to_dict("records")))
     for title, (pattern, text) in SECTIONS.items():
-        tables: dict[str, list[dict[str, str]]] = defaultdict(list)
-        for r in run.records:
-            if found := re.fullmatch(pattern, r.group):
-                tables[found["table"]].append(row(r, found.groupdict().get("row")))
-        lines += [f"### {title}", "", *([text, ""] if text else [])] if tables else []
-        for name, rows in tables.items():
-            lines += table_of(rows, f"**{name}**")
+        groups = [group for group in dict.fromkeys(r.group for r in run.records) if re.fullmatch(pattern, group)]
+        blocks += [f"### {title}", text] if groups else []
+        for group in groups:
+            blocks += [f"**{group}**", table_of(map(row, run.find(group).values()))]
     if run.agreement:
-        apart = targets.apart(run)
-        worst = [{"record": name, "apart": f"{100 * value:.1f} %"} for name, value in apart.nlargest(10).items()]
-        said = f"A second run of the same commit, {run.agreement['date']}: how far ratios to the reference are apart"
-        within = f"{(apart <= 0.15).sum()} of {len(apart)} by at most 15 %. The ten worst:"
-        lines += ["### Two runs", "", f"{said}. {within}", "", *table_of(worst)]
-    return lines + (["### Not run", "", *(f"- {text}" for text in run.left_out), ""] if run.left_out else [])
+        found = apart(run)
+        worst = [{"ratio to reference": name, "apart": f"{100 * x:.1f} %"} for name, x in found.nlargest(10).items()]
+        within = f"{(found <= 0.15).sum()} of {len(found)} by at most 15 %. The ten worst:"
+        blocks += ["### Two runs", f"A second run, {run.agreement['date']}: {within}", table_of(worst)]
+    return blocks + section("### Not run", "\n".join(f"- {text}" for text in run.left_out))
 
 
 def draw(run: Run, path: Path) -> None:
     """Bars with intervals of what the run has figures for."""
     figure, axes = plt.subplots(len(PANELS), figsize=(9, 3.6 * len(PANELS)), layout="constrained")
-    for axis, (group, title) in zip(axes, PANELS.items(), strict=True):
-        by_case = {r.case: ratios(r) for r in run.find(group).values() if r.case in (*MODELS, *NETWORKS)}
+    for axis, group in zip(axes, PANELS, strict=True):
+        by_case = {r.case: ratios(r) for r in run.find(group).values() if r.case in MODELS or group == ITERATION}
         if not by_case:
             axis.set_axis_off()
             continue
+        title = f"{group}: " + (f"time over that of {RELATIVE[group]}" if group in RELATIVE else "times faster than")
         # without names that not every case has, and SGD's single iteration
         frame = pd.DataFrame(by_case).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
         value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)
@@ -261,17 +337,11 @@ def main(argv: list[str] | None = None) -> None:
             run.compare(Run.load(arguments.again))
         run.save(root / "bench" / "results" / (f"{kind}-{name}.json" if name else f"{kind}.json"))
     cpus, gpus, others = (results(root, names) for names in ("cpu", "cuda", "cpu-*"))
-    if not cpus:
-        parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    text, marks = re.subn(
-        f"{BEGIN}.*{END}", lambda _: readme_table(cpus[0], others), readme.read_text(), flags=re.DOTALL
-    )
-    if not marks:
-        parser.error(f"{readme} lacks the marks {BEGIN} and {END}")
     draw(cpus[0], page.parent / PICTURE)
     page.write_text(markdown(cpus[0], gpus, others))
-    readme.write_text(text)
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + readme_table(cpus[0], others) + rest.partition(END)[2])
     print(f"written: {page}\nwritten: {readme}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,10 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sam_fast
-from bench.harness import Bench, Case, Contender
-from bench.models import NETWORKS, SHAPES
-from bench.problem import Problem, backward, copies, make_params, params_of
-from bench.timers import WITH_LAUNCHES, Work
+from bench.contenders import SHAPES, Problem, backward, copies, make_params, params_of
+from bench.harness import LAUNCHES, Bench, Case, Contender, Work
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 from sam_fast.reference import ReferenceSAM
 
@@ -27,6 +26,56 @@ ITERATION, PRICE, UNPERTURBED = "training iteration", "iteration, fewer passes",
 CYCLE = 4
 """One of so many iterations perturbs under ``Schedule(every=4)``."""
 ASCENT, EVERY = "ascent=1/4", f"every={CYCLE}"
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
+
+
+def convnet() -> nn.Module:
+    """Three convolutions with BatchNorm and a linear layer for 28x28 images: 0.1M parameters."""
+    blocks = [(*_convolution(i, o), nn.ReLU(), nn.MaxPool2d(2)) for i, o in ((1, 32), (32, 64), (64, 128))]
+    layers = [layer for block in blocks for layer in block]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = outputs // inputs
+        self.body = nn.Sequential(*_convolution(inputs, outputs, stride), nn.ReLU(), *_convolution(outputs, outputs))
+        self.shortcut = nn.Sequential(*_convolution(inputs, outputs, stride, 1)) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18's eight blocks behind a stem that halves 32x32 images: 11.2M parameters, 62 tensors."""
+    stem = [*_convolution(3, 64, 2), nn.ReLU()]
+    blocks = [_Residual(i, o) for i, o in pairwise((64, 64, 64, 128, 128, 256, 256, 512, 512))]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def transformer() -> nn.Module:
+    """A small encoder that predicts a token at every place: 3.4M parameters. No dropout: a benchmark must be
+    repeatable."""
+    layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    return nn.Sequential(nn.Embedding(512, 256), encoder, nn.Linear(256, 512), nn.Flatten(0, 1))
+
+
+def _images(batch: int, channels: int, side: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: (torch.randn(batch, channels, side, side), torch.randint(0, 10, (batch,)))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
+    "ConvNet, batch 32": (convnet, _images(32, 1, 28)),
+    "ConvNet, batch 128": (convnet, _images(128, 1, 28)),
+    "ResNet-18, batch 32": (resnet18, _images(32, 3, 32)),
+    "transformer, batch 8": (transformer, lambda: (torch.randint(0, 512, (8, 64)), torch.randint(0, 512, (8 * 64,)))),
+}
+"""Name -> what makes the network, and what makes a batch of inputs and labels: small enough for two cores."""
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -59,30 +108,26 @@ def perturbed(model: nn.Module, x: Tensor, y: Tensor, sam: Any = SAM) -> Work:
     return iteration
 
 
-def scheduled(
-    model: nn.Module, x: Tensor, y: Tensor, chosen: Any = nn.Module.parameters, schedule: Any = None, **options: Any
-) -> Work:
-    """SAM on chosen parameters; ``options`` are TrainStep's."""
-    return partial(sam_fast.TrainStep(model, SAM(chosen(model), **SGD, schedule=schedule), loss, **options), x, y)
+def scheduled(model: nn.Module, x: Tensor, y: Tensor, schedule: Any = None, ascent: float = 1.0) -> Work:
+    optimizer = SAM(model.parameters(), **SGD, schedule=schedule)
+    return partial(sam_fast.TrainStep(model, optimizer, loss, ascent=ascent), x, y)
 
 
-PLAIN = "torch.optim.SGD(fused=True)"
-CONTENDERS: dict[str, dict[str, tuple[Callable[..., Work], int, str]]] = {
+CONTENDERS: dict[str, dict[str, tuple[Callable[..., Work], int]]] = {
     ITERATION: {
-        "sam_fast": (perturbed, 1, ""),
-        SGD_ONCE: (plain, 1, PLAIN),
-        SGD_TWICE: (plain, 2, "two iterations of the same"),
-        REFERENCE: (partial(perturbed, sam=ReferenceSAM), 1, "sam_fast/reference.py, SGD's defaults"),
+        "sam_fast": (perturbed, 1),
+        SGD_ONCE: (plain, 1),
+        SGD_TWICE: (plain, 2),
+        REFERENCE: (partial(perturbed, sam=ReferenceSAM), 1),
     },
     PRICE: {
-        "sam_fast": (scheduled, CYCLE, ""),
-        ASCENT: (partial(scheduled, ascent=0.25), CYCLE, ""),
-        EVERY: (partial(scheduled, schedule=sam_fast.Schedule(every=CYCLE)), CYCLE, ""),
-        "norm layers only": (partial(scheduled, chosen=sam_fast.norm_layers_only), CYCLE, ""),
-        SGD_ONCE: (plain, CYCLE, f"{PLAIN}, {CYCLE} iterations, as all"),
+        "sam_fast": (scheduled, CYCLE),
+        ASCENT: (partial(scheduled, ascent=0.25), CYCLE),
+        EVERY: (partial(scheduled, schedule=sam_fast.Schedule(every=CYCLE)), CYCLE),
+        SGD_ONCE: (plain, CYCLE),
     },
 }
-"""By group and name: what makes an iteration, how many are timed together, and the settings."""
+"""By group and name: what makes an iteration, and how many are timed together."""
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -118,9 +163,9 @@ def iteration(bench: Bench, case: Case) -> None:
             run()
 
     contenders = {}
-    for name, (make_iteration, times, settings) in CONTENDERS[case.group].items():
+    for name, (make_iteration, times) in CONTENDERS[case.group].items():
         runs = partial(repeat, make_iteration(copy.deepcopy(model), x, y), times)
-        contenders[name] = Contender({"": runs}, head_start=WITH_LAUNCHES, settings=settings)
+        contenders[name] = Contender({"": runs}, method=LAUNCHES)
     bench.run(case, contenders, weights(model).numel())
 
 
@@ -130,15 +175,12 @@ def unperturbed(bench: Bench, case: Case) -> None:
     ours = SAM(copies(problem.start), **SGD, schedule=sam_fast.Schedule(start=10**9))
     base = torch.optim.SGD(copies(problem.start), **SGD, fused=True)
     runs = {"sam_fast": (ours, lambda: (ours.first_step(), ours.step())), SGD_ONCE: (base, base.step)}
-    contenders, results = {}, []
+    contenders = {}
     for name, (optimizer, run) in runs.items():
-        params = params_of(optimizer)
-        make_gradients = backward(params, problem.gradients)
+        make_gradients = backward(params_of(optimizer), problem.gradients)
         make_gradients()
         run()
-        results.append(nn.utils.parameters_to_vector(params).detach())
         optimizer.zero_grad()
-        settings = PLAIN if optimizer is base else ""
-        contenders[name] = Contender({"": run}, make_gradients, optimizer.zero_grad, settings=settings)
-    torch.testing.assert_close(*results)
+        contenders[name] = Contender({"": run}, make_gradients, optimizer.zero_grad)
+    torch.testing.assert_close(params_of(ours), params_of(base))
     bench.run(case, contenders, problem.elements)

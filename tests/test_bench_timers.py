@@ -11,11 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import peers
-from bench.harness import Bench, Case, Contender, measure, nothing
-from bench.peers import REFERENCE, steps_of
-from bench.problem import Problem, make_params
-from bench.timers import BASELINE_HEAD_START, HEAD_START, HOST_ALONE, WARMUP, WITH_LAUNCHES, Gpu, Timer
+from bench import harness
+from bench.harness import (
+    HEAD_START,
+    HOST,
+    KERNELS,
+    LAUNCHES,
+    WARMUP,
+    WORK,
+    Bench,
+    Case,
+    Contender,
+    Timer,
+    measure,
+    nothing,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,8 +78,7 @@ def test_rounds_fill_the_time_between_the_least_and_the_most():
 
 PAGE_FAULTS = """
 import resource, statistics, torch
-from bench.harness import Contender, measure
-from bench.timers import WARMUP
+from bench.harness import WARMUP, Contender, measure
 
 source, counts = torch.rand(1 << 24), []
 
@@ -93,22 +102,17 @@ def test_after_the_warm_up_hardly_a_round_pays_for_page_faults():
     assert int(done.stdout) == 0
 
 
-class FakeGpu(Gpu):
-    """Whose events say 7 s and whose profiler finds two kernels. ``late``: awake before everything is launched."""
-
-    def __init__(self, late: bool) -> None:
-        self.late = late
-
-    def by_events(self, run, head_start: float) -> tuple[float, bool]:
-        run()
-        return 7.0, self.late
-
-    def by_kernels(self, run) -> list[float]:
-        run()
-        return [0.5, 0.25]
+@pytest.fixture
+def gpu(request, monkeypatch) -> None:
+    """Its events say 7 s, and its profiler finds two kernels. With ``late`` it is awake before everything is
+    launched."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", nothing)
+    monkeypatch.setattr(harness, "by_events", lambda run, head_start: (7.0, request.param != ""))
+    monkeypatch.setattr(harness, "by_kernels", lambda run: [] if request.param == "late, no profiler" else [0.5, 0.25])
 
 
-@pytest.mark.parametrize("head_start", [WITH_LAUNCHES, HEAD_START])
+@pytest.mark.parametrize("head_start", [0.0, HEAD_START])
 def test_the_device_is_idle_or_asleep_when_the_time_begins(head_start, monkeypatch):
     calls: list[object] = []
 
@@ -132,50 +136,52 @@ def test_the_device_is_idle_or_asleep_when_the_time_begins(head_start, monkeypat
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(cycles / 2e9))
-    assert Gpu().by_events(lambda: calls.append("run"), head_start) == (7e-3, True)
+    assert harness.by_events(lambda: calls.append("run"), head_start) == (7e-3, True)
     asleep = [head_start] if head_start else []
     assert calls == ["synchronize", *asleep, "record", "run", "record", "wait"]
 
 
-def test_without_a_head_start_events_count_in_every_round():
-    timer = Timer(WITH_LAUNCHES, FakeGpu(late=True))
+@pytest.mark.parametrize("gpu", ["late"], indirect=True)
+def test_without_a_head_start_events_count_in_every_round(gpu):
+    timer = Timer(LAUNCHES, gpu=True)
     for _ in range(3):
         timer(nothing)
-    assert timer.rounds == [7.0] * 3
-    assert timer.launches == 0
-    assert timer.method == "events, with launches"
+    assert (timer.rounds, timer.launches, timer.method) == ([7.0] * 3, 0, LAUNCHES)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
-def test_where_the_head_start_is_too_short_the_kernels_are_added_up(late):
-    timer = Timer(HEAD_START, FakeGpu(late))
+@pytest.mark.parametrize(
+    ("gpu", "rounds", "method"),
+    [
+        ("", [0.75, 7.0, 7.0, 7.0], WORK),  # the first counts launches
+        ("late", [0.75, 7.0, 0.75, 0.75], KERNELS),
+        ("late, no profiler", [0.0, 7.0, 7.0, 7.0], LAUNCHES),
+    ],
+    indirect=["gpu"],
+)
+def test_where_the_head_start_is_too_short_the_kernels_are_added_up(gpu, rounds, method):
+    timer = Timer(WORK, gpu=True)
     for _ in range(4):
         timer(nothing)
-    assert timer.rounds == [0.75, 7.0, *([0.75] * 2 if late else [7.0] * 2)]  # the first counts launches
-    assert timer.launches == 2
-    assert timer.method == ("sum of the kernels' durations" if late else "events, 3 ms head start")
+    assert (timer.rounds, timer.method) == (rounds, method)
+    assert timer.launches == (0 if method == LAUNCHES else 2)
 
 
-def test_the_host_alone_is_timed_by_its_clock():
-    timer = Timer(HOST_ALONE, FakeGpu(late=True))
+@pytest.mark.parametrize("gpu", ["late"], indirect=True)
+def test_the_host_alone_is_timed_by_its_clock(gpu):
+    timer = Timer(HOST, gpu=True)
     timer(nothing)
     assert 0 < timer.rounds[0] < 1
-    assert timer.method == "host clock"
+    assert timer.method == HOST
 
 
-def test_head_starts_are_as_long_as_they_must_be_and_said_in_the_record():
-    problem = Problem(make_params([[30, 7], [11]]), torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9})
-    ours, reference = (steps_of(peers.make(name, problem), problem.gradients) for name in ("sam_fast", REFERENCE))
-    assert (ours.head_start, reference.head_start) == (HEAD_START, BASELINE_HEAD_START) == (3e-3, 20e-3)
-    case = Case(nothing, "g", "c")
-    record = Bench("rehearsal").run(case, {"sam_fast": ours, "reference": reference}, 221)[0]
-    assert record.facts["timed by"] == {"sam_fast": "events, 3 ms head start", "reference": "events, 20 ms head start"}
+def test_how_each_was_timed_is_in_the_record():
+    ours, reference = Contender({"first_step": nothing}), Contender({"first_step": nothing}, method=LAUNCHES)
+    record = Bench("rehearsal").run(Case(nothing, "g", "c"), {"sam_fast": ours, "reference": reference}, 221)[0]
+    assert record.facts["timed by"] == {"sam_fast": WORK, "reference": LAUNCHES}
+    assert Bench(smoke=True).run(Case(nothing, "g", "c"), {"sam_fast": ours}, 1)[0].facts == {"device": "cpu"}
 
 
 def test_the_profiler_s_kernels_are_counted():
-    class OnTheCpu(Gpu):
-        kind = "CPU"
-
     x = torch.ones(1000)
 
     def run() -> None:
@@ -183,6 +189,6 @@ def test_the_profiler_s_kernels_are_counted():
             for _ in range(5):
                 x.neg_()
 
-    durations = OnTheCpu().by_kernels(run)
+    durations = harness.by_kernels(run, kind="CPU")
     assert len(durations) == 5
     assert 0 < sum(durations) < 10

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from bench.machine import processor
 from bench.quality import plan
 from bench.quality.contenders import CONTENDERS
 from bench.quality.tasks import TASKS
 from bench.quality.timing import measure
 from bench.quality.train import fix_allocator, train
+from bench.records import processor
 
 
 def run(hours: float, tasks: list[str]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from bench.machine import ROOT
 from bench.quality.contenders import CONTENDERS
 from bench.quality.tasks import TASKS
 from bench.quality.train import Run
+from bench.records import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 KEPT = 2

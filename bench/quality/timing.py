@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import ROOT, commit_and_date, processor
 from bench.quality.contenders import CONTENDERS, Trainer
 from bench.quality.tasks import TASKS, split
+from bench.records import ROOT, commit_and_date, processor
 from examples.fashion_mnist.model import network
 
 TIMES = ROOT / "bench" / "results" / "quality-time.json"
