@@ -17,6 +17,7 @@ import torch
 from bench.cases import CASES
 from bench.contenders import shrink
 from bench.harness import Bench, Case, nothing
+from bench.optimizer import usable
 from bench.records import Run, describe
 
 BENCH, RUN = pytest.StashKey[Bench](), pytest.StashKey[Run]()
@@ -49,7 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if bench.smoke:
         shrink()
     selection = device if device == "rehearsal" else "smoke" if bench.smoke else "default"
-    machine = {**describe(device, config.getoption("--commit")), "seconds": "0", "selection": selection}
+    machine = {**describe(device, config.getoption("--commit")), "backend": usable(bench.device)[0]}
+    machine |= {"seconds": "0", "selection": selection}
     config.stash[BENCH], config.stash[RUN] = bench, Run(machine, bench.records, bench.left_out)
     gc.freeze()  # what has been imported stays: looking through it takes longer than many a case
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -202,6 +204,8 @@ class ForeachSAM(_Steps):
     def __init__(self, params: Sequence[nn.Parameter], base: Any, compiled: bool = False, **options: Any) -> None:
         super().__init__(params, base, **options)
         self.backup = [torch.empty_like(p) for p in self.params]
+        if compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise ModuleNotFoundError("torch.compile needs a C++ compiler")
         compile_it = partial(torch.compile, fullgraph=True, dynamic=False)
         self.perturb = compile_it(_foreach_perturb) if compiled else _foreach_perturb
 

@@ -26,8 +26,8 @@ from sam_fast import backends
 WARMUP = 3
 """Rounds that are not counted. On a GPU the first counts launches, the next decide between events and kernels. On a CPU
 the allocator has by then what all contenders need."""
-HEAD_START = 20e-3
-"""In seconds: longer than the host needs to launch several kernels for each parameter."""
+HEAD_START, LONG_HEAD_START = 3e-3, 20e-3
+"""In seconds: longer than the host needs to launch our step, or several kernels for each parameter."""
 WORK, LAUNCHES, HOST = "events, after a head start", "events, with launches", "host clock"
 """How a contender is timed on a GPU: its work alone; from an idle device on, so that launching counts; only until the
 call returns."""
@@ -95,8 +95,8 @@ class Timer:
     added up; without a profiler, launching counts.
     """
 
-    def __init__(self, method: str, gpu: bool) -> None:
-        self.method = method if gpu else HOST
+    def __init__(self, method: str, gpu: bool, head_start: float = LONG_HEAD_START) -> None:
+        self.method, self.head_start = method if gpu else HOST, head_start
         self.rounds: list[float] = []
         self.launches = 0
 
@@ -108,7 +108,7 @@ class Timer:
             durations = [by_host(run)] if rehearsal else by_kernels(run)
             self.launches, seconds = len(durations), sum(durations)
         else:
-            head_start = HEAD_START if self.method == WORK else 0.0
+            head_start = self.head_start if self.method == WORK else 0.0
             seconds, late = (by_host(run), False) if rehearsal else by_events(run, head_start)
             if late and self.method == WORK and len(self.rounds) < WARMUP:
                 self.method = KERNELS if self.launches else LAUNCHES
@@ -140,12 +140,13 @@ class Case:
 @dataclass
 class Contender:
     """What is timed: stages one after the other, each by itself. ``prepare`` runs before and ``finish`` after each,
-    untimed. ``method``: how a GPU is timed."""
+    untimed. ``method``: how a GPU is timed. ``head_start``: in seconds, where it has one."""
 
     stages: dict[str, Work]
     prepare: Work = nothing
     finish: Work = nothing
     method: str = WORK
+    head_start: float = LONG_HEAD_START
 
 
 def measure(
@@ -165,7 +166,7 @@ def measure(
     timers: dict[str, dict[str, Timer]] = defaultdict(dict)
     for name, contender in contenders.items():
         for stage in contender.stages:
-            timers[stage][name] = Timer(contender.method, gpu)
+            timers[stage][name] = Timer(contender.method, gpu, contender.head_start)
     order, least, most = list(contenders), *rounds
     shuffle = random.Random(0).shuffle
     keep_memory()
@@ -240,7 +241,7 @@ class Bench:
         or an update in place, which some memories do faster; the faster of the two counts."""
         source, other = (torch.rand(self.copied // 8, device=self.device) for _ in range(2))
         if self.device != "cpu":
-            return {COPY: Contender({COPY: lambda: other.copy_(source)})}
+            return {COPY: Contender({COPY: lambda: other.copy_(source)}, head_start=HEAD_START)}
         bucket = backends.choose(source).bucket([source], [0])
         return {COPY: Contender({COPY: bucket.save}), "update in place": Contender({COPY: other.neg_})}
 

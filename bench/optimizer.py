@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.contenders import NORM_ERROR, OURS, SHAPES, Problem, backward, copies, make, make_params, params_of
-from bench.harness import WORK, Bench, Case, Contender
+from bench.harness import HEAD_START, LONG_HEAD_START, WORK, Bench, Case, Contender
 from bench.records import TORCH_COPY
 from sam_fast import backends
 
@@ -55,7 +55,8 @@ def optimizer_step(
             problem.check(name, optimizer, norm_error=0.0 if name == OURS else NORM_ERROR)
         stages = {"first_step": optimizer.first_step, "second_step": optimizer.second_step}
         gradients = backward(params_of(optimizer), problem.gradients)
-        made[name] = Contender(stages, gradients, optimizer.zero_grad, method)
+        head_start = HEAD_START if name == OURS and settings.get("backend") != "torch" else LONG_HEAD_START
+        made[name] = Contender(stages, gradients, optimizer.zero_grad, method, head_start)
     size = problem.elements * problem.start[0].element_size() // 4
     # norm: g; perturb: w and g in, w and the backup out. The norm of an adaptive group reads the weights too.
     moved = {"first_step": (24 if adaptive else 20) * size, "second_step": BASES[base][2] * size}
@@ -100,7 +101,7 @@ def operations_of(problem: Problem, backend: str, check: bool = True) -> Contend
         stages["restore"]()
         exact = all(torch.equal(p, q) for p, q in zip(params, problem.start, strict=True))
         assert exact, "restore is not exact, so it is not timed"
-    return Contender(stages, prepare=collect)
+    return Contender(stages, collect, head_start=LONG_HEAD_START if backend == "torch" else HEAD_START)
 
 
 def usable(device: str) -> list[str]:
