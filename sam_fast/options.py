@@ -25,22 +25,31 @@ OPTIONS = ("rho", "adaptive", "eta", "perturb")
 FLAGS = ("adaptive", "perturb")
 """Those of them that are true or false."""
 
-OLD_WEIGHTS = "old_p"
-"""Where the reference implementation keeps its backup, in the state that it saves."""
+OLD_WEIGHTS, PERTURBATION = "old_p", "e_w"
+"""Where the reference implementation keeps its backup, in the state that it saves, and where older versions of it keep
+e.
+"""
 
 
-def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
-    """The state of a reference implementation's checkpoint, without the copy of the weights in it."""
-    if not any(OLD_WEIGHTS in entry for entry in state.values() if isinstance(entry, dict)):
+def without_old_weights(state: dict[Any, Any], base: Optimizer) -> dict[Any, Any]:
+    """The state of a reference implementation's checkpoint, without the copy of the weights in it. If nothing is left,
+    the one that ``base`` has: loading such a checkpoint into the reference implementation leaves it alone, too.
+    """
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    if not any(OLD_WEIGHTS in entry or entry.keys() == {PERTURBATION} for entry in entries):
         return state
+    kept = {key: {name: value for name, value in entry.items() if name != OLD_WEIGHTS} for key, entry in state.items()}
+    # Beside other entries e is a variant's, which may go on with it.
+    kept = {key: entry for key, entry in kept.items() if entry.keys() - {PERTURBATION}}
+    if kept:
+        return kept
     warnings.warn(
-        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: its momentum "
-        "starts anew",
+        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: the base "
+        "optimizer goes on with the state it has. If it is a new one, its momentum starts anew",
         UserWarning,
         stacklevel=3,
     )
-    kept = {key: {name: value for name, value in entry.items() if name != OLD_WEIGHTS} for key, entry in state.items()}
-    return {key: entry for key, entry in kept.items() if entry}
+    return base.state_dict().get("state", {})  # type: ignore[no-any-return]
 
 
 def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Callable[[list[dict[str, Any]]], Any]:

@@ -160,7 +160,7 @@ class OptimizerWrapper(Optimizer):
         values.
 
         A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base
-        optimizer: the copy is dropped, and a warning says that the base optimizer starts anew.
+        optimizer: the copy is dropped, the base optimizer keeps the state it has, and a warning says so.
 
         Raises:
             RuntimeError: a step is under way.
@@ -174,7 +174,7 @@ class OptimizerWrapper(Optimizer):
         for group in state_dict.get("param_groups", ()):
             check_options(group)
         if "state" in state_dict:
-            state_dict["state"] = without_old_weights(state_dict["state"])
+            state_dict["state"] = without_old_weights(state_dict["state"], self.base_optimizer)
         self.base_optimizer.load_state_dict(state_dict)
         self._base_step.look_at(self.base_optimizer)  # one of somebody's own may load into the state that it has
         self._fill_in_options(self.param_groups)
