@@ -12,6 +12,7 @@ import pkgutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from numbers import Number
 from typing import Any
@@ -291,6 +292,7 @@ def needs_closure(function: Callable[..., Any]) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+@cache
 def differentiates_gradients(cls: type) -> bool:
     """Whether ``cls.step``, or what it calls by name, calls ``torch.autograd.grad``, as optimizers do that estimate the
     Hessian. What cannot do without a closure, which SAM does not give, does not count: heavyball's may estimate it.

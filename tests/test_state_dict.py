@@ -234,7 +234,7 @@ def test_a_checkpoint_of_the_reference_implementation_loads_without_its_copy_of_
 @pytest.mark.parametrize("first", ["base", "sam"])
 def test_a_run_of_the_reference_implementation_that_has_saved_both_state_dicts_goes_on(base: Any, first: str) -> None:
     """Some save the base optimizer's beside it, to keep the momentum, and load the two in either order."""
-    options = {"lr": 0.1} if base is torch.optim.AdamW else {"lr": 0.1, "momentum": 0.9}
+    options: dict[str, Any] = {"lr": 0.1} if base is torch.optim.AdamW else {"lr": 0.1, "momentum": 0.9}
     params = make_params([30, 7])
     optimizer = SAM(params, base, **options)
     sam_steps(params, optimizer, range(3))

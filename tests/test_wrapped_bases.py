@@ -12,7 +12,7 @@ from plain_sam import PlainSAM, furthest
 from torch.autograd import grad
 from torch.optim import Optimizer
 
-from sam_fast import SAM
+from sam_fast import SAM, options
 
 CLOSE = 1e-12
 
@@ -87,6 +87,13 @@ class Harmless(torch.optim.SGD):
 def test_base_optimizers_that_differentiate_gradients_are_refused():
     with pytest.raises(ValueError, match="Hessian differentiates gradients"):
         SAM(make_params([3]), Hessian, lr=0.1)
+    SAM(make_params([3]), Harmless, lr=0.1)
+
+
+def test_the_code_of_a_class_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some loops make a new optimizer for every batch, client or test sample: reading takes longer than their step."""
+    SAM(make_params([3]), Harmless, lr=0.1)
+    monkeypatch.setattr(options, "dis", None)
     SAM(make_params([3]), Harmless, lr=0.1)
 
 
