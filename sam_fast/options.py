@@ -275,9 +275,10 @@ def _check_one(base: Optimizer) -> None:
             f"{name} with overlap_with_ddp=True steps in the middle of every backward pass, SAM's first as well: leave "
             "it out"
         )
-    if differentiates_gradients(type(base)):
+    cls: Any = type(base)
+    if differentiates_gradients(cls):
         raise ValueError(
-            f"{type(base).__name__} differentiates gradients in its step, which needs the graph of the second pass and "
+            f"{cls.__name__} differentiates gradients in its step, which needs the graph of the second pass and "
             "the weights w + e that it was made with; SAM has restored w by then: it cannot be SAM's base optimizer"
         )
     if needs_closure(base.step):
