@@ -243,9 +243,10 @@ class SAM(Passes, OptimizerWrapper):
         if not self._step.active:
             self._require_first_step("second_step()")
         watched = self._step.found_inf is not None or self._is_watched()
-        if watched and not self._step.finishing and not self._step_leads_back():
+        by_step = watched and not self._step.finishing and self._step_leads_on()
+        if by_step:
             self._finish(self.step)
-        else:
+        if not by_step or self._step.active:  # one that somebody has put in its place may do nothing
             self._opt_called = True  # which a scheduler asks for
             self._update()
         if zero_grad:

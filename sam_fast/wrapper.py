@@ -181,15 +181,24 @@ class OptimizerWrapper(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _step_leads_back(self) -> bool:
-        """Whether ``second_step`` must not call ``step``, as it never does in the reference implementation: a subclass
-        has one that makes both passes itself, or a loop has put ``first_step`` or ``second_step`` in its place.
+    def _step_leads_on(self) -> bool:
+        """Whether ``second_step`` may call ``step``, as it never does in the reference implementation. Not where a
+        subclass has one that makes both passes itself or does not call the inherited one, or where a loop has put
+        ``first_step`` or ``second_step`` in its place.
         """
         steps = {"first_step", "second_step"}
-        code = getattr(inspect.unwrap(type(self).step), "__code__", None)
-        return getattr(vars(self).get("step"), "__name__", "") in steps or not steps.isdisjoint(
-            getattr(code, "co_names", ())
-        )
+        step = inspect.unwrap(type(self).step)
+        code = getattr(step, "__code__", None)
+        names = set(getattr(code, "co_names", ()))
+        if getattr(vars(self).get("step"), "__name__", "") in steps or not steps.isdisjoint(names):
+            return False
+        # PyTorch puts its own around it into subclasses, too: the last class is the one that has defined it. One of a
+        # framework's has its own ways to what it wraps, and so has a function made by another one.
+        owner = [cls for cls in type(self).__mro__ if inspect.unwrap(vars(cls).get("step", cls)) is step][-1]
+        if code is None or set(code.co_freevars) - {"__class__"} or "_plain_step" in vars(owner):
+            return True
+        inherited = {"super", *(cls.__name__ for cls in owner.__mro__)}
+        return not issubclass(owner, OptimizerWrapper) or not names.isdisjoint(inherited)
 
     def _is_watched(self) -> bool:
         """Whether somebody must see :meth:`step` being called: a hook, a profiler, a subclass.
