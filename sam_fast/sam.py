@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .amp import UNSCALED, clear_scaling, is_under_way, report_overflow, scaling_of, step_base
 from .backends import forced
-from .base_step import BaseStep, maximizes, reset_gradients
+from .base_step import reset_gradients
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
 from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
@@ -135,8 +135,7 @@ class SAM(Passes, OptimizerWrapper):
     def _begin(self) -> None:
         """Build what is not copied."""
         leave_uncompiled()
-        self._base_step = BaseStep(self.base_optimizer, self._perturbation)
-        self._perturbation.maximize = maximizes(self.base_optimizer)
+        self._work_with(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
         if self._schedule_watch is not None:
@@ -212,7 +211,11 @@ class SAM(Passes, OptimizerWrapper):
             raise RuntimeError(
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
-        groups = self.base_optimizer.param_groups
+        base = self.base_optimizer
+        if base is not self._known_base:
+            check_base(base, self._perturbation.flatten)
+            self._work_with(base)
+        groups = base.param_groups
         for group in groups:
             if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
                 self._fill_in_options(groups)

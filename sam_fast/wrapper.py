@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
-from .base_step import BaseStep, is_schedulers, profiling
+from .base_step import BaseStep, is_schedulers, maximizes, profiling
 from .closures import all_zero
 from .options import OPTIONS, check_options, without_old_weights
 
@@ -48,11 +48,19 @@ class OptimizerWrapper(Optimizer):
 
     base_optimizer: Optimizer
     _base_step: BaseStep
+    _known_base: Optimizer
+    _perturbation: Any
     _plain_step: Callable[..., Any]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self.base_optimizer = _NoBaseYet()  # type: ignore[assignment]
         super().__init__(groups, {})
+
+    def _work_with(self, base: Optimizer) -> None:
+        """Step with ``base``: the first one, or one that somebody has put in its place."""
+        self._base_step = BaseStep(base, self._perturbation)
+        self._perturbation.maximize = maximizes(base)
+        self._known_base = base
 
     @property
     def state(self) -> Any:
