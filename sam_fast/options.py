@@ -53,6 +53,27 @@ def without_old_weights(state: dict[Any, Any], base: Optimizer) -> dict[Any, Any
     return base.state_dict().get("state", {})  # type: ignore[no-any-return]
 
 
+def check_variant(cls: Any, sam: Any) -> None:
+    """Raise TypeError if ``cls``, a subclass of ``sam``, has something of its own that its first_step does not do."""
+    if cls.first_step is not sam.first_step:
+        return
+    if cls._grad_norm is not sam._grad_norm:
+        raise TypeError(
+            f"{cls.__name__} has a _grad_norm of its own, which first_step() does not call: give it both steps of its "
+            "own, too, or a first_step that changes p.grad and calls super().first_step()"
+        )
+    methods = [item for c in cls.__mro__[: cls.__mro__.index(sam)] for item in vars(c).items()]
+    codes = [(name, getattr(inspect.unwrap(method), "__code__", None)) for name, method in methods]
+    old = {OLD_WEIGHTS, PERTURBATION}
+    using = [(name, code) for name, code in codes if code is not None and not old.isdisjoint(code.co_consts)]
+    if using and all(name == "second_step" and "super" not in code.co_names for name, code in using):
+        raise TypeError(
+            f"{cls.__name__} has a second_step that looks for state[p]['old_p'] or ['e_w'], which the inherited "
+            "first_step() does not write: give it a first_step of its own, too, or change p.grad and call "
+            "super().second_step(), which puts w back"
+        )
+
+
 def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Callable[[list[dict[str, Any]]], Any]:
     """What makes the base optimizer from the parameter groups.
 

@@ -50,11 +50,18 @@ class OptimizerWrapper(Optimizer):
     _base_step: BaseStep
     _known_base: Optimizer
     _perturbation: Any
+    _sam_defaults: dict[str, Any]
     _plain_step: Callable[..., Any]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self.base_optimizer = _NoBaseYet()  # type: ignore[assignment]
         super().__init__(groups, {})
+
+    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        for group in groups:
+            missing = {name: self._sam_defaults[name] for name in OPTIONS if name not in group}
+            check_options({**group, **missing})
+            group.update(missing)
 
     def _work_with(self, base: Optimizer) -> None:
         """Step with ``base``: the first one, or one that somebody has put in its place."""
@@ -229,9 +236,6 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        raise NotImplementedError
-
-    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         raise NotImplementedError
 
     def _prepare(self) -> None:

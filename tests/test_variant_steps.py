@@ -127,3 +127,40 @@ def test_a_step_that_somebody_has_put_into_the_class(monkeypatch: pytest.MonkeyP
     params = make_params([5])
     two_passes(SAM(params, lr=0.1), params, 0)
     assert len(seen) == 1
+
+
+class OwnSecond(SAM):
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.data = self.state[p]["old_p"]
+        self.base_optimizer.step()
+
+
+class OwnAscent(OwnSecond):
+    """Its loop calls this instead of first_step."""
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old_p"] = p.detach().clone()
+            p.add_(0.1)
+
+
+class Guarded(SAM):
+    def second_step(self, zero_grad: bool = False) -> None:
+        if any("old_p" in self.state[p] for p in self.param_groups[0]["params"]):
+            raise AssertionError
+        super().second_step(zero_grad)
+
+
+def test_a_second_step_that_reads_what_the_inherited_first_step_does_not_write() -> None:
+    with pytest.raises(TypeError, match=r"OwnSecond has a second_step .*super\(\)\.second_step"):
+        OwnSecond(make_params([3]), lr=0.1)
+    params = make_params([3])
+    optimizer, w = OwnAscent(params, lr=0.0), params[0].detach().clone()
+    optimizer.ascend()
+    params[0].grad = torch.ones(3)
+    optimizer.second_step()
+    assert torch.equal(params[0], w)
+    two_passes(Guarded(params, lr=0.1), params, 0)
