@@ -41,7 +41,9 @@ class _Group:
         self.partial = False  # some of the layers were enabled again
         self.of_step = False  # disabled in the step that is under way, for its second pass
         self.thread = get_ident()
+        self.has_extra = any(snapshot._extra)
         self._momenta = self._momenta_now()
+        self._params: frozenset[int] | None = None  # ids, since somebody has asked
         finalize(self, _watch.update).atexit = False
 
     def _momenta_now(self) -> list[Any]:
@@ -51,6 +53,24 @@ class _Group:
         """Whether one of the parameters with these ids is in the models for which the layers were disabled."""
         models = (known() for known in self._models)
         return any(id(p) in params for model in models if model is not None for p in model.parameters())
+
+    def trains(self, params: set[int]) -> bool:
+        """Whether one of the parameters with these ids leads to :meth:`run_unseen`: asked for every group that was left
+        disabled, when any SAM step ends.
+        """
+        if self._params is None:
+            layers = self.layers()
+            bare = [layer for layer in layers if not any(p is not None for p in layer._parameters.values())]
+            self._params = frozenset(map(id, [*self._trained_with(layers), *self._trained_with(bare)]))
+        return not self._params.isdisjoint(params)
+
+    def _trained_with(self, layers: list[nn.Module]) -> list[nn.Parameter]:
+        """The parameters of layers; where they have none (affine=False), those of the models they are in."""
+        params = [p for layer in layers for p in layer._parameters.values() if p is not None]
+        if not params:
+            models = (known() for known in self._models)
+            params = [p for model in models if layers and model is not None for p in model.parameters()]
+        return params
 
     def reestimates(self) -> bool:
         """Whether the momentum was changed or the saved statistics were reset: passes without gradients then count.
@@ -71,7 +91,7 @@ class _Group:
 
     def settle(self) -> None:
         """Note that what the layers hold is right."""
-        self.settled, self.fresh, self.of_step = True, False, False
+        self.settled, self.fresh, self.of_step, self._params = True, False, False, None
         if self.partial:
             known = zip(self.snapshot._layers, self.snapshot._extra, strict=True)
             extra = {layer: names for layer, names in ((layer(), names) for layer, names in known) if layer is not None}
@@ -94,11 +114,7 @@ class _Group:
         if self.fresh and not self.snapshot._has_changed(counters=False):
             return layers
         running = [layer for layer in layers if layer.training]
-        params = [p for layer in running for p in layer._parameters.values() if p is not None]
-        if not params:  # affine=False
-            models = (known() for known in self._models)
-            params = [p for model in models if running and model is not None for p in model.parameters()]
-        ran = any(p.grad is not None and (trained is None or id(p) in trained) for p in params)
+        ran = any(p.grad is not None and (trained is None or id(p) in trained) for p in self._trained_with(running))
         return running if ran else []
 
 
@@ -209,7 +225,7 @@ def _candidates(models: list[nn.Module]) -> Iterable[nn.Module]:
     """
     seen: set[nn.Module] = set()
     layers = find_layers(models, seen=seen).modules
-    if any(any(group.snapshot._extra) for group in _groups()):
+    if any(group.has_extra for group in _groups()):
         return [module for module in seen if module in _disabled]
     return layers
 
@@ -265,7 +281,8 @@ def settle_running_stats(param_groups: Iterable[dict[str, Any]], counts: bool = 
         if group.thread != here and not group.is_of(trained):
             continue
         if group.settled:
-            group.put_back(group.run_unseen(group.layers(), trained))
+            if group.fresh or group.trains(trained):
+                group.put_back(group.run_unseen(group.layers(), trained))
             continue
         if not (counts and group.of_step):
             if group.partial:
@@ -318,7 +335,6 @@ def _before_forward(module: nn.Module, args: Any) -> None:
         layers = _below[module] = [ref(layer) for layer in _candidates([module])]
     if not layers:
         return
-    settled = sum(group.settled for group in _groups())
     groups: list[_Group] = []
     for known in layers:
         layer = known()
@@ -326,14 +342,13 @@ def _before_forward(module: nn.Module, args: Any) -> None:
             group = _disabled.get(layer)
             if group is not None and group.settled and group not in groups:
                 groups.append(group)
-                if len(groups) == settled:
-                    break
+    if not groups:
+        return
     if torch.is_grad_enabled():
         for group in groups:
             group.snapshot.save()
             group.settled, group.thread = False, get_ident()
-        if len(groups) == settled:
-            _watch.update()
+        _watch.update()
     else:
         uncounted = [group for group in groups if not group.reestimates()]
         if uncounted:

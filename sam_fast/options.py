@@ -11,6 +11,7 @@ import pkgutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from numbers import Number
 from typing import Any
@@ -24,22 +25,51 @@ OPTIONS = ("rho", "adaptive", "eta", "perturb")
 FLAGS = ("adaptive", "perturb")
 """Those of them that are true or false."""
 
-OLD_WEIGHTS = "old_p"
-"""The state entry in which the reference implementation keeps its backup, and saves it."""
+OLD_WEIGHTS, PERTURBATION = "old_p", "e_w"
+"""The state entries in which the reference implementation keeps its backup, and older versions of it e. Both are saved.
+"""
 
 
-def without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
-    """The state in a checkpoint of the reference implementation, without its copy of the weights."""
-    if not any(OLD_WEIGHTS in entry for entry in state.values() if isinstance(entry, dict)):
+def without_old_weights(state: dict[Any, Any], base: Optimizer) -> dict[Any, Any]:
+    """The state in a checkpoint of the reference implementation, without its copy of the weights. If nothing is left,
+    the state that ``base`` has: the reference implementation keeps it, too, when it loads such a checkpoint.
+    """
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    if not any(OLD_WEIGHTS in entry or entry.keys() == {PERTURBATION} for entry in entries):
         return state
+    kept = {key: {name: value for name, value in entry.items() if name != OLD_WEIGHTS} for key, entry in state.items()}
+    # Beside other entries e is a variant's, which may go on with it.
+    kept = {key: entry for key, entry in kept.items() if entry.keys() - {PERTURBATION}}
+    if kept:
+        return kept
     warnings.warn(
-        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: its momentum "
-        "starts anew",
+        "this checkpoint is the reference implementation's, which saves no state of the base optimizer: the base "
+        "optimizer goes on with the state it has. If it is a new one, its momentum starts anew",
         UserWarning,
         stacklevel=3,
     )
-    kept = {key: {name: value for name, value in entry.items() if name != OLD_WEIGHTS} for key, entry in state.items()}
-    return {key: entry for key, entry in kept.items() if entry}
+    return base.state_dict().get("state", {})  # type: ignore[no-any-return]
+
+
+def check_variant(cls: Any, sam: Any) -> None:
+    """Raise TypeError if ``cls``, a subclass of ``sam``, has something of its own that its first_step does not do."""
+    if cls.first_step is not sam.first_step:
+        return
+    if cls._grad_norm is not sam._grad_norm:
+        raise TypeError(
+            f"{cls.__name__} has a _grad_norm of its own, which first_step() does not call: give it both steps of its "
+            "own, too, or a first_step that changes p.grad and calls super().first_step()"
+        )
+    methods = [item for c in cls.__mro__[: cls.__mro__.index(sam)] for item in vars(c).items()]
+    codes = [(name, getattr(inspect.unwrap(method), "__code__", None)) for name, method in methods]
+    old = {OLD_WEIGHTS, PERTURBATION}
+    using = [(name, code) for name, code in codes if code is not None and not old.isdisjoint(code.co_consts)]
+    if using and all(name == "second_step" and "super" not in code.co_names for name, code in using):
+        raise TypeError(
+            f"{cls.__name__} has a second_step that looks for state[p]['old_p'] or ['e_w'], which the inherited "
+            "first_step() does not write: give it a first_step of its own, too, or change p.grad and call "
+            "super().second_step(), which puts w back"
+        )
 
 
 def make_base(params: Any, base_optimizer: Any, base_kwargs: dict[str, Any]) -> Callable[[list[dict[str, Any]]], Any]:
@@ -264,9 +294,10 @@ def _check_one(base: Optimizer) -> None:
             f"{name} with overlap_with_ddp=True steps in the middle of every backward pass, SAM's first as well: leave "
             "it out"
         )
-    if differentiates_gradients(type(base)):
+    cls: Any = type(base)
+    if differentiates_gradients(cls):
         raise ValueError(
-            f"{type(base).__name__} differentiates gradients in its step, which needs the graph of the second pass and "
+            f"{cls.__name__} differentiates gradients in its step, which needs the graph of the second pass and "
             "the weights w + e that it was made with; SAM has restored w by then: it cannot be SAM's base optimizer"
         )
     if needs_closure(base.step):
@@ -281,6 +312,7 @@ def needs_closure(function: Callable[..., Any]) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+@cache
 def differentiates_gradients(cls: type) -> bool:
     """Whether ``cls.step``, or a function that it calls by name, calls ``torch.autograd.grad``, as optimizers that
     estimate the Hessian do. Functions that need a closure do not count, since SAM gives them none: heavyball may

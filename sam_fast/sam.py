@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 from .amp import UNSCALED, clear_scaling, is_under_way, report_overflow, scaling_of, step_base
 from .backends import forced
-from .base_step import BaseStep, maximizes, reset_gradients
+from .base_step import reset_gradients
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
 from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
-from .options import OPTIONS, as_groups, check_arguments, check_base, check_options, make_base, take_over_options
+from .options import as_groups, check_arguments, check_base, check_variant, make_base, take_over_options
 from .passes import Passes
 from .perturbation import Perturbation, forget_old_weights
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
@@ -75,7 +75,7 @@ class SAM(Passes, OptimizerWrapper):
     Raises:
         TypeError: ``base_optimizer`` makes no Optimizer, ``params`` is a single tensor or a module, ``schedule`` is no
             Schedule, an optimizer is given together with ``base_optimizer`` or ``base_kwargs``, or a subclass has a
-            ``_grad_norm`` of its own but no ``first_step``.
+            ``_grad_norm`` of its own, or a ``second_step`` that needs one, but no ``first_step``.
         ValueError: ``params`` is empty, a parameter overlaps itself, an option is out of range, the base optimizer has
             an option of the same name as one of SAM's, needs a closure, differentiates gradients or steps during
             backward passes, the forced backend is unknown or does not support a parameter, or ``flatten=True`` with
@@ -104,11 +104,7 @@ class SAM(Passes, OptimizerWrapper):
         along: str = "gradient",
         **base_kwargs: Any,
     ) -> None:
-        if type(self)._grad_norm is not SAM._grad_norm and type(self).first_step is SAM.first_step:
-            raise TypeError(
-                f"{type(self).__name__} has a _grad_norm of its own, which first_step() does not call: give it both "
-                "steps of its own, too, or a first_step that changes p.grad and calls super().first_step()"
-            )
+        check_variant(type(self), SAM)
         make = make_base(params, base_optimizer, base_kwargs)
         check_arguments(perturb_eps, flatten, stochastic_rounding)
         check_closure_option("closure", closure)
@@ -135,8 +131,7 @@ class SAM(Passes, OptimizerWrapper):
     def _begin(self) -> None:
         """Build what copies and pickles leave out."""
         leave_uncompiled()
-        self._base_step = BaseStep(self.base_optimizer, self._perturbation)
-        self._perturbation.maximize = maximizes(self.base_optimizer)
+        self._work_with(self.base_optimizer)
         self._step = StepState()
         self._schedule_watch = None if self._schedule is None else ScheduleWatch(self._schedule)
         if self._schedule_watch is not None:
@@ -170,12 +165,6 @@ class SAM(Passes, OptimizerWrapper):
         super().__setstate__(state)
         self._perturbation = Perturbation(*settings)
         self._begin()
-
-    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
-        for group in groups:
-            missing = {name: self._sam_defaults[name] for name in OPTIONS if name not in group}
-            check_options({**group, **missing})
-            group.update(missing)
 
     def _prepare(self) -> None:
         """Build the buckets.
@@ -212,7 +201,11 @@ class SAM(Passes, OptimizerWrapper):
             raise RuntimeError(
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
-        groups = self.base_optimizer.param_groups
+        base = self.base_optimizer
+        if base is not self._known_base:
+            check_base(base, self._perturbation.flatten)
+            self._work_with(base)
+        groups = base.param_groups
         for group in groups:
             if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
                 self._fill_in_options(groups)
@@ -243,9 +236,10 @@ class SAM(Passes, OptimizerWrapper):
         if not self._step.active:
             self._require_first_step("second_step()")
         watched = self._step.found_inf is not None or self._is_watched()
-        if watched and not self._step.finishing and not self._step_leads_back():
+        by_step = watched and not self._step.finishing and self._step_leads_on()
+        if by_step:
             self._finish(self.step)
-        else:
+        if not by_step or self._step.active:  # a step that was put in its place may do nothing
             self._opt_called = True  # which schedulers check
             self._update()
         if zero_grad:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
-from .base_step import BaseStep, is_scheduler_wrapper, profiling
+from .base_step import BaseStep, is_scheduler_wrapper, maximizes, profiling
 from .closures import all_zero
 from .options import OPTIONS, check_options, without_old_weights
 
@@ -47,11 +47,26 @@ class OptimizerWrapper(Optimizer):
 
     base_optimizer: Optimizer
     _base_step: BaseStep
+    _known_base: Optimizer
+    _perturbation: Any
+    _sam_defaults: dict[str, Any]
     _plain_step: Callable[..., Any]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self.base_optimizer = _NoBaseYet()  # type: ignore[assignment]
         super().__init__(groups, {})
+
+    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        for group in groups:
+            missing = {name: self._sam_defaults[name] for name in OPTIONS if name not in group}
+            check_options({**group, **missing})
+            group.update(missing)
+
+    def _work_with(self, base: Optimizer) -> None:
+        """Step with ``base``: the first base optimizer, or one that was assigned in its place."""
+        self._base_step = BaseStep(base, self._perturbation)
+        self._perturbation.maximize = maximizes(base)
+        self._known_base = base
 
     @property
     def state(self) -> Any:
@@ -159,7 +174,7 @@ class OptimizerWrapper(Optimizer):
         values.
 
         A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base
-        optimizer: the copy is dropped, and a warning says that the base optimizer starts anew.
+        optimizer: the copy is dropped, the base optimizer keeps the state it has, and a warning says so.
 
         Raises:
             RuntimeError: a step is under way.
@@ -173,23 +188,31 @@ class OptimizerWrapper(Optimizer):
         for group in state_dict.get("param_groups", ()):
             check_options(group)
         if "state" in state_dict:
-            state_dict["state"] = without_old_weights(state_dict["state"])
+            state_dict["state"] = without_old_weights(state_dict["state"], self.base_optimizer)
         self.base_optimizer.load_state_dict(state_dict)
         self._base_step.look_at(self.base_optimizer)  # a user's own may load into the same state object
         self._fill_in_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _step_leads_back(self) -> bool:
-        """Whether ``second_step`` must not call ``step``, because that would call it in turn: a subclass's ``step``
-        makes both passes itself, or a loop has put ``first_step`` or ``second_step`` in its place. The reference
-        implementation's ``second_step`` never calls ``step``.
+    def _step_leads_on(self) -> bool:
+        """Whether ``second_step`` may call ``step``. The reference implementation's never does. It must not if a
+        subclass's ``step`` makes both passes itself or does not call the inherited one, or if a loop has put
+        ``first_step`` or ``second_step`` in its place.
         """
         steps = {"first_step", "second_step"}
-        code = getattr(inspect.unwrap(type(self).step), "__code__", None)
-        return getattr(vars(self).get("step"), "__name__", "") in steps or not steps.isdisjoint(
-            getattr(code, "co_names", ())
-        )
+        step = inspect.unwrap(type(self).step)
+        code = getattr(step, "__code__", None)
+        names = set(getattr(code, "co_names", ()))
+        if getattr(vars(self).get("step"), "__name__", "") in steps or not steps.isdisjoint(names):
+            return False
+        # PyTorch puts its own around it into subclasses, too: the last class is the one that has defined it. One of a
+        # framework's has its own ways to what it wraps, and so has a function made by another one.
+        owner = [cls for cls in type(self).__mro__ if inspect.unwrap(vars(cls).get("step", cls)) is step][-1]
+        if code is None or set(code.co_freevars) - {"__class__"} or "_plain_step" in vars(owner):
+            return True
+        inherited = {"super", *(cls.__name__ for cls in owner.__mro__)}
+        return not issubclass(owner, OptimizerWrapper) or not names.isdisjoint(inherited)
 
     def _is_watched(self) -> bool:
         """Whether somebody must see :meth:`step` being called: a hook, a profiler, a subclass.
@@ -212,9 +235,6 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        raise NotImplementedError
-
-    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         raise NotImplementedError
 
     def _prepare(self) -> None:

@@ -5,6 +5,7 @@ alive.
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam_fast import BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
+from sam_fast import SAM, BatchNormSnapshot, disable_running_stats, enable_running_stats, frozen_running_stats
 from sam_fast.backends import available, cpu
 
 pytestmark = pytest.mark.usefixtures("forced_backend")
@@ -109,6 +110,49 @@ def test_once_warm_the_kernels_are_all_that_runs(style: str) -> None:
     with Operators() as operators:
         once()
     assert operators.names == []
+
+
+def python_calls(function: Callable[[], None]) -> int:
+    """How often a function of Python's is entered, or a generator resumed."""
+    count = 0
+
+    def see(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(see)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_models_that_were_left_disabled_cost_a_step_of_another_one_little() -> None:
+    """As those of a federation's clients, each with an optimizer: not a look at each of their layers."""
+    layers = 20
+    x = torch.randn(8, 3)
+
+    def make() -> tuple[nn.Module, SAM]:
+        model = nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(layers)])
+        return model, SAM(model.parameters(), lr=0.1)
+
+    def iteration(model: nn.Module, optimizer: SAM) -> None:
+        enable_running_stats(model)
+        model(x).square().mean().backward()
+        optimizer.first_step(zero_grad=True)
+        disable_running_stats(model)
+        model(x).square().mean().backward()
+        optimizer.second_step(zero_grad=True)
+
+    clients = [make() for _ in range(30)]
+    counts = []
+    for before, some in ((0, clients[:10]), (10, clients)):
+        for client in some[before:]:
+            iteration(*client)
+        iteration(*clients[0])
+        counts.append(python_calls(lambda: iteration(*clients[0])))
+    assert (counts[1] - counts[0]) / 20 < layers
 
 
 # ---- Nobody keeps a model alive --------------------------------------------------------------------------------------

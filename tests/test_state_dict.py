@@ -212,17 +212,57 @@ def test_a_state_dict_with_a_bad_option_changes_nothing() -> None:
 
 
 @pytest.mark.guarantee(id="older-state-dicts")
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_checkpoint_of_the_reference_implementation_loads_without_its_copy_of_the_weights(base: Any) -> None:
-    """Its state dict holds {"old_p": weights} per parameter and nothing of the base optimizer."""
+@pytest.mark.parametrize("kept", ["old_p", "e_w"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_a_checkpoint_of_the_reference_implementation_loads_without_its_copy_of_the_weights(
+    base: Any, kept: str
+) -> None:
+    """Its state dict holds {"old_p": weights} per parameter, older versions' {"e_w": e}, and nothing of the base
+    optimizer.
+    """
     params = make_params([3])
     optimizer = SAM(params, base, lr=0.1)
     state = optimizer.state_dict()
-    state["state"] = {0: {"old_p": torch.zeros(3)}}
+    state["state"] = {0: {kept: torch.zeros(3)}}
     with pytest.warns(UserWarning, match="saves no state of the base optimizer"):
         optimizer.load_state_dict(state)
     sam_steps(params, optimizer, range(1))
-    assert "old_p" not in optimizer.state_dict()["state"].get(0, {})
+    assert kept not in optimizer.state_dict()["state"].get(0, {})
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("first", ["base", "sam"])
+def test_a_run_of_the_reference_implementation_that_has_saved_both_state_dicts_goes_on(base: Any, first: str) -> None:
+    """Some save the base optimizer's beside it, to keep the momentum, and load the two in either order."""
+    options: dict[str, Any] = {"lr": 0.1} if base is torch.optim.AdamW else {"lr": 0.1, "momentum": 0.9}
+    params = make_params([30, 7])
+    optimizer = SAM(params, base, **options)
+    sam_steps(params, optimizer, range(3))
+    of_base = copy.deepcopy(optimizer.state_dict())
+    of_sam = copy.deepcopy(of_base)
+    of_sam["state"] = {index: {"old_p": p.detach().clone()} for index, p in enumerate(params)}
+    resumed = copy.deepcopy(params)
+    twin = SAM(resumed, base, **options)
+    if first == "base":
+        twin.base_optimizer.load_state_dict(of_base)
+    with pytest.warns(UserWarning, match="saves no state of the base optimizer"):
+        twin.load_state_dict(of_sam)
+    if first == "sam":
+        twin.base_optimizer.load_state_dict(of_base)
+    sam_steps(params, optimizer, range(3, 6))
+    sam_steps(resumed, twin, range(3, 6))
+    assert same_bits(params, resumed)
+
+
+def test_a_variants_own_copy_of_the_weights_is_dropped_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    """The momentum beside it is loaded; what else is there may be needed by the next step."""
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1, momentum=0.9)
+    sam_steps(params, optimizer, range(2))
+    optimizer.state[params[0]].update(old_p=torch.zeros(3), e_w=torch.ones(3))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[params[0]].keys() == {"momentum_buffer", "e_w"}
+    assert not recwarn.list
 
 
 # ---- Copies ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from plain_sam import PlainSAM, furthest
 from torch.autograd import grad
 from torch.optim import Optimizer
 
-from sam_fast import SAM
+from sam_fast import SAM, disable_running_stats, enable_running_stats, options
 
 CLOSE = 1e-12
 
@@ -87,6 +87,13 @@ class Harmless(torch.optim.SGD):
 def test_base_optimizers_that_differentiate_gradients_are_refused():
     with pytest.raises(ValueError, match="Hessian differentiates gradients"):
         SAM(make_params([3]), Hessian, lr=0.1)
+    SAM(make_params([3]), Harmless, lr=0.1)
+
+
+def test_the_code_of_a_class_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some loops make a new optimizer for every batch, client or test sample: reading takes longer than their step."""
+    SAM(make_params([3]), Harmless, lr=0.1)
+    monkeypatch.setattr(options, "dis", None)
     SAM(make_params([3]), Harmless, lr=0.1)
 
 
@@ -204,3 +211,72 @@ def test_a_base_optimizer_may_keep_maximize_to_itself(base, maximize):
     params[0].grad = torch.ones(5)
     optimizer.first_step()
     assert bool((params[0] < before[0]).all()) is bool(maximize)
+
+
+# ---- Another base optimizer in its place -----------------------------------------------------------------------------
+
+
+class Prepared(Optimizer):
+    """As Accelerate's: of its optimizer's state and groups, without what Optimizer.__init__ makes."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.optimizer = inner
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_base_optimizer_that_is_put_in_the_place_of_another(base: Any, wrapped: bool) -> None:
+    """As loops do whose framework has prepared the optimizer, and its scheduler, before there is a SAM."""
+    params, twin = make_params([5, 30], torch.float64), make_params([5, 30], torch.float64)
+    inner, plain = base(params, lr=0.1, weight_decay=0.1), PlainSAM(twin, base, lr=0.1, weight_decay=0.1)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.7) for each in (inner, plain.base)]
+    prepared = Prepared(inner) if wrapped else inner
+    optimizer = SAM(prepared.param_groups, base, lr=0.1, weight_decay=0.1)
+    optimizer.base_optimizer = prepared
+    for step in range(4):
+        two_passes(optimizer, params, step)
+        two_passes(plain, twin, step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert furthest(params, twin) < CLOSE
+    assert optimizer.state is inner.state
+    assert optimizer.param_groups is inner.param_groups
+
+
+def test_a_base_optimizer_that_was_put_in_place_is_watched() -> None:
+    """It cannot step from w + e, and its step alone puts back the statistics of disabled layers."""
+    model = torch.nn.BatchNorm1d(3)
+    optimizer, x = SAM(model.parameters(), lr=0.1), torch.randn(8, 3)
+    optimizer.base_optimizer = torch.optim.Adam(model.parameters(), maximize=True)
+    model(x).square().mean().backward()
+    w = model.weight.detach().clone()
+    optimizer.first_step()
+    assert float(((model.weight.detach() - w) * model.weight.grad).sum()) < 0.0  # downhill
+    with pytest.raises(RuntimeError, match="second_step"):
+        optimizer.base_optimizer.step()
+    disable_running_stats(model)
+    model(x).square().mean().backward()
+    optimizer.second_step()
+    mean = model.running_mean.clone()
+    model(x).square().mean().backward()
+    optimizer.base_optimizer.step()
+    assert torch.equal(model.running_mean, mean)
+    enable_running_stats(model)
+
+
+def test_a_base_optimizer_that_cannot_be_one_is_refused_in_the_place_of_another() -> None:
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1)
+    optimizer.base_optimizer = torch.optim.LBFGS(params)
+    with pytest.raises(ValueError, match="LBFGS"):
+        optimizer.first_step()
