@@ -167,14 +167,15 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def make_plain(group: dict[str, Any]) -> None:
-    """Check a group's options, and turn its int and numpy's numbers into Python's own kinds, which need no second look.
+    """Check a group's options, and turn its int and numpy's numbers into Python's own kinds, which need no second look
+    and which ``torch.load`` takes from a file.
 
     Raises:
         ValueError: as :func:`check_options`.
     """
     check_options(group)
     for name in OPTIONS:
-        value = group[name]
+        value: Any = group.get(name)
         # What else can be taken for a number, as a tensor, an array or an object with __float__, may change its value.
         if isinstance(value, Number) or (hasattr(value, "dtype") and not hasattr(value, "__setitem__")):  # numpy's bool
             group[name] = bool(value) if name in FLAGS else float(value)
@@ -207,7 +208,11 @@ def check_count(name: str, value: Any, at_least: int = 1) -> None:
 
 def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
     """Raise ValueError if ``value`` is not true or false: "False" from a configuration file would be taken for true."""
-    if value not in (True, False):
+    try:
+        known = value in (True, False)
+    except (RuntimeError, ValueError):  # of several elements
+        known = False
+    if not known:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 

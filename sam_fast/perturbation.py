@@ -69,7 +69,7 @@ class Perturbation:
         self.measured = False
         self.left_out: list[Tensor] = []  # parameters that are in no bucket
         self._may_perturb: list[bool] = []  # for each of them, whether its group is perturbed
-        self._param_groups: ParamGroups = ()
+        self.param_groups: ParamGroups = ()
         self._known: list[list[Tensor]] = []
         self._tensors: list[Tensor] = []  # of all buckets
         self._shared: set[int] = set()  # which of these share memory with another
@@ -85,7 +85,7 @@ class Perturbation:
 
     def prepare(self, param_groups: ParamGroups) -> None:
         """Make the buckets fit ``param_groups``; nothing happens if they do."""
-        self._param_groups = param_groups
+        self.param_groups = param_groups
         if not self.fits(param_groups):
             self._build(param_groups)
             self._known = [list(group["params"]) for group in param_groups]
@@ -335,7 +335,7 @@ class Perturbation:
             raise error
 
     def _named(self, error: ParameterError) -> RuntimeError:
-        return RuntimeError(f"{name_of(error.param, self._param_groups)} {error.problem}")
+        return RuntimeError(f"{name_of(error.param, self.param_groups)} {error.problem}")
 
     def _saved_params(self) -> list[Tensor]:
         if len(self.buckets) == 1:

@@ -18,7 +18,7 @@ from .clipping import clipped
 from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
-from .options import OPTIONS, as_groups, check_arguments, check_base, check_options, make_base, take_over_options
+from .options import as_groups, check_arguments, check_base, make_base, take_over_options
 from .passes import Passes
 from .perturbation import Perturbation, forget_old_weights
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
@@ -171,12 +171,6 @@ class SAM(Passes, OptimizerWrapper):
         self._perturbation = Perturbation(*settings)
         self._begin()
 
-    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
-        for group in groups:
-            missing = {name: self._sam_defaults[name] for name in OPTIONS if name not in group}
-            check_options({**group, **missing})
-            group.update(missing)
-
     def _prepare(self) -> None:
         """Build the buckets.
 
@@ -215,7 +209,7 @@ class SAM(Passes, OptimizerWrapper):
         groups = self.base_optimizer.param_groups
         for group in groups:
             if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
-                self._fill_in_options(groups)
+                self._keep_options(groups)
                 break
         if step.unused:
             step.train_unused()

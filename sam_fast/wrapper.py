@@ -6,6 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.optim import optimizer as torch_optimizer
 from .amp import ATTRIBUTES
 from .base_step import BaseStep, is_schedulers, profiling
 from .closures import all_zero
-from .options import OPTIONS, check_options, without_old_weights
+from .options import OPTIONS, check_options, make_plain, take_over_options, without_old_weights
+from .perturbation import Perturbation
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that exchange the weights for others, as schedule-free ones have them."""
@@ -48,6 +50,8 @@ class OptimizerWrapper(Optimizer):
 
     base_optimizer: Optimizer
     _base_step: BaseStep
+    _perturbation: Perturbation
+    _sam_defaults: dict[str, Any]
     _plain_step: Callable[..., Any]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -134,6 +138,9 @@ class OptimizerWrapper(Optimizer):
             warnings.warn(SAVED_WHILE_PERTURBED, RuntimeWarning, stacklevel=2)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        for group in self.param_groups:
+            with suppress(ValueError):  # which the next step raises
+                make_plain(group)
         state_dict = self.base_optimizer.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -156,8 +163,7 @@ class OptimizerWrapper(Optimizer):
                 group["lr"] = rate
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's
-        values.
+        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options keep those they have.
 
         A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base
         optimizer: the copy is dropped, and a warning says that the base optimizer starts anew.
@@ -177,9 +183,22 @@ class OptimizerWrapper(Optimizer):
             state_dict["state"] = without_old_weights(state_dict["state"])
         self.base_optimizer.load_state_dict(state_dict)
         self._base_step.look_at(self.base_optimizer)  # one of somebody's own may load into the state that it has
-        self._fill_in_options(self.param_groups)
+        self._keep_options(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        for group in groups:
+            missing = {name: self._sam_defaults[name] for name in OPTIONS if name not in group}
+            check_options({**group, **missing})
+            group.update(missing)
+
+    def _keep_options(self, groups: list[dict[str, Any]]) -> None:
+        """Have groups that were loaded without SAM's options keep those that their parameters had."""
+        known = self._perturbation.param_groups
+        if known is not groups:
+            take_over_options(groups, [{**self._sam_defaults, **group} for group in known])
+        self._fill_in_options(groups)
 
     def _step_leads_back(self) -> bool:
         """Whether ``second_step`` must not call ``step``, as it never does in the reference implementation: a subclass
@@ -212,9 +231,6 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        raise NotImplementedError
-
-    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
         raise NotImplementedError
 
     def _prepare(self) -> None:

@@ -43,7 +43,7 @@ def test_a_bad_option_of_a_group_is_refused(option: str, value: float, how: str)
 
 
 @pytest.mark.parametrize("option", ["adaptive", "perturb", "flatten"])
-@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5])
+@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5, torch.ones(2), np.ones(2)], ids=repr)
 def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> None:
     """A string from a configuration file was true, whatever it said."""
     group = {"params": make_params([3]), option: value}

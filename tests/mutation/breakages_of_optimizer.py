@@ -74,7 +74,7 @@ OF_OPTIMIZER = [
     Breakage(
         "loading leaves SAM's options out",
         "sam_fast/wrapper.py",
-        "        self._fill_in_options(self.param_groups)\n        for post_hook",
+        "        self._keep_options(self.param_groups)\n        for post_hook",
         "        for post_hook",
         ("test_protocol.py",),
     ),
