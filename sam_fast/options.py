@@ -102,6 +102,23 @@ def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -
             group.setdefault(name, found[0][name])
 
 
+def warn_of_kept_options(groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
+    """Warn of arguments without effect, because all groups come with SAM's options from an earlier SAM around the same
+    optimizer, or from a checkpoint.
+    """
+    if not all(group.keys() >= set(OPTIONS) for group in groups):
+        return
+    kept = [name for name in OPTIONS[:3] if not any(group[name] == given[name] for group in groups)]
+    if kept:
+        has, argument = (", ".join(f"{name}={values[name]!r}" for name in kept) for values in (groups[0], given))
+        warnings.warn(
+            f"the parameter groups have SAM's options already, from an earlier SAM or a checkpoint, and keep {has}, "
+            f"not {argument}: set them in optimizer.param_groups",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _tensors(params: Any) -> list[Tensor]:
     """The parameters of a group, named or not."""
     return [p[1] if isinstance(p, tuple) else p for p in ([params] if isinstance(params, Tensor) else params)]

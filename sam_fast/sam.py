@@ -18,7 +18,7 @@ from .clipping import clipped
 from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
-from .options import as_groups, check_arguments, check_base, make_base, take_over_options
+from .options import as_groups, check_arguments, check_base, make_base, take_over_options, warn_of_kept_options
 from .passes import Passes
 from .perturbation import Perturbation, forget_old_weights
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
@@ -121,6 +121,7 @@ class SAM(Passes, OptimizerWrapper):
         self._closure = closure
         self._schedule = schedule
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        warn_of_kept_options(groups, self._sam_defaults)
         self._fill_in_options(groups)
         super().__init__(groups)
         base = make(groups)
