@@ -290,6 +290,7 @@ def test_importing_the_package_imports_nothing_heavy():
     script = "import sys, torch; before = set(sys.modules); import sam_fast; new = set(sys.modules) - before; "
     script += (
         "assert not any(m.startswith(('torch.distributed', 'sam_fast.sharpness')) for m in new); "
+        "assert {*sam_fast.__all__, 'sharpness', '__version__'} <= set(dir(sam_fast)); "
         "print(sorted({m.split('.')[0] for m in new}))"
     )
     output = run(sys.executable, "-c", script, cwd=ROOT)
