@@ -92,7 +92,7 @@ class OptimizerWrapper(Optimizer):
             value = getattr(base, name)
         except AttributeError:
             text = (
-                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, a "
+                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, of class "
                 f"{type(base).__name__}"
             )
             if name in OPTIONS:
@@ -107,6 +107,11 @@ class OptimizerWrapper(Optimizer):
             return method(*args, **kwargs)
 
         return checked
+
+    def __repr__(self) -> str:
+        """PyTorch's, with the base optimizer's class."""
+        name = type(self).__name__
+        return super().__repr__().replace(name, f"{name} around {type(self.base_optimizer).__name__}", 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the
