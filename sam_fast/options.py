@@ -103,8 +103,8 @@ def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -
 
 
 def warn_of_kept_options(groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
-    """Warn of arguments without effect, because all groups come with SAM's options from an earlier SAM around the same
-    optimizer, or from a checkpoint.
+    """Warn of arguments without effect, because all groups of an existing optimizer have SAM's options: from an earlier
+    SAM around it, or from a checkpoint.
     """
     if not all(group.keys() >= set(OPTIONS) for group in groups):
         return

@@ -121,7 +121,8 @@ class SAM(Passes, OptimizerWrapper):
         self._closure = closure
         self._schedule = schedule
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
-        warn_of_kept_options(groups, self._sam_defaults)
+        if isinstance(params, Optimizer):
+            warn_of_kept_options(groups, self._sam_defaults)
         self._fill_in_options(groups)
         super().__init__(groups)
         base = make(groups)

@@ -113,8 +113,8 @@ def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
         SAM(params, torch.optim.SGD(params, lr=0.1))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("through", ["the optimizer", "its groups", "a checkpoint"])
-def test_arguments_without_effect_on_groups_of_an_earlier_sam_are_told(through: str) -> None:
+@pytest.mark.parametrize("through", ["the optimizer", "a checkpoint"])
+def test_arguments_without_effect_around_the_optimizer_of_an_earlier_sam_are_told(through: str) -> None:
     """A cell of a notebook that is run again with another rho."""
     params = make_params([3])
     base = torch.optim.SGD(params, lr=0.1)
@@ -122,13 +122,13 @@ def test_arguments_without_effect_on_groups_of_an_earlier_sam_are_told(through: 
     if through == "a checkpoint":
         base = torch.optim.SGD(params, lr=0.1)
         base.load_state_dict(earlier.state_dict())
-    given = earlier.param_groups if through == "its groups" else base
     with pytest.warns(RuntimeWarning, match=r"keep rho=0\.3, adaptive=False, not rho=0\.5, adaptive=True"):
-        SAM(given, rho=0.5, adaptive=True)
+        SAM(base, rho=0.5, adaptive=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert SAM(given, rho=0.3).param_groups[0]["rho"] == 0.3
-        SAM([{"params": make_params([3]), "rho": 0.3, "perturb": False}], rho=0.5, lr=0.1)  # of a group's own
+        assert SAM(base, rho=0.3).param_groups[0]["rho"] == 0.3
+        SAM(earlier.param_groups, rho=0.5, lr=0.1)  # as with any option of a group
+        SAM(torch.optim.SGD([{"params": make_params([3]), "rho": 0.3}], lr=0.1), rho=0.5)
 
 
 def test_sam_inside_sam_is_refused() -> None:
