@@ -79,6 +79,13 @@ OF_OPTIMIZER = [
         ("test_protocol.py",),
     ),
     Breakage(
+        "a plain state dict takes the groups' own options away",
+        "sam_fast/wrapper.py",
+        "        if known is not groups:\n",
+        "        if False:\n",
+        ("test_state_dict.py::test_groups_keep_their_own_options_when_a_plain_state_dict_has_none",),
+    ),
+    Breakage(
         "a refused group stays",
         "sam_fast/wrapper.py",
         "            self.param_groups.pop()  # a group that SAM refuses must not stay in the base optimizer\n",
