@@ -15,7 +15,7 @@ from .backends import forced
 from .base_step import BaseStep, maximizes, reset_gradients
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
-from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
+from .closures import AUTO, check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
 from .options import as_groups, check_arguments, check_base, make_base, take_over_options, warn_of_kept_options
@@ -167,7 +167,7 @@ class SAM(Passes, OptimizerWrapper):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
+        state = {"_rounds": False, "_closure": AUTO, "_schedule": None, **state}  # 0.1.0 had not all of them
         settings = state.pop("_perturbation")
         super().__setstate__(state)
         self._perturbation = Perturbation(*settings)

@@ -298,6 +298,24 @@ def test_copies_keep_backend_flatten_and_perturb_eps(backend: str, flatten: bool
         assert (q.grad is not None) is flatten
 
 
+def test_a_pickle_of_version_0_1_0_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a net of skorch's, which has the optimizer in it."""
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1, rho=0.3)
+    sam_steps(params, optimizer, range(1))
+    held = ("defaults", "base_optimizer", "_sam_defaults", "_perturbation")
+    state = {name: value for name, value in optimizer.__getstate__().items() if name in held}
+    monkeypatch.setattr(SAM, "__getstate__", lambda _: state)
+    twin = pickle.loads(pickle.dumps(optimizer))
+    monkeypatch.undo()
+    own = twin.param_groups[0]["params"]
+    for q, o in ((params, optimizer), (own, twin)):
+        sam_steps(q, o, range(1, 3))
+        o.step(lambda q=q: give(q, 9))
+    assert same_bits(params, own)
+    assert pickle.loads(pickle.dumps(twin)).param_groups[0]["rho"] == 0.3
+
+
 def test_a_shallow_copy_leaves_the_parameters_where_they_are(flatten: bool) -> None:
     """A parameter's address never changes after construction."""
     params = make_params([30, 7])
