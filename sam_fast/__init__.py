@@ -23,6 +23,9 @@ else:
             return import_module(".sharpness", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "sharpness"})
+
 
 __version__ = "0.2.0"
 

@@ -131,6 +131,23 @@ def take_over_options(made: list[dict[str, Any]], given: list[dict[str, Any]]) -
             group.setdefault(name, found[0][name])
 
 
+def warn_of_kept_options(groups: list[dict[str, Any]], given: dict[str, Any]) -> None:
+    """Warn of arguments without effect, because all groups of an existing optimizer have SAM's options: from an earlier
+    SAM around it, or from a checkpoint.
+    """
+    if not all(group.keys() >= set(OPTIONS) for group in groups):
+        return
+    kept = [name for name in OPTIONS[:3] if not any(group[name] == given[name] for group in groups)]
+    if kept:
+        has, argument = (", ".join(f"{name}={values[name]!r}" for name in kept) for values in (groups[0], given))
+        warnings.warn(
+            f"the parameter groups have SAM's options already, from an earlier SAM or a checkpoint, and keep {has}, "
+            f"not {argument}: set them in optimizer.param_groups",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _tensors(params: Any) -> list[Tensor]:
     """The parameters of a group, named or not."""
     return [p[1] if isinstance(p, tuple) else p for p in ([params] if isinstance(params, Tensor) else params)]
@@ -196,14 +213,15 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def make_plain(group: dict[str, Any]) -> None:
-    """Check a group's options, and turn ints and NumPy's numbers into floats and bools, which pass at once next time.
+    """Check a group's options, and turn ints and NumPy's numbers into floats and bools, which pass at once next time,
+    and which ``torch.load`` accepts.
 
     Raises:
         ValueError: as :func:`check_options`.
     """
     check_options(group)
     for name in OPTIONS:
-        value = group[name]
+        value: Any = group.get(name)
         # Other things that convert to a number (a tensor, an array, an object with __float__) may change their value.
         if isinstance(value, Number) or (hasattr(value, "dtype") and not hasattr(value, "__setitem__")):  # numpy's bool
             group[name] = bool(value) if name in FLAGS else float(value)
@@ -236,7 +254,11 @@ def check_count(name: str, value: Any, at_least: int = 1) -> None:
 
 def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
     """Raise ValueError if ``value`` is not true or false: "False" from a configuration file would be taken for true."""
-    if value not in (True, False):
+    try:
+        known = value in (True, False)
+    except (RuntimeError, ValueError):  # of several elements
+        known = False
+    if not known:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 

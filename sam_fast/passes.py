@@ -50,14 +50,16 @@ class Passes:
 
     @property
     def grad_norm(self) -> Tensor:
-        """``||T g||`` of the last ``first_step``: a 0-d float64 tensor on the (first) parameters' device. Reading it
-        does not wait for the device.
+        """``||T g||`` of the last ``first_step`` that perturbed: a 0-d float64 tensor on the (first) parameters'
+        device. Reading it does not wait for the device.
 
         Raises:
-            RuntimeError: there was no first_step yet.
+            RuntimeError: there was none yet.
         """
         if not self._perturbation.measured:
-            raise RuntimeError("grad_norm is known after the first first_step()")
+            raise RuntimeError(
+                "grad_norm is known after the first first_step() that perturbs: with a schedule ask will_perturb"
+            )
         return self._perturbation.norm.value.clone()
 
     @torch.no_grad()

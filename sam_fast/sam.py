@@ -15,10 +15,18 @@ from .backends import forced
 from .base_step import reset_gradients
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
-from .closures import check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
+from .closures import AUTO, check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
-from .options import as_groups, check_arguments, check_base, check_variant, make_base, take_over_options
+from .options import (
+    as_groups,
+    check_arguments,
+    check_base,
+    check_variant,
+    make_base,
+    take_over_options,
+    warn_of_kept_options,
+)
 from .passes import Passes
 from .perturbation import Perturbation, forget_old_weights
 from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
@@ -117,12 +125,15 @@ class SAM(Passes, OptimizerWrapper):
         self._closure = closure
         self._schedule = schedule
         self._sam_defaults = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True}
+        if isinstance(params, Optimizer):
+            warn_of_kept_options(groups, self._sam_defaults)
         self._fill_in_options(groups)
         super().__init__(groups)
         base = make(groups)
         check_base(base, flatten)
         take_over_options(base.param_groups, groups)
         self._fill_in_options(base.param_groups)
+        self._note_options(base.param_groups)
         self.base_optimizer = base
         self.defaults = {**base.defaults, **self._sam_defaults}
         self._perturbation = Perturbation(backend, flatten, perturb_eps)
@@ -153,6 +164,7 @@ class SAM(Passes, OptimizerWrapper):
             "defaults": self.defaults,
             "base_optimizer": self.base_optimizer,
             "_sam_defaults": self._sam_defaults,
+            "_made_with": self._made_with,
             "_rounds": self._rounds,
             "_closure": self._closure,
             "_schedule": self._schedule,
@@ -160,7 +172,7 @@ class SAM(Passes, OptimizerWrapper):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
+        state = {"_rounds": False, "_closure": AUTO, "_schedule": None, "_made_with": [], **state}  # as 0.1.0
         settings = state.pop("_perturbation")
         super().__setstate__(state)
         self._perturbation = Perturbation(*settings)
@@ -208,7 +220,7 @@ class SAM(Passes, OptimizerWrapper):
         groups = base.param_groups
         for group in groups:
             if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
-                self._fill_in_options(groups)
+                self._fill_in_options(groups, self._made_with)
                 break
         if step.unused:
             step.train_unused()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.optim import optimizer as torch_optimizer
 from .amp import ATTRIBUTES
 from .base_step import BaseStep, is_scheduler_wrapper, maximizes, profiling
 from .closures import all_zero
-from .options import OPTIONS, check_options, without_old_weights
+from .options import OPTIONS, check_options, make_plain, without_old_weights
+from .perturbation import Perturbation
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that swap the weights for others, as those of schedule-free optimizers do."""
@@ -48,19 +50,29 @@ class OptimizerWrapper(Optimizer):
     base_optimizer: Optimizer
     _base_step: BaseStep
     _known_base: Optimizer
-    _perturbation: Any
+    _perturbation: Perturbation
     _sam_defaults: dict[str, Any]
+    _made_with: list[dict[str, Any]]
     _plain_step: Callable[..., Any]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        self._made_with = []
         self.base_optimizer = _NoBaseYet()  # type: ignore[assignment]
         super().__init__(groups, {})
 
-    def _fill_in_options(self, groups: Iterable[dict[str, Any]]) -> None:
-        for group in groups:
-            missing = {name: self._sam_defaults[name] for name in OPTIONS if name not in group}
+    def _fill_in_options(self, groups: Iterable[dict[str, Any]], made_with: Sequence[dict[str, Any]] = ()) -> None:
+        """Give groups the options that they lack: those of the group in the same place of ``made_with``, or else the
+        constructor's.
+        """
+        for index, group in enumerate(groups):
+            options = {**self._sam_defaults, **(made_with[index] if index < len(made_with) else {})}
+            missing = {name: options[name] for name in OPTIONS if name not in group}
             check_options({**group, **missing})
             group.update(missing)
+
+    def _note_options(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Note SAM's options of new groups, for the case that a state dict without them is loaded."""
+        self._made_with.extend({name: group[name] for name in OPTIONS} for group in groups)
 
     def _work_with(self, base: Optimizer) -> None:
         """Step with ``base``: the first base optimizer, or one that was assigned in its place."""
@@ -102,7 +114,7 @@ class OptimizerWrapper(Optimizer):
             value = getattr(base, name)
         except AttributeError:
             text = (
-                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, a "
+                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, of class "
                 f"{type(base).__name__}"
             )
             if name in OPTIONS:
@@ -117,6 +129,11 @@ class OptimizerWrapper(Optimizer):
             return method(*args, **kwargs)
 
         return checked
+
+    def __repr__(self) -> str:
+        """PyTorch's, with the base optimizer's class."""
+        name = type(self).__name__
+        return super().__repr__().replace(name, f"{name} around {type(self.base_optimizer).__name__}", 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`. Options it lacks take the
@@ -138,6 +155,7 @@ class OptimizerWrapper(Optimizer):
         except BaseException:
             self.param_groups.pop()  # a group that SAM refuses must not stay in the base optimizer
             raise
+        self._note_options(self.param_groups[-1:])
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with SAM's options in its groups and never a copy of the weights.
@@ -148,6 +166,9 @@ class OptimizerWrapper(Optimizer):
             warnings.warn(SAVED_WHILE_PERTURBED, RuntimeWarning, stacklevel=2)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        for group in self.param_groups:
+            with suppress(ValueError):  # which the next step raises
+                make_plain(group)
         state_dict = self.base_optimizer.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -170,8 +191,8 @@ class OptimizerWrapper(Optimizer):
                 group["lr"] = rate
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take the constructor's
-        values.
+        """Load a state dict of SAM or of a plain base optimizer. Groups that lack SAM's options take those that they
+        were made with.
 
         A state dict of the reference implementation loads too. It holds a copy of old weights and nothing of the base
         optimizer: the copy is dropped, the base optimizer keeps the state it has, and a warning says so.
@@ -191,7 +212,7 @@ class OptimizerWrapper(Optimizer):
             state_dict["state"] = without_old_weights(state_dict["state"], self.base_optimizer)
         self.base_optimizer.load_state_dict(state_dict)
         self._base_step.look_at(self.base_optimizer)  # a user's own may load into the same state object
-        self._fill_in_options(self.param_groups)
+        self._fill_in_options(self.param_groups, self._made_with)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_a_bad_option_of_a_group_is_refused(option: str, value: float, how: str)
 
 
 @pytest.mark.parametrize("option", ["adaptive", "perturb", "flatten"])
-@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5])
+@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5, torch.ones(2), np.ones(2)], ids=repr)
 def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> None:
     """A string from a configuration file was true, whatever it said."""
     group = {"params": make_params([3]), option: value}
@@ -110,6 +111,24 @@ def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
     params = make_params([3])
     with pytest.raises(TypeError, match=r"base_optimizer.*class.*, got an existing SGD: pass it in place of params"):
         SAM(params, torch.optim.SGD(params, lr=0.1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("through", ["the optimizer", "a checkpoint"])
+def test_arguments_without_effect_around_the_optimizer_of_an_earlier_sam_are_told(through: str) -> None:
+    """A cell of a notebook that is run again with another rho."""
+    params = make_params([3])
+    base = torch.optim.SGD(params, lr=0.1)
+    earlier = SAM(base, rho=0.3)
+    if through == "a checkpoint":
+        base = torch.optim.SGD(params, lr=0.1)
+        base.load_state_dict(earlier.state_dict())
+    with pytest.warns(RuntimeWarning, match=r"keep rho=0\.3, adaptive=False, not rho=0\.5, adaptive=True"):
+        SAM(base, rho=0.5, adaptive=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SAM(base, rho=0.3).param_groups[0]["rho"] == 0.3
+        SAM(earlier.param_groups, rho=0.5, lr=0.1)  # as with any option of a group
+        SAM(torch.optim.SGD([{"params": make_params([3]), "rho": 0.3}], lr=0.1), rho=0.5)
 
 
 def test_sam_inside_sam_is_refused() -> None:

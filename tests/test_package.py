@@ -290,10 +290,19 @@ def test_importing_the_package_imports_nothing_heavy():
     script = "import sys, torch; before = set(sys.modules); import sam_fast; new = set(sys.modules) - before; "
     script += (
         "assert not any(m.startswith(('torch.distributed', 'sam_fast.sharpness')) for m in new); "
+        "assert {*sam_fast.__all__, 'sharpness', '__version__'} <= set(dir(sam_fast)); "
         "print(sorted({m.split('.')[0] for m in new}))"
     )
     output = run(sys.executable, "-c", script, cwd=ROOT)
     assert not {"numpy", "matplotlib", "sklearn", "tqdm", "triton"} & set(eval(output)) - set(sys.stdlib_module_names)
+
+
+def test_the_callback_without_lightning_says_what_is_missing():
+    """It said ``pytorch_lightning``, the older package, which is asked last."""
+    if any(map(importlib.util.find_spec, ("lightning", "pytorch_lightning"))):
+        pytest.skip("Lightning is installed")
+    with pytest.raises(ImportError, match="No module named 'lightning'"):
+        importlib.import_module("sam_fast.integrations.lightning")
 
 
 def test_info_names_versions_backends_and_the_build(capsys):

@@ -97,8 +97,10 @@ def test_the_callers_groups_are_not_changed():
     assert set(groups[0]) == {"params", "rho"}
 
 
-def test_repr_shows_the_options():
-    assert "rho: 0.05" in repr(SAM(make_params([3]), lr=0.1))
+def test_repr_shows_the_base_optimizer_and_the_options():
+    text = repr(SAM(make_params([3]), torch.optim.AdamW, lr=0.1))
+    assert text.startswith("SAM around AdamW (\nParameter Group 0\n")
+    assert "rho: 0.05" in text
 
 
 # ---- One state -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_params, same_bits, values
+from cases import give, make_params, same_bits, values
 from test_schedule import batches, guarded, network
 from torch import Tensor, nn
 from torch.distributed import checkpoint
@@ -238,3 +238,15 @@ def test_a_schedule_that_never_perturbs_is_one_warning() -> None:
     assert run(Schedule(start=0.9, total=1000), 100) == []
     assert run(Schedule(every=7), 120) == []
     assert run(Schedule(stop=10), 110, counter=20) == []  # resumed: the run before has perturbed
+
+
+def test_grad_norm_waits_for_a_step_that_perturbs_and_says_so() -> None:
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1, schedule=Schedule(start=1))
+    for n in range(2):
+        with pytest.raises(RuntimeError, match=r"the first first_step\(\) that perturbs"):
+            _ = optimizer.grad_norm
+        give(params, n)
+        optimizer.first_step()
+        optimizer.second_step()
+    assert float(optimizer.grad_norm) > 0.0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import give, make_params, normal, same_bits, same_step, values
@@ -146,6 +147,38 @@ def test_options_of_each_group_survive_a_file(tmp_path: Path) -> None:
     other.load_state_dict(saved)
     assert own.items() <= other.param_groups[0].items()
     assert other.param_groups[1]["rho"] == 0.05
+
+
+@pytest.mark.guarantee(id="older-state-dicts")
+@pytest.mark.parametrize("through", ["sam", "base"])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_groups_keep_their_own_options_when_a_plain_state_dict_has_none(through: str, flatten: bool) -> None:
+    own: dict[str, Any] = {"rho": 0.3, "adaptive": True, "eta": 0.2, "perturb": False}
+    params = make_params([3, 4])
+    optimizer = SAM([{"params": params[:1]}, {"params": params[1:], **own}], lr=0.1, rho=0.7, flatten=flatten)
+    plain = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.5)
+    for _ in range(2):
+        (optimizer if through == "sam" else optimizer.base_optimizer).load_state_dict(plain.state_dict())
+        give(params, 1)
+        before = values(params)
+        optimizer.first_step()
+        assert own.items() <= optimizer.param_groups[1].items()
+        assert [group["rho"] for group in optimizer.param_groups] == [0.7, 0.3]
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+        assert not same_bits(params[:1], before[:1])
+        assert same_bits(params[1:], before[1:])
+        optimizer.restore()
+
+
+@pytest.mark.guarantee(id="state-dict")
+def test_numpys_numbers_among_the_options_load_with_weights_only(tmp_path: Path) -> None:
+    """A warm-up of rho by numpy sets them, most often right before a checkpoint is saved."""
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1, rho=np.float64(0.3), adaptive=np.bool_(True))
+    assert through_file(optimizer.state_dict(), tmp_path)["param_groups"][0]["rho"] == 0.3
+    sam_steps(params, optimizer, range(1))
+    optimizer.param_groups[0]["rho"] = np.interp(0.5, [0.0, 1.0], [0.0, 0.5])
+    assert through_file(optimizer.state_dict(), tmp_path)["param_groups"][0]["rho"] == 0.25
 
 
 def test_named_parameters_keep_their_names_in_a_state_dict() -> None:
@@ -303,6 +336,24 @@ def test_copies_keep_backend_flatten_and_perturb_eps(backend: str, flatten: bool
         twin.restore()
         twin.zero_grad()
         assert (q.grad is not None) is flatten
+
+
+def test_a_pickle_of_version_0_1_0_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a net of skorch's, which has the optimizer in it."""
+    params = make_params([3])
+    optimizer = SAM(params, lr=0.1, rho=0.3)
+    sam_steps(params, optimizer, range(1))
+    held = ("defaults", "base_optimizer", "_sam_defaults", "_perturbation")
+    state = {name: value for name, value in optimizer.__getstate__().items() if name in held}
+    monkeypatch.setattr(SAM, "__getstate__", lambda _: state)
+    twin = pickle.loads(pickle.dumps(optimizer))
+    monkeypatch.undo()
+    own = twin.param_groups[0]["params"]
+    for q, o in ((params, optimizer), (own, twin)):
+        sam_steps(q, o, range(1, 3))
+        o.step(lambda q=q: give(q, 9))
+    assert same_bits(params, own)
+    assert pickle.loads(pickle.dumps(twin)).param_groups[0]["rho"] == 0.3
 
 
 def test_a_shallow_copy_leaves_the_parameters_where_they_are(flatten: bool) -> None:

@@ -29,9 +29,12 @@ else:
     try:
         from lightning.pytorch import Callback
         from lightning.pytorch.loggers.logger import DummyLogger
-    except ImportError:
-        from pytorch_lightning import Callback
-        from pytorch_lightning.loggers.logger import DummyLogger
+    except ImportError as error:
+        try:
+            from pytorch_lightning import Callback
+            from pytorch_lightning.loggers.logger import DummyLogger
+        except ImportError:
+            raise error from None  # the one to install, or what that one lacks
 
 
 class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]

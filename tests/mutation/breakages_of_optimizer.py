@@ -74,9 +74,16 @@ OF_OPTIMIZER = [
     Breakage(
         "loading leaves SAM's options out",
         "sam_fast/wrapper.py",
-        "        self._fill_in_options(self.param_groups)\n        for post_hook",
+        "        self._fill_in_options(self.param_groups, self._made_with)\n        for post_hook",
         "        for post_hook",
         ("test_protocol.py",),
+    ),
+    Breakage(
+        "a plain state dict takes the groups' own options away",
+        "sam_fast/wrapper.py",
+        "_fill_in_options(self.param_groups, self._made_with)",
+        "_fill_in_options(self.param_groups)",
+        ("test_state_dict.py::test_groups_keep_their_own_options_when_a_plain_state_dict_has_none",),
     ),
     Breakage(
         "a refused group stays",
