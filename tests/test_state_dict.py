@@ -152,12 +152,17 @@ def test_options_of_each_group_survive_a_file(tmp_path: Path) -> None:
 @pytest.mark.guarantee(id="older-state-dicts")
 @pytest.mark.parametrize("through", ["sam", "base"])
 @pytest.mark.parametrize("flatten", [False, True])
-def test_groups_keep_their_own_options_when_a_plain_state_dict_has_none(through: str, flatten: bool) -> None:
+def test_groups_take_the_options_they_were_made_with_when_a_plain_state_dict_has_none(
+    through: str, flatten: bool
+) -> None:
     own: dict[str, Any] = {"rho": 0.3, "adaptive": True, "eta": 0.2, "perturb": False}
     params = make_params([3, 4])
     optimizer = SAM([{"params": params[:1]}, {"params": params[1:], **own}], lr=0.1, rho=0.7, flatten=flatten)
     plain = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.5)
+    optimizer = copy.deepcopy(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(2):
+        optimizer.param_groups[0]["rho"] = optimizer.param_groups[1]["rho"] = 0.9
         (optimizer if through == "sam" else optimizer.base_optimizer).load_state_dict(plain.state_dict())
         give(params, 1)
         before = values(params)

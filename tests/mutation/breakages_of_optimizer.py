@@ -83,7 +83,7 @@ OF_OPTIMIZER = [
         "sam_fast/wrapper.py",
         "_fill_in_options(self.param_groups, self._made_with)",
         "_fill_in_options(self.param_groups)",
-        ("test_state_dict.py::test_groups_keep_their_own_options_when_a_plain_state_dict_has_none",),
+        ("test_state_dict.py::test_groups_take_the_options_they_were_made_with_when_a_plain_state_dict_has_none",),
     ),
     Breakage(
         "a refused group stays",
