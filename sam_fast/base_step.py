@@ -18,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from .backends.columns import local_tensor
 from .backends.memory import is_dense
 from .batchnorm import settle_running_stats
-from .options import and_inner
+from .options import with_inner
 from .rounding import ROUNDED
 from .steps import RULE_OF
 
@@ -39,7 +39,7 @@ profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lam
 
 def maximizes(base: Optimizer) -> bool:
     """Whether an optimizer maximizes in groups without ``maximize``: pytorch_optimizer's have it as an attribute."""
-    said = (getattr(optimizer, "maximize", False) for optimizer in and_inner(base))
+    said = (getattr(optimizer, "maximize", False) for optimizer in with_inner(base))
     return any(bool(value) and not callable(value) for value in said)
 
 

@@ -284,7 +284,7 @@ def check_base(base: Any, flatten: bool = False) -> None:
     for name in ("defaults", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if not hasattr(base, name):  # some wrappers do not call Optimizer.__init__
             setattr(base, name, OrderedDict())  # a hook's handle cannot weakly refer to a plain dict
-    for optimizer in and_inner(base):
+    for optimizer in with_inner(base):
         _check_one(optimizer)
         if flatten and getattr(optimizer, "parameters_as_bucket_view", False):
             raise ValueError(
@@ -293,7 +293,7 @@ def check_base(base: Any, flatten: bool = False) -> None:
             )
 
 
-def and_inner(base: Optimizer) -> list[Optimizer]:
+def with_inner(base: Optimizer) -> list[Optimizer]:
     """An optimizer, and the optimizers inside it if it is a wrapper such as Lookahead."""
     found = [base]
     for optimizer in found:

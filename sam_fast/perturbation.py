@@ -19,7 +19,7 @@ from .backends.memory import has_grad_dtype, is_plain, is_wrapper, overlapping, 
 from .norm import Norm
 from .options import name_of
 from .steps import NotFused
-from .storage import Flat, InPlace, Member, is_dtensor, sharded
+from .storage import Flat, InPlace, Member, is_dtensor, sharded_storage
 
 ParamGroups = Sequence[dict[str, Any]]
 
@@ -103,7 +103,7 @@ class Perturbation:
         members, left_out = self._members(param_groups)
         params = [p for p, _ in members]
         self._repeats = len(members) + len(left_out) < sum(len(group["params"]) for group in param_groups)
-        over_processes = sharded(params)
+        over_processes = sharded_storage(params)
         if self.flatten and over_processes is not None:
             raise ValueError(
                 "flatten=True cannot move DTensor parameters, whose memory belongs to whoever has sharded them: "

@@ -105,7 +105,7 @@ def make(backend: str, flatten: bool) -> Callable[..., SAM]:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def was_fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each second step, whether it was fused."""
     answers: list[bool] = []
 

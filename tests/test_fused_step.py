@@ -44,7 +44,7 @@ bases = pytest.mark.parametrize(("base", "options"), CASES, ids=IDS)
 @pytest.mark.not_interpreted
 @each_dtype
 @bases
-def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, taken):
+def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, was_fused):
     """SGD in float32 and float64: the same bits, weights and state. Adam: PyTorch's square root is MKL's, not always
     rounded correctly. With 16 bits PyTorch's default rounds every intermediate result to 16 bits; its fused step
     computes in float32, as this one, but in another order."""
@@ -55,7 +55,7 @@ def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, t
     optimizer = two_groups(params, base, **options)
     run(optimizer, params, steps)
     # With dampening PyTorch's first step is another one, which the base optimizer takes.
-    assert taken == [options.get("dampening", 0) == 0, *[True] * (steps - 1)]
+    assert was_fused == [options.get("dampening", 0) == 0, *[True] * (steps - 1)]
     twin = make_params(sizes, dtype)
     oracle = without(two_groups(twin, base, **options))
     run(oracle, twin, steps)
@@ -82,7 +82,7 @@ def test_a_hundred_steps_are_those_of_the_base_optimizer(base, options, dtype, t
 
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize(("base", "options"), CASES[len(SGD_OPTIONS) :], ids=IDS[len(SGD_OPTIONS) :])
-def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, options, taken):
+def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, options, was_fused):
     """From the same weights, gradients and state, in float32."""
     params, twin = make_params(SIZES), make_params(SIZES)
     optimizer, oracle = two_groups(params, base, **options), without(two_groups(twin, base, **options))
@@ -98,7 +98,7 @@ def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, o
         each.first_step()
         give(own, 3, 0.01)
         each.second_step()
-    assert taken[-2:] == [True, False]
+    assert was_fused[-2:] == [True, False]
     for p, q, w in zip(params, twin, before, strict=True):
         assert all(torch.equal(optimizer.state[p][name], oracle.state[q][name]) for name in optimizer.state[p])
         # A unit of the square root is at most 2^-23 of it, and so of the step, which is at most 0.03 long; then it is
@@ -107,7 +107,7 @@ def test_adams_state_has_the_same_bits_and_its_step_is_one_rounding_away(base, o
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_checkpoints_move_between_sam_and_its_base(base, taken):
+def test_checkpoints_move_between_sam_and_its_base(base, was_fused):
     options = {"momentum": 0.9} if base is torch.optim.SGD else {}
     params = make_params([100, 7, 3])
     optimizer = SAM(params, base, lr=0.1, **options)
@@ -121,13 +121,13 @@ def test_checkpoints_move_between_sam_and_its_base(base, taken):
         q.grad = torch.ones_like(q)
     plain.step()
     optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
-    taken.clear()
+    was_fused.clear()
     run(optimizer, params, 1, first=10)
-    assert taken == [True]
+    assert was_fused == [True]
 
 
 @pytest.mark.guarantee(id="restore-vanishing-gradients")
-def test_a_gradient_that_vanishes_or_appears_between_the_passes(taken):
+def test_a_gradient_that_vanishes_or_appears_between_the_passes(was_fused):
     params = make_params([100, 40_000, 300, 50])
     before = values(params)
     optimizer = SAM(params, torch.optim.SGD, lr=0.1)
@@ -136,36 +136,36 @@ def test_a_gradient_that_vanishes_or_appears_between_the_passes(taken):
     params[0].grad = None
     params[1].grad = torch.ones_like(params[1])
     optimizer.second_step()
-    assert taken == [True]
+    assert was_fused == [True]
     assert same_bits([params[0]], [before[0]])
     assert torch.equal(params[1], before[1] - 0.1)
     for i in (2, 3):
         assert torch.allclose(params[i], before[i] - 0.1 * params[i].grad, rtol=0, atol=1e-7)
 
 
-def test_a_group_that_is_not_perturbed_steps_too(taken):
+def test_a_group_that_is_not_perturbed_steps_too(was_fused):
     params = make_params([100, 200])
     before = values(params)
     optimizer = SAM([{"params": params[:1], "perturb": False}, {"params": params[1:]}], torch.optim.SGD, lr=0.1)
     optimizer.first_step()
     optimizer.second_step()
-    assert taken == [True]
+    assert was_fused == [True]
     for p, w in zip(params, before, strict=True):
         assert torch.allclose(p, w - 0.1 * p.grad, rtol=0, atol=1e-7)
 
 
-def test_gradients_of_another_layout(taken):
+def test_gradients_of_another_layout(was_fused):
     p = nn.Parameter(torch.randn(30, 40))
     before = p.detach().clone()
     optimizer = SAM([p], torch.optim.SGD, lr=0.1)
     p.grad = torch.randn(40, 30).t()
     optimizer.first_step()
     optimizer.second_step()
-    assert taken == [True]
+    assert was_fused == [True]
     assert torch.allclose(p, before - 0.1 * p.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_a_norm_that_is_not_finite_makes_it_an_ordinary_step(taken):
+def test_a_norm_that_is_not_finite_makes_it_an_ordinary_step(was_fused):
     params = make_params([100, 200])
     before = values(params)
     optimizer = SAM(params, torch.optim.SGD, lr=0.1)
@@ -173,12 +173,12 @@ def test_a_norm_that_is_not_finite_makes_it_an_ordinary_step(taken):
     optimizer.first_step()
     give(params, 5, 0.01)
     optimizer.second_step()
-    assert taken == [True]
+    assert was_fused == [True]
     for p, w in zip(params, before, strict=True):
         assert torch.allclose(p, w - 0.1 * p.grad, rtol=0, atol=1e-7)
 
 
-def test_options_are_read_anew_in_every_step(taken):
+def test_options_are_read_anew_in_every_step(was_fused):
     params = make_params([100])
     optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: [1.0, 0.0, 0.5][epoch])
@@ -190,7 +190,7 @@ def test_options_are_read_anew_in_every_step(taken):
         moved.append(not torch.equal(before, params[0]))
         scheduler.step() if len(moved) < 3 else None
     assert moved == [True, False, True]
-    assert taken == [True, True, True]
+    assert was_fused == [True, True, True]
 
 
 @pytest.mark.guarantee(id="stale-graph")
@@ -207,7 +207,7 @@ def test_writing_weights_is_visible_to_autograd():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
+def test_under_a_gradient_scaler_it_is_the_same_step(scale, was_fused):
     """A power of two changes no bit; an overflow in the second pass leaves weights and state as they were."""
     params, twin = make_params([100, 3000]), make_params([100, 3000])
     optimizer = SAM(params, torch.optim.AdamW, lr=0.1, perturb_eps=0.0)
@@ -236,7 +236,7 @@ def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
             assert not each.perturbed
     assert scaler.get_scale() == scale / 2
     # The step that overflowed does not count.
-    assert taken == [True, True, True, True, True, True, False, True, True]
+    assert was_fused == [True, True, True, True, True, True, False, True, True]
     assert same_bits(values(params), values(twin))
     for p, q in zip(params, twin, strict=True):
         assert all(torch.equal(optimizer.state[p][name], plain.state[q][name]) for name in plain.state[q])
@@ -244,7 +244,7 @@ def test_under_a_gradient_scaler_it_is_the_same_step(scale, taken):
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_flattened_parameters_take_the_same_step(base, backend, taken):
+def test_flattened_parameters_take_the_same_step(base, backend, was_fused):
     results = []
     for flatten in (False, True):
         params = make_params([5, 0, 17, 4003, 1, 100])
@@ -259,14 +259,14 @@ def test_flattened_parameters_take_the_same_step(base, backend, taken):
                 advance()
         state = [t for p in params for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)]
         results.append([*values(params), *state])
-        assert taken == [True] * 6
-        taken.clear()
+        assert was_fused == [True] * 6
+        was_fused.clear()
     assert same_bits(*results)
 
 
 @pytest.mark.guarantee(id="copies")
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
+def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, was_fused):
     results = []
     for rate in (0.01, torch.tensor(0.01, dtype=torch.float64)):
         params = make_params([100, 7])
@@ -280,8 +280,8 @@ def test_a_learning_rate_in_a_tensor_is_read_in_every_step(base, taken):
             else:
                 optimizer.param_groups[0]["lr"] *= 0.5
         results.append(values(params))
-        assert taken[1:] == [True, True, True]
-        taken.clear()
+        assert was_fused[1:] == [True, True, True]
+        was_fused.clear()
     assert same_step(base, *results)
 
 

@@ -53,14 +53,14 @@ KINDS += ["replaced step", "replaced step under a scheduler"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "state layout", "state dtype", "no state"])
-def test_what_the_kernels_do_not_do_is_the_base_optimizers_step(kind, taken):
+def test_what_the_kernels_do_not_do_is_the_base_optimizers_step(kind, was_fused):
     optimizer, params = refused(kind)
     twin_optimizer, twin = refused(kind)
-    taken.clear()
+    was_fused.clear()
     optimizer.first_step()
     optimizer.second_step()
-    assert taken == [kind == "no state"]  # which the kernel makes, with the same bits
-    assert (optimizer.second_step_path == "fused") == taken[0]
+    assert was_fused == [kind == "no state"]  # which the kernel makes, with the same bits
+    assert (optimizer.second_step_path == "fused") == was_fused[0]
     twin_optimizer.first_step()
     twin_optimizer.restore()
     with torch.no_grad() if kind != "lr with gradient" else torch.enable_grad():
@@ -94,7 +94,7 @@ def test_a_step_that_was_patched_in_its_class_is_called(base, wraps, monkeypatch
     assert before.second_step_path == "fused"
 
 
-def test_parameters_that_moved_between_the_passes(taken):
+def test_parameters_that_moved_between_the_passes(was_fused):
     """Given other memory between the passes: restored and stepped there, by PyTorch."""
     params = make_params([100, 7])
     before = values(params)
@@ -103,11 +103,11 @@ def test_parameters_that_moved_between_the_passes(taken):
     params[0].data = params[0].data.double()
     params[0].grad = torch.ones(100, dtype=torch.float64)
     optimizer.second_step()
-    assert taken == [False]
+    assert was_fused == [False]
     assert torch.allclose(params[0], before[0].double() - 0.1, rtol=0, atol=1e-12)
 
 
-def test_flattened_parameters_that_moved_take_the_base_optimizers_step(taken):
+def test_flattened_parameters_that_moved_take_the_base_optimizers_step(was_fused):
     params = make_params([100, 7])
     optimizer = SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, flatten=True)
     for _ in range(2):
@@ -124,12 +124,12 @@ def test_flattened_parameters_that_moved_take_the_base_optimizers_step(taken):
     optimizer.first_step()
     params[1].data = params[1].data.clone()
     optimizer.second_step()
-    assert taken[-1] is False
+    assert was_fused[-1] is False
     assert not optimizer.perturbed
 
 
 @pytest.mark.not_interpreted
-def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
+def test_one_odd_parameter_does_not_cost_the_others_their_kernel(was_fused):
     """A parameter with gaps in memory goes through the torch backend, in the same step."""
     results = []
     for fused in (True, False):
@@ -140,7 +140,7 @@ def test_one_odd_parameter_does_not_cost_the_others_their_kernel(taken):
             without(optimizer)
         run(optimizer, params, 3)
         results.append(values(params))
-    assert taken == [True, True, True, False, False, False]
+    assert was_fused == [True, True, True, False, False, False]
     assert same_bits(*results)
 
 

@@ -25,7 +25,7 @@ except ImportError:
 NO_COUNTERS, HOST_FLOAT32, HOST_FLOAT64, DEVICE_FLOAT32 = range(4)
 """The kinds of step counters: ``Gather::Counters`` in csrc/gather.h."""
 
-Wrong = tuple[bool, int, int]
+WrongState = tuple[bool, int, int]
 """What is wrong with a state: whether it is missing (else it is not laid out as its tensor), the number of its tensor,
 the number of its name.
 """
@@ -129,7 +129,7 @@ class PythonGather:
 
     def states(
         self, state: Any, names: tuple[str, ...], masks: array[int], columns: tuple[array[int], ...]
-    ) -> Wrong | None:
+    ) -> WrongState | None:
         for k, (name, addresses) in enumerate(zip(names, columns, strict=True)):
             tensors = state_tensors(state, self.params, self._takes(masks), 1 << k, name)
             if isinstance(tensors, int):
@@ -141,7 +141,7 @@ class PythonGather:
 
     def counters(
         self, state: Any, name: str, bit: int, masks: array[int], addresses: array[int]
-    ) -> tuple[Wrong | None, list[Tensor], int]:
+    ) -> tuple[WrongState | None, list[Tensor], int]:
         addresses[:] = column(len(addresses))
         tensors = state_tensors(state, self.params, self._takes(masks), bit, name)
         if isinstance(tensors, int):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..rounding import ROUNDED, round_stochastically
 from .memory import is_dense
 
-HAS_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+FUSED_HAS_DEFAULT_BITS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 """Whether PyTorch's fused CPU steps have its default bits: in whole vectors on x86, PyTorch 2.10 to 2.15."""
 
 VECTOR = 64
@@ -78,7 +78,7 @@ def asam_t(weights: list[Tensor], eta: float) -> list[Tensor]:
     return t
 
 
-def lazy(tensors: list[Tensor]) -> bool:
+def needs_resolving(tensors: list[Tensor]) -> bool:
     """Whether one is not what its memory holds (see resolve_neg, resolve_conj): foreach refuses to write to it."""
     return any(any(map(is_so, tensors)) for is_so in (Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotensor))
 
@@ -89,7 +89,7 @@ def materialized(tensor: Tensor) -> Tensor:
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if lazy(targets):
+    if needs_resolving(targets):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
     elif targets:
@@ -114,7 +114,7 @@ def perturb_tensors(
     """``w <- w + e``; the backups hold w. ``eta`` is None for SAM. Unless ``finite`` (None is True) nothing moves."""
     dtype = compute_dtype(weights[0].dtype)
     grads = to_dtype(grads, dtype)
-    in_place = weights[0].dtype == dtype and not dtype.is_complex and not lazy(weights)
+    in_place = weights[0].dtype == dtype and not dtype.is_complex and not needs_resolving(weights)
     if in_place and eta is None and finite is None:
         torch._foreach_add_(weights, grads, alpha=float(scale))
         return
@@ -162,7 +162,12 @@ def step_tensors(step: Step, columns: Sequence[list[Tensor]], divide: bool, has_
         step(False, *columns)
         return
     dtype, device = columns[0][0].dtype, columns[0][0].device
-    can = HAS_BITS and device.type == "cpu" and dtype in (torch.float32, torch.float64) and not any(map(lazy, columns))
+    can = (
+        FUSED_HAS_DEFAULT_BITS
+        and device.type == "cpu"
+        and dtype in (torch.float32, torch.float64)
+        and not any(map(needs_resolving, columns))
+    )
     line = VECTOR // dtype.itemsize
     strides = zip(*([t.stride() for t in column] for column in columns), strict=True)
     whole: list[Sequence[Tensor]] = []

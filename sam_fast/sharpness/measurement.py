@@ -20,7 +20,7 @@ from ..closure_stats import refers_to
 from ..options import check_count, check_flag, check_loss_fn
 from ..perturbation import Perturbation
 from ..random_state import RandomState
-from ..storage import is_dtensor, sharded
+from ..storage import is_dtensor, sharded_storage
 from ..storage.fsdp import forget_gathered_weights, give_up_pass, is_fsdp_module
 
 _STREAM = 20_180_000
@@ -65,7 +65,7 @@ class Measurement:
             raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}: use [(x, y)]")
         self.params_by_name = trainable(model)
         self.params = list(self.params_by_name.values())
-        spread = sharded(self.params)
+        spread = sharded_storage(self.params)
         if spread is not None and whole is not None:
             raise ValueError(
                 f"{whole} needs whole parameters, and model's are spread over processes: gather them "

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .flat import Flat
 from .in_place import InPlace, Member, ProcessGroups
-from .sharded import Sharded, is_dtensor, sharded
+from .sharded import Sharded, is_dtensor, sharded_storage
 
-__all__ = ["Flat", "InPlace", "Member", "ProcessGroups", "Sharded", "is_dtensor", "sharded"]
+__all__ = ["Flat", "InPlace", "Member", "ProcessGroups", "Sharded", "is_dtensor", "sharded_storage"]

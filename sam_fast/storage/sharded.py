@@ -131,7 +131,7 @@ class Sharded(InPlace):
         give_up_pass(self._dtensors)
 
 
-def sharded(params: Sequence[Tensor]) -> Sharded | None:
+def sharded_storage(params: Sequence[Tensor]) -> Sharded | None:
     """The storage of parameters of which some are spread over processes; None if there are none.
 
     Raises:
