@@ -167,15 +167,17 @@ def build(check: Check) -> bool:
     """Install the package. setup.py leaves out what cannot be built; CUDA kernels are left out, too, if they take too
     long. False if nothing can be installed."""
     (check.logs / "build.log").unlink(missing_ok=True)
-    architecture = check.machine.get("compute capability", "9.0").replace(".", "")
+    architecture, failed = check.machine.get("compute capability", "9.0").replace(".", ""), ""
     for switch in ("auto", "0"):
         check.waiting["build"] = STEPS["build"]
         step = check.run("build", BUILD, CMAKE_CUDA_ARCHITECTURES=architecture, SAM_FAST_CUDA=switch)
         if step.state != FAILED:
             break
+        failed = failed or step.detail
     if (built := step.state == PASSED) and (reason := cuda_module()) != "built":
         # The later ones serve what needs no CUDA module; the step itself has failed.
-        check.done("build", FAILED, f"what follows was run without the CUDA module: {reason}\n{step.detail}")
+        why = failed or f"{reason}\n{step.detail}"
+        check.done("build", FAILED, f"what follows was run without the CUDA module: {why}")
     return built
 
 

@@ -298,7 +298,8 @@ class Bench:
                 record.bytes_moved, record.copy_bytes = moved[part], self.copied
                 record.copy_rounds = list(map(min, zip(*copies, strict=True)))
             made.append(record)
-        for wrong in filter(None, (record.invalid() for record in made)):
+        # The figures of a smoke run say nothing: tiny shapes may by chance be faster than the copy.
+        for wrong in filter(None, (record.invalid() for record in made if not self.smoke)):
             self.leave_out(wrong)
             raise AssertionError(wrong)
         self.checked.add(case.id)

@@ -337,11 +337,16 @@ def main(argv: list[str] | None = None) -> None:
             run.compare(Run.load(arguments.again))
         run.save(root / "bench" / "results" / (f"{kind}-{name}.json" if name else f"{kind}.json"))
     cpus, gpus, others = (results(root, names) for names in ("cpu", "cuda", "cpu-*"))
+    if not cpus:
+        parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        parser.error(f"{readme} lacks the marks {BEGIN} and {END}")
     draw(cpus[0], page.parent / PICTURE)
     page.write_text(markdown(cpus[0], gpus, others))
-    before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(before + readme_table(cpus[0], others) + rest.partition(END)[2])
+    readme.write_text(before + readme_table(cpus[0], others) + after)
     print(f"written: {page}\nwritten: {readme}")
 
 

@@ -18,6 +18,7 @@ from bench.cases import CASES
 from bench.contenders import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE, Problem, make_params, params_of
 from bench.harness import PARTS, Bench, Case, Contender, nothing
 from bench.optimizer import operations_of, optimizer_step
+from bench.processes import import_time
 from bench.records import COPY, Record, Run, median
 from sam_fast import backends
 
@@ -175,6 +176,7 @@ def test_what_is_faster_than_a_copy_is_an_error():
 
 def test_a_benchmark_with_a_figure_that_cannot_be_right_fails_and_is_not_kept():
     bench = Bench("rehearsal")
+    bench.smoke = False
     moved = 1600 * bench.copied  # in next to no time
     with pytest.raises(
         AssertionError, match=r"perturb, operation \| big: invalid, an error in the measurement: sam_fast at"
@@ -190,6 +192,25 @@ def test_a_benchmark_with_a_figure_that_cannot_be_right_fails_and_is_not_kept():
     reads = {"sam_fast": Contender({"grad_norm": nothing})}
     bench.run(Case(nothing, "operation", "big"), reads, 1, bytes_moved={"grad_norm": moved})
     assert len(bench.records) == 1
+
+
+def test_the_figures_of_a_smoke_run_are_no_errors():
+    bench = Bench("rehearsal")
+    writes = {"sam_fast": Contender({"perturb": nothing})}
+    (record,) = bench.run(Case(nothing, "operation", "big"), writes, 1, bytes_moved={"perturb": 1600 * bench.copied})
+    assert record.invalid()
+    assert bench.left_out == []
+
+
+def test_the_import_is_timed_with_its_byte_code_on_disk(monkeypatch):
+    seen = []
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(
+        subprocess, "check_output", lambda _, env=os.environ: seen.append(env["PYTHONDONTWRITEBYTECODE"]) or b"0.25"
+    )
+    import_time(bench := Bench(smoke=True), CASE)
+    assert seen == [""] * 4
+    assert bench.records[0].rounds == {"sam_fast": [0.25] * 3}
 
 
 def test_what_a_gpu_s_cache_holds_has_no_bandwidth():
@@ -283,6 +304,18 @@ def test_targets_that_were_not_measured_say_so():
     rows = report.judged(report.ON_THE_CPU + report.ON_A_GPU, Run(MACHINE))
     assert len(rows) == len(report.ON_THE_CPU) + len(report.ON_A_GPU)
     assert {(row["measured"], row[""]) for row in rows} == {("", report.NOT_MEASURED)}
+
+
+def test_without_results_or_marks_nothing_is_written_and_the_error_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--root", str(tmp_path)])
+    assert "cpu.json: run `make bench`" in capsys.readouterr().err
+    run_with().save(tmp_path / "bench" / "results" / "cpu.json")
+    (tmp_path / "README.md").write_text(text := f"before\n{report.BEGIN}\nold\nafter\n")
+    with pytest.raises(SystemExit):
+        report.main(["--root", str(tmp_path)])
+    assert f"lacks the marks {report.BEGIN}" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):

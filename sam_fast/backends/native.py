@@ -33,7 +33,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 """Matches ``enum class DType`` in csrc/table.h."""
 
 BUILD_NOTE = Path(__file__).parent.parent / "_build_info.json"
-"""In which setup.py notes for each native module that it was built, or why not."""
+"""The file in which setup.py notes for each native module that it was built, or why not."""
 
 MAX_STATES = 3
 

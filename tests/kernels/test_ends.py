@@ -15,6 +15,8 @@ from sam_fast.backends import Backend
 
 PAGE = mmap.PAGESIZE
 SIZES = [*range(1, 36), 63, 64, 65]
+AHEAD = 2048
+"""Bytes before a tensor's end at which a step stops prefetching: ``kStepAhead`` of csrc/cpu/step.h."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -36,8 +38,9 @@ def test_nothing_behind_a_tensor_is_touched(kernels: Backend, dtype: torch.dtype
     if kernels.name != "cpu":
         pytest.skip("memory of the CPU is guarded")
     found = []
+    ahead = [(AHEAD + vectors) // dtype.itemsize + i for vectors in range(0, 160, 32) for i in (-1, 0, 1)]
     for guarded in (True, False):
-        params = make_params(SIZES, dtype)
+        params = make_params([*SIZES, *ahead], dtype)
         if guarded:
             grads = [at_the_end_of_memory(p.grad) for p in params]
             params = [nn.Parameter(at_the_end_of_memory(p)) for p in params]
