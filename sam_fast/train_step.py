@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .amp import without_scale
 from .batches import every_row, number_of_rows, slice_rows, versions_of, warn_of_written, with_own_containers
 from .closure_stats import refers_to
-from .closures import accelerate_accumulates, are_new
+from .closures import accelerate_accumulates
+from .gradients import are_new
 from .options import check_at_least_zero, check_count, check_flag, check_loss_fn
 from .passes import learns_graph
 from .running_stats import ExtraBuffers, check_models
@@ -216,7 +217,8 @@ class TrainStep:
                         raise ValueError(f"loss_fn must return one number, a mean, got shape {tuple(loss.shape)}")
                     if end - begin < rows:
                         loss = loss * ((end - begin) / rows)
-                self._backward(loss)
+                if loss.requires_grad or not self.sam._step.unused:  # else it depends on no weight that is perturbed
+                    self._backward(loss)
             found = loss.detach().reshape(())
             total = found if total is None else total + found
         assert total is not None

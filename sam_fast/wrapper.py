@@ -17,9 +17,10 @@ from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
 from .base_step import BaseStep, is_scheduler_wrapper, maximizes, profiling
-from .closures import all_zero
-from .options import OPTIONS, check_options, make_plain, without_old_weights
+from .gradients import all_zero
+from .options import OPTIONS, check_base, check_options, make_plain, without_old_weights
 from .perturbation import Perturbation
+from .schedule import STEP, start_counter
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that swap the weights for others, as those of schedule-free optimizers do."""
@@ -79,6 +80,16 @@ class OptimizerWrapper(Optimizer):
         self._base_step = BaseStep(base, self._perturbation)
         self._perturbation.maximize = maximizes(base)
         self._known_base = base
+
+    def _current_base(self) -> Optimizer:
+        """The base optimizer. One that was put in the place of another is checked, and goes on with its counter."""
+        base, known = self.base_optimizer, self._known_base
+        if base is not known:
+            check_base(base, self._perturbation.flatten)
+            if any(STEP in group for group in known.param_groups):
+                start_counter(base.param_groups, known.param_groups)
+            self._work_with(base)
+        return base
 
     @property
     def state(self) -> Any:
