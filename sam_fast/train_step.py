@@ -217,8 +217,7 @@ class TrainStep:
                         raise ValueError(f"loss_fn must return one number, a mean, got shape {tuple(loss.shape)}")
                     if end - begin < rows:
                         loss = loss * ((end - begin) / rows)
-                if loss.requires_grad or not self.sam._step.unused:  # else it depends on no weight that is perturbed
-                    self._backward(loss)
+                self._backward(loss)
             found = loss.detach().reshape(())
             total = found if total is None else total + found
         assert total is not None
@@ -236,7 +235,7 @@ class TrainStep:
     def _backward(self, loss: Tensor) -> None:
         if self.backward is not None:
             self.backward(loss)
-        else:
+        elif loss.requires_grad or not self.sam._step.unused:  # else it depends on no weight that is perturbed
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _second_step(self) -> None:
