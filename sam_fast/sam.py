@@ -288,8 +288,8 @@ class SAM(Passes, OptimizerWrapper):
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
 
         Raises:
-            RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients; or a closure from
-                a GradScaler. If the closure raises, w is restored.
+            RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients where the step
+                perturbs; or a closure from a GradScaler. If the closure raises, w is restored.
             ValueError: ``replay_rng`` where the closure would not be called for both passes, or
                 ``first_pass(replay_rng=True)`` where it would; a pattern in ``extra_buffers`` that matches nothing in
                 ``model``.
