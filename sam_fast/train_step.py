@@ -74,8 +74,8 @@ class TrainStep:
     Raises:
         TypeError: an argument is of the wrong type, or there is no SAM in ``optimizer``.
         ValueError: an argument is out of range, a pattern in ``extra_buffers`` fits nothing, ``replay_rng`` where
-            ``ascent`` leaves rows out, ``scaler`` with ``backward``, ``backward`` of an Accelerator that accumulates, or a
-            model in FSDP1.
+            ``ascent`` leaves rows out, ``scaler`` with ``backward``, ``backward`` of an Accelerator that accumulates,
+            or a model in FSDP1.
     """
 
     def __init__(
