@@ -214,7 +214,8 @@ class SAM(Passes, OptimizerWrapper):
             raise RuntimeError(
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
-        groups = self._current_base().param_groups
+        known = self._known_base
+        groups = (known if self.base_optimizer is known else self._current_base()).param_groups  # most often no call
         for group in groups:
             if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
                 self._fill_in_options(groups, self._made_with)
