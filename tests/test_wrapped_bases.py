@@ -291,6 +291,8 @@ def test_the_counter_goes_on_with_the_base_optimizer_in_the_place_of_another(sch
     for number in range(8):
         if number in (1, 5):
             optimizer.base_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            saved = optimizer.state_dict()["param_groups"][0]
+            assert (saved["rho"], saved.get("sam_step")) == (0.05, None if schedule is None else number)
         assert optimizer.will_perturb == (schedule is None or schedule.perturbs(number))
         perturbed.append(step(torch.ones(4, 3)).grad_norm is not None)
     assert perturbed == [schedule is None or schedule.perturbs(number) for number in range(8)]
