@@ -24,6 +24,7 @@ from weakref import ReferenceType, WeakKeyDictionary, finalize, ref
 import torch
 from torch import nn
 
+from .gradients import BEFORE, are_new, mark_used
 from .module_hooks import ModuleHooks
 from .running_stats import ExtraBuffers, Layers, Models, as_models, find_layers
 from .snapshot import BatchNormSnapshot
@@ -59,10 +60,13 @@ class _Group:
         disabled, when any SAM step ends.
         """
         if self._params is None:
-            layers = self.layers()
-            bare = [layer for layer in layers if not any(p is not None for p in layer._parameters.values())]
-            self._params = frozenset(map(id, [*self._trained_with(layers), *self._trained_with(bare)]))
+            self._params = frozenset(map(id, self._all_trained()))
         return not self._params.isdisjoint(params)
+
+    def _all_trained(self) -> list[nn.Parameter]:
+        layers = self.layers()
+        bare = [layer for layer in layers if not any(p is not None for p in layer._parameters.values())]
+        return [*self._trained_with(layers), *self._trained_with(bare)]
 
     def _trained_with(self, layers: list[nn.Module]) -> list[nn.Parameter]:
         """The parameters of layers; where they have none (affine=False), those of the models they are in."""
@@ -89,6 +93,12 @@ class _Group:
         elif layers:
             self.snapshot._restore_layers(layers)
 
+    def begin_settled(self) -> None:
+        """Note that the layers were disabled between steps: gradients that are there come from earlier passes."""
+        self.settle()
+        self.fresh = True
+        mark_used((p.grad for p in self._all_trained() if p.grad is not None), BEFORE)
+
     def settle(self) -> None:
         """Note that what the layers hold is right."""
         self.settled, self.fresh, self.of_step, self._params = True, False, False, None
@@ -114,7 +124,8 @@ class _Group:
         if self.fresh and not self.snapshot._has_changed(counters=False):
             return layers
         running = [layer for layer in layers if layer.training]
-        ran = any(p.grad is not None and (trained is None or id(p) in trained) for p in self._trained_with(running))
+        grads = (p.grad for p in self._trained_with(running) if trained is None or id(p) in trained)
+        ran = any(grad is not None and are_new([grad]) and are_new([grad], BEFORE) for grad in grads)
         return running if ran else []
 
 
@@ -181,8 +192,7 @@ def disable_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> No
         if any(step is not None and step.active and step.thread == here for step in steps):  # its second pass follows
             group.of_step = True
         else:
-            group.settle()
-            group.fresh = True
+            group.begin_settled()
             _watch.update()
 
 
@@ -243,12 +253,22 @@ def frozen_running_stats(model: Models, extra_buffers: ExtraBuffers = ()) -> Ite
         ValueError: a pattern in ``extra_buffers`` matches nothing.
     """
     models = as_models(model, "frozen_running_stats(model)")
-    snapshot = save_layers(models, find_layers(models, extra_buffers))
+    layers = find_layers(models, extra_buffers)
+    disabled = {_disabled.get(layer) for layer in layers.modules} if _disabled else ()
+    settled = {group: group.reestimates() for group in disabled if group and group.settled and not group.has_extra}
+    snapshot = save_layers(models, layers)
     try:
         yield
     finally:
         snapshot.restore()
         keep(models, snapshot)
+        # What disabled layers hold is right again, and so is what is loaded into them from now on.
+        for group, changed in settled.items():
+            if not group.settled and {*group.layers()} <= {*layers.modules}:
+                if not changed:
+                    group.snapshot._note_versions()
+                group.settle()
+                _watch.update()
 
 
 # ---- Steps of SAM ----------------------------------------------------------------------------------------------------

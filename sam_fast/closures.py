@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .amp import check_unscaled
 from .closure_stats import uncounted_forwards
 from .devices import devices_of
+from .gradients import all_zero, are_new, mark_used
 from .options import check_flag
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, check_extra_buffers, check_models
 from .step_state import StepState
 
 AUTO, BOTH, SECOND = "auto", "both", "second"
-
-USED = "_sam_fast_spent"
-"""Attribute of a gradient tensor: its version when it was last used or zeroed.
-
-A gradient that still has that version is not a new one.
-"""
 
 TAKEN = (
     "step(closure) found gradients and takes them for the first pass, as the reference implementation does; the "
@@ -86,39 +80,6 @@ def check_closure_option(name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` says which passes a closure computes."""
     if value not in (AUTO, BOTH, SECOND):
         raise ValueError(f'{name} must be "auto", "both" or "second", got {value!r}')
-
-
-def mark_used(gradients: Iterable[Tensor]) -> None:
-    """Note that these gradients are not new until they change."""
-    for grad in gradients:
-        setattr(grad, USED, _version(grad))
-
-
-def are_new(gradients: Iterable[Tensor]) -> bool:
-    """Whether there is a gradient that no step has used and nobody has zeroed through the optimizer."""
-    return any(getattr(grad, USED, None) != _version(grad) for grad in gradients)
-
-
-def _version(grad: Tensor) -> int:
-    try:
-        return grad._version
-    except RuntimeError:  # an inference tensor: a gradient that was estimated without a backward pass
-        return 0
-
-
-def all_zero(gradients: Iterable[Tensor]) -> bool:
-    """Whether every element of every gradient is zero. The host reads them, the small ones first: after a backward pass
-    one of these is most likely not zero, and large ones, such as an embedding's, need not be read.
-    """
-    return not any(grad.any() for grad in sorted(gradients, key=Tensor.numel))
-
-
-def left_by_a_pass(gradients: Iterable[Tensor]) -> bool:
-    """Whether a pass has left gradients: they are new, and not all zero, as they would be after
-    ``model.zero_grad(set_to_none=False)``. If there are new ones, the host reads their values.
-    """
-    gradients = list(gradients)
-    return are_new(gradients) and not all_zero(gradients)
 
 
 def closure_step(
@@ -250,6 +211,8 @@ def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) ->
     """Whether the existing gradients are to be the first pass, as far as can be told without reading their values."""
     if passes == SECOND:
         if not are_new(optimizer._gradients()):
+            if not optimizer.needs_first_pass:
+                return False
             raise RuntimeError(
                 'passes="second" takes the gradients that are there for the first pass, but there are no new ones: '
                 "call backward() first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 
 from .backends.columns import grad_of
 from .batchnorm import frozen_running_stats
-from .closures import are_new
 from .devices import devices_of
+from .gradients import are_new
 from .options import check_flag
 from .perturbation import Perturbation
 from .random_state import RandomState
@@ -30,6 +30,7 @@ class Passes:
     _step: StepState
     _perturbation: Perturbation
     _schedule: Schedule | None
+    _current_base: Callable[[], Any]
 
     @property
     def perturbed(self) -> bool:
@@ -41,7 +42,7 @@ class Passes:
         """Whether the step that is under way, or else the next one, perturbs. This depends on the schedule and the step
         counter alone, so it is the same on all ranks.
         """
-        return self._schedule is None or self._schedule.perturbs(steps_taken(self.param_groups))
+        return self._schedule is None or self._schedule.perturbs(steps_taken(self._current_base().param_groups))
 
     @property
     def needs_first_pass(self) -> bool:

@@ -15,9 +15,10 @@ from .backends import forced
 from .base_step import reset_gradients
 from .batchnorm import settle_running_stats, watch_steps
 from .clipping import clipped
-from .closures import AUTO, check_closure_option, closure_step, left_by_a_pass, mark_used, step_without_closure
+from .closures import AUTO, check_closure_option, closure_step, step_without_closure
 from .compiling import leave_uncompiled
 from .fused_step import fused_step
+from .gradients import left_by_a_pass, mark_used
 from .options import (
     as_groups,
     check_arguments,
@@ -213,11 +214,8 @@ class SAM(Passes, OptimizerWrapper):
             raise RuntimeError(
                 "first_step() was called twice: finish with second_step(), or call restore() to give this step up"
             )
-        base = self.base_optimizer
-        if base is not self._known_base:
-            check_base(base, self._perturbation.flatten)
-            self._work_with(base)
-        groups = base.param_groups
+        known = self._known_base
+        groups = (known if self.base_optimizer is known else self._current_base()).param_groups  # most often no call
         for group in groups:
             if not group.keys() >= self._sam_defaults.keys():  # added to the base optimizer, or loaded into it
                 self._fill_in_options(groups, self._made_with)
@@ -291,8 +289,8 @@ class SAM(Passes, OptimizerWrapper):
             None without a closure; else the loss of the first pass if the closure computed it, or that of the second.
 
         Raises:
-            RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients; or a closure from
-                a GradScaler. If the closure raises, w is restored.
+            RuntimeError: no closure and no first_step before; ``passes="second"`` without gradients where the step
+                perturbs; or a closure from a GradScaler. If the closure raises, w is restored.
             ValueError: ``replay_rng`` where the closure would not be called for both passes, or
                 ``first_pass(replay_rng=True)`` where it would; a pattern in ``extra_buffers`` that matches nothing in
                 ``model``.

@@ -102,9 +102,11 @@ def steps_taken(param_groups: Sequence[dict[str, Any]]) -> int:
     return max((int(group.get(STEP, 0)) for group in param_groups), default=0)
 
 
-def start_counter(param_groups: Sequence[dict[str, Any]]) -> None:
-    """Put the counter into all groups: torch.distributed.checkpoint loads only entries that are there."""
-    steps = steps_taken(param_groups)
+def start_counter(param_groups: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]] = ()) -> None:
+    """Put the counter into all groups: torch.distributed.checkpoint loads only entries that are there. It goes on from
+    that of ``earlier`` groups.
+    """
+    steps = steps_taken([*earlier, *param_groups])
     for group in param_groups:
         group.setdefault(STEP, steps)
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .amp import without_scale
 from .batches import every_row, number_of_rows, slice_rows, versions_of, warn_of_written, with_own_containers
 from .closure_stats import refers_to
-from .closures import accelerate_accumulates, are_new
+from .closures import accelerate_accumulates
+from .gradients import are_new
 from .options import check_at_least_zero, check_count, check_flag, check_loss_fn
 from .passes import learns_graph
 from .running_stats import ExtraBuffers, check_models
@@ -72,9 +73,9 @@ class TrainStep:
 
     Raises:
         TypeError: an argument is of the wrong type, or there is no SAM in ``optimizer``.
-        ValueError: an argument is out of range, a pattern in ``extra_buffers`` fits nothing, ``replay_rng`` with
-            ``ascent`` below 1, ``scaler`` with ``backward``, ``backward`` of an Accelerator that accumulates, or a
-            model in FSDP1.
+        ValueError: an argument is out of range, a pattern in ``extra_buffers`` fits nothing, ``replay_rng`` where
+            ``ascent`` leaves rows out, ``scaler`` with ``backward``, ``backward`` of an Accelerator that accumulates,
+            or a model in FSDP1.
     """
 
     def __init__(
@@ -234,7 +235,7 @@ class TrainStep:
     def _backward(self, loss: Tensor) -> None:
         if self.backward is not None:
             self.backward(loss)
-        else:
+        elif loss.requires_grad or not self.sam._step.unused:  # else it depends on no weight that is perturbed
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _second_step(self) -> None:

@@ -17,9 +17,10 @@ from torch.optim import optimizer as torch_optimizer
 
 from .amp import ATTRIBUTES
 from .base_step import BaseStep, is_scheduler_wrapper, maximizes, profiling
-from .closures import all_zero
-from .options import OPTIONS, check_options, make_plain, without_old_weights
+from .gradients import all_zero
+from .options import OPTIONS, check_base, check_options, make_plain, without_old_weights
 from .perturbation import Perturbation
+from .schedule import STEP, start_counter
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that swap the weights for others, as those of schedule-free optimizers do."""
@@ -79,6 +80,19 @@ class OptimizerWrapper(Optimizer):
         self._base_step = BaseStep(base, self._perturbation)
         self._perturbation.maximize = maximizes(base)
         self._known_base = base
+
+    def _current_base(self) -> Optimizer:
+        """The base optimizer. One that was put in the place of another is checked, takes SAM's options, and goes on
+        with the counter.
+        """
+        base, known = self.base_optimizer, self._known_base
+        if base is not known:
+            check_base(base, self._perturbation.flatten)
+            if any(STEP in group for group in known.param_groups):
+                start_counter(base.param_groups, known.param_groups)
+            self._fill_in_options(base.param_groups, self._made_with)
+            self._work_with(base)
+        return base
 
     @property
     def state(self) -> Any:
@@ -164,12 +178,13 @@ class OptimizerWrapper(Optimizer):
         """
         if self.perturbed:
             warnings.warn(SAVED_WHILE_PERTURBED, RuntimeWarning, stacklevel=2)
+        base = self._current_base()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         for group in self.param_groups:
             with suppress(ValueError):  # which the next step raises
                 make_plain(group)
-        state_dict = self.base_optimizer.state_dict()
+        state_dict = base.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict

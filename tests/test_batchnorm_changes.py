@@ -13,7 +13,8 @@ from reference_loop import MixedNet, every_net, load, plain_step, reference_step
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from sam_fast import SAM, disable_running_stats, enable_running_stats
+from sam_fast import SAM, disable_running_stats, enable_running_stats, frozen_running_stats
+from sam_fast.sharpness import rho_sharpness
 
 pytestmark = pytest.mark.usefixtures("forced_backend", "no_hook_is_left")
 
@@ -216,3 +217,53 @@ def test_precise_batchnorm_that_sets_a_momentum_of_its_own_counts() -> None:
     norm.running_mean.copy_(mean)
     enable_running_stats(model)
     assert torch.equal(norm.running_mean, mean)
+
+
+@pytest.mark.parametrize("left", ["computed", "zeroed", "flat"])
+def test_gradients_that_were_there_before_do_not_show_that_layers_have_run(left: str) -> None:
+    model = SmallNet()
+    optimizer = SAM(model.parameters(), lr=0.01, flatten=left == "flat")
+    (x, y), *_ = batches(1)
+    if left != "flat":
+        nn.functional.cross_entropy(model(x), y).backward()
+    if left == "zeroed":
+        optimizer.zero_grad(set_to_none=False)
+    disable_running_stats(model)
+    load(model)
+    loaded = statistics(model)
+    enable_running_stats(model)
+    assert unchanged(model, loaded)
+
+
+def frozen_pass(model: nn.Module) -> None:
+    with frozen_running_stats(model):
+        model(batches(1, seed=7)[0][0]).sum().backward()
+
+
+def measured(model: nn.Module) -> None:
+    rho_sharpness(model, lambda model, x, y: nn.functional.cross_entropy(model(x), y), batches(2, seed=7), rho=0.1)
+
+
+@every_net
+@pytest.mark.parametrize("look", [frozen_pass, measured], ids=lambda look: look.__name__)
+@pytest.mark.parametrize("change", [load, reset, None])
+def test_what_somebody_changes_after_a_pass_that_left_no_trace_stands(
+    make: Callable[[], nn.Module], look: Callable[[nn.Module], None], change: Callable[[nn.Module], None] | None
+) -> None:
+    """Between the steps of a loop that enables the statistics at the start of the next one."""
+    model = make()
+    optimizer = SAM(model.parameters(), lr=0.01)
+    x, y = batches(1)[0]
+    reference_step(model, optimizer, x, y)
+    expected = statistics(model)
+    look(model)
+    assert unchanged(model, expected)
+    if change is not None:
+        change(model)
+        expected = statistics(model)
+    else:
+        with torch.no_grad():
+            model(x)  # does not count, as if nobody had looked
+        assert unchanged(model, expected)
+    enable_running_stats(model)
+    assert unchanged(model, expected)

@@ -10,7 +10,7 @@ from cases import buckets_of
 from plain_sam import furthest
 from torch import nn
 
-from sam_fast import SAM, norm_layers_only
+from sam_fast import SAM, TrainStep, norm_layers_only
 
 
 class LlamaRMSNorm(nn.Module):
@@ -177,3 +177,20 @@ def test_perturb_may_change_from_step_to_step() -> None:
         assert moved == perturb
         optimizer.second_step()
         assert furthest(model.parameters(), before) == 0.0
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_batch_without_weights_that_are_perturbed_is_a_step_of_the_base_optimizer(micro_batches: int) -> None:
+    """As one for a head that is left alone: its loss has no gradient in the first pass."""
+    model, twin = (nn.ModuleDict({"norm": nn.LayerNorm(4), "head": nn.Linear(4, 2)}).double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizer = SAM(norm_layers_only(model), torch.optim.SGD, lr=0.1, momentum=0.9)
+    base = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    step = TrainStep(model, optimizer, lambda model, x: model["head"](x).square().mean(), micro_batches=micro_batches)
+    for number in range(3):
+        x = torch.full((4, 4), 1.0 + number, dtype=torch.float64)
+        assert float(step(x).grad_norm) == 0.0  # type: ignore[arg-type]
+        twin["head"](x).square().mean().backward()
+        base.step()
+        base.zero_grad()
+    assert furthest(model.parameters(), twin.parameters()) < 1e-12

@@ -70,6 +70,28 @@ def test_a_first_pass_that_was_not_needed_counts_once_without_first_step() -> No
     assert counted(model) == 3
 
 
+def test_a_closure_for_the_second_pass_is_the_only_one_where_no_first_is_needed() -> None:
+    """closure="second" asks for gradients in the steps that perturb only."""
+    model, calls = network(), []
+    optimizer = SAM(model.parameters(), schedule=Schedule(every=2), closure="second", lr=0.1)
+    for x, y in batches(4):
+
+        def closure(x: Any = x, y: Any = y) -> torch.Tensor:
+            calls.append(optimizer.perturbed)
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        if optimizer.needs_first_pass:
+            with pytest.raises(RuntimeError, match="no new ones"):
+                optimizer.step(closure)
+            closure()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    assert calls == [False, True, False, False, True, False]
+    assert counted(model) == 4
+
+
 def test_a_closure_that_is_called_once_does_not_replay() -> None:
     weight, seen = nn.Parameter(torch.ones(16)), []
     optimizer = SAM([weight], schedule=Schedule(every=3), lr=0.1)

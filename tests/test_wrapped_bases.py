@@ -12,7 +12,7 @@ from plain_sam import PlainSAM, furthest
 from torch.autograd import grad
 from torch.optim import Optimizer
 
-from sam_fast import SAM, disable_running_stats, enable_running_stats, options
+from sam_fast import SAM, Schedule, TrainStep, disable_running_stats, enable_running_stats, options
 
 CLOSE = 1e-12
 
@@ -280,3 +280,20 @@ def test_a_base_optimizer_that_cannot_be_one_is_refused_in_the_place_of_another(
     optimizer.base_optimizer = torch.optim.LBFGS(params)
     with pytest.raises(ValueError, match="LBFGS"):
         optimizer.first_step()
+
+
+@pytest.mark.guarantee(id="schedule-resume")
+@pytest.mark.parametrize("schedule", [Schedule(start=3), Schedule(every=2), None])
+def test_the_counter_goes_on_with_the_base_optimizer_in_the_place_of_another(schedule: Schedule | None) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = SAM(model.parameters(), torch.optim.Adam, schedule=schedule)
+    step, perturbed = TrainStep(model, optimizer, lambda model, x: model(x).square().mean()), []
+    for number in range(8):
+        if number in (1, 5):
+            optimizer.base_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            saved = optimizer.state_dict()["param_groups"][0]
+            assert (saved["rho"], saved.get("sam_step")) == (0.05, None if schedule is None else number)
+        assert optimizer.will_perturb == (schedule is None or schedule.perturbs(number))
+        perturbed.append(step(torch.ones(4, 3)).grad_norm is not None)
+    assert perturbed == [schedule is None or schedule.perturbs(number) for number in range(8)]
+    assert [group.get("sam_step") for group in optimizer.param_groups] == [None if schedule is None else 8]

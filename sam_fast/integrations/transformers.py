@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..amp import without_scale
 from ..batches import with_own_containers
-from ..closures import are_new
+from ..gradients import are_new
 from ..running_stats import ExtraBuffers, check_extra_buffers
 from ..sam import SAM
 from ..unwrapping import unwrap
