@@ -63,8 +63,8 @@ def _keeps_statistics(module: nn.Module) -> bool:
 _ATTRIBUTES = frozenset(vars(nn.Module()))
 
 MOST_ASIDE = 100
-"""How many objects are searched for modules that a module keeps in plain attributes. Containers of this length or more
-are not searched: they are histories or data.
+"""How many containers are searched for modules that a module keeps in plain attributes. Those of this length or more
+are not: they are histories or data.
 """
 
 
@@ -99,15 +99,18 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
 
 def _modules_in(values: Iterable[Any]) -> list[nn.Module]:
     """The modules among ``values`` and in lists and the like among them. PyTorch does not see these as submodules."""
-    found = []
-    pending = [value for value in values if _KIND[type(value)]]
+    found: list[nn.Module] = []
+    pending: list[Any] = [list(values)]
     for value in islice(pending, MOST_ASIDE):  # which grows
-        if _KIND[type(value)] == 1:
-            found.append(value)
-        elif len(value) < MOST_ASIDE:
-            inside = list(value.values() if isinstance(value, dict) else value)
-            pending += [item for item in inside if _KIND[type(item)]]
+        inside = list(value.values() if isinstance(value, dict) else value)
+        found += [item for item in inside if _KIND[type(item)] == 1]
+        pending += [item for item in inside if _KIND[type(item)] == 2 and len(item) < MOST_ASIDE]
     return found
+
+
+def modules_aside(module: nn.Module) -> list[nn.Module]:
+    """The modules that ``module`` itself keeps in plain lists and the like."""
+    return _modules_in(_own_attributes(module).values())
 
 
 def as_models(models: Any, argument: str) -> list[nn.Module]:

@@ -161,6 +161,41 @@ def test_numbers_of_the_module_are_the_same_in_both_passes_and_count_once():
     assert furthest(module.net, model) < CLOSE
 
 
+@pytest.mark.guarantee(id="framework-logs")
+def test_what_training_step_collects_counts_once():
+    """In lists, as Lightning's page on on_train_epoch_end says; in tensors; in metrics in a dictionary."""
+
+    class Collects(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.losses, self.parts = [], {"train": [], "test": []}
+            self.total, self.rows, self.metrics = torch.tensor(0.0), 0, {"loss": torchmetrics.SumMetric()}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(float(loss.detach()))
+            self.parts["train"] += [float(loss.detach())]
+            self.total += loss.detach()  # in place
+            self.rows = self.rows + torch.tensor(len(batch[0]))  # an int becomes a tensor
+            self.metrics["loss"].update(loss.detach())
+            return loss
+
+    module = Collects()
+    total = module.total
+    fit(module, max_epochs=1, accumulate_grad_batches=2)
+    losses, model = [], small_net()
+    sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    for window in windows(batches(), 2):
+        with torch.no_grad(), frozen_running_stats(model):
+            losses += [float(oracle.cross_entropy(model, batch)) for batch in window]
+        plain_step(model, sam, window, oracle.cross_entropy, 2)
+    assert module.losses == pytest.approx(losses)
+    assert module.parts == {"train": module.losses, "test": []}
+    assert module.total is total
+    assert [float(total), float(module.metrics["loss"].compute())] == pytest.approx([sum(losses)] * 2)
+    assert int(module.rows) == 28
+
+
 def test_a_part_of_the_batch_for_the_first_pass():
     module = Module()
     fit(module, SAMCallback(ascent=0.5), accumulate_grad_batches=2)
