@@ -5,6 +5,7 @@ They are found by name among the buffers, frozen parameters and plain attributes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -304,6 +305,35 @@ class PlainTensors:
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         vars(self._module())[name] = value
+
+
+def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """The versions and addresses, which writing changes, of weights that are not trained, such as a target network's.
+    Running statistics are left out.
+    """
+    trained = {id(p) for group in param_groups for p in group["params"] if p.requires_grad}
+    named = (item for model in models if isinstance(model, nn.Module) for item in model.named_parameters())
+    return {
+        name: (p._version, p.data_ptr())
+        for name, p in named
+        if not (id(p) in trained or STATISTIC[name.rpartition(".")[2]])
+        and (is_plain(p) and p.is_floating_point() and not p.is_inference())
+    }
+
+
+def warn_of_changed(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], stacklevel: int) -> None:
+    """Warn if a pass has changed weights that are not trained: the other pass does so as well."""
+    changed = [name for name, state in after.items() if before.get(name, state) != state]
+    if changed:
+        others = f" and {len(changed) - 1} more" if changed[1:] else ""
+        warnings.warn(
+            f"both passes of SAM change weights that the optimizer does not train, {changed[0]}{others}; the second "
+            "does so while the others are w + e. Update a target network or an average of the weights once, after the "
+            "step: in Lightning in on_train_batch_end, in Transformers in on_step_end. If they do not depend on the "
+            "others, name them in extra_buffers: the second pass then leaves them as they were",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def owners_of(module: nn.Module, extra: frozenset[str]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,31 @@ def test_writing_into_the_batch_is_warned_of():
 
     with pytest.warns(RuntimeWarning, match="has written into tensors of its batch"):
         fit(Writes(), max_epochs=1)
+
+
+@pytest.mark.parametrize("write", ["in place", "data"])
+def test_a_target_network_that_training_step_updates_is_warned_of(write: str):
+    """As examples of self-supervised learning do."""
+
+    class Follows(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = small_net().requires_grad_(False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            for p, q in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                if write == "data":
+                    p.data = 0.9 * p.data + 0.1 * q.data
+                else:
+                    p.lerp_(q.detach(), 0.1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(RuntimeWarning, match=r"not train, target.0.weight and 5 more"):
+        fit(Follows(), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        fit(Follows(), SAMCallback(extra_buffers="target.*"), max_epochs=1)
+        fit(Module(), max_epochs=1)
 
 
 def test_batches_without_a_loss_are_left_out():
