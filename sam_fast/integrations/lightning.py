@@ -203,6 +203,8 @@ def _unnoticed(trainer: Any, pl_module: Any, silent: dict[int, Any]) -> Iterator
             silent[id(logger)] = _silenced(logger)
     modules = chain.from_iterable(m.modules() for m in (pl_module, *modules_aside(pl_module)))  # a dict of metrics
     states = [state for module in modules if "_defaults" in vars(module) for state in _states_of(module)]
+    results = trainer._results
+    logged = set(results)
     try:
         pl_module.log = _log_nothing
         trainer.loggers = [silent[id(logger)] for logger in loggers]
@@ -210,6 +212,8 @@ def _unnoticed(trainer: Any, pl_module: Any, silent: dict[int, Any]) -> Iterator
     finally:
         del pl_module.log
         trainer.loggers = loggers
+        for key in results.keys() - logged:  # by a ``self.log`` that was passed on before: its fx is another one here
+            del results[key]
         for put_back in states:
             put_back()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,25 @@ def test_what_is_logged_is_the_first_passs():
             right += int((model(x).argmax(1) == y).sum())
         plain_step(model, sam, [(x, y)], oracle.cross_entropy, 1)
     assert logger.of("accuracy") == pytest.approx([right / 28])
+
+
+def test_a_log_that_was_passed_on_logs_the_first_passs():
+    """As to a loss that logs its parts."""
+
+    class PassesOn(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.report = partial(self.log, on_step=True, on_epoch=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.report("reported", loss)
+            return loss
+
+    logger = Values()
+    fit(PassesOn(), logger=logger, max_epochs=2)
+    assert logger.of("reported_step") == logger.of("loss_step")
+    assert logger.of("reported_epoch") == logger.of("loss_epoch")
 
 
 def test_a_logger_has_its_paths_in_both_passes(tmp_path: Path):
