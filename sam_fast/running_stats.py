@@ -5,6 +5,7 @@ They are found by name among the buffers, frozen parameters and plain attributes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -63,8 +64,8 @@ def _keeps_statistics(module: nn.Module) -> bool:
 _ATTRIBUTES = frozenset(vars(nn.Module()))
 
 MOST_ASIDE = 100
-"""How many objects are searched for modules that a module keeps in plain attributes. Containers of this length or more
-are not searched: they are histories or data.
+"""How many containers are searched for modules that a module keeps in plain attributes. Those of this length or more
+are not: they are histories or data.
 """
 
 
@@ -99,15 +100,18 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
 
 def _modules_in(values: Iterable[Any]) -> list[nn.Module]:
     """The modules among ``values`` and in lists and the like among them. PyTorch does not see these as submodules."""
-    found = []
-    pending = [value for value in values if _KIND[type(value)]]
+    found: list[nn.Module] = []
+    pending: list[Any] = [list(values)]
     for value in islice(pending, MOST_ASIDE):  # which grows
-        if _KIND[type(value)] == 1:
-            found.append(value)
-        elif len(value) < MOST_ASIDE:
-            inside = list(value.values() if isinstance(value, dict) else value)
-            pending += [item for item in inside if _KIND[type(item)]]
+        inside = list(value.values() if isinstance(value, dict) else value)
+        found += [item for item in inside if _KIND[type(item)] == 1]
+        pending += [item for item in inside if _KIND[type(item)] == 2 and len(item) < MOST_ASIDE]
     return found
+
+
+def modules_aside(module: nn.Module) -> list[nn.Module]:
+    """The modules that ``module`` itself keeps in plain lists and the like."""
+    return _modules_in(_own_attributes(module).values())
 
 
 def as_models(models: Any, argument: str) -> list[nn.Module]:
@@ -301,6 +305,35 @@ class PlainTensors:
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         vars(self._module())[name] = value
+
+
+def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """The versions and addresses, which writing changes, of weights that are not trained, such as a target network's.
+    Running statistics are left out.
+    """
+    trained = {id(p) for group in param_groups for p in group["params"] if p.requires_grad}
+    named = (item for model in models if isinstance(model, nn.Module) for item in model.named_parameters())
+    return {
+        name: (p._version, p.data_ptr())
+        for name, p in named
+        if not (id(p) in trained or STATISTIC[name.rpartition(".")[2]])
+        and (is_plain(p) and p.is_floating_point() and not p.is_inference())
+    }
+
+
+def warn_of_changed(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], stacklevel: int) -> None:
+    """Warn if a pass has changed weights that are not trained: the other pass does so as well."""
+    changed = [name for name, state in after.items() if before.get(name, state) != state]
+    if changed:
+        others = f" and {len(changed) - 1} more" if changed[1:] else ""
+        warnings.warn(
+            f"both passes of SAM change weights that the optimizer does not train, {changed[0]}{others}; the second "
+            "does so while the others are w + e. Update a target network or an average of the weights once, after the "
+            "step: in Lightning in on_train_batch_end, in Transformers in on_step_end. If they do not depend on the "
+            "others, name them in extra_buffers: the second pass then leaves them as they were",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def owners_of(module: nn.Module, extra: frozenset[str]) -> list[Any]:

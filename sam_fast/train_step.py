@@ -24,7 +24,7 @@ from .closures import accelerate_accumulates
 from .gradients import are_new
 from .options import check_at_least_zero, check_count, check_flag, check_loss_fn
 from .passes import learns_graph
-from .running_stats import ExtraBuffers, check_models
+from .running_stats import ExtraBuffers, check_models, other_weights, warn_of_changed
 from .storage.fsdp import forget_gathered_weights, has_fsdp1
 from .unwrapping import unwrap
 
@@ -157,14 +157,15 @@ class TrainStep:
         try:
             first = None
             if sam.needs_first_pass:
-                versions = None if self._looked else versions_of(batch)
+                before = None if self._looked else (versions_of(batch), self._other_weights())
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
                     own = with_own_containers(batch)
                     part, n = (own, rows) if self.every == 1 else (every_row(own, self.every), -(-rows // self.every))
                     first = self._pass(part, n, -(-self.micro_batches // self.every), self.sync)
-                if versions is not None:
+                if before is not None:
                     self._looked = True
-                    warn_of_written(batch, versions)
+                    warn_of_written(batch, before[0])
+                    warn_of_changed(before[1], self._other_weights(), stacklevel=3)
             sam.first_step(zero_grad=first is not None)
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
             with sam.second_pass([self.model, *others], self.extra_buffers):
@@ -196,6 +197,10 @@ class TrainStep:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def _other_weights(self) -> dict[str, tuple[int, int]]:
+        models = () if self.extra_buffers else (self.model, *refers_to(self.loss_fn)[0])
+        return other_weights(models, self.sam.param_groups)
 
     def _pass(self, batch: Any, rows: int, parts: int, sync: bool) -> Tensor:
         """Forward and backward over ``parts`` parts of the batch, of about equal size. Returns the mean loss.

@@ -156,3 +156,15 @@ def test_what_else_a_model_may_keep_is_left_alone() -> None:
     with frozen_running_stats(model):
         model(x)
     assert int(norm.num_batches_tracked) == 0
+
+
+def test_a_history_of_pairs_does_not_hide_modules() -> None:
+    """Containers are searched up to a number that the pairs reach alone."""
+    model = KeepsAside(lambda norm: [norm])
+    norm, kept = model.norm(), model.kept
+    del model.kept
+    model.history = [(0.0, 0.0)] * 99
+    model.kept = kept
+    with frozen_running_stats(model):
+        model(batch())
+    assert int(norm.num_batches_tracked) == 0

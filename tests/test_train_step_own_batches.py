@@ -250,6 +250,24 @@ def test_a_record_that_says_how_to_be_copied_is_not_written_into() -> None:
     assert batch.parts is parts
 
 
+def test_updating_a_target_network_is_warned_of_once() -> None:
+    model, target = nn.Linear(2, 1), nn.Linear(2, 1).requires_grad_(False)
+    norm = nn.BatchNorm1d(1)  # its statistics count once anyway
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        target.weight.lerp_(model.weight.detach(), 0.1)
+        return (norm(model(x)) - target(x)).square().mean()
+
+    step, x = TrainStep(model, SAM(model.parameters(), lr=0.1), loss_fn), torch.randn(4, 2)
+    with pytest.warns(RuntimeWarning, match="weights that the optimizer does not train, weight; the") as caught:
+        step(x)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(x)
+        TrainStep(model, SAM(model.parameters(), lr=0.1), lambda model, x: (model(x) - target(x)).square().mean())(x)
+
+
 def test_writing_into_a_record_in_the_batch_is_warned_of() -> None:
     model = nn.Linear(5, 1)
     step = TrainStep(

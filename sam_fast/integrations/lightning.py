@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..amp import without_scale
 from ..closures import WholeStep
-from ..running_stats import ExtraBuffers, check_extra_buffers
+from ..running_stats import ExtraBuffers, check_extra_buffers, modules_aside
 from ..sam import SAM
 from ..storage.fsdp import has_fsdp1
 from ..train_step import stride_of
@@ -42,7 +43,8 @@ class SAMCallback(Callback):  # type: ignore[misc,unused-ignore]
 
     ``configure_optimizers`` has to return a SAM. Accumulated batches are kept for the second pass, which runs
     ``training_step`` on them again at ``w + e`` before the step, without logging and hooks. Metrics, attributes of the
-    module that are numbers, and BatchNorm statistics count the first pass only. Lightning clips the second gradient.
+    module that are numbers or lists, and BatchNorm statistics count the first pass only. Lightning clips the second
+    gradient.
     ``on_after_backward`` is called in the first pass, ``on_before_optimizer_step`` with the second gradient.
 
     Every ``log_every_n_steps`` steps the callback logs ``sam/grad_norm`` and, if ``ascent`` is 1, ``sam/sharpness``
@@ -199,7 +201,10 @@ def _unnoticed(trainer: Any, pl_module: Any, silent: dict[int, Any]) -> Iterator
     for logger in loggers:
         if id(logger) not in silent:
             silent[id(logger)] = _silenced(logger)
-    states = [state for module in pl_module.modules() if "_defaults" in vars(module) for state in _states_of(module)]
+    modules = chain.from_iterable(m.modules() for m in (pl_module, *modules_aside(pl_module)))  # a dict of metrics
+    states = [state for module in modules if "_defaults" in vars(module) for state in _states_of(module)]
+    results = trainer._results
+    logged = set(results)
     try:
         pl_module.log = _log_nothing
         trainer.loggers = [silent[id(logger)] for logger in loggers]
@@ -207,6 +212,8 @@ def _unnoticed(trainer: Any, pl_module: Any, silent: dict[int, Any]) -> Iterator
     finally:
         del pl_module.log
         trainer.loggers = loggers
+        for key in results.keys() - logged:  # by a ``self.log`` that was passed on before: its fx is another one here
+            del results[key]
         for put_back in states:
             put_back()
 

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..batches import every_row, number_of_rows, versions_of, warn_of_written, with_own_containers
 from ..devices import devices_of
 from ..random_state import RandomState
-from ..running_stats import ExtraBuffers
+from ..running_stats import ExtraBuffers, other_weights, warn_of_changed
 from ..sam import SAM
 from ..train_step import accumulating, stride_of
 
@@ -27,7 +28,7 @@ class Forward:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: RandomState | None
-    numbers: dict[str, Any]
+    numbers: dict[str, _Number]
     loss: Tensor | None = None
 
 
@@ -36,8 +37,9 @@ class Window:
 
     Args:
         sam: the optimizer.
-        owner: the user's object whose methods are called. Attributes that are numbers, with which it may count or
-            anneal, have the same values in the second pass as in the first, and count the first pass only.
+        owner: the user's object whose methods are called. Attributes that are numbers, or tensors of one, with which it
+            may count or anneal, have the same values in the second pass as in the first, and count the first pass only.
+            What the second pass appends to lists is removed.
         ascent: share of each batch that the first pass sees.
         replay_rng: the second pass draws what the first one drew.
         extra_buffers: further buffers that only the first pass may change.
@@ -49,6 +51,7 @@ class Window:
         self.extra_buffers = extra_buffers
         self.forwards: list[Forward] = []
         self._looked = False  # whether the first pass writes into its batch
+        self._looked_again = bool(extra_buffers)  # whether the second one writes into weights that are not trained
 
     def first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``forward(*args, **kwargs)`` as a part of the first pass and remember it. The caller sets its loss.
@@ -99,7 +102,9 @@ class Window:
         forwards = [f for f in self.forwards if f.loss is not None]
         sam.first_step(zero_grad=True)
         losses, numbers = [], _numbers_of(self.owner)
+        lengths = [(collected, len(collected)) for collected in _lists_of(self.owner)]
         with sam.second_pass(model, self.extra_buffers):
+            others = None if self._looked_again else other_weights([model], sam.param_groups)
             try:
                 for number, again in enumerate(forwards, 1):
                     synced = nullcontext() if number == len(forwards) else accumulating(model)
@@ -109,6 +114,11 @@ class Window:
                         losses.append(forward(*again.args, **again.kwargs))
             finally:
                 _put_back(self.owner, numbers)
+                for collected, length in lengths:
+                    del collected[length:]
+            if others is not None:
+                self._looked_again = True
+                warn_of_changed(others, other_weights([model], sam.param_groups), stacklevel=4)
         firsts = [f.loss for f in forwards]
         self.clear()
         if self.every > 1 or not losses or any(loss is None for loss in losses):
@@ -142,23 +152,51 @@ def at_w(sam: SAM) -> Iterator[None]:
         perturbation.active = True
 
 
+class _Number(NamedTuple):
+    """An attribute that is a number; of a tensor also a copy, and the version that writing into it changes."""
+
+    value: Any
+    copy: Tensor | None = None
+    version: int = 0
+
+
 def _is_number(value: Any) -> bool:
-    """Whether it is a number, also NumPy's. Flags, and attributes that were None, are left alone: they may say that
-    something was made, which must not be made again.
+    """Whether it is a number, also NumPy's, or a tensor of one. Flags, and attributes that were None, are left alone:
+    they may say that something was made, which must not be made again.
     """
+    if type(value) is Tensor:
+        return value.numel() == 1 and value.dtype != torch.bool
     return isinstance(value, Number) and not isinstance(value, bool)
 
 
-def _numbers_of(owner: Any) -> dict[str, Any]:
+def _numbers_of(owner: Any) -> dict[str, _Number]:
     """The attributes that are numbers."""
-    return {name: value for name, value in vars(owner).items() if _is_number(value)}
+    found = {}
+    for name, value in vars(owner).items():
+        if _is_number(value):
+            written = type(value) is Tensor and not value.is_inference()
+            found[name] = _Number(value, value.detach().clone(), value._version) if written else _Number(value)
+    return found
 
 
-def _put_back(owner: Any, numbers: dict[str, Any]) -> None:
+def _put_back(owner: Any, numbers: dict[str, _Number]) -> None:
     """Give the attributes that are numbers the values that they had."""
     own = vars(owner)
-    for name in _numbers_of(owner):
+    for name in [name for name, value in own.items() if _is_number(value)]:
         if name in numbers:
-            own[name] = numbers[name]
+            own[name], copy, version = numbers[name]
+            if copy is not None and own[name]._version != version:
+                with torch.no_grad():
+                    own[name].copy_(copy)
         elif _is_number(getattr(type(owner), name, None)):  # it began as the class's
             del own[name]
+
+
+def _lists_of(owner: Any) -> Iterator[list[Any]]:
+    """The lists in attributes, and in dictionaries of lists there."""
+    for value in vars(owner).values():
+        if isinstance(value, list):
+            yield value
+        # Only the first value tells: a dictionary of other things may be a large one.
+        elif isinstance(value, dict) and isinstance(next(iter(value.values()), None), list):
+            yield from (item for item in value.values() if isinstance(item, list))

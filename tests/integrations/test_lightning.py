@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,25 @@ def test_what_is_logged_is_the_first_passs():
             right += int((model(x).argmax(1) == y).sum())
         plain_step(model, sam, [(x, y)], oracle.cross_entropy, 1)
     assert logger.of("accuracy") == pytest.approx([right / 28])
+
+
+def test_a_log_that_was_passed_on_logs_the_first_passs():
+    """As to a loss that logs its parts."""
+
+    class PassesOn(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.report = partial(self.log, on_step=True, on_epoch=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.report("reported", loss)
+            return loss
+
+    logger = Values()
+    fit(PassesOn(), logger=logger, max_epochs=2)
+    assert logger.of("reported_step") == logger.of("loss_step")
+    assert logger.of("reported_epoch") == logger.of("loss_epoch")
 
 
 def test_a_logger_has_its_paths_in_both_passes(tmp_path: Path):
@@ -159,6 +180,41 @@ def test_numbers_of_the_module_are_the_same_in_both_passes_and_count_once():
     for window in windows(made, 2):
         plain_step(model, sam, window, lambda model, batch: factors[id(batch)] * oracle.cross_entropy(model, batch), 2)
     assert furthest(module.net, model) < CLOSE
+
+
+@pytest.mark.guarantee(id="framework-logs")
+def test_what_training_step_collects_counts_once():
+    """In lists, as Lightning's page on on_train_epoch_end says; in tensors; in metrics in a dictionary."""
+
+    class Collects(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.losses, self.parts = [], {"train": [], "test": []}
+            self.total, self.rows, self.metrics = torch.tensor(0.0), 0, {"loss": torchmetrics.SumMetric()}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(float(loss.detach()))
+            self.parts["train"] += [float(loss.detach())]
+            self.total += loss.detach()  # in place
+            self.rows = self.rows + torch.tensor(len(batch[0]))  # an int becomes a tensor
+            self.metrics["loss"].update(loss.detach())
+            return loss
+
+    module = Collects()
+    total = module.total
+    fit(module, max_epochs=1, accumulate_grad_batches=2)
+    losses, model = [], small_net()
+    sam = PlainSAM(model.parameters(), rho=RHO, lr=LR, momentum=0.9)
+    for window in windows(batches(), 2):
+        with torch.no_grad(), frozen_running_stats(model):
+            losses += [float(oracle.cross_entropy(model, batch)) for batch in window]
+        plain_step(model, sam, window, oracle.cross_entropy, 2)
+    assert module.losses == pytest.approx(losses)
+    assert module.parts == {"train": module.losses, "test": []}
+    assert module.total is total
+    assert [float(total), float(module.metrics["loss"].compute())] == pytest.approx([sum(losses)] * 2)
+    assert int(module.rows) == 28
 
 
 def test_a_part_of_the_batch_for_the_first_pass():
@@ -328,6 +384,31 @@ def test_writing_into_the_batch_is_warned_of():
 
     with pytest.warns(RuntimeWarning, match="has written into tensors of its batch"):
         fit(Writes(), max_epochs=1)
+
+
+@pytest.mark.parametrize("write", ["in place", "data"])
+def test_a_target_network_that_training_step_updates_is_warned_of(write: str):
+    """As examples of self-supervised learning do."""
+
+    class Follows(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = small_net().requires_grad_(False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            for p, q in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                if write == "data":
+                    p.data = 0.9 * p.data + 0.1 * q.data
+                else:
+                    p.lerp_(q.detach(), 0.1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(RuntimeWarning, match=r"not train, target.0.weight and 5 more"):
+        fit(Follows(), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        fit(Follows(), SAMCallback(extra_buffers="target.*"), max_epochs=1)
+        fit(Module(), max_epochs=1)
 
 
 def test_batches_without_a_loss_are_left_out():

@@ -220,7 +220,7 @@ def test_keras():
     trained, plain = model(made["SAMModel"]), model(keras.Sequential)
     trained.sam = SAM([v.value for v in trained.trainable_variables], torch.optim.SGD, lr=LR, rho=RHO)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    trained.compile(loss=loss, metrics=["accuracy"], jit_compile=False)
+    trained.compile(optimizer=None, loss=loss, metrics=["accuracy"], jit_compile=False)
     history = trained.fit(x, y, batch_size=4, shuffle=False, verbose=0).history
     statistics = [v.value for v in plain.non_trainable_variables if "moving" in v.path]
     sam = PlainSAM([v.value for v in plain.trainable_variables], rho=RHO, lr=LR)
@@ -242,6 +242,9 @@ def test_keras():
         assert float((a.value - b.value).detach().abs().max()) < 1e-5, a.path
     assert history["loss"] == pytest.approx([sum(losses) / 7], rel=1e-5)
     assert history["accuracy"] == pytest.approx([right / 28], rel=1e-5)
+    halved = keras.callbacks.LearningRateScheduler(lambda epoch, lr: lr / 2)
+    with pytest.raises(ValueError, match="learning_rate"):  # with Keras' own optimizer it would change nothing
+        trained.fit(x, y, verbose=0, callbacks=[halved])
 
 
 def test_pyg():

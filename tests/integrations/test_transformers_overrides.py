@@ -91,11 +91,17 @@ def test_compute_loss_may_log_count_and_ask_the_optimizer(tmp_path: Path):
     rates, written = [], []
 
     class Looks(SAMTrainer):
-        seen = 0
+        seen, total = 0, torch.tensor(0.0)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.losses: list[Tensor] = []
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
             self.seen += 1
+            self.losses.append(loss.detach())
+            self.total = self.total + loss.detach()
             self.log({"own": self.seen})
             rates.append(self.optimizer.param_groups[0]["lr"])
             return loss
@@ -109,6 +115,8 @@ def test_compute_loss_may_log_count_and_ask_the_optimizer(tmp_path: Path):
     plain_run(plain, 2)
     assert furthest(model, plain) < CLOSE
     assert logged(trainer, "own") == list(range(1, 15))
+    assert len(trainer.losses) == 14
+    assert float(trainer.total) == pytest.approx(float(sum(trainer.losses)))
     assert [logs["own"] for logs in written if "own" in logs] == list(range(1, 15))
     assert len(rates) == 28
 
