@@ -162,10 +162,11 @@ class _Number(NamedTuple):
 
 def _is_number(value: Any) -> bool:
     """Whether it is a number, also NumPy's, or a tensor of one. Flags, and attributes that were None, are left alone:
-    they may say that something was made, which must not be made again.
+    they may say that something was made, which must not be made again. So are weights, which SAM moves.
     """
     if type(value) is Tensor:
-        return value.numel() == 1 and value.dtype != torch.bool
+        is_weight = value.requires_grad and value.is_leaf
+        return value.numel() == 1 and value.dtype != torch.bool and not is_weight
     return isinstance(value, Number) and not isinstance(value, bool)
 
 

@@ -182,6 +182,25 @@ def test_numbers_of_the_module_are_the_same_in_both_passes_and_count_once():
     assert furthest(module.net, model) < CLOSE
 
 
+def test_a_weight_in_a_plain_attribute_is_perturbed():
+    class Learns(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = torch.ones(1, dtype=torch.float64, requires_grad=True)
+
+        def parameters(self, recurse: bool = True) -> Any:
+            yield from (*super().parameters(recurse), self.temperature)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            found.append(self.temperature.item())
+            return nn.functional.cross_entropy(self.net(batch[0]) * self.temperature, batch[1])
+
+    found: list[float] = []
+    fit(Learns(), max_epochs=1)
+    first, second = found[::2], found[1::2]
+    assert all(w != there for w, there in zip(first, second, strict=True))
+
+
 @pytest.mark.guarantee(id="framework-logs")
 def test_what_training_step_collects_counts_once():
     """In lists, as Lightning's page on on_train_epoch_end says; in tensors; in metrics in a dictionary."""
