@@ -322,7 +322,7 @@ def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]])
 
 
 def warn_of_changed(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], stacklevel: int) -> None:
-    """Warn if a pass has changed weights that are not trained: the other pass does so as well."""
+    """Warn if the second pass has changed weights that are not trained, as the first one does."""
     changed = [name for name, state in after.items() if before.get(name, state) != state]
     if changed:
         others = f" and {len(changed) - 1} more" if changed[1:] else ""

@@ -156,20 +156,25 @@ class TrainStep:
             sam.zero_grad()
         try:
             first = None
+            looks = sam.needs_first_pass and not self._looked
             if sam.needs_first_pass:
-                before = None if self._looked else (versions_of(batch), self._other_weights())
+                versions = versions_of(batch) if looks else None
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
                     own = with_own_containers(batch)
                     part, n = (own, rows) if self.every == 1 else (every_row(own, self.every), -(-rows // self.every))
                     first = self._pass(part, n, -(-self.micro_batches // self.every), self.sync)
-                if before is not None:
+                if versions is not None:
                     self._looked = True
-                    warn_of_written(batch, before[0])
-                    warn_of_changed(before[1], self._other_weights(), stacklevel=3)
+                    warn_of_written(batch, versions)
             sam.first_step(zero_grad=first is not None)
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
-            with sam.second_pass([self.model, *others], self.extra_buffers):
+            models = [self.model, *others]
+            with sam.second_pass(models, self.extra_buffers):
+                looks = looks and not self.extra_buffers
+                before = other_weights(models, sam.param_groups) if looks else {}
                 second = self._pass(batch, rows, self.micro_batches, True)
+                if looks:
+                    warn_of_changed(before, other_weights(models, sam.param_groups), stacklevel=3)
             if next(sam._gradients(), None) is None:
                 self._warn_of_other_parameters()  # as after load_state_dict(assign=True) in mid-training
             grad_norm = without_scale(sam.grad_norm, self.scaler) if sam.perturbed else None
@@ -197,10 +202,6 @@ class TrainStep:
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-    def _other_weights(self) -> dict[str, tuple[int, int]]:
-        models = () if self.extra_buffers else (self.model, *refers_to(self.loss_fn)[0])
-        return other_weights(models, self.sam.param_groups)
 
     def _pass(self, batch: Any, rows: int, parts: int, sync: bool) -> Tensor:
         """Forward and backward over ``parts`` parts of the batch, of about equal size. Returns the mean loss.

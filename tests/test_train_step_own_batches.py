@@ -268,6 +268,21 @@ def test_updating_a_target_network_is_warned_of_once() -> None:
         TrainStep(model, SAM(model.parameters(), lr=0.1), lambda model, x: (model(x) - target(x)).square().mean())(x)
 
 
+def test_a_target_network_that_one_pass_updates_is_not_warned_of() -> None:
+    """As metrics: ``if not optimizer.perturbed``."""
+    model, target = nn.Linear(2, 1), nn.Linear(2, 1).requires_grad_(False)
+    optimizer, x = SAM(model.parameters(), lr=0.1), torch.randn(4, 2)
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if not optimizer.perturbed:
+            target.weight.lerp_(model.weight.detach(), 0.1)
+        return (model(x) - target(x)).square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TrainStep(model, optimizer, loss_fn)(x)
+
+
 def test_writing_into_a_record_in_the_batch_is_warned_of() -> None:
     model = nn.Linear(5, 1)
     step = TrainStep(
