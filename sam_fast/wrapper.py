@@ -18,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from .amp import ATTRIBUTES
 from .base_step import BaseStep, is_scheduler_wrapper, maximizes, profiling
 from .gradients import all_zero
-from .options import OPTIONS, check_base, check_options, make_plain, without_old_weights
+from .options import OPTIONS, check_base, check_options, make_plain, take_over_options, without_old_weights
 from .perturbation import Perturbation
 from .schedule import STEP, start_counter
 
@@ -82,15 +82,19 @@ class OptimizerWrapper(Optimizer):
         self._known_base = base
 
     def _current_base(self) -> Optimizer:
-        """The base optimizer. One that was put in the place of another is checked, takes SAM's options, and goes on
-        with the counter.
+        """The base optimizer. One that was put in the place of another is checked, takes the options that SAM's
+        parameters have, and goes on with the counter.
         """
         base, known = self.base_optimizer, self._known_base
         if base is not known:
             check_base(base, self._perturbation.flatten)
             if any(STEP in group for group in known.param_groups):
                 start_counter(base.param_groups, known.param_groups)
-            self._fill_in_options(base.param_groups, self._made_with)
+            self._fill_in_options(known.param_groups, self._made_with)
+            take_over_options(base.param_groups, known.param_groups)
+            self._fill_in_options(base.param_groups)
+            self._made_with.clear()
+            self._note_options(base.param_groups)
             self._work_with(base)
         return base
 
@@ -162,6 +166,7 @@ class OptimizerWrapper(Optimizer):
         self._require_restored("add_param_group")
         if isinstance(param_group, dict):
             self._fill_in_options([param_group])
+        self._fill_in_options(self.param_groups, self._made_with)  # of groups that were added to the base optimizer
         self.base_optimizer.add_param_group(param_group)
         self._base_step.adopt(self.base_optimizer, self.param_groups[-1]["params"])
         try:
@@ -169,7 +174,7 @@ class OptimizerWrapper(Optimizer):
         except BaseException:
             self.param_groups.pop()  # a group that SAM refuses must not stay in the base optimizer
             raise
-        self._note_options(self.param_groups[-1:])
+        self._note_options(self.param_groups[len(self._made_with) :])
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with SAM's options in its groups and never a copy of the weights.

@@ -175,6 +175,16 @@ def test_groups_take_the_options_they_were_made_with_when_a_plain_state_dict_has
         optimizer.restore()
 
 
+def test_a_group_may_follow_one_that_was_added_to_the_base_optimizer() -> None:
+    params = make_params([3, 4, 5])
+    optimizer = SAM(params[:1], lr=0.1, rho=0.1)
+    optimizer.base_optimizer.add_param_group({"params": params[1:2]})
+    optimizer.add_param_group({"params": params[2:], "rho": 0.7})
+    assert [group["rho"] for group in optimizer.param_groups] == [0.1, 0.1, 0.7]
+    optimizer.load_state_dict(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1).state_dict())
+    assert [group["rho"] for group in optimizer.param_groups] == [0.1, 0.1, 0.7]
+
+
 @pytest.mark.guarantee(id="state-dict")
 def test_numpys_numbers_among_the_options_load_with_weights_only(tmp_path: Path) -> None:
     """A warm-up of rho by numpy sets them, most often right before a checkpoint is saved."""

@@ -297,3 +297,20 @@ def test_the_counter_goes_on_with_the_base_optimizer_in_the_place_of_another(sch
         perturbed.append(step(torch.ones(4, 3)).grad_norm is not None)
     assert perturbed == [schedule is None or schedule.perturbs(number) for number in range(8)]
     assert [group.get("sam_step") for group in optimizer.param_groups] == [None if schedule is None else 8]
+
+
+def test_a_base_optimizer_in_the_place_of_another_keeps_the_options_of_parameters() -> None:
+    """Its groups may have another order; one that mixes parameters with different options has none of its own."""
+    first, second = make_params([3, 2])
+    optimizer = SAM([{"params": [first], "rho": 0.5}, {"params": [second], "perturb": False}], lr=0.1)
+    optimizer.param_groups[0]["rho"] = 0.7
+    optimizer.base_optimizer = torch.optim.AdamW([{"params": [second]}, {"params": [first]}])
+    first.grad = torch.ones(3)
+    optimizer.first_step()
+    assert [(group["rho"], group["perturb"]) for group in optimizer.param_groups] == [(0.05, False), (0.7, True)]
+    optimizer.second_step()
+    optimizer.load_state_dict(torch.optim.AdamW([{"params": [second]}, {"params": [first]}]).state_dict())
+    assert [group["perturb"] for group in optimizer.param_groups] == [False, True]
+    optimizer.base_optimizer = torch.optim.AdamW([first, second])
+    with pytest.raises(ValueError, match="different rho: keep them apart"):
+        optimizer.first_step()
