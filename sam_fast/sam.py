@@ -163,7 +163,7 @@ class SAM(Passes, OptimizerWrapper):
         self._require_restored("copying or pickling the optimizer")
         return {
             "defaults": self.defaults,
-            "base_optimizer": self.base_optimizer,
+            "base_optimizer": self._current_base(),
             "_sam_defaults": self._sam_defaults,
             "_made_with": self._made_with,
             "_rounds": self._rounds,

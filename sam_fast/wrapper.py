@@ -164,11 +164,12 @@ class OptimizerWrapper(Optimizer):
         if isinstance(self.base_optimizer, _NoBaseYet):
             return
         self._require_restored("add_param_group")
+        base = self._current_base()
         if isinstance(param_group, dict):
             self._fill_in_options([param_group])
-        self._fill_in_options(self.param_groups, self._made_with)  # of groups that were added to the base optimizer
-        self.base_optimizer.add_param_group(param_group)
-        self._base_step.adopt(self.base_optimizer, self.param_groups[-1]["params"])
+        self._fill_in_options(base.param_groups, self._made_with)  # there may be groups that were added to the base
+        base.add_param_group(param_group)
+        self._base_step.adopt(base, base.param_groups[-1]["params"])
         try:
             self._prepare()
         except BaseException:
@@ -222,16 +223,16 @@ class OptimizerWrapper(Optimizer):
             ValueError: the groups do not fit, or an option in them is out of range.
         """
         self._require_restored("load_state_dict")
-        state_dict = state_dict.copy()
+        base, state_dict = self._current_base(), state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         # A base optimizer that wraps another one may have a format of its own.
         for group in state_dict.get("param_groups", ()):
             check_options(group)
         if "state" in state_dict:
-            state_dict["state"] = without_old_weights(state_dict["state"], self.base_optimizer)
-        self.base_optimizer.load_state_dict(state_dict)
-        self._base_step.look_at(self.base_optimizer)  # a user's own may load into the same state object
+            state_dict["state"] = without_old_weights(state_dict["state"], base)
+        base.load_state_dict(state_dict)
+        self._base_step.look_at(base)  # a user's own may load into the same state object
         self._fill_in_options(self.param_groups, self._made_with)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

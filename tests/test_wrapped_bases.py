@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import make_params, same_bits, two_passes, values
 from plain_sam import PlainSAM, furthest
+from torch import Tensor
 from torch.autograd import grad
 from torch.optim import Optimizer
 
@@ -299,18 +301,41 @@ def test_the_counter_goes_on_with_the_base_optimizer_in_the_place_of_another(sch
     assert [group.get("sam_step") for group in optimizer.param_groups] == [None if schedule is None else 8]
 
 
-def test_a_base_optimizer_in_the_place_of_another_keeps_the_options_of_parameters() -> None:
-    """Its groups may have another order; one that mixes parameters with different options has none of its own."""
+def make_others() -> tuple[Any, Optimizer, list[Tensor]]:
+    """A SAM, and another base optimizer with the same parameters in other groups."""
     first, second = make_params([3, 2])
     optimizer = SAM([{"params": [first], "rho": 0.5}, {"params": [second], "perturb": False}], lr=0.1)
+    return optimizer, torch.optim.AdamW([{"params": [second]}, {"params": [first]}]), [first, second]
+
+
+def test_a_base_optimizer_in_the_place_of_another_keeps_the_options_of_parameters() -> None:
+    """Its groups may have another order. One that mixes parameters with different options is refused."""
+    optimizer, other, params = make_others()
     optimizer.param_groups[0]["rho"] = 0.7
-    optimizer.base_optimizer = torch.optim.AdamW([{"params": [second]}, {"params": [first]}])
-    first.grad = torch.ones(3)
+    optimizer.base_optimizer = other
+    params[0].grad = torch.ones(3)
     optimizer.first_step()
     assert [(group["rho"], group["perturb"]) for group in optimizer.param_groups] == [(0.05, False), (0.7, True)]
     optimizer.second_step()
-    optimizer.load_state_dict(torch.optim.AdamW([{"params": [second]}, {"params": [first]}]).state_dict())
+    optimizer.load_state_dict(make_others()[1].state_dict())
     assert [group["perturb"] for group in optimizer.param_groups] == [False, True]
-    optimizer.base_optimizer = torch.optim.AdamW([first, second])
+    optimizer.base_optimizer = torch.optim.AdamW(params)
     with pytest.raises(ValueError, match="different rho: keep them apart"):
         optimizer.first_step()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda optimizer: optimizer.load_state_dict(make_others()[1].state_dict()),
+        lambda optimizer: optimizer.add_param_group({"params": make_params([4])}),
+        copy.deepcopy,
+        SAM.state_dict,
+    ],
+    ids=["load_state_dict", "add_param_group", "deepcopy", "state_dict"],
+)
+def test_nothing_needs_a_step_with_a_base_optimizer_in_the_place_of_another(use: Callable[[SAM], Any]) -> None:
+    optimizer, optimizer.base_optimizer, _ = make_others()
+    found = use(optimizer)
+    groups = (found if isinstance(found, SAM) else optimizer).param_groups
+    assert [group["perturb"] for group in groups][:2] == [False, True]
