@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.memory import is_plain
 from ..batches import every_row, number_of_rows, versions_of, warn_of_written, with_own_containers
 from ..devices import devices_of
 from ..random_state import RandomState
@@ -62,7 +63,7 @@ class Window:
         if not sam.needs_first_pass:
             return forward(*args, **kwargs)
         random_state = RandomState.capture(devices_of(sam.param_groups)) if self.replay_rng else None
-        numbers = _numbers_of(self.owner)
+        numbers = _numbers_of(self.owner, sam)
         self.forwards.append(Forward(with_own_containers(args), with_own_containers(kwargs), random_state, numbers))
         if self.every > 1:
             if not number_of_rows([args, kwargs]):
@@ -101,7 +102,7 @@ class Window:
             return None
         forwards = [f for f in self.forwards if f.loss is not None]
         sam.first_step(zero_grad=True)
-        losses, numbers = [], _numbers_of(self.owner)
+        losses, numbers = [], _numbers_of(self.owner, sam)
         lengths = [(collected, len(collected)) for collected in _lists_of(self.owner)]
         with sam.second_pass(model, self.extra_buffers):
             others = None if self._looked_again else other_weights([model], sam.param_groups)
@@ -162,21 +163,22 @@ class _Number(NamedTuple):
 
 def _is_number(value: Any) -> bool:
     """Whether it is a number, also NumPy's, or a tensor of one. Flags, and attributes that were None, are left alone:
-    they may say that something was made, which must not be made again. So are weights, which SAM moves.
+    they may say that something was made, which must not be made again.
     """
     if type(value) is Tensor:
-        is_weight = value.requires_grad and value.is_leaf
-        return value.numel() == 1 and value.dtype != torch.bool and not is_weight
+        return value.numel() == 1 and value.dtype != torch.bool
     return isinstance(value, Number) and not isinstance(value, bool)
 
 
-def _numbers_of(owner: Any) -> dict[str, _Number]:
-    """The attributes that are numbers."""
-    found = {}
-    for name, value in vars(owner).items():
-        if _is_number(value):
-            written = type(value) is Tensor and not value.is_inference()
-            found[name] = _Number(value, value.detach().clone(), value._version) if written else _Number(value)
+def _numbers_of(owner: Any, sam: SAM) -> dict[str, _Number]:
+    """The attributes that are numbers. What has the memory of a weight, which SAM moves, is not to be written."""
+    found = {name: _Number(value) for name, value in vars(owner).items() if _is_number(value)}
+    tensors = [(name, value) for name, (value, *_) in found.items() if type(value) is Tensor]
+    params = (p for group in sam.param_groups for p in group["params"] if tensors)
+    weights = {p.untyped_storage().data_ptr() for p in params if is_plain(p)}
+    for name, value in tensors:
+        if not (value.is_inference() or (is_plain(value) and value.untyped_storage().data_ptr() in weights)):
+            found[name] = _Number(value, value.detach().clone(), value._version)
     return found
 
 

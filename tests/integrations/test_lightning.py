@@ -31,7 +31,7 @@ from oracle import batches, furthest, plain_step, small_net, windows
 from plain_sam import PlainSAM
 from torch import Tensor, nn
 
-from sam_fast import Schedule, frozen_running_stats
+from sam_fast import SAM, Schedule, frozen_running_stats
 from sam_fast.integrations.lightning import SAMCallback
 
 CSVLogger = lightning_runs.pl.loggers.CSVLogger
@@ -182,23 +182,25 @@ def test_numbers_of_the_module_are_the_same_in_both_passes_and_count_once():
     assert furthest(module.net, model) < CLOSE
 
 
-def test_a_weight_in_a_plain_attribute_is_perturbed():
+@pytest.mark.parametrize("kept", ["a leaf", "an alias"])
+def test_a_weight_that_is_a_number_is_perturbed_whoever_keeps_its_memory(kept: str):
     class Learns(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.temperature = torch.ones(1, dtype=torch.float64, requires_grad=True)
+            weight = torch.ones(1, dtype=torch.float64)
+            self.temperature = nn.Parameter(weight) if kept == "an alias" else weight.requires_grad_()
 
-        def parameters(self, recurse: bool = True) -> Any:
-            yield from (*super().parameters(recurse), self.temperature)
+        def configure_optimizers(self) -> Any:
+            return SAM([*self.net.parameters(), self.temperature], lr=LR, rho=RHO)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             found.append(self.temperature.item())
+            self.last = self.temperature.detach() if kept == "an alias" else None
             return nn.functional.cross_entropy(self.net(batch[0]) * self.temperature, batch[1])
 
     found: list[float] = []
     fit(Learns(), max_epochs=1)
-    first, second = found[::2], found[1::2]
-    assert all(w != there for w, there in zip(first, second, strict=True))
+    assert all(w != there for w, there in zip(found[::2], found[1::2], strict=True))
 
 
 @pytest.mark.guarantee(id="framework-logs")
