@@ -307,23 +307,26 @@ class PlainTensors:
         vars(self._module())[name] = value
 
 
-def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """The versions and addresses, which writing changes, of weights that are not trained, such as a target network's.
-    Running statistics are left out.
-    """
+OtherWeights = dict[tuple[int, str], tuple[int, int]]
+"""By the position of the model and the name: the version and the address, which writing changes."""
+
+
+def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> OtherWeights:
+    """Weights that are not trained, such as a target network's. Running statistics are left out."""
     trained = {id(p) for group in param_groups for p in group["params"] if p.requires_grad}
-    named = (item for model in models if isinstance(model, nn.Module) for item in model.named_parameters())
+    modules = (model for model in models if isinstance(model, nn.Module))
     return {
-        name: (p._version, p.data_ptr())
-        for name, p in named
+        (index, name): (p._version, p.data_ptr())
+        for index, module in enumerate(modules)
+        for name, p in module.named_parameters()
         if not (id(p) in trained or STATISTIC[name.rpartition(".")[2]])
         and (is_plain(p) and p.is_floating_point() and not p.is_inference())
     }
 
 
-def warn_of_changed(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], stacklevel: int) -> None:
+def warn_of_changed(before: OtherWeights, after: OtherWeights, stacklevel: int) -> None:
     """Warn if the second pass has changed weights that are not trained, as the first one does."""
-    changed = [name for name, state in after.items() if before.get(name, state) != state]
+    changed = [key[1] for key, state in after.items() if before.get(key, state) != state]
     if changed:
         others = f" and {len(changed) - 1} more" if changed[1:] else ""
         warnings.warn(

@@ -251,12 +251,13 @@ def test_a_record_that_says_how_to_be_copied_is_not_written_into() -> None:
 
 
 def test_updating_a_target_network_is_warned_of_once() -> None:
-    model, target = nn.Linear(2, 1), nn.Linear(2, 1).requires_grad_(False)
+    model = nn.Linear(2, 1)
+    target, teacher = (nn.Linear(2, 1).requires_grad_(False) for _ in range(2))  # whose weights have the same names
     norm = nn.BatchNorm1d(1)  # its statistics count once anyway
 
     def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         target.weight.lerp_(model.weight.detach(), 0.1)
-        return (norm(model(x)) - target(x)).square().mean()
+        return (norm(model(x)) - target(x) - teacher(x)).square().mean()
 
     step, x = TrainStep(model, SAM(model.parameters(), lr=0.1), loss_fn), torch.randn(4, 2)
     with pytest.warns(RuntimeWarning, match="weights that the optimizer does not train, weight; the") as caught:
