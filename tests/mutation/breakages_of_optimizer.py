@@ -67,8 +67,8 @@ OF_OPTIMIZER = [
     Breakage(
         "momentum is lost on load",
         "sam_fast/wrapper.py",
-        "        self.base_optimizer.load_state_dict(state_dict)\n",
-        '        self.base_optimizer.load_state_dict({**state_dict, "state": {}})\n',
+        "        base.load_state_dict(state_dict)\n",
+        '        base.load_state_dict({**state_dict, "state": {}})\n',
         ("test_state_dict.py::test_a_run_resumed_from_a_file_goes_on_with_the_same_bits",),
     ),
     Breakage(
