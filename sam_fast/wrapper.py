@@ -93,7 +93,7 @@ class OptimizerWrapper(Optimizer):
             self._fill_in_options(known.param_groups, self._made_with)
             take_over_options(base.param_groups, known.param_groups)
             self._fill_in_options(base.param_groups)
-            self._made_with.clear()
+            self._made_with = []  # a copy may have the other base optimizer still
             self._note_options(base.param_groups)
             self._work_with(base)
         return base

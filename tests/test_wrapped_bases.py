@@ -339,3 +339,13 @@ def test_nothing_needs_a_step_with_a_base_optimizer_in_the_place_of_another(use:
     found = use(optimizer)
     groups = (found if isinstance(found, SAM) else optimizer).param_groups
     assert [group["perturb"] for group in groups][:2] == [False, True]
+
+
+def test_a_copy_with_a_base_optimizer_of_its_own_leaves_the_options_of_the_first_one() -> None:
+    optimizer, other, params = make_others()
+    twin = copy.copy(optimizer)
+    twin.base_optimizer = other
+    twin.state_dict()
+    optimizer.load_state_dict(torch.optim.SGD([{"params": [p]} for p in params], lr=0.1).state_dict())
+    assert [group["perturb"] for group in optimizer.param_groups] == [True, False]
+    assert [group["perturb"] for group in twin.param_groups] == [False, True]
