@@ -19,15 +19,15 @@ BEFORE = "_sam_fast_before"
 def mark_used(gradients: Iterable[Tensor], mark: str = USED) -> None:
     """Note that these gradients are not new until they change."""
     for grad in gradients:
-        setattr(grad, mark, version_of(grad))
+        setattr(grad, mark, _version(grad))
 
 
 def are_new(gradients: Iterable[Tensor], mark: str = USED) -> bool:
     """Whether there is a gradient that no step has used and nobody has zeroed through the optimizer."""
-    return any(getattr(grad, mark, None) != version_of(grad) for grad in gradients)
+    return any(getattr(grad, mark, None) != _version(grad) for grad in gradients)
 
 
-def version_of(grad: Tensor) -> int:
+def _version(grad: Tensor) -> int:
     """How often a gradient has been written."""
     try:
         return grad._version
