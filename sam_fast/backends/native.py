@@ -79,8 +79,8 @@ class NativeBucket(Bucket):
         self._can_capture = can_capture(self.device)
         self._copies: dict[int, Tensor] = {}  # copies of directions, in their tensors' layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
-        self._wide_steps = torch.empty(0)
-        self._uncounted = False  # whether some of them have to be counted after the kernel
+        self._wide_steps: Tensor | None = None
+        self._uncounted: list[Tensor] = []  # those that the kernel does not count
         self.device_counters = self.host_counters = False
         values = {
             "dtype": DTYPE_CODES.get(self.dtype, -1),  # -1: only saved and restored
@@ -261,7 +261,7 @@ class NativeBucket(Bucket):
         if rule.counter is not None:
             self._read_counters(state, rule.counter, 1 << len(rule.states), options.masks)
         else:
-            self._steps, self._uncounted = [], False
+            self._steps = self._uncounted = []
             self.device_counters = self.host_counters = False
 
     def with_gradient(self) -> list[int] | None:
@@ -269,19 +269,17 @@ class NativeBucket(Bucket):
             return None
         return [index for index, has_grad in enumerate(self._gather.has_grad) if has_grad]
 
-    def written_params(self) -> list[Tensor]:
-        whole = self._gather.num_grads == len(self.tensors) or self._num_saved == self._occupied > 0
-        return self.all_params if whole else super().written_params()
-
     def _read_counters(self, state: Any, name: str, bit: int, masks: array[int]) -> None:
         wrong, self._steps, kind = self._gather.counters(state, name, bit, masks, self._counters)
         if wrong is not None:
             raise _wrong_state(wrong[0], name)
         self.device_counters = kind == DEVICE_FLOAT32
         self.host_counters = kind not in (NO_COUNTERS, DEVICE_FLOAT32)
-        self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else torch.empty(0)
-        # A kernel counts float32 counters on the host, except those of tensors without elements.
-        self._uncounted = bool(self._steps) and (bool(self.empty) or not self.counts or kind != HOST_FLOAT32)
+        self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else None
+        self._uncounted = self._steps
+        if self.counts and kind == HOST_FLOAT32:  # all but those of tensors without elements
+            counted = dict(zip(self._counted(), self._steps, strict=True)) if self.empty else {}
+            self._uncounted = [counted[index] for index in self.empty if index in counted]
 
     def _steps_in_float32(self) -> Tensor:
         """Copies of float64 counters, which PyTorch makes if that is the default dtype. Kernels read float32 ones."""
@@ -299,8 +297,9 @@ class NativeBucket(Bucket):
             check_whole_step(self._recorded, self.device)
         self._num_saved = None
         left = self.launch_step(options, scaling)
-        if self._uncounted:
-            self._count_steps(scaling)
+        if self._uncounted:  # after the kernel, which reads them as they were
+            by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
+            torch._foreach_add_(self._uncounted, by)
         if self._copies:
             self._release_copies()
         self._num_saved = left
@@ -311,21 +310,6 @@ class NativeBucket(Bucket):
     @abstractmethod
     def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
         """Run the kernel of ``options.rule``. Returns how many tensors with elements are still saved."""
-
-    def _count_steps(self, scaling: Scaling) -> None:
-        """Add 1 to the counters that the kernel has not counted itself."""
-        if self._wide_steps.numel():
-            torch._foreach_add_(self._steps, 1.0)
-        elif self.host_counters:
-            counted = dict(zip(self._counted(), self._steps, strict=True))
-            for index in self.empty:
-                if index in counted:
-                    counted[index] += 1
-        else:
-            # After the kernel, which reads them as they were.
-            torch._foreach_add_(self._steps, 1.0)
-            if scaling.found_inf is not None:
-                torch._foreach_add_(self._steps, scaling.found_inf, alpha=-1.0)
 
 
 class NativeBackend(Backend):

@@ -122,9 +122,8 @@ class TritonBucket(NativeBucket):
 
     def _programs_for(self, operation: str) -> int:
         """How many programs share the chunks out: as many as the device runs at once. More would wait for others."""
-        per_device = _multiprocessors(self.device) * PROGRAMS_PER_MULTIPROCESSOR if not INTERPRETED else 0
-        default = INTERPRETED_PROGRAMS if INTERPRETED else per_device
-        return max(1, min(len(self._chunks), self._programs.get(operation, default)))
+        most = INTERPRETED_PROGRAMS if INTERPRETED else _multiprocessors(self.device) * PROGRAMS_PER_MULTIPROCESSOR
+        return max(1, min(len(self._chunks), self._programs.get(operation, most)))
 
     def _learn(self, operation: str, kernel: Any) -> None:
         """Note how many programs of an operation run at once, for its next launch. Any number gives the same result."""
@@ -279,11 +278,6 @@ class TritonBucket(NativeBucket):
         for lr in options.learning_rates or [None] * options.num_groups:
             rates.extend((0, 0) if lr is None else (lr.data_ptr(), lr.element_size()))
         return self.addresses.send(b"".join(part.tobytes() for part in (*parts, rates)))
-
-    def _count_steps(self, scaling: Scaling) -> None:
-        # After the launch, so that a launch that fails counts nothing.
-        by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
-        torch._foreach_add_(self._steps, by)
 
 
 class TritonBackend(NativeBackend):

@@ -130,7 +130,7 @@ class Step:
         bucket.prepare_step(state, options)
         if device_counters and rule.counter is not None:
             bucket.device_counters, bucket.host_counters = True, False
-            bucket._uncounted = bool(bucket._steps)
+            bucket._uncounted = bucket._steps
         return options
 
     def take(

@@ -208,8 +208,8 @@ OF_OPTIMIZER = [
     Breakage(
         "empty parameters count their steps twice",
         "sam_fast/backends/native.py",
-        "                if index in counted:\n                    counted[index] += 1\n",
-        "                if index in counted:\n                    counted[index] += 2\n",
+        "            torch._foreach_add_(self._uncounted, by)\n",
+        "            torch._foreach_add_(self._uncounted, 2.0 * by)\n",
         ("test_fused_step.py::test_a_parameter_without_elements_counts_its_steps_once",),
     ),
     Breakage(
