@@ -102,7 +102,7 @@ def _launch(
         chunks: int64 ``[num_chunks, 5]``, the chunk table.
         tensors: int64 ``[num_tensors]``: their addresses; tensors with address 0 are left out.
         saved: uint8, the backup's memory; a multiple of 16 bytes.
-        written: int64, one element: :func:`backup` leaves ``ticket`` there, and without it :func:`restore` does nothing.
+        written: int64, one element: backup leaves ``ticket`` there, and without it restore does nothing.
         ticket: positive.
         itemsize: bytes per element: 1, 2, 4, 8 or 16.
     """

@@ -22,7 +22,7 @@ from ..amp import Scaling
 from ..options import make_plain
 from ..steps import NotFused, Rule
 from .columns import GradientOf
-from .memory import allocated, dense_layout, is_plain, is_wrapper, padded_size
+from .memory import allocated, dense_layout, is_plain, is_wrapper, slots_of, views_of
 
 CHUNK = 16384
 """Elements. Small enough to balance over threads, large enough that a chunk's overhead vanishes. A multiple of 64."""
@@ -128,11 +128,7 @@ class Bucket(ABC):
         self.groups = list(groups)
         self.device = tensors[0].device
         self.dtype = tensors[0].dtype
-        self.slots: list[int] = []
-        self.numel = 0
-        for tensor in self.tensors:
-            self.slots.append(self.numel)
-            self.numel += padded_size(tensor.numel(), tensor.element_size())
+        self.slots, self.numel = slots_of(self.tensors)
         # As they are now: a tensor that changes later must not change what its backup looks like.
         self._layouts = [dense_layout(tensor) for tensor in self.tensors]
         self.params = [[tensor] for tensor in self.tensors] if params is None else list(params)
@@ -190,8 +186,7 @@ class Bucket(ABC):
     @cached_property
     def backups(self) -> list[Tensor]:
         """The backup as a tensor for each of the bucket's, with its shape and, if it is dense, in its memory order."""
-        pairs = zip(self._layouts, self.slots, strict=True)
-        return [self.backup.as_strided(*layout, slot) for layout, slot in pairs]
+        return views_of(self.backup, self._layouts, self.slots)
 
     def by_parameter(self) -> Bucket:
         """A bucket whose tensors are the parameters that this one's tensors stand for, with this one's backup."""
