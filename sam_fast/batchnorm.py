@@ -50,10 +50,13 @@ class _Group:
     def _momenta_now(self) -> list[Any]:
         return [getattr(layer(), "momentum", None) for layer in self.snapshot._layers]
 
+    def _params_of_models(self) -> Iterator[nn.Parameter]:
+        models = (known() for known in self._models)
+        return (p for model in models if model is not None for p in model.parameters())
+
     def is_of(self, params: set[int]) -> bool:
         """Whether one of the parameters with these ids is in the models for which the layers were disabled."""
-        models = (known() for known in self._models)
-        return any(id(p) in params for model in models if model is not None for p in model.parameters())
+        return any(id(p) in params for p in self._params_of_models())
 
     def trains(self, params: set[int]) -> bool:
         """Whether one of the parameters with these ids leads to :meth:`run_unseen`: asked for every group that was left
@@ -71,9 +74,8 @@ class _Group:
     def _trained_with(self, layers: list[nn.Module]) -> list[nn.Parameter]:
         """The parameters of layers; where they have none (affine=False), those of the models they are in."""
         params = [p for layer in layers for p in layer._parameters.values() if p is not None]
-        if not params:
-            models = (known() for known in self._models)
-            params = [p for model in models if layers and model is not None for p in model.parameters()]
+        if layers and not params:
+            params = [*self._params_of_models()]
         return params
 
     def reestimates(self) -> bool:
