@@ -267,11 +267,8 @@ class FrozenParameters(_ByName):
         )
 
 
-class PlainTensors:
+class PlainTensors(_ByName):
     """The statistics in plain attributes of a module, as in hand-written norms, with the same interface."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
 
     def __iter__(self) -> Iterator[str]:
         module = self._module()
