@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..amp import Scaling
-from .bucket import Bucket, GroupOptions, StepOptions
+from .bucket import GroupOptions, StepOptions
 from .native import DTYPE_CODES, NativeBackend, NativeBucket, why_missing
 
 try:
@@ -128,7 +128,7 @@ class CudaBucket(NativeBucket):
 
 class CudaBackend(NativeBackend):
     name = "cuda"
-    bucket: ClassVar[type[Bucket]] = CudaBucket
+    bucket = CudaBucket
 
     def unavailable(self) -> str | None:
         if torch.version.hip:

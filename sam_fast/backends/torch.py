@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -247,7 +247,7 @@ class TorchBucket(Bucket):
 
 class TorchBackend(Backend):
     name = "torch"
-    bucket: ClassVar[type[Bucket]] = TorchBucket
+    bucket = TorchBucket
 
     def unavailable(self) -> str | None:
         return None
