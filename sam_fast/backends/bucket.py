@@ -21,7 +21,7 @@ from torch import Tensor
 from ..amp import Scaling
 from ..options import make_plain
 from ..steps import NotFused, Rule
-from .columns import GradientOf
+from .columns import GradientOf, grad_of
 from .memory import allocated, dense_layout, is_plain, is_wrapper, slots_of, views_of
 
 CHUNK = 16384
@@ -122,7 +122,7 @@ class Bucket(ABC):
         params: Sequence[list[Tensor]] | None = None,
         backup: Bucket | None = None,
         shared: bool = False,
-        gradient_of: GradientOf | None = None,
+        gradient_of: GradientOf = grad_of,
     ) -> None:
         self.tensors = list(tensors)
         self.groups = list(groups)
@@ -307,8 +307,7 @@ class Bucket(ABC):
 
     def gradient_of(self, index: int) -> Tensor | None:
         """The gradient of one tensor; of a DTensor, what this process holds of it."""
-        source = self.sources[index]
-        return source.grad if self._gradient_of is None else self._gradient_of(source)
+        return self._gradient_of(self.sources[index])
 
 
 def step_gradient(bucket: Bucket, index: int) -> Tensor:

@@ -44,8 +44,10 @@ same_objects: Callable[[list[Any], list[Any]], bool] = _same_objects if _cpu is 
 """Whether two lists hold the same objects."""
 
 
-grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
-"""The gradient, for ``map``."""
+GradientOf = Callable[[Tensor], Tensor | None]
+"""The gradient of a parameter as its bucket's tensor has it: of a DTensor, what this process holds."""
+
+grad_of: GradientOf = attrgetter("grad")
 
 
 def all_none(items: list[Any]) -> bool:
@@ -186,7 +188,3 @@ def make_gather(tensors: list[Tensor], params: list[Tensor], groups: list[int]) 
     if _cpu is None or exchange is None:
         return PythonGather(tensors, params, groups)
     return _cpu.Gather(exchange, Tensor, tensors, params, groups)
-
-
-GradientOf = Callable[[Tensor], Tensor | None]
-"""The gradient of a parameter as its bucket's tensor has it: of a DTensor, what this process holds."""

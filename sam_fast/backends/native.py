@@ -116,7 +116,7 @@ class NativeBucket(Bucket):
         for index in odd:
             grad = self.gradient_of(index)
             assert grad is not None
-            self._along[index] = self._in_layout(index, grad).data_ptr()
+            self._copy_in_layout(index, grad)
         return True
 
     def _collect(self, wanted: bytes | None) -> tuple[list[int], list[int]]:
@@ -153,8 +153,8 @@ class NativeBucket(Bucket):
     def launch_copy(self, restore: bool, release: bool) -> None:
         """Back all tensors up and mark them as saved, or restore those that are saved."""
 
-    def _in_layout(self, index: int, grad: Tensor) -> Tensor:
-        """The gradient with its tensor's own dtype and strides: a copy, kept until the operation is done."""
+    def _copy_in_layout(self, index: int, grad: Tensor) -> None:
+        """Use the gradient with its tensor's own dtype and strides: a copy, kept until the operation is done."""
         tensor = self.tensors[index]
         check_gradient(grad, tensor, self.sources[index])
         if is_plain(grad) and not has_memory(grad) and not grad._is_zerotensor():
@@ -163,7 +163,7 @@ class NativeBucket(Bucket):
             self._copies[index] = grad.detach()
         else:
             self._copies[index] = torch.empty_like(tensor, requires_grad=False).copy_(grad.detach())
-        return self._copies[index]
+        self._along[index] = self._copies[index].data_ptr()
 
     def _release_copies(self) -> None:
         """Free the gradients that had to be copied: the kernels are done with them."""
@@ -246,7 +246,7 @@ class NativeBucket(Bucket):
         if changed:
             raise NotFused("a parameter is no longer laid out as it was in first_step")
         for index in odd:
-            self._along[index] = self._in_layout(index, step_gradient(self, index)).data_ptr()
+            self._copy_in_layout(index, step_gradient(self, index))
         rule = options.rule
         columns = self._states[: len(rule.states)]
         wrong = self._gather.states(state, rule.states, options.masks, columns)
