@@ -84,12 +84,7 @@ class CudaBucket(NativeBucket):
         return 0 if self.dtype not in DTYPE_CODES else _cuda.grad_norm_blocks(self._device_index, self.address)
 
     def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
-        _cuda.grad_norm(
-            *self._where,
-            options.address,
-            partials.data_ptr(),
-            partials.numel(),
-        )
+        _cuda.grad_norm(*self._where, options.address, partials.data_ptr(), partials.numel())
 
     def launch_perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
         return _cuda.perturb(
