@@ -15,8 +15,9 @@ from torch._C import DisableTorchFunctionSubclass
 
 from ..amp import Scaling
 from ..devices import can_capture, check_whole_step, is_capturing, never_ran
-from ..steps import MissingState, NotFused
+from ..steps import NotFused
 from .bucket import (
+    NO_LONGER_LAID_OUT,
     Backend,
     Bucket,
     GroupOptions,
@@ -25,6 +26,7 @@ from .bucket import (
     check_gradient,
     shape_changed,
     step_gradient,
+    wrong_state,
 )
 from .columns import DEVICE_FLOAT32, HOST_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather, tensor_now
 from .memory import has_memory, is_dense, is_plain, rejects_memory, signature
@@ -244,14 +246,14 @@ class NativeBucket(Bucket):
         self._copies.clear()
         changed, odd = self._collect(None)
         if changed:
-            raise NotFused("a parameter is no longer laid out as it was in first_step")
+            raise NotFused(NO_LONGER_LAID_OUT)
         for index in odd:
             self._copy_in_layout(index, step_gradient(self, index))
         rule = options.rule
         columns = self._states[: len(rule.states)]
         wrong = self._gather.states(state, rule.states, options.masks, columns)
         if wrong is not None:
-            raise _wrong_state(wrong[0], rule.states[wrong[2]])
+            raise wrong_state(wrong[0], rule.states[wrong[2]])
         if rule.counter is not None:
             self._read_counters(state, rule.counter, 1 << len(rule.states), options.masks)
         else:
@@ -266,7 +268,7 @@ class NativeBucket(Bucket):
     def _read_counters(self, state: Any, name: str, bit: int, masks: array[int]) -> None:
         wrong, self._steps, kind = self._gather.counters(state, name, bit, masks, self._counters)
         if wrong is not None:
-            raise _wrong_state(wrong[0], name)
+            raise wrong_state(wrong[0], name)
         self.device_counters = kind == DEVICE_FLOAT32
         self.host_counters = kind not in (NO_COUNTERS, DEVICE_FLOAT32)
         self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else None
@@ -342,12 +344,6 @@ def why_missing(module: str, error: ImportError | None) -> str:
 
 def _address(numbers: array[Any]) -> int:
     return numbers.buffer_info()[0]
-
-
-def _wrong_state(missing: bool, name: str) -> NotFused:
-    if missing:
-        return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
-    return NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
 
 
 def _no_memory(param: Tensor, whose: str) -> ParameterError:

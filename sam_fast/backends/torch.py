@@ -13,9 +13,10 @@ from torch import Tensor
 from ..amp import Scaling, inverse_scale
 from ..devices import can_capture, check_whole_step, is_capturing, never_ran
 from ..rounding import ROUNDED
-from ..steps import RULES, MissingState, NotFused, Rule
+from ..steps import RULES, NotFused, Rule
 from . import tensor_lists
 from .bucket import (
+    NO_LONGER_LAID_OUT,
     Backend,
     Bucket,
     GroupOptions,
@@ -24,6 +25,7 @@ from .bucket import (
     check_gradient,
     shape_changed,
     step_gradient,
+    wrong_state,
 )
 from .columns import all_none, state_tensors, tensor_now
 from .memory import is_wrapper, signature
@@ -175,7 +177,7 @@ class TorchBucket(Bucket):
 
     def prepare_step(self, state: Any, options: StepOptions) -> None:
         if not self._is_as_built() or any(tensor.is_neg() or tensor.is_conj() for tensor in self.tensors):
-            raise NotFused("a parameter is no longer laid out as it was in first_step")
+            raise NotFused(NO_LONGER_LAID_OUT)
         for index, source in enumerate(self.sources):
             self._along[index] = None if source.grad is None else step_gradient(self, index)
         if options.learning_rates:
@@ -185,7 +187,7 @@ class TorchBucket(Bucket):
         for k, name in enumerate(options.rule.all_names):
             found = state_tensors(state, self.sources, takes, 1 << k, name)
             if isinstance(found, int):
-                raise MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
+                raise wrong_state(True, name)
             self._states[name] = found
         self._check_states(options.rule)
 
@@ -193,7 +195,7 @@ class TorchBucket(Bucket):
         for name in rule.states:
             pairs = zip(self._states[name], self.tensors, strict=True)
             if not all(state is None or _is_like(state, tensor) for state, tensor in pairs):
-                raise NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
+                raise wrong_state(False, name)
         steps = [] if rule.counter is None else self._states[rule.counter]
         if any(step is not None and step.device.type != "cpu" for step in steps):
             raise NotFused("the torch backend reads step counters on the host")
