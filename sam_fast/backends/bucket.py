@@ -301,7 +301,8 @@ class Bucket(ABC):
 
     def written_params(self) -> list[Tensor]:
         """After :meth:`prepare_step`: the parameters that the step writes: those that are saved or have a gradient."""
-        if (stepped := self.with_gradient()) is None or (saved := self.saved()) is None:
+        saved, stepped = self.saved(), self.with_gradient()
+        if saved is None or stepped is None:
             return self.all_params
         return [p for index in sorted({*saved, *stepped}) for p in self.params[index]]
 

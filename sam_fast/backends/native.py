@@ -265,6 +265,10 @@ class NativeBucket(Bucket):
             return None
         return [index for index, has_grad in enumerate(self._gather.has_grad) if has_grad]
 
+    def written_params(self) -> list[Tensor]:
+        whole = self._gather.num_grads == len(self.tensors) or self._num_saved == self._occupied > 0
+        return self.all_params if whole else super().written_params()  # most often without another call
+
     def _read_counters(self, state: Any, name: str, bit: int, masks: array[int]) -> None:
         wrong, self._steps, kind = self._gather.counters(state, name, bit, masks, self._counters)
         if wrong is not None:
