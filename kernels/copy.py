@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,18 +88,30 @@ def _launch(
     programs: int,
     chunks: torch.Tensor,
     tensors: torch.Tensor,
-    backup: torch.Tensor,
+    saved: torch.Tensor,
     written: torch.Tensor,
     ticket: int,
     itemsize: int,
+    *,
     to_backup: bool,
 ) -> Any:
+    """Copy the tensors to the backup, or from it. Returns the compiled kernel, None in the interpreter.
+
+    Args:
+        programs: how many programs share the chunks out.
+        chunks: int64 ``[num_chunks, 5]``, the chunk table.
+        tensors: int64 ``[num_tensors]``: their addresses; tensors with address 0 are left out.
+        saved: uint8, the backup's memory; a multiple of 16 bytes.
+        written: int64, one element: backup leaves ``ticket`` there, and without it restore does nothing.
+        ticket: positive.
+        itemsize: bytes per element: 1, 2, 4, 8 or 16.
+    """
     word, words_per_element = WORDS[itemsize]
     return copy_kernel[(programs,)](
         chunks,
         chunks.shape[0],
         tensors,
-        backup,
+        saved,
         written,
         ticket,
         TO_BACKUP=to_backup,
@@ -110,37 +123,5 @@ def _launch(
     )
 
 
-def backup(
-    programs: int,
-    chunks: torch.Tensor,
-    tensors: torch.Tensor,
-    backup: torch.Tensor,
-    written: torch.Tensor,
-    ticket: int,
-    itemsize: int,
-) -> Any:
-    """Copy the tensors to the backup. Returns the compiled kernel, None in the interpreter.
-
-    Args:
-        programs: how many programs share the chunks out.
-        chunks: int64 ``[num_chunks, 5]``, the chunk table.
-        tensors: int64 ``[num_tensors]``: their addresses; tensors with address 0 are left out.
-        backup: uint8, the backup's memory; a multiple of 16 bytes.
-        written: int64, one element: receives ``ticket``.
-        ticket: positive.
-        itemsize: bytes per element: 1, 2, 4, 8 or 16.
-    """
-    return _launch(programs, chunks, tensors, backup, written, ticket, itemsize, True)
-
-
-def restore(
-    programs: int,
-    chunks: torch.Tensor,
-    tensors: torch.Tensor,
-    backup: torch.Tensor,
-    written: torch.Tensor,
-    ticket: int,
-    itemsize: int,
-) -> Any:
-    """As :func:`backup`, from the backup to the tensors; nothing happens unless ``written`` holds ``ticket``."""
-    return _launch(programs, chunks, tensors, backup, written, ticket, itemsize, False)
+backup = partial(_launch, to_backup=True)
+restore = partial(_launch, to_backup=False)

@@ -255,21 +255,16 @@ def step(
     """Launch. Returns the compiled kernel, None in the interpreter.
 
     Args:
+        programs, chunks, num_tensors, backup, ticket, rounding_key: as for :func:`sam_fast.kernels.perturb.perturb`.
         of: the module of the base optimizer.
-        programs: how many programs share the chunks out.
-        chunks: int64 ``[num_chunks, 5]``, the chunk table.
         table: int64, the address table; tensors without a gradient are left out.
-        num_tensors: number of tensors of the bucket.
         numbers: int64, float64 bits: if the base optimizer counts, for each tensor the two numbers ``of.counted`` for
             this step, or 0 and 0 for those in ``common``; then for each group its options.
-        backup: uint8, the backup's memory; a multiple of 16 bytes.
         written: int64, one element. Unless it holds ``ticket`` no backup was written, and all weights are where they
             were.
-        ticket: positive.
         grad_scale: float32, one element: gradients are divided by it. Or None.
         found_inf: float32, one element: unless it is 0, saved tensors are only put back and all others stay as they
             are. Or None.
-        rounding_key: 32 bits, for the stochastic rounding of 16-bit weights, or None.
         dtype: that of the tensors and their state.
         device_counters: ``numbers`` has ``of.bases`` for each tensor instead, and the table the addresses of counters
             (float32) that have not counted this step yet.

@@ -78,12 +78,10 @@ def _triton() -> str:
 
 
 def _cuda() -> str:
+    if torch.version.hip:
+        return f"this torch is built for ROCm {torch.version.hip}"
     if torch.version.cuda is None:
-        return (
-            f"this torch is built for ROCm {torch.version.hip}"
-            if torch.version.hip
-            else "this torch is built without it"
-        )
+        return "this torch is built without it"
     if not torch.cuda.is_available():
         return f"{torch.version.cuda}, no usable device"
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

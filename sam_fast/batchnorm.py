@@ -15,7 +15,7 @@ last to run. In whatever thread it ends, it also settles those of models that ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from threading import get_ident, local
 from typing import Any
@@ -50,10 +50,13 @@ class _Group:
     def _momenta_now(self) -> list[Any]:
         return [getattr(layer(), "momentum", None) for layer in self.snapshot._layers]
 
+    def _params_of_models(self) -> Iterator[nn.Parameter]:
+        models = (known() for known in self._models)
+        return (p for model in models if model is not None for p in model.parameters())
+
     def is_of(self, params: set[int]) -> bool:
         """Whether one of the parameters with these ids is in the models for which the layers were disabled."""
-        models = (known() for known in self._models)
-        return any(id(p) in params for model in models if model is not None for p in model.parameters())
+        return any(id(p) in params for p in self._params_of_models())
 
     def trains(self, params: set[int]) -> bool:
         """Whether one of the parameters with these ids leads to :meth:`run_unseen`: asked for every group that was left
@@ -68,12 +71,11 @@ class _Group:
         bare = [layer for layer in layers if not any(p is not None for p in layer._parameters.values())]
         return [*self._trained_with(layers), *self._trained_with(bare)]
 
-    def _trained_with(self, layers: list[nn.Module]) -> list[nn.Parameter]:
+    def _trained_with(self, layers: Collection[nn.Module]) -> list[nn.Parameter]:
         """The parameters of layers; where they have none (affine=False), those of the models they are in."""
         params = [p for layer in layers for p in layer._parameters.values() if p is not None]
-        if not params:
-            models = (known() for known in self._models)
-            params = [p for model in models if layers and model is not None for p in model.parameters()]
+        if layers and not params:
+            params = [*self._params_of_models()]
         return params
 
     def reestimates(self) -> bool:
@@ -83,11 +85,13 @@ class _Group:
         """
         return self._momenta != self._momenta_now() or self.snapshot._has_changed()
 
-    def layers(self) -> list[nn.Module]:
-        layers = (known() for known in self.snapshot._layers)
-        return [layer for layer in layers if layer is not None and _disabled.get(layer) is self]
+    def layers(self) -> dict[nn.Module, frozenset[str]]:
+        """The layers that are still disabled, with the names of further buffers that the user has named."""
+        pairs = zip(self.snapshot._layers, self.snapshot._extra, strict=True)
+        known = ((layer(), names) for layer, names in pairs)
+        return {layer: names for layer, names in known if layer is not None and _disabled.get(layer) is self}
 
-    def put_back(self, layers: list[nn.Module]) -> None:
+    def put_back(self, layers: Collection[nn.Module]) -> None:
         if len(layers) == len(self.snapshot._layers):
             self.snapshot.restore()
         elif layers:
@@ -103,15 +107,13 @@ class _Group:
         """Note that what the layers hold is right."""
         self.settled, self.fresh, self.of_step, self._params = True, False, False, None
         if self.partial:
-            known = zip(self.snapshot._layers, self.snapshot._extra, strict=True)
-            extra = {layer: names for layer, names in ((layer(), names) for layer, names in known) if layer is not None}
             layers = self.layers()
-            self.snapshot = BatchNormSnapshot._of_layers(Layers(layers, {layer: extra[layer] for layer in layers}))
+            self.snapshot = BatchNormSnapshot._of_layers(Layers([*layers], layers))
             self.snapshot.save()
             self._momenta = self._momenta_now()
             self.partial = False
 
-    def run_unseen(self, layers: list[nn.Module], trained: set[int] | None = None) -> list[nn.Module]:
+    def run_unseen(self, layers: Collection[nn.Module], trained: set[int] | None = None) -> Collection[nn.Module]:
         """Those of the settled ``layers`` that seem to have run where no hook is called, as in a compiled function.
 
         Gradients show that a layer has run. If the group is fresh and at most its counters have changed, this returns
@@ -355,13 +357,8 @@ def _before_forward(module: nn.Module, args: Any) -> None:
         layers = _below[module] = [ref(layer) for layer in _candidates([module])]
     if not layers:
         return
-    groups: list[_Group] = []
-    for known in layers:
-        layer = known()
-        if layer is not None and layer.training:
-            group = _disabled.get(layer)
-            if group is not None and group.settled and group not in groups:
-                groups.append(group)
+    training = (layer for known in layers if (layer := known()) is not None and layer.training)
+    groups = [group for group in dict.fromkeys(map(_disabled.get, training)) if group is not None and group.settled]
     if not groups:
         return
     if torch.is_grad_enabled():

@@ -6,7 +6,7 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import RLock
 from typing import Any
 
@@ -60,8 +60,7 @@ class ModuleHooks:
         _our_keys.add(self._key)
         self._installed = False
         self._late = False  # no longer needed, but still installed
-        self._silenced = False
-        self._filters: Sequence[Any] = []
+        self._filters: list[Any] = []  # those of Python's warnings that ours was put into
         self._lock = RLock()
 
     def _unless_compiling(self, hook: Callable[..., None]) -> Callable[..., None]:
@@ -82,21 +81,17 @@ class ModuleHooks:
         with self._lock:
             needed = self._needed()
             self._late = not needed and self._installed and _is_being_compiled()
-            if needed:
+            if needed and not self._installed:
                 self.install()
-            elif not self._late:
+            elif self._installed and not (needed or self._late):
                 self.remove()
 
     def install(self) -> None:
-        """Does nothing if the hooks are installed."""
-        if self._installed:
-            return
         # If others have hooks, the warning is about those too, and stays. Not through warnings.filterwarnings, which
         # makes Python show warnings again that it has shown once.
-        self._silenced = not _others_have_hooks()
-        if self._silenced:
-            self._filters = warnings.filters  # the present list: warnings.catch_warnings() replaces it
-            self._filters.insert(0, _IGNORED)  # type: ignore[attr-defined]
+        if not _others_have_hooks():
+            self._filters = warnings.filters  # type: ignore[assignment]  # replaced by warnings.catch_warnings()
+            self._filters.insert(0, _IGNORED)
         self._installed = True
         torch_module._global_forward_pre_hooks[self._key] = self._before
         if self._after is not None:
@@ -104,9 +99,6 @@ class ModuleHooks:
             torch_module._global_forward_hooks_always_called[self._key] = True
 
     def remove(self) -> None:
-        """Does nothing if the hooks are not installed."""
-        if not self._installed:
-            return
         self._installed = False
         hooks = (
             torch_module._global_forward_pre_hooks,
@@ -115,5 +107,6 @@ class ModuleHooks:
         )
         for known in hooks:
             known.pop(self._key, None)
-        if self._silenced and _IGNORED in self._filters:  # not if somebody has changed the filters since
-            self._filters.remove(_IGNORED)  # type: ignore[attr-defined]
+        if _IGNORED in self._filters:  # not if others had hooks, or somebody has changed the filters since
+            self._filters.remove(_IGNORED)
+        self._filters = []

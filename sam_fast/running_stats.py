@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 from weakref import ref
@@ -34,29 +34,19 @@ CheckedBuffers = tuple[str, ...] | Callable[[str, Tensor], bool]
 COUNTER = "num_batches_tracked"
 
 
-def _is_statistic(name: str) -> bool:
+@cache  # models are searched at every step
+def is_statistic(name: str) -> bool:
+    """Whether a buffer or frozen parameter of that name is a running statistic."""
     name = name.rpartition("/")[2]  # Keras' parameters are called by their paths
     return name.startswith(("running_", "moving_")) or name == COUNTER
 
 
-class _Names(dict[str, bool]):
-    """For each name whether it is that of a statistic. Cached, because models are searched at every step."""
-
-    def __missing__(self, name: str) -> bool:
-        self[name] = found = _is_statistic(name)
-        return found
-
-
-STATISTIC = _Names()
-"""Whether a buffer or frozen parameter of that name is a running statistic."""
-
-
 def _keeps_statistics(module: nn.Module) -> bool:
     for name in module._buffers.keys():  # noqa: SIM118 - a scripted module's is no dict and cannot be iterated
-        if STATISTIC[name]:
+        if is_statistic(name):
             return True
     for name in module._parameters.keys():  # noqa: SIM110, SIM118
-        if STATISTIC[name]:
+        if is_statistic(name):
             return True
     return False
 
@@ -67,19 +57,6 @@ MOST_ASIDE = 100
 """How many containers are searched for modules that a module keeps in plain attributes. Those of this length or more
 are not: they are histories or data.
 """
-
-
-class _Kinds(dict[type, int]):
-    """For each type 1 if it is a module, 2 if it is a container, 0 if neither. By type, since isinstance() takes a
-    weakref.proxy for what it refers to.
-    """
-
-    def __missing__(self, kind: type) -> int:
-        self[kind] = 1 if issubclass(kind, nn.Module) else 2 * issubclass(kind, list | tuple | set | dict)
-        return self[kind]
-
-
-_KIND = _Kinds()
 
 
 @lru_cache(maxsize=1000)  # parametrized and traced modules have a class each
@@ -103,9 +80,12 @@ def _modules_in(values: Iterable[Any]) -> list[nn.Module]:
     found: list[nn.Module] = []
     pending: list[Any] = [list(values)]
     for value in islice(pending, MOST_ASIDE):  # which grows
-        inside = list(value.values() if isinstance(value, dict) else value)
-        found += [item for item in inside if _KIND[type(item)] == 1]
-        pending += [item for item in inside if _KIND[type(item)] == 2 and len(item) < MOST_ASIDE]
+        for item in list(value.values() if isinstance(value, dict) else value):
+            kind = type(item)  # isinstance() would take a weakref.proxy for what it refers to
+            if issubclass(kind, nn.Module):
+                found.append(item)
+            elif issubclass(kind, (list, tuple, set, dict)) and len(item) < MOST_ASIDE:
+                pending.append(item)
     return found
 
 
@@ -204,7 +184,7 @@ def find_layers(
             continue
         seen.add(module)
         own = _own_attributes(module)
-        if _keeps_statistics(module) or module in extra or (own and any(map(STATISTIC.__getitem__, own))):
+        if _keeps_statistics(module) or module in extra or (own and any(map(is_statistic, own))):
             found.append(module)
         if own:
             stack += _modules_in(own.values())
@@ -287,16 +267,13 @@ class FrozenParameters(_ByName):
         )
 
 
-class PlainTensors:
+class PlainTensors(_ByName):
     """The statistics in plain attributes of a module, as in hand-written norms, with the same interface."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
 
     def __iter__(self) -> Iterator[str]:
         module = self._module()
         names = () if module is None else _own_attributes(module)
-        return iter([name for name in names if STATISTIC[name] and self.get(name) is not None])
+        return iter([name for name in names if is_statistic(name) and self.get(name) is not None])
 
     def get(self, name: str) -> Tensor | None:
         module = self._module()
@@ -319,7 +296,7 @@ def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]])
         (index, name): (p._version, p.data_ptr())
         for index, module in enumerate(modules)
         for name, p in module.named_parameters()
-        if not (id(p) in trained or STATISTIC[name.rpartition(".")[2]])
+        if not (id(p) in trained or is_statistic(name.rpartition(".")[2]))
         and (is_plain(p) and p.is_floating_point() and not p.is_inference())
     }
 
@@ -343,9 +320,9 @@ def owners_of(module: nn.Module, extra: frozenset[str]) -> list[Any]:
     """The collections in which a module holds statistics by name, and those named ``extra``."""
     owners = [buffers_of(module)]
     # a scripted module's dict cannot be iterated itself
-    if any(STATISTIC[name] or name in extra for name in module._parameters.keys()):  # noqa: SIM118
+    if any(is_statistic(name) or name in extra for name in module._parameters.keys()):  # noqa: SIM118
         owners.append(FrozenParameters(module))
-    if any(STATISTIC[name] for name in _own_attributes(module)):
+    if any(is_statistic(name) for name in _own_attributes(module)):
         owners.append(PlainTensors(module))
     return owners
 

@@ -15,12 +15,12 @@ from torch.nn.parameter import is_lazy
 from .backends import Backend, Bucket, choose
 from .running_stats import (
     COUNTER,
-    STATISTIC,
     ExtraBuffers,
     Layers,
     Models,
     as_models,
     find_layers,
+    is_statistic,
     owners_of,
 )
 
@@ -169,7 +169,7 @@ class BatchNormSnapshot:
         self._names = [tuple(owned) for owned in self._owned]
         self._places, self._place_layers = [], []
         for index, owned, names in zip(self._layer_of, self._owned, self._names, strict=True):
-            places = [(owned, name) for name in names if STATISTIC[name] or name in self._extra[index]]
+            places = [(owned, name) for name in names if is_statistic(name) or name in self._extra[index]]
             self._places += places
             self._place_layers += [index] * len(places)
         # A lazy buffer becomes a real one without becoming another object: remembered as None, it is looked at again

@@ -49,8 +49,8 @@ def unusable_devices() -> dict[str, str]:
     devices = [
         device(kind, index) for kind in ("cuda", "xpu") for index in range(getattr(pytorch, kind).device_count())
     ]
-    pairs = [(backend, on) for backend in map(BACKENDS.get, available()) if backend is not None for on in devices]
-    reasons = {f"{b.name} on {on}": b.unusable_on(on) for b, on in pairs if b.name in _preferred(on.type)}
+    pairs = [(name, on) for name in available() for on in devices if name in _preferred(on.type)]
+    reasons = {f"{name} on {on}": BACKENDS[name].unusable_on(on) for name, on in pairs}
     return {where: reason for where, reason in reasons.items() if reason is not None}
 
 

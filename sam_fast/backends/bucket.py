@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..amp import Scaling
 from ..options import make_plain
-from ..steps import NotFused, Rule
-from .columns import GradientOf
-from .memory import allocated, dense_layout, is_plain, is_wrapper, padded_size
+from ..steps import MissingState, NotFused, Rule
+from .columns import GradientOf, grad_of
+from .memory import allocated, dense_layout, is_plain, is_wrapper, slots_of, views_of
 
 CHUNK = 16384
 """Elements. Small enough to balance over threads, large enough that a chunk's overhead vanishes. A multiple of 64."""
@@ -122,17 +122,13 @@ class Bucket(ABC):
         params: Sequence[list[Tensor]] | None = None,
         backup: Bucket | None = None,
         shared: bool = False,
-        gradient_of: GradientOf | None = None,
+        gradient_of: GradientOf = grad_of,
     ) -> None:
         self.tensors = list(tensors)
         self.groups = list(groups)
         self.device = tensors[0].device
         self.dtype = tensors[0].dtype
-        self.slots: list[int] = []
-        self.numel = 0
-        for tensor in self.tensors:
-            self.slots.append(self.numel)
-            self.numel += padded_size(tensor.numel(), tensor.element_size())
+        self.slots, self.numel = slots_of(self.tensors)
         # As they are now: a tensor that changes later must not change what its backup looks like.
         self._layouts = [dense_layout(tensor) for tensor in self.tensors]
         self.params = [[tensor] for tensor in self.tensors] if params is None else list(params)
@@ -190,8 +186,7 @@ class Bucket(ABC):
     @cached_property
     def backups(self) -> list[Tensor]:
         """The backup as a tensor for each of the bucket's, with its shape and, if it is dense, in its memory order."""
-        pairs = zip(self._layouts, self.slots, strict=True)
-        return [self.backup.as_strided(*layout, slot) for layout, slot in pairs]
+        return views_of(self.backup, self._layouts, self.slots)
 
     def by_parameter(self) -> Bucket:
         """A bucket whose tensors are the parameters that this one's tensors stand for, with this one's backup."""
@@ -206,24 +201,21 @@ class Bucket(ABC):
         """How many float64 partial sums :meth:`grad_norm` writes."""
 
     @abstractmethod
-    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
-        """Look up where the tensors and the direction are now. False if a tensor is not what the bucket was built for.
+    def collect(self, options: GroupOptions) -> bool:
+        """Look up where the tensors and their gradients are now. False if a tensor is not what the bucket was built
+        for.
 
-        Tensors of groups with ``perturb=False``, and those without a direction, take no part until the next call.
-
-        Args:
-            options: SAM's options of all groups.
-            along: the direction, for each tensor one of its shape or None; by default the gradients.
+        Tensors of groups with ``perturb=False``, and those without a gradient, take no part until the next call.
 
         Raises:
-            ParameterError: a direction is sparse, or has another shape than its tensor.
+            ParameterError: a gradient is sparse, or has another shape than its tensor.
         """
 
     @abstractmethod
     def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
         """``partials`` (float64, ``num_partials`` elements) = partial sums of ``||T g||^2``.
 
-        g is the direction; T = 1, or ``|w| + eta`` in adaptive groups.
+        g is the gradient; T = 1, or ``|w| + eta`` in adaptive groups.
         """
 
     @abstractmethod
@@ -316,8 +308,7 @@ class Bucket(ABC):
 
     def gradient_of(self, index: int) -> Tensor | None:
         """The gradient of one tensor; of a DTensor, what this process holds of it."""
-        source = self.sources[index]
-        return source.grad if self._gradient_of is None else self._gradient_of(source)
+        return self._gradient_of(self.sources[index])
 
 
 def step_gradient(bucket: Bucket, index: int) -> Tensor:
@@ -334,6 +325,17 @@ def step_gradient(bucket: Bucket, index: int) -> Tensor:
     if bucket.dtype == torch.float16 != grad.dtype:
         raise NotFused("float16 would not hold a gradient of another dtype, nor the state made of it")
     return grad
+
+
+NO_LONGER_LAID_OUT = "a parameter is no longer laid out as it was in first_step"
+"""Why a bucket cannot take a fused second step."""
+
+
+def wrong_state(missing: bool, name: str) -> NotFused:
+    """The error for a state that is missing, or else not laid out as its tensor."""
+    if missing:
+        return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
+    return NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
 
 
 class Backend(ABC):
@@ -382,16 +384,16 @@ def shape_changed(param: Tensor, before: Tensor, now: Tensor) -> ParameterError:
     return ParameterError(param, problem)
 
 
-def check_direction(direction: Tensor, tensor: Tensor, param: Tensor) -> None:
-    """Raise ParameterError if the direction is sparse or of another shape (``grad.data = ...`` allows that)."""
-    if direction.layout != torch.strided:
+def check_gradient(grad: Tensor, tensor: Tensor, param: Tensor) -> None:
+    """Raise ParameterError if a gradient is sparse or of another shape (``grad.data = ...`` allows that)."""
+    if grad.layout != torch.strided:
         raise ParameterError(
             param,
-            f"has a sparse gradient (layout {direction.layout}), which SAM does not support: build the layer with "
+            f"has a sparse gradient (layout {grad.layout}), which SAM does not support: build the layer with "
             "sparse=False, or put its parameters in a group with perturb=False and use a base optimizer that supports "
             "sparse gradients",
         )
-    if direction.shape != tensor.shape:
+    if grad.shape != tensor.shape:
         raise ParameterError(
-            param, f"of shape {tuple(tensor.shape)} has a gradient of another shape, {tuple(direction.shape)}"
+            param, f"of shape {tuple(tensor.shape)} has a gradient of another shape, {tuple(grad.shape)}"
         )

@@ -1,7 +1,7 @@
 """Columns: one address per tensor of a bucket, read anew at every step from a tensor that must match the bucket's.
 
-Gradients, a direction given as a list of tensors, and the base optimizer's state are all columns. ``Gather`` reads
-them: the native one (csrc/gather.h) if it was built, else :class:`PythonGather`.
+Gradients and the base optimizer's state are columns. ``Gather`` reads them: the native one (csrc/gather.h) if it was
+built, else :class:`PythonGather`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ same_objects: Callable[[list[Any], list[Any]], bool] = _same_objects if _cpu is 
 """Whether two lists hold the same objects."""
 
 
-grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
-"""The gradient, for ``map``."""
+GradientOf = Callable[[Tensor], Tensor | None]
+"""The gradient of a parameter as its bucket's tensor has it: of a DTensor, what this process holds."""
+
+grad_of: GradientOf = attrgetter("grad")
 
 
 def all_none(items: list[Any]) -> bool:
@@ -186,7 +188,3 @@ def make_gather(tensors: list[Tensor], params: list[Tensor], groups: list[int]) 
     if _cpu is None or exchange is None:
         return PythonGather(tensors, params, groups)
     return _cpu.Gather(exchange, Tensor, tensors, params, groups)
-
-
-GradientOf = Callable[[Tensor], Tensor | None]
-"""The gradient of a parameter as its bucket's tensor has it: of a DTensor, what this process holds."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..amp import Scaling, inverse_scale
-from .bucket import Bucket, GroupOptions, StepOptions
+from .bucket import GroupOptions, StepOptions
 from .native import NativeBackend, NativeBucket, why_missing
 
 try:
@@ -75,7 +74,7 @@ class CpuBucket(NativeBucket):
 
 class CpuBackend(NativeBackend):
     name = "cpu"
-    bucket: ClassVar[type[Bucket]] = CpuBucket
+    bucket = CpuBucket
 
     def unavailable(self) -> str | None:
         if _cpu is None:

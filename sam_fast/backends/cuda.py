@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..amp import Scaling
-from .bucket import Bucket, GroupOptions, StepOptions
+from .bucket import GroupOptions, StepOptions
 from .native import DTYPE_CODES, NativeBackend, NativeBucket, why_missing
 
 try:
@@ -84,12 +84,7 @@ class CudaBucket(NativeBucket):
         return 0 if self.dtype not in DTYPE_CODES else _cuda.grad_norm_blocks(self._device_index, self.address)
 
     def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
-        _cuda.grad_norm(
-            *self._where,
-            options.address,
-            partials.data_ptr(),
-            partials.numel(),
-        )
+        _cuda.grad_norm(*self._where, options.address, partials.data_ptr(), partials.numel())
 
     def launch_perturb(self, options: GroupOptions, partials: Tensor, eps: float, norm: Tensor) -> int:
         return _cuda.perturb(
@@ -128,7 +123,7 @@ class CudaBucket(NativeBucket):
 
 class CudaBackend(NativeBackend):
     name = "cuda"
-    bucket: ClassVar[type[Bucket]] = CudaBucket
+    bucket = CudaBucket
 
     def unavailable(self) -> str | None:
         if torch.version.hip:

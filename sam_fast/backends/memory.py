@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -31,7 +31,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """True if ``tensor`` covers its memory without gaps or overlaps, in any order of dimensions (channels_last too)."""
-    return tensor.numel() == 0 or tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -50,17 +50,30 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return len(places.unique()) < places.numel()
 
 
-def dense_layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+Layout = tuple[torch.Size, tuple[int, ...]]
+"""Shape and strides."""
+
+
+def dense_layout(tensor: Tensor) -> Layout:
     """Shape and strides of ``tensor`` if it is dense, else its shape and the strides that make it contiguous."""
     if is_dense(tensor):
         return tensor.shape, tensor.stride()
     return tensor.shape, torch.empty(tensor.shape, device="meta").stride()
 
 
-def padded_size(numel: int, itemsize: int) -> int:
-    """``numel`` rounded up to whole 64-byte lines of elements of ``itemsize`` bytes."""
-    line = max(1, ALIGNMENT // itemsize)
-    return -(-numel // line) * line
+def slots_of(tensors: Iterable[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor begins in a flat index space, in which it has whole lines, and the size of that space."""
+    slots, numel = [], 0
+    for tensor in tensors:
+        line = max(1, ALIGNMENT // tensor.element_size())
+        slots.append(numel)
+        numel += -(-tensor.numel() // line) * line
+    return slots, numel
+
+
+def views_of(flat: Tensor, layouts: Sequence[Layout], slots: Sequence[int]) -> list[Tensor]:
+    """The tensors of these layouts that begin at ``slots`` in ``flat``."""
+    return [flat.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
 
 
 def has_memory(tensor: Tensor) -> bool:

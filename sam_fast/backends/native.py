@@ -15,16 +15,18 @@ from torch._C import DisableTorchFunctionSubclass
 
 from ..amp import Scaling
 from ..devices import can_capture, check_whole_step, is_capturing, never_ran
-from ..steps import MissingState, NotFused
+from ..steps import NotFused
 from .bucket import (
+    NO_LONGER_LAID_OUT,
     Backend,
     Bucket,
     GroupOptions,
     ParameterError,
     StepOptions,
-    check_direction,
+    check_gradient,
     shape_changed,
     step_gradient,
+    wrong_state,
 )
 from .columns import DEVICE_FLOAT32, HOST_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather, tensor_now
 from .memory import has_memory, is_dense, is_plain, rejects_memory, signature
@@ -77,10 +79,10 @@ class NativeBucket(Bucket):
         # How many tensors with elements are saved; None: not known. ``_saved`` says which; this saves looking there.
         self._num_saved: int | None = 0
         self._can_capture = can_capture(self.device)
-        self._copies: dict[int, Tensor] = {}  # copies of directions, in their tensors' layout
+        self._copies: dict[int, Tensor] = {}  # copies of gradients, in their tensors' layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
-        self._wide_steps = torch.empty(0)
-        self._uncounted = False  # whether some of them have to be counted after the kernel
+        self._wide_steps: Tensor | None = None
+        self._uncounted: list[Tensor] = []  # those that the kernel does not count
         self.device_counters = self.host_counters = False
         values = {
             "dtype": DTYPE_CODES.get(self.dtype, -1),  # -1: only saved and restored
@@ -107,22 +109,16 @@ class NativeBucket(Bucket):
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
+    def collect(self, options: GroupOptions) -> bool:
         self._copies.clear()
-        if along is None:
-            changed, odd = self._collect(options.wanted)
-        else:
-            changed = self._look_at_weights()
-            perturb = (options.perturb[group] for group in self.groups)
-            along = [tensor if takes_part else None for tensor, takes_part in zip(along, perturb, strict=True)]
-            odd = self._gather.read(along, self._along)
+        changed, odd = self._collect(options.wanted)
         if changed:
             self._require_memory(changed)
             return False
         for index in odd:
-            direction = self.gradient_of(index) if along is None else along[index]
-            assert direction is not None
-            self._along[index] = self._in_layout(index, direction).data_ptr()
+            grad = self.gradient_of(index)
+            assert grad is not None
+            self._copy_in_layout(index, grad)
         return True
 
     def _collect(self, wanted: bytes | None) -> tuple[list[int], list[int]]:
@@ -159,20 +155,20 @@ class NativeBucket(Bucket):
     def launch_copy(self, restore: bool, release: bool) -> None:
         """Back all tensors up and mark them as saved, or restore those that are saved."""
 
-    def _in_layout(self, index: int, direction: Tensor) -> Tensor:
-        """The direction with its tensor's own dtype and strides: a copy, kept until the operation is done."""
+    def _copy_in_layout(self, index: int, grad: Tensor) -> None:
+        """Use the gradient with its tensor's own dtype and strides: a copy, kept until the operation is done."""
         tensor = self.tensors[index]
-        check_direction(direction, tensor, self.sources[index])
-        if is_plain(direction) and not has_memory(direction) and not direction._is_zerotensor():
+        check_gradient(grad, tensor, self.sources[index])
+        if is_plain(grad) and not has_memory(grad) and not grad._is_zerotensor():
             raise _no_memory(self.sources[index], "a gradient")
-        if is_plain(direction) and signature(direction) == signature(tensor) and rejects_memory(direction) is None:
-            self._copies[index] = direction.detach()
+        if is_plain(grad) and signature(grad) == signature(tensor) and rejects_memory(grad) is None:
+            self._copies[index] = grad.detach()
         else:
-            self._copies[index] = torch.empty_like(tensor, requires_grad=False).copy_(direction.detach())
-        return self._copies[index]
+            self._copies[index] = torch.empty_like(tensor, requires_grad=False).copy_(grad.detach())
+        self._along[index] = self._copies[index].data_ptr()
 
     def _release_copies(self) -> None:
-        """Free the directions that had to be copied: the kernels are done with them."""
+        """Free the gradients that had to be copied: the kernels are done with them."""
         for index in self._copies:
             self._along[index] = 0
         self._copies.clear()
@@ -250,18 +246,18 @@ class NativeBucket(Bucket):
         self._copies.clear()
         changed, odd = self._collect(None)
         if changed:
-            raise NotFused("a parameter is no longer laid out as it was in first_step")
+            raise NotFused(NO_LONGER_LAID_OUT)
         for index in odd:
-            self._along[index] = self._in_layout(index, step_gradient(self, index)).data_ptr()
+            self._copy_in_layout(index, step_gradient(self, index))
         rule = options.rule
         columns = self._states[: len(rule.states)]
         wrong = self._gather.states(state, rule.states, options.masks, columns)
         if wrong is not None:
-            raise _wrong_state(wrong[0], rule.states[wrong[2]])
+            raise wrong_state(wrong[0], rule.states[wrong[2]])
         if rule.counter is not None:
             self._read_counters(state, rule.counter, 1 << len(rule.states), options.masks)
         else:
-            self._steps, self._uncounted = [], False
+            self._steps = self._uncounted = []
             self.device_counters = self.host_counters = False
 
     def with_gradient(self) -> list[int] | None:
@@ -271,17 +267,19 @@ class NativeBucket(Bucket):
 
     def written_params(self) -> list[Tensor]:
         whole = self._gather.num_grads == len(self.tensors) or self._num_saved == self._occupied > 0
-        return self.all_params if whole else super().written_params()
+        return self.all_params if whole else super().written_params()  # most often without another call
 
     def _read_counters(self, state: Any, name: str, bit: int, masks: array[int]) -> None:
         wrong, self._steps, kind = self._gather.counters(state, name, bit, masks, self._counters)
         if wrong is not None:
-            raise _wrong_state(wrong[0], name)
+            raise wrong_state(wrong[0], name)
         self.device_counters = kind == DEVICE_FLOAT32
         self.host_counters = kind not in (NO_COUNTERS, DEVICE_FLOAT32)
-        self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else torch.empty(0)
-        # A kernel counts float32 counters on the host, except those of tensors without elements.
-        self._uncounted = bool(self._steps) and (bool(self.empty) or not self.counts or kind != HOST_FLOAT32)
+        self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else None
+        self._uncounted = self._steps
+        if self.counts and kind == HOST_FLOAT32:  # all but those of tensors without elements
+            counted = dict(zip(self._counted(), self._steps, strict=True)) if self.empty else {}
+            self._uncounted = [counted[index] for index in self.empty if index in counted]
 
     def _steps_in_float32(self) -> Tensor:
         """Copies of float64 counters, which PyTorch makes if that is the default dtype. Kernels read float32 ones."""
@@ -299,8 +297,9 @@ class NativeBucket(Bucket):
             check_whole_step(self._recorded, self.device)
         self._num_saved = None
         left = self.launch_step(options, scaling)
-        if self._uncounted:
-            self._count_steps(scaling)
+        if self._uncounted:  # after the kernel, which reads them as they were
+            by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
+            torch._foreach_add_(self._uncounted, by)
         if self._copies:
             self._release_copies()
         self._num_saved = left
@@ -311,21 +310,6 @@ class NativeBucket(Bucket):
     @abstractmethod
     def launch_step(self, options: StepOptions, scaling: Scaling) -> int:
         """Run the kernel of ``options.rule``. Returns how many tensors with elements are still saved."""
-
-    def _count_steps(self, scaling: Scaling) -> None:
-        """Add 1 to the counters that the kernel has not counted itself."""
-        if self._wide_steps.numel():
-            torch._foreach_add_(self._steps, 1.0)
-        elif self.host_counters:
-            counted = dict(zip(self._counted(), self._steps, strict=True))
-            for index in self.empty:
-                if index in counted:
-                    counted[index] += 1
-        else:
-            # After the kernel, which reads them as they were.
-            torch._foreach_add_(self._steps, 1.0)
-            if scaling.found_inf is not None:
-                torch._foreach_add_(self._steps, scaling.found_inf, alpha=-1.0)
 
 
 class NativeBackend(Backend):
@@ -364,12 +348,6 @@ def why_missing(module: str, error: ImportError | None) -> str:
 
 def _address(numbers: array[Any]) -> int:
     return numbers.buffer_info()[0]
-
-
-def _wrong_state(missing: bool, name: str) -> NotFused:
-    if missing:
-        return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
-    return NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
 
 
 def _no_memory(param: Tensor, whose: str) -> ParameterError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,21 @@ from torch import Tensor
 from ..amp import Scaling, inverse_scale
 from ..devices import can_capture, check_whole_step, is_capturing, never_ran
 from ..rounding import ROUNDED
-from ..steps import RULES, MissingState, NotFused, Rule
+from ..steps import RULES, NotFused, Rule
 from . import tensor_lists
 from .bucket import (
+    NO_LONGER_LAID_OUT,
     Backend,
     Bucket,
     GroupOptions,
     ParameterError,
     StepOptions,
-    check_direction,
+    check_gradient,
     shape_changed,
     step_gradient,
+    wrong_state,
 )
-from .columns import all_none, local_tensor, state_tensors, tensor_now
+from .columns import all_none, state_tensors, tensor_now
 from .memory import is_wrapper, signature
 from .tensor_lists import (
     asam_t,
@@ -69,38 +71,36 @@ class TorchBucket(Bucket):
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
+    def collect(self, options: GroupOptions) -> bool:
         if not self._is_as_built():
             return False
         for index, (tensor, group) in enumerate(zip(self.tensors, self.groups, strict=True)):
-            direction: Tensor | None = None
-            if options.perturb[group]:
-                direction = self.gradient_of(index) if along is None else local_tensor(along[index])
-            if direction is not None:
-                check_direction(direction, tensor, self.sources[index])
-                if is_wrapper(type(direction)):
-                    direction = torch.empty_like(tensor, requires_grad=False).copy_(direction.detach())
-            self._along[index] = direction
+            grad = self.gradient_of(index) if options.perturb[group] else None
+            if grad is not None:
+                check_gradient(grad, tensor, self.sources[index])
+                if is_wrapper(type(grad)):
+                    grad = torch.empty_like(tensor, requires_grad=False).copy_(grad.detach())
+            self._along[index] = grad
         return True
 
     def _participants(self) -> list[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
-        """For each group that takes part: the group, its tensors with a direction, their backups, the directions."""
+        """For each group that takes part: the group, its tensors with a gradient, their backups, the gradients."""
         found: dict[int, tuple[int, list[Tensor], list[Tensor], list[Tensor]]] = {}
-        for index, (group, direction) in enumerate(zip(self.groups, self._along, strict=True)):
-            if direction is not None and direction.numel() > 0:
-                _, weights, backups, directions = found.setdefault(group, (group, [], [], []))
+        for index, (group, grad) in enumerate(zip(self.groups, self._along, strict=True)):
+            if grad is not None and grad.numel() > 0:
+                _, weights, backups, grads = found.setdefault(group, (group, [], [], []))
                 weights.append(self.tensors[index].detach())
                 backups.append(self.backups[index])
-                directions.append(direction.detach())
+                grads.append(grad.detach())
         return list(found.values())
 
     @torch.no_grad()
     def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
         dtype = compute_dtype(self.dtype)
         sums: list[Tensor] = []
-        for group, weights, _, directions in self._participants():
+        for group, weights, _, grads in self._participants():
             _, eta, adaptive = options.of(group)
-            terms = to_dtype(directions, dtype)
+            terms = to_dtype(grads, dtype)
             if adaptive:
                 terms = list(torch._foreach_mul(asam_t(to_dtype(weights, dtype), eta), terms))
             sums.append(squared_norm(terms, partials.dtype))
@@ -118,14 +118,14 @@ class TorchBucket(Bucket):
         participants = self._participants()
         for _, weights, backups, _ in participants:  # all before any is moved: they may share memory
             torch._foreach_copy_(backups, weights)
-        self._saved = [direction is not None and direction.numel() > 0 for direction in self._along]
+        self._saved = [grad is not None and grad.numel() > 0 for grad in self._along]
         self._recorded = is_capturing(self.device) if can_capture(self.device) else None
-        for group, weights, backups, directions in participants if moves else ():
+        for group, weights, backups, grads in participants if moves else ():
             rho, eta, adaptive = options.of(group)
             scale = scale_of(rho, norm + eps, compute_dtype(self.dtype))
             at_once = 1 if self.shared else len(weights)  # shared: one by one, each by the e that belongs to w
             for i in range(0, len(weights), at_once):
-                part = (weights[i : i + at_once], backups[i : i + at_once], directions[i : i + at_once])
+                part = (weights[i : i + at_once], backups[i : i + at_once], grads[i : i + at_once])
                 perturb_tensors(*part, scale, eta if adaptive else None, finite, options.rounding_key)
         self._along = [None] * len(self.tensors)
 
@@ -177,7 +177,7 @@ class TorchBucket(Bucket):
 
     def prepare_step(self, state: Any, options: StepOptions) -> None:
         if not self._is_as_built() or any(tensor.is_neg() or tensor.is_conj() for tensor in self.tensors):
-            raise NotFused("a parameter is no longer laid out as it was in first_step")
+            raise NotFused(NO_LONGER_LAID_OUT)
         for index, source in enumerate(self.sources):
             self._along[index] = None if source.grad is None else step_gradient(self, index)
         if options.learning_rates:
@@ -187,7 +187,7 @@ class TorchBucket(Bucket):
         for k, name in enumerate(options.rule.all_names):
             found = state_tensors(state, self.sources, takes, 1 << k, name)
             if isinstance(found, int):
-                raise MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
+                raise wrong_state(True, name)
             self._states[name] = found
         self._check_states(options.rule)
 
@@ -195,7 +195,7 @@ class TorchBucket(Bucket):
         for name in rule.states:
             pairs = zip(self._states[name], self.tensors, strict=True)
             if not all(state is None or _is_like(state, tensor) for state, tensor in pairs):
-                raise NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
+                raise wrong_state(False, name)
         steps = [] if rule.counter is None else self._states[rule.counter]
         if any(step is not None and step.device.type != "cpu" for step in steps):
             raise NotFused("the torch backend reads step counters on the host")
@@ -249,7 +249,7 @@ class TorchBucket(Bucket):
 
 class TorchBackend(Backend):
     name = "torch"
-    bucket: ClassVar[type[Bucket]] = TorchBucket
+    bucket = TorchBucket
 
     def unavailable(self) -> str | None:
         return None

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,9 +122,8 @@ class TritonBucket(NativeBucket):
 
     def _programs_for(self, operation: str) -> int:
         """How many programs share the chunks out: as many as the device runs at once. More would wait for others."""
-        per_device = _multiprocessors(self.device) * PROGRAMS_PER_MULTIPROCESSOR if not INTERPRETED else 0
-        default = INTERPRETED_PROGRAMS if INTERPRETED else per_device
-        return max(1, min(len(self._chunks), self._programs.get(operation, default)))
+        most = INTERPRETED_PROGRAMS if INTERPRETED else _multiprocessors(self.device) * PROGRAMS_PER_MULTIPROCESSOR
+        return max(1, min(len(self._chunks), self._programs.get(operation, most)))
 
     def _learn(self, operation: str, kernel: Any) -> None:
         """Note how many programs of an operation run at once, for its next launch. Any number gives the same result."""
@@ -142,12 +141,12 @@ class TritonBucket(NativeBucket):
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
+    def collect(self, options: GroupOptions) -> bool:
         self.directions.begin()
-        return super().collect(options, along)
+        return super().collect(options)
 
     def _directions(self, options: GroupOptions) -> Tensor:
-        """Weights, direction and group options on the device."""
+        """Weights, gradients and group options on the device."""
         parts = (self._weights, self._along, options.values)
         return self.directions.send(b"".join(part.tobytes() for part in parts))
 
@@ -193,6 +192,11 @@ class TritonBucket(NativeBucket):
                     self._saved[index] = self._weights[index]
         return count
 
+    def _mark_restored(self, addresses: array[int]) -> None:
+        for index, address in enumerate(addresses):
+            if address:
+                self._saved[index] = 0
+
     def is_backed_up(self) -> bool:
         return int(self._written) == self._ticket
 
@@ -217,9 +221,7 @@ class TritonBucket(NativeBucket):
                 kernel = launch(programs, self._chunks, uploaded, backup, self._written, self._ticket, itemsize)
                 self._learn(operation, kernel)
         if restore and release:
-            for index, address in enumerate(self._weights):
-                if address:
-                    self._saved[index] = 0
+            self._mark_restored(self._weights)
 
     def _restore_changed(self, changed: list[int], release: bool) -> None:
         # It waits for the device, but this case is rare.
@@ -241,7 +243,7 @@ class TritonBucket(NativeBucket):
         if any(self._along):
             module = _kernels(rule.name)
             launch = _kernels("step").step
-            common, counted = _counted(self, options, module) if module.COUNTS else ((1.0, 1.0), array("d"))
+            common, counted = self._counted_numbers(options, module) if module.COUNTS else ((1.0, 1.0), array("d"))
             self.addresses.begin()
             self.numbers.begin()
             with made_current(self.device):
@@ -263,9 +265,7 @@ class TritonBucket(NativeBucket):
                     common,
                 )
                 self._learn(rule.name, kernel)
-        for index, address in enumerate(self._along):
-            if address:
-                self._saved[index] = 0
+        self._mark_restored(self._along)
         return len(self._saved) - self._saved.count(0)
 
     def _step_table(self, options: StepOptions) -> Tensor:
@@ -280,15 +280,30 @@ class TritonBucket(NativeBucket):
             rates.extend((0, 0) if lr is None else (lr.data_ptr(), lr.element_size()))
         return self.addresses.send(b"".join(part.tobytes() for part in (*parts, rates)))
 
-    def _count_steps(self, scaling: Scaling) -> None:
-        # After the launch, so that a launch that fails counts nothing.
-        by = 1.0 if scaling.found_inf is None else 1.0 - scaling.found_inf.reshape(())
-        torch._foreach_add_(self._steps, by)
+    def _counted_numbers(self, options: StepOptions, module: Any) -> tuple[tuple[float, float], array[float]]:
+        """The two numbers that follow from the number of the coming step; if only the device knows that, the bases from
+        which it computes them.
+
+        Returns those of the first tensor, and a table for all tensors, with zeros where they are the same as the first
+        one's. So the table need not be copied at every step as long as all tensors have taken equally many steps.
+        """
+        table = array("d", bytes(16 * len(self.tensors)))
+        common: tuple[float, float] | None = None
+        known: dict[tuple[int, float], tuple[float, float]] = {}
+        for index, step in zip(self._counted(), self._steps, strict=True):
+            group, t = self.groups[index], 0.0 if self.device_counters else step.item() + 1.0
+            if (group, t) not in known:
+                of_group = options.of(group)
+                known[group, t] = module.bases(of_group) if self.device_counters else module.counted(of_group, t)
+            common = common or known[group, t]
+            if known[group, t] != common:
+                table[2 * index], table[2 * index + 1] = known[group, t]
+        return common or (1.0, 1.0), table
 
 
 class TritonBackend(NativeBackend):
     name = "triton"
-    bucket: ClassVar[type[Bucket]] = TritonBucket
+    bucket = TritonBucket
 
     def unavailable(self) -> str | None:
         if not _installed():
@@ -317,27 +332,6 @@ class TritonBackend(NativeBackend):
 
     def unusable_on(self, device: torch.device) -> str | None:
         return None if INTERPRETED else _why_unusable(device)
-
-
-def _counted(bucket: TritonBucket, options: StepOptions, module: Any) -> tuple[tuple[float, float], array[float]]:
-    """The two numbers that follow from the number of the coming step; if only the device knows that, the bases from
-    which it computes them.
-
-    Returns those of the first tensor, and a table for all tensors, with zeros where they are the same as the first
-    one's. So the table need not be copied at every step as long as all tensors have taken equally many steps.
-    """
-    table = array("d", bytes(16 * len(bucket.tensors)))
-    common: tuple[float, float] | None = None
-    known: dict[tuple[int, float], tuple[float, float]] = {}
-    for index, step in zip(bucket._counted(), bucket._steps, strict=True):
-        group, t = bucket.groups[index], 0.0 if bucket.device_counters else step.item() + 1.0
-        if (group, t) not in known:
-            of_group = options.of(group)
-            known[group, t] = module.bases(of_group) if bucket.device_counters else module.counted(of_group, t)
-        common = common or known[group, t]
-        if known[group, t] != common:
-            table[2 * index], table[2 * index + 1] = known[group, t]
-    return common or (1.0, 1.0), table
 
 
 BACKEND = TritonBackend()

@@ -275,13 +275,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def generators_of(batches: Any) -> list[torch.Generator]:
     """What a DataLoader and its samplers shuffle with, where that is not PyTorch's default generator."""
-    found: dict[int, torch.Generator] = {}
-    samplers = [getattr(batches, name, None) for name in ("sampler", "batch_sampler")]
-    for owner in (batches, *samplers, getattr(samplers[1], "sampler", None)):
-        own = getattr(owner, "generator", None)
-        if isinstance(own, torch.Generator):
-            found[id(own)] = own
-    return list(found.values())
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    owners = (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return list(dict.fromkeys(own for own in found if isinstance(own, torch.Generator)))
 
 
 @contextmanager

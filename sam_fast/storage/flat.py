@@ -6,6 +6,7 @@ The kernels then see one tensor per parameter group instead of one per parameter
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Bucket, choose
-from ..backends.bucket import ParameterError, check_direction, shape_changed
+from ..backends.bucket import ParameterError, check_gradient, shape_changed
 from ..backends.columns import make_gather
-from ..backends.memory import allocated, dense_layout, padded_size
+from ..backends.memory import allocated, dense_layout, slots_of, views_of
 from .in_place import InPlace, Member
 
 _requires_grad = attrgetter("requires_grad")
@@ -39,20 +40,13 @@ class FlatBuffers:
 
     def __init__(self, params: Sequence[Tensor], groups: Sequence[int]) -> None:
         self.params = list(params)
-        slots: list[int] = []
-        numel = 0
-        for p in self.params:
-            slots.append(numel)
-            numel += padded_size(p.numel(), p.element_size())
-        self._slots = slots
+        self._slots, numel = slots_of(self.params)
         # Zeros, so that the padding between slots adds nothing to the norm and is not moved.
         self.weights = allocated(torch.zeros(numel, dtype=params[0].dtype, device=params[0].device))
         self.grads = torch.zeros_like(self.weights)
         layouts = [dense_layout(p) for p in self.params]
-        self.weight_views = [
-            self.weights.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)
-        ]
-        self.grad_views = [self.grads.as_strided(*layout, slot) for layout, slot in zip(layouts, slots, strict=True)]
+        self.weight_views = views_of(self.weights, layouts, self._slots)
+        self.grad_views = views_of(self.grads, layouts, self._slots)
         for p, view in zip(self.params, self.weight_views, strict=True):
             view.copy_(p.detach())
             p.data = view
@@ -72,13 +66,13 @@ class FlatBuffers:
         self.run_groups: list[int] = []
         self.runs: list[Tensor] = []
         self.run_params: list[list[Tensor]] = []
-        bounds = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
-        for begin, end in zip(bounds, [*bounds[1:], len(self.params)], strict=True):
-            first, last = slots[begin], numel if end == len(self.params) else slots[end]
-            run = self.weights[first:last]
-            run.grad = self.grads[first:last]
+        bounds = [*self._slots, numel]
+        for group in dict.fromkeys(groups):
+            begin, end = bisect_left(groups, group), bisect_right(groups, group)
+            run = self.weights[bounds[begin] : bounds[end]]
+            run.grad = self.grads[bounds[begin] : bounds[end]]
             self.runs.append(run)
-            self.run_groups.append(groups[begin])
+            self.run_groups.append(group)
             self.run_params.append(self.params[begin:end])
 
     def intact(self) -> bool:
@@ -158,7 +152,7 @@ class FlatBuffers:
                 self.attached[index] = False
 
     def _adopt(self, index: int, grad: Tensor) -> None:
-        check_direction(grad, self.params[index], self.params[index])
+        check_gradient(grad, self.params[index], self.params[index])
         self._place(index).copy_(grad.detach())
         self._attach(index)
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 def is_fsdp_module(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to it."""
-    fsdp_module = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return fsdp_module is not None and isinstance(module, fsdp_module)
+    return isinstance(module, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()))
 
 
 def has_fsdp1(model: nn.Module) -> bool:

@@ -147,8 +147,7 @@ def sharded_storage(params: Sequence[Tensor]) -> Sharded | None:
 
 def is_dtensor(value: Any) -> bool:
     """Whether a tensor is a DTensor. Nothing is one until the program has imported them."""
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return dtensor is not None and isinstance(value, dtensor)
+    return isinstance(value, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def spec_of(param: Any) -> Any:

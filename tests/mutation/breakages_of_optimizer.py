@@ -208,14 +208,14 @@ OF_OPTIMIZER = [
     Breakage(
         "empty parameters count their steps twice",
         "sam_fast/backends/native.py",
-        "                if index in counted:\n                    counted[index] += 1\n",
-        "                if index in counted:\n                    counted[index] += 2\n",
+        "            torch._foreach_add_(self._uncounted, by)\n",
+        "            torch._foreach_add_(self._uncounted, 2.0 * by)\n",
         ("test_fused_step.py::test_a_parameter_without_elements_counts_its_steps_once",),
     ),
     Breakage(
         "a gradient of another shape is broadcast",
         "sam_fast/backends/bucket.py",
-        "    if direction.shape != tensor.shape:\n",
+        "    if grad.shape != tensor.shape:\n",
         "    if False:\n",
         ("test_perturbation.py::test_gradient_of_another_shape_is_refused_and_nothing_has_moved",),
     ),
