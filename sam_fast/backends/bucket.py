@@ -201,21 +201,24 @@ class Bucket(ABC):
         """How many float64 partial sums :meth:`grad_norm` writes."""
 
     @abstractmethod
-    def collect(self, options: GroupOptions) -> bool:
-        """Look up where the tensors and their gradients are now. False if a tensor is not what the bucket was built
-        for.
+    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
+        """Look up where the tensors and the direction are now. False if a tensor is not what the bucket was built for.
 
-        Tensors of groups with ``perturb=False``, and those without a gradient, take no part until the next call.
+        Tensors of groups with ``perturb=False``, and those without a direction, take no part until the next call.
+
+        Args:
+            options: SAM's options of all groups.
+            along: the direction, for each tensor one of its shape or None; by default the gradients.
 
         Raises:
-            ParameterError: a gradient is sparse, or has another shape than its tensor.
+            ParameterError: a direction is sparse, or has another shape than its tensor.
         """
 
     @abstractmethod
     def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
         """``partials`` (float64, ``num_partials`` elements) = partial sums of ``||T g||^2``.
 
-        g is the gradient; T = 1, or ``|w| + eta`` in adaptive groups.
+        g is the direction; T = 1, or ``|w| + eta`` in adaptive groups.
         """
 
     @abstractmethod
@@ -384,16 +387,16 @@ def shape_changed(param: Tensor, before: Tensor, now: Tensor) -> ParameterError:
     return ParameterError(param, problem)
 
 
-def check_gradient(grad: Tensor, tensor: Tensor, param: Tensor) -> None:
-    """Raise ParameterError if a gradient is sparse or of another shape (``grad.data = ...`` allows that)."""
-    if grad.layout != torch.strided:
+def check_direction(direction: Tensor, tensor: Tensor, param: Tensor) -> None:
+    """Raise ParameterError if the direction is sparse or of another shape (``grad.data = ...`` allows that)."""
+    if direction.layout != torch.strided:
         raise ParameterError(
             param,
-            f"has a sparse gradient (layout {grad.layout}), which SAM does not support: build the layer with "
+            f"has a sparse gradient (layout {direction.layout}), which SAM does not support: build the layer with "
             "sparse=False, or put its parameters in a group with perturb=False and use a base optimizer that supports "
             "sparse gradients",
         )
-    if grad.shape != tensor.shape:
+    if direction.shape != tensor.shape:
         raise ParameterError(
-            param, f"of shape {tuple(tensor.shape)} has a gradient of another shape, {tuple(grad.shape)}"
+            param, f"of shape {tuple(tensor.shape)} has a gradient of another shape, {tuple(direction.shape)}"
         )

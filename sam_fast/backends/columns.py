@@ -1,7 +1,7 @@
 """Columns: one address per tensor of a bucket, read anew at every step from a tensor that must match the bucket's.
 
-Gradients and the base optimizer's state are columns. ``Gather`` reads them: the native one (csrc/gather.h) if it was
-built, else :class:`PythonGather`.
+Gradients, a direction given as a list of tensors, and the base optimizer's state are all columns. ``Gather`` reads
+them: the native one (csrc/gather.h) if it was built, else :class:`PythonGather`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from .bucket import (
     GroupOptions,
     ParameterError,
     StepOptions,
-    check_gradient,
+    check_direction,
     shape_changed,
     step_gradient,
     wrong_state,
@@ -79,7 +79,7 @@ class NativeBucket(Bucket):
         # How many tensors with elements are saved; None: not known. ``_saved`` says which; this saves looking there.
         self._num_saved: int | None = 0
         self._can_capture = can_capture(self.device)
-        self._copies: dict[int, Tensor] = {}  # copies of gradients, in their tensors' layout
+        self._copies: dict[int, Tensor] = {}  # copies of directions, in their tensors' layout
         self._steps: list[Tensor] = []  # step counters of the tensors that have a gradient
         self._wide_steps: Tensor | None = None
         self._uncounted: list[Tensor] = []  # those that the kernel does not count
@@ -109,16 +109,22 @@ class NativeBucket(Bucket):
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def collect(self, options: GroupOptions) -> bool:
+    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
         self._copies.clear()
-        changed, odd = self._collect(options.wanted)
+        if along is None:
+            changed, odd = self._collect(options.wanted)
+        else:
+            changed = self._look_at_weights()
+            perturb = (options.perturb[group] for group in self.groups)
+            along = [tensor if takes_part else None for tensor, takes_part in zip(along, perturb, strict=True)]
+            odd = self._gather.read(along, self._along)
         if changed:
             self._require_memory(changed)
             return False
         for index in odd:
-            grad = self.gradient_of(index)
-            assert grad is not None
-            self._copy_in_layout(index, grad)
+            direction = self.gradient_of(index) if along is None else along[index]
+            assert direction is not None
+            self._copy_in_layout(index, direction)
         return True
 
     def _collect(self, wanted: bytes | None) -> tuple[list[int], list[int]]:
@@ -155,20 +161,20 @@ class NativeBucket(Bucket):
     def launch_copy(self, restore: bool, release: bool) -> None:
         """Back all tensors up and mark them as saved, or restore those that are saved."""
 
-    def _copy_in_layout(self, index: int, grad: Tensor) -> None:
-        """Use the gradient with its tensor's own dtype and strides: a copy, kept until the operation is done."""
+    def _copy_in_layout(self, index: int, direction: Tensor) -> None:
+        """Use the direction with its tensor's own dtype and strides: a copy, kept until the operation is done."""
         tensor = self.tensors[index]
-        check_gradient(grad, tensor, self.sources[index])
-        if is_plain(grad) and not has_memory(grad) and not grad._is_zerotensor():
+        check_direction(direction, tensor, self.sources[index])
+        if is_plain(direction) and not has_memory(direction) and not direction._is_zerotensor():
             raise _no_memory(self.sources[index], "a gradient")
-        if is_plain(grad) and signature(grad) == signature(tensor) and rejects_memory(grad) is None:
-            self._copies[index] = grad.detach()
+        if is_plain(direction) and signature(direction) == signature(tensor) and rejects_memory(direction) is None:
+            self._copies[index] = direction.detach()
         else:
-            self._copies[index] = torch.empty_like(tensor, requires_grad=False).copy_(grad.detach())
+            self._copies[index] = torch.empty_like(tensor, requires_grad=False).copy_(direction.detach())
         self._along[index] = self._copies[index].data_ptr()
 
     def _release_copies(self) -> None:
-        """Free the gradients that had to be copied: the kernels are done with them."""
+        """Free the directions that had to be copied: the kernels are done with them."""
         for index in self._copies:
             self._along[index] = 0
         self._copies.clear()

@@ -22,12 +22,12 @@ from .bucket import (
     GroupOptions,
     ParameterError,
     StepOptions,
-    check_gradient,
+    check_direction,
     shape_changed,
     step_gradient,
     wrong_state,
 )
-from .columns import all_none, state_tensors, tensor_now
+from .columns import all_none, local_tensor, state_tensors, tensor_now
 from .memory import is_wrapper, signature
 from .tensor_lists import (
     asam_t,
@@ -71,36 +71,38 @@ class TorchBucket(Bucket):
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def collect(self, options: GroupOptions) -> bool:
+    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
         if not self._is_as_built():
             return False
         for index, (tensor, group) in enumerate(zip(self.tensors, self.groups, strict=True)):
-            grad = self.gradient_of(index) if options.perturb[group] else None
-            if grad is not None:
-                check_gradient(grad, tensor, self.sources[index])
-                if is_wrapper(type(grad)):
-                    grad = torch.empty_like(tensor, requires_grad=False).copy_(grad.detach())
-            self._along[index] = grad
+            direction: Tensor | None = None
+            if options.perturb[group]:
+                direction = self.gradient_of(index) if along is None else local_tensor(along[index])
+            if direction is not None:
+                check_direction(direction, tensor, self.sources[index])
+                if is_wrapper(type(direction)):
+                    direction = torch.empty_like(tensor, requires_grad=False).copy_(direction.detach())
+            self._along[index] = direction
         return True
 
     def _participants(self) -> list[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
-        """For each group that takes part: the group, its tensors with a gradient, their backups, the gradients."""
+        """For each group that takes part: the group, its tensors with a direction, their backups, the directions."""
         found: dict[int, tuple[int, list[Tensor], list[Tensor], list[Tensor]]] = {}
-        for index, (group, grad) in enumerate(zip(self.groups, self._along, strict=True)):
-            if grad is not None and grad.numel() > 0:
-                _, weights, backups, grads = found.setdefault(group, (group, [], [], []))
+        for index, (group, direction) in enumerate(zip(self.groups, self._along, strict=True)):
+            if direction is not None and direction.numel() > 0:
+                _, weights, backups, directions = found.setdefault(group, (group, [], [], []))
                 weights.append(self.tensors[index].detach())
                 backups.append(self.backups[index])
-                grads.append(grad.detach())
+                directions.append(direction.detach())
         return list(found.values())
 
     @torch.no_grad()
     def grad_norm(self, options: GroupOptions, partials: Tensor) -> None:
         dtype = compute_dtype(self.dtype)
         sums: list[Tensor] = []
-        for group, weights, _, grads in self._participants():
+        for group, weights, _, directions in self._participants():
             _, eta, adaptive = options.of(group)
-            terms = to_dtype(grads, dtype)
+            terms = to_dtype(directions, dtype)
             if adaptive:
                 terms = list(torch._foreach_mul(asam_t(to_dtype(weights, dtype), eta), terms))
             sums.append(squared_norm(terms, partials.dtype))
@@ -118,14 +120,14 @@ class TorchBucket(Bucket):
         participants = self._participants()
         for _, weights, backups, _ in participants:  # all before any is moved: they may share memory
             torch._foreach_copy_(backups, weights)
-        self._saved = [grad is not None and grad.numel() > 0 for grad in self._along]
+        self._saved = [direction is not None and direction.numel() > 0 for direction in self._along]
         self._recorded = is_capturing(self.device) if can_capture(self.device) else None
-        for group, weights, backups, grads in participants if moves else ():
+        for group, weights, backups, directions in participants if moves else ():
             rho, eta, adaptive = options.of(group)
             scale = scale_of(rho, norm + eps, compute_dtype(self.dtype))
             at_once = 1 if self.shared else len(weights)  # shared: one by one, each by the e that belongs to w
             for i in range(0, len(weights), at_once):
-                part = (weights[i : i + at_once], backups[i : i + at_once], grads[i : i + at_once])
+                part = (weights[i : i + at_once], backups[i : i + at_once], directions[i : i + at_once])
                 perturb_tensors(*part, scale, eta if adaptive else None, finite, options.rounding_key)
         self._along = [None] * len(self.tensors)
 

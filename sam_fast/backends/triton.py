@@ -141,12 +141,12 @@ class TritonBucket(NativeBucket):
 
     # ---- First step --------------------------------------------------------------------------------------------------
 
-    def collect(self, options: GroupOptions) -> bool:
+    def collect(self, options: GroupOptions, along: list[Tensor | None] | None = None) -> bool:
         self.directions.begin()
-        return super().collect(options)
+        return super().collect(options, along)
 
     def _directions(self, options: GroupOptions) -> Tensor:
-        """Weights, gradients and group options on the device."""
+        """Weights, direction and group options on the device."""
         parts = (self._weights, self._along, options.values)
         return self.directions.send(b"".join(part.tobytes() for part in parts))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Bucket, choose
-from ..backends.bucket import ParameterError, check_gradient, shape_changed
+from ..backends.bucket import ParameterError, check_direction, shape_changed
 from ..backends.columns import make_gather
 from ..backends.memory import allocated, dense_layout, slots_of, views_of
 from .in_place import InPlace, Member
@@ -152,7 +152,7 @@ class FlatBuffers:
                 self.attached[index] = False
 
     def _adopt(self, index: int, grad: Tensor) -> None:
-        check_gradient(grad, self.params[index], self.params[index])
+        check_direction(grad, self.params[index], self.params[index])
         self._place(index).copy_(grad.detach())
         self._attach(index)
 

@@ -88,8 +88,8 @@ class Step:
         if self.bucket.dtype.is_floating_point:
             self.bucket.backup.fill_(float("nan"))
 
-    def grad_norm(self) -> float:
-        assert self.bucket.collect(self.options)
+    def grad_norm(self, along: list[Tensor | None] | None = None) -> float:
+        assert self.bucket.collect(self.options, along)
         self.bucket.grad_norm(self.options, self.partials)
         return float(self.partials.sum().sqrt())
 
@@ -97,8 +97,8 @@ class Step:
         self.bucket.perturb(self.options, self.partials, eps, self.norm)
         return float(self.norm)
 
-    def first_step(self) -> float:
-        self.grad_norm()
+    def first_step(self, along: list[Tensor | None] | None = None) -> float:
+        self.grad_norm(along)
         return self.perturb()
 
     def restore(self) -> None:

@@ -215,7 +215,7 @@ OF_OPTIMIZER = [
     Breakage(
         "a gradient of another shape is broadcast",
         "sam_fast/backends/bucket.py",
-        "    if grad.shape != tensor.shape:\n",
+        "    if direction.shape != tensor.shape:\n",
         "    if False:\n",
         ("test_perturbation.py::test_gradient_of_another_shape_is_refused_and_nothing_has_moved",),
     ),
