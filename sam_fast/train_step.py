@@ -311,7 +311,7 @@ def stride_of(ascent: float, replay_rng: bool) -> int:
         ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``; or that is neither True nor False.
     """
     check_flag("replay_rng", replay_rng)
-    if not isinstance(ascent, Real) or not 0.0 < ascent <= 1.0:
+    if not isinstance(ascent, Real) or isinstance(ascent, bool) or not 0.0 < ascent <= 1.0:
         raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
     every = round(1 / ascent)
     if replay_rng and every > 1:
