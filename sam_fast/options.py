@@ -260,6 +260,8 @@ def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
     """Raise ValueError if ``value`` is not true or false: "False" from a configuration file would be taken for true. 0
     and 1 will do, but not 1.0, which is another argument in the wrong place.
     """
+    if isinstance(value, bool):  # most often
+        return
     try:
         known = (isinstance(value, Integral) or _is_bool(value)) and value in (True, False)
     except (RuntimeError, ValueError):  # of several elements

@@ -143,8 +143,8 @@ class OptimizerWrapper(Optimizer):
         return self._only_between_steps(name, value) if name in SWITCHES and callable(value) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to set an option or an argument of the constructor, which would change nothing. A subclass of a user's
-        may have attributes of these names.
+        """Refuse to set an option or an argument of the constructor, which would change nothing. Subclasses may have
+        attributes of these names.
         """
         if "_plain_step" in vars(type(self)) and (place := self._place_of(name)) is not None:
             raise AttributeError(f"setting optimizer.{name} has no effect: {place}")
