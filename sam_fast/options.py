@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import pairwise
-from numbers import Number
+from numbers import Integral, Number
 from typing import Any
 
 from torch import Tensor, autograd, nn
@@ -207,9 +207,13 @@ def check_arguments(perturb_eps: Any, flatten: Any, stochastic_rounding: Any) ->
 
 def check_options(group: dict[str, Any]) -> None:
     """Raise ValueError if an option of a group is out of range."""
-    for name, check in (("rho", check_at_least_zero), ("eta", check_at_least_zero), *((f, check_flag) for f in FLAGS)):
-        if name in group:
-            check(name, group[name])
+    for name in OPTIONS:
+        if name in group and name not in FLAGS:
+            check_at_least_zero(name, group[name])
+        elif name in group:
+            by_place = name == "adaptive" and isinstance(group[name], float)
+            hint = " (the base optimizer's options go by name: lr=0.1)" if by_place else ""
+            check_flag(name, group[name], f"True or False{hint}")
 
 
 def make_plain(group: dict[str, Any]) -> None:
@@ -232,7 +236,7 @@ def check_at_least_zero(name: str, value: Any, wanted: str = "of at least 0") ->
     another argument in the wrong place.
     """
     try:
-        number = float(value) if not isinstance(value, str | bool) else math.nan
+        number = float(value) if not (isinstance(value, str) or _is_bool(value)) else math.nan
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0.0):
@@ -253,13 +257,22 @@ def check_count(name: str, value: Any, at_least: int = 1) -> None:
 
 
 def check_flag(name: str, value: Any, wanted: str = "True or False") -> None:
-    """Raise ValueError if ``value`` is not true or false: "False" from a configuration file would be taken for true."""
+    """Raise ValueError if ``value`` is not true or false: "False" from a configuration file would be taken for true. 0
+    and 1 will do, but not 1.0, which is another argument in the wrong place.
+    """
+    if isinstance(value, bool):  # most often
+        return
     try:
-        known = value in (True, False)
+        known = (isinstance(value, Integral) or _is_bool(value)) and value in (True, False)
     except (RuntimeError, ValueError):  # of several elements
         known = False
     if not known:
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether ``value`` is True or False: Python's, NumPy's or a tensor."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def check_loss_fn(loss_fn: Any) -> None:

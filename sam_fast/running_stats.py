@@ -289,14 +289,18 @@ OtherWeights = dict[tuple[int, str], tuple[int, int]]
 
 
 def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> OtherWeights:
-    """Weights that are not trained, such as a target network's. Running statistics are left out."""
-    trained = {id(p) for group in param_groups for p in group["params"] if p.requires_grad}
-    modules = (model for model in models if isinstance(model, nn.Module))
+    """Weights that are not trained, such as a target network's. Running statistics are left out, and so are those of an
+    ``Embedding(max_norm=)``: it shortens them in every pass, whatever the others are.
+    """
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    embeddings = [m for model in modules for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    ignored = {id(m.weight) for m in embeddings if m.max_norm is not None}
+    ignored |= {id(p) for group in param_groups for p in group["params"] if p.requires_grad}
     return {
         (index, name): (p._version, p.data_ptr())
         for index, module in enumerate(modules)
         for name, p in module.named_parameters()
-        if not (id(p) in trained or is_statistic(name.rpartition(".")[2]))
+        if not (id(p) in ignored or is_statistic(name.rpartition(".")[2]))
         and (is_plain(p) and p.is_floating_point() and not p.is_inference())
     }
 

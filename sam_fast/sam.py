@@ -250,7 +250,7 @@ class SAM(Passes, OptimizerWrapper):
         if by_step:
             self._finish(self.step)
         if not by_step or self._step.active:  # a step that was put in its place may do nothing
-            self._opt_called = True  # which schedulers check
+            vars(self)["_opt_called"] = True  # which schedulers check; __setattr__ would take longer
             self._update()
         if zero_grad:
             self.zero_grad()

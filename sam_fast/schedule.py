@@ -18,7 +18,7 @@ PATIENCE = 100
 """An optimizer that is deleted after more steps than this, none of which perturbed, gives a warning."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: Lightning refuses hyperparameters that are
 class Schedule:
     """Which steps perturb; the others are the base optimizer's. Steps are counted from 0.
 
@@ -48,6 +48,9 @@ class Schedule:
                 raise TypeError(f"Schedule({name}=) must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"Schedule({name}=) must be at least 1, got {value}")
+        for name in ("start", "stop"):
+            if isinstance(share := getattr(self, name), float):  # NumPy's float64 is one, which torch.load refuses
+                setattr(self, name, float(share))
         first, end = self._step("start", self.start), self._step("stop", self.stop)
         if end is not None and first is not None and first >= end:
             raise ValueError(f"no step is perturbed: start is step {first}, stop is step {end}")
@@ -85,6 +88,10 @@ class Schedule:
             return True
         to_the_end = end is None or (self.total is not None and end >= self.total)
         return to_the_end and self.every == 1 and step >= self.first
+
+
+# Lightning's save_hyperparameters() writes a schedule into checkpoints, and torch.load refuses unknown classes.
+torch.serialization.add_safe_globals([Schedule])
 
 
 def _is_int(value: Any) -> bool:

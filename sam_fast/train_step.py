@@ -96,7 +96,7 @@ class TrainStep:
     ) -> None:
         check_kinds(model, loss_fn, autocast, scaler, backward)
         check_flag("sync", sync)
-        self.every = stride_of(ascent, replay_rng)
+        stride_of(ascent, replay_rng)  # raises what a step would
         by_accelerate = type(optimizer).__name__ == "AcceleratedOptimizer" or hasattr(
             getattr(backward, "__self__", None), "gradient_accumulation_steps"
         )
@@ -114,7 +114,7 @@ class TrainStep:
             raise ValueError("TrainStep does not work with FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2)")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.sam = unwrap(optimizer)
-        self.micro_batches, self.autocast, self.scaler = micro_batches, autocast, scaler
+        self.ascent, self.micro_batches, self.autocast, self.scaler = ascent, micro_batches, autocast, scaler
         self.clip_grad_norm, self.replay_rng, self.sync, self.backward = clip_grad_norm, replay_rng, sync, backward
         self.extra_buffers = check_models(model, extra_buffers, "TrainStep(model)")[1]
         self._called = self._looked = self._warned = False
@@ -138,10 +138,10 @@ class TrainStep:
                 more than one number.
             RuntimeError: a framework's wrapper made no step, as inside ``accelerator.accumulate()``.
         """
-        rows = number_of_rows(batch)
+        every, rows = stride_of(self.ascent, self.replay_rng), number_of_rows(batch)
         if rows == 0:
             raise ValueError("the batch has no rows: its first tensor's first dimension is 0")
-        if rows is None and (self.every > 1 or self.micro_batches > 1):
+        if rows is None and (every > 1 or self.micro_batches > 1):
             raise ValueError(
                 "the batch has no tensor with rows, and ascent below 1 and micro_batches above 1 cut rows: pass what "
                 "loss_fn takes after the model (tensors are looked for in lists, tuples and mappings, not in other "
@@ -161,8 +161,8 @@ class TrainStep:
                 versions = versions_of(batch) if looks else None
                 with sam.first_pass(self.model, replay_rng=self.replay_rng, sync=self.sync):
                     own = with_own_containers(batch)
-                    part, n = (own, rows) if self.every == 1 else (every_row(own, self.every), -(-rows // self.every))
-                    first = self._pass(part, n, -(-self.micro_batches // self.every), self.sync)
+                    part, n = (own, rows) if every == 1 else (every_row(own, every), -(-rows // every))
+                    first = self._pass(part, n, -(-self.micro_batches // every), self.sync)
                 if versions is not None:
                     self._looked = True
                     warn_of_written(batch, versions)
@@ -184,7 +184,7 @@ class TrainStep:
             sam.zero_grad()
             raise
         sam.zero_grad()
-        same_samples = first is not None and self.every == 1
+        same_samples = first is not None and every == 1
         loss = first if first is not None and same_samples else second
         return StepResult(loss, second - loss if same_samples else None, grad_norm)
 
@@ -311,7 +311,7 @@ def stride_of(ascent: float, replay_rng: bool) -> int:
         ValueError: ``ascent`` is out of range, or below 1 with ``replay_rng``; or that is neither True nor False.
     """
     check_flag("replay_rng", replay_rng)
-    if not isinstance(ascent, Real) or not 0.0 < ascent <= 1.0:
+    if not isinstance(ascent, Real) or isinstance(ascent, bool) or not 0.0 < ascent <= 1.0:
         raise ValueError(f"ascent must be above 0 and at most 1, got {ascent!r}")
     every = round(1 / ascent)
     if replay_rng and every > 1:

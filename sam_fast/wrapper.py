@@ -126,7 +126,10 @@ class OptimizerWrapper(Optimizer):
         """
         # What a GradScaler sets for one step is never looked for in the base optimizer.
         if name.startswith("_") or name == "base_optimizer" or name in ATTRIBUTES:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name[0] == "_" and hasattr(vars(self).get("base_optimizer"), name):
+                text += f": it is private to the base optimizer, optimizer.base_optimizer.{name}"
+            raise AttributeError(text)
         base = self.base_optimizer
         try:
             value = getattr(base, name)
@@ -135,10 +138,25 @@ class OptimizerWrapper(Optimizer):
                 f"{type(self).__name__!r} object has no attribute {name!r}, nor has its base optimizer, of class "
                 f"{type(base).__name__}"
             )
-            if name in OPTIONS:
-                text += f": it is an option of the parameter groups, optimizer.param_groups[0][{name!r}]"
-            raise AttributeError(text) from None
+            place = self._place_of(name)
+            raise AttributeError(text if place is None else f"{text}: {place}") from None
         return self._only_between_steps(name, value) if name in SWITCHES and callable(value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to set an option or an argument of the constructor, which would change nothing. Subclasses may have
+        attributes of these names.
+        """
+        if "_plain_step" in vars(type(self)) and (place := self._place_of(name)) is not None:
+            raise AttributeError(f"setting optimizer.{name} has no effect: {place}")
+        super().__setattr__(name, value)
+
+    def _place_of(self, name: str) -> str | None:
+        """Where to change an option of SAM or an argument of its constructor, neither of which is an attribute."""
+        if name in OPTIONS:
+            return f"it is an option of the parameter groups, optimizer.param_groups[0][{name!r}]"
+        if name in (type(self).__init__.__kwdefaults__ or ()):
+            return f"it is an argument of the constructor, SAM(optimizer.base_optimizer, {name}=...)"
+        return None
 
     def _only_between_steps(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)

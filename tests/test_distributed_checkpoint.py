@@ -29,6 +29,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_fast import SAM, Schedule
+from sam_fast.options import OPTIONS
 
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, SGD),
@@ -202,6 +203,27 @@ def test_a_state_with_flat_keys_is_loaded_without_a_planner(base, flatten):
     for m, o in ((model, optimizer), (again, its)):
         train(m, o, batches(STEPS)[SAVED:])
     assert same_bits(weights(again), weights(model))
+
+
+@pytest.mark.parametrize("into", ["sam", "plain"])
+@pytest.mark.parametrize("base", BASES)
+def test_where_torch_raises_a_key_error_the_documented_way_round_loads(base, into):
+    """Torch looks in flat keys for every option that the groups have, and in the groups for every option that full
+    ones have.
+    """
+    keys = StateDictOptions(flatten_optimizer_state_dict=into == "sam", full_state_dict=into == "plain")
+    cls, options = BASES[base]
+    model, again = network(), network()
+    plain, its = cls(model.parameters(), **options), cls(again.parameters(), **options)
+    sam = SAM(plain, rho=RHO)
+    train(model, sam, batches(STEPS)[:SAVED])
+    saved: Any = copy.deepcopy(get_optimizer_state_dict(model, sam, options=keys))
+    if into == "sam":
+        saved = {key: value for key, value in saved.items() if key.split(".")[-1] not in OPTIONS}
+    set_optimizer_state_dict(again, its if into == "sam" else SAM(its, rho=RHO), saved, options=keys)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        tensors, loaded = (list(o.state[r].values()) for o, r in ((plain, p), (its, q)))
+        assert same_bits(tensors, loaded)
 
 
 def test_no_state_is_made_where_there_is_a_gradient_or_nobody_asks():

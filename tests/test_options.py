@@ -15,7 +15,7 @@ from torch import nn
 from sam_fast import SAM, backends
 
 BAD_NUMBERS = [-0.1, float("nan"), float("inf")]
-NOT_NUMBERS = [None, "0.1", 1j, True, pytest.param(10**400, id="huge")]
+NOT_NUMBERS = [None, "0.1", 1j, True, np.True_, torch.tensor(True), pytest.param(10**400, id="huge")]
 
 
 @pytest.mark.parametrize("option", ["rho", "eta", "perturb_eps"])
@@ -44,7 +44,7 @@ def test_a_bad_option_of_a_group_is_refused(option: str, value: float, how: str)
 
 
 @pytest.mark.parametrize("option", ["adaptive", "perturb", "flatten"])
-@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5, torch.ones(2), np.ones(2)], ids=repr)
+@pytest.mark.parametrize("value", ["False", "no", None, 2, 0.5, 1.0, torch.ones(2), np.ones(2)], ids=repr)
 def test_what_is_neither_true_nor_false_is_refused(option: str, value: Any) -> None:
     """A string from a configuration file was true, whatever it said."""
     group = {"params": make_params([3]), option: value}
@@ -78,7 +78,7 @@ def test_what_somebody_has_put_into_a_group_is_refused_by_the_step(option: str, 
     assert optimizer.perturbed
 
 
-@pytest.mark.parametrize("true", [1, 1.0, torch.tensor(True)])
+@pytest.mark.parametrize("true", [1, np.int64(1), np.True_, torch.tensor(True)])
 def test_other_kinds_of_true_are_true(true: Any) -> None:
     p = make_params([3])[0]
     assert SAM([p], lr=0.1, adaptive=true, flatten=true).param_groups[0]["adaptive"] == 1
@@ -102,9 +102,42 @@ def test_a_wrapper_that_is_no_optimizer_is_an_error() -> None:
         SAM(Wrapper())  # type: ignore[arg-type]
 
 
-def test_a_learning_rate_in_the_place_of_adaptive_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"adaptive must be True or False, got 0\.1"):
-        SAM(make_params([3]), torch.optim.SGD, 0.05, 0.1)  # type: ignore[arg-type]
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_a_learning_rate_in_the_place_of_adaptive_is_an_error(rate: Any) -> None:
+    with pytest.raises(ValueError, match=rf"adaptive must be .*the base optimizer's options go by name.* got {rate}"):
+        SAM(make_params([3]), torch.optim.SGD, 0.05, rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("rho", "an option of the parameter groups"), ("schedule", "an argument of the constructor")]
+)
+def test_an_option_is_no_attribute_and_setting_it_says_so(name: str, place: str) -> None:
+    """It had no effect, in silence."""
+
+    class Variant(SAM):
+        """Has one for its own use."""
+
+    optimizer = SAM(make_params([3]), lr=0.1)
+    with pytest.raises(AttributeError, match=rf"setting optimizer\.{name} has no effect: it is {place}"):
+        setattr(optimizer, name, 0.3)
+    with pytest.raises(AttributeError, match=f"it is {place}"):
+        getattr(optimizer, name)
+    variant = Variant(make_params([3]), lr=0.1)
+    setattr(variant, name, 0.3)
+    assert getattr(variant, name) == 0.3
+
+
+def test_a_private_method_of_the_base_optimizer_is_pointed_to() -> None:
+    """Such as Adafactor's ``_get_lr``, which the AdafactorSchedule of Transformers calls."""
+
+    class Base(torch.optim.SGD):
+        def _get_lr(self) -> None: ...
+
+    optimizer = SAM(make_params([3]), Base, lr=0.1)
+    with pytest.raises(AttributeError, match=r"private to the base optimizer, optimizer\.base_optimizer\._get_lr"):
+        optimizer._get_lr()
+    with pytest.raises(AttributeError, match=r"no attribute '_other'$"):
+        optimizer._other()
 
 
 def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:

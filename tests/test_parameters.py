@@ -209,3 +209,25 @@ def test_flatten_refuses_gradients_of_another_dtype_by_name() -> None:
     with pytest.raises(ValueError, match=r"parameter 1 of group 0 is torch.float32 with grad_dtype torch.float64"):
         SAM(params, lr=0.1, flatten=True)
     assert [p.data_ptr() for p in params] == addresses
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_may_be_frozen_and_is_refused_by_name_when_trained(dtype: torch.dtype) -> None:
+    """As the weights of a quantised backbone. PyTorch's own error named no parameter, after others had moved."""
+    model = nn.Linear(4, 4)
+    backbone = nn.Parameter(torch.randn(4, 4).to(dtype), requires_grad=False)
+    optimizer = SAM([("backbone", backbone), *model.named_parameters()], lr=0.1)
+
+    def backward() -> None:
+        (model(torch.ones(2, 4)) @ backbone.float()).square().mean().backward()
+
+    backward()
+    optimizer.first_step(zero_grad=True)
+    backward()
+    optimizer.second_step(zero_grad=True)
+    backbone.requires_grad_(True)
+    backward()
+    before = values(model.parameters())
+    with pytest.raises(RuntimeError, match=rf"parameter 'backbone' is {dtype}, .*perturb=False"):
+        optimizer.first_step()
+    assert same_bits(before, list(model.parameters()))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import give, make_params, same_bits, values
@@ -272,3 +274,13 @@ def test_grad_norm_waits_for_a_step_that_perturbs_and_says_so() -> None:
         optimizer.first_step()
         optimizer.second_step()
     assert float(optimizer.grad_norm) > 0.0
+
+
+def test_checkpoints_may_hold_a_schedule() -> None:
+    """As those of Lightning do after ``save_hyperparameters()``: torch.load refuses classes that it does not know."""
+    schedule, file = Schedule(start=np.float64(0.5), total=8), io.BytesIO()
+    torch.save({"hyper_parameters": {"schedule": schedule}}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["hyper_parameters"]["schedule"]
+    assert (loaded, hash(loaded)) == (schedule, hash(schedule))
+    assert loaded.perturbs(4)

@@ -196,6 +196,7 @@ def test_whatever_raises_the_weights_come_back_and_no_gradient_stays(fails_in: i
     [
         ({"ascent": 0.0}, "ascent"),
         ({"ascent": 1.5}, "ascent"),
+        ({"ascent": True}, "ascent"),
         ({"micro_batches": 0}, "micro_batches"),
         ({"clip_grad_norm": -1.0}, "clip_grad_norm"),
         ({"ascent": 0.5, "replay_rng": True}, "replay_rng"),

@@ -36,6 +36,24 @@ def test_nested_batches_are_thinned_where_the_rows_are() -> None:
     assert seen == [(2, 2, 3, 0, "abc"), (8, 8, 3, 0, "abc")]
 
 
+def test_ascent_may_be_changed_between_steps() -> None:
+    """As ``micro_batches``: setting it had no effect."""
+    model, rows = nn.Linear(5, 1), []
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return model(x).square().mean()
+
+    step, x = TrainStep(model, SAM(model.parameters(), lr=0.1), loss, ascent=0.25), torch.randn(8, 5)
+    step(x)
+    step.ascent = 1.0
+    assert step(x).sharpness is not None
+    assert rows == [2, 8, 8, 8]
+    step.ascent = 2.0
+    with pytest.raises(ValueError, match="ascent must be"):
+        step(x)
+
+
 def test_what_a_batch_is_in_stays_what_it_is() -> None:
     model, seen = nn.Linear(5, 1), []
 

@@ -284,6 +284,18 @@ def test_a_target_network_that_one_pass_updates_is_not_warned_of() -> None:
         TrainStep(model, optimizer, loss_fn)(x)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_embedding_that_shortens_its_weights_is_not_warned_of(frozen: bool) -> None:
+    """A frozen one becomes the same in both passes; a trained one is put back like any weight."""
+    model = nn.Sequential(nn.Embedding(3, 4, max_norm=0.5), nn.Linear(4, 1))
+    model[0].weight.requires_grad_(not frozen)
+    step = TrainStep(model, SAM(model.parameters(), lr=0.0), lambda model, x: model(x).square().mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(torch.tensor([0, 1]))
+    assert model[0].weight[:2].norm(dim=1).tolist() == pytest.approx([0.5, 0.5])
+
+
 def test_writing_into_a_record_in_the_batch_is_warned_of() -> None:
     model = nn.Linear(5, 1)
     step = TrainStep(

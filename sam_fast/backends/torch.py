@@ -80,6 +80,12 @@ class TorchBucket(Bucket):
                 direction = self.gradient_of(index) if along is None else local_tensor(along[index])
             if direction is not None:
                 check_direction(direction, tensor, self.sources[index])
+                if self.dtype.itemsize == 1:
+                    raise ParameterError(
+                        self.sources[index],
+                        f"is {self.dtype}, which PyTorch does not add to: train it in another dtype, or put it in a "
+                        "group with perturb=False and use a base optimizer that supports it",
+                    )
                 if is_wrapper(type(direction)):
                     direction = torch.empty_like(tensor, requires_grad=False).copy_(direction.detach())
             self._along[index] = direction

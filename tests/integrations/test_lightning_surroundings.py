@@ -80,6 +80,22 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Any):
     )
 
 
+def test_a_schedule_among_the_hyperparameters(tmp_path: Any):
+    """Lightning puts it into checkpoints, which it loads with weights_only=True, and its loggers into a YAML file."""
+
+    class Saved(Module):
+        def __init__(self, schedule: Schedule):
+            super().__init__(schedule=schedule)
+            self.save_hyperparameters()
+
+    logger = pl.loggers.CSVLogger(tmp_path)
+    made = trainer(SAMCallback(), max_epochs=1, logger=logger)
+    made.fit(Saved(Schedule(start=0.5, total=8)), loader())
+    made.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = Saved.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert loaded.hparams.schedule == Schedule(start=0.5, total=8)
+
+
 def test_an_average_of_the_weights_sees_w():
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
