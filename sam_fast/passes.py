@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -15,27 +15,17 @@ from .batchnorm import frozen_running_stats
 from .devices import devices_of
 from .gradients import are_new
 from .options import check_flag
-from .perturbation import Perturbation
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, as_models, check_models
 from .schedule import Schedule, steps_taken
-from .step_state import StepState
 from .storage.fsdp import forget_gathered_weights, is_fsdp_module, own_gradients
+from .wrapper import OptimizerWrapper
 
 
-class Passes:
+class Passes(OptimizerWrapper):
     """The two passes of a step as context managers, and properties that say where the step stands."""
 
-    param_groups: list[dict[str, Any]]
-    _step: StepState
-    _perturbation: Perturbation
     _schedule: Schedule | None
-    _current_base: Callable[[], Any]
-
-    @property
-    def perturbed(self) -> bool:
-        """True between a ``first_step`` that perturbs and ``second_step``: the parameters hold ``w + e``."""
-        return self._perturbation.active
 
     @property
     def will_perturb(self) -> bool:
@@ -119,13 +109,6 @@ class Passes:
                 f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
                 "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, "
                 "SAMCallback. A first_step of a class of your own has to call super().first_step()"
-            )
-
-    def _require_restored(self, what: str) -> None:
-        if self._step.active or self._perturbation.active:
-            raise RuntimeError(
-                f"{what} is refused between first_step() and second_step(): finish with second_step(), or call "
-                "restore() to give this step up. It writes w back: load the model's weights after it"
             )
 
     @contextmanager

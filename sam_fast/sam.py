@@ -34,10 +34,9 @@ from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 from .running_stats import ExtraBuffers, Models
 from .schedule import STEP, Schedule, ScheduleWatch, check_schedule, count_step, start_counter, steps_taken
 from .step_state import StepState, set_by_scaler
-from .wrapper import OptimizerWrapper
 
 
-class SAM(Passes, OptimizerWrapper):
+class SAM(Passes):
     """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al.,
     https://arxiv.org/abs/2102.11600).
 
