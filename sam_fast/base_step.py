@@ -20,7 +20,7 @@ from .backends.memory import is_dense
 from .batchnorm import settle_running_stats
 from .options import with_inner
 from .rounding import ROUNDED
-from .steps import RULE_OF
+from .steps import rule_of
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 """Optimizers whose ``fused=True`` step on the CPU assumes that parameters have no gaps in memory, and that gradients
@@ -134,7 +134,7 @@ class BaseStep:
 
     def _set_aside(self, base: Optimizer) -> None:
         cls: Any = type(base)
-        rule = RULE_OF[cls]
+        rule = rule_of(cls)
         names = _names_in(cls) - base.defaults.keys() if rule is None else rule.all_names
         for p, entry in base.state.items():
             if not isinstance(p, Tensor) or not isinstance(entry, dict) or not entry:

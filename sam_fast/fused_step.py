@@ -22,7 +22,7 @@ from .backends import Bucket, StepOptions
 from .base_step import has_hooks, is_scheduler_wrapper
 from .devices import refuse_capture
 from .perturbation import Perturbation
-from .steps import RULE_OF, MissingState, NotFused, Rule, fused_classes
+from .steps import MissingState, NotFused, Rule, fused_classes, rule_of
 
 
 def fused_step(
@@ -70,7 +70,7 @@ def _rule_for(base: Optimizer) -> Rule:
     Global hooks are not asked: they see SAM's own step.
     """
     cls: Any = type(base)  # to mypy, no class is hashable
-    rule = RULE_OF[cls]
+    rule = rule_of(cls)
     if rule is None:
         raise NotFused(f"{cls.__qualname__} is not one of {', '.join(fused_classes())}")
     if has_hooks(base):
