@@ -186,7 +186,7 @@ class SAM(Passes):
         without = [p for group in self.param_groups for p in group["params"] if p.grad is None]
         self._perturbation.prepare(self.param_groups)
         mark_used(p.grad for p in without if p.grad is not None)
-        if self._schedule is not None or self._rounds_stochastically():
+        if self._schedule is not None or (self._rounds and self._perturbation.holds(ROUNDED)):
             start_counter(self.param_groups)
 
     # ---- The two steps -----------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ class SAM(Passes):
         perturbs = self.will_perturb
         first_pass_done = perturbs or step.first_pass_entered or left_by_a_pass(self._gradients())
         if perturbs:
-            rounds = self._rounds and self._rounds_stochastically()
+            rounds = self._rounds and self._perturbation.holds(ROUNDED)
             key = rounding_key(steps_taken(groups), PERTURB) if rounds else None
             self._perturbation.perturb(groups, key, step.own_gradient)
         else:
@@ -338,7 +338,7 @@ class SAM(Passes):
             step.forget_first_pass()
         if perturbation.flatten:
             perturbation.storage.release_frozen()  # what was frozen between the passes
-        rounds = self._rounds and self._rounds_stochastically()
+        rounds = self._rounds and perturbation.holds(ROUNDED)
         key = rounding_key(steps_taken(base.param_groups), UPDATE) if rounds else None
         perturbed = perturbation.active
         try:
@@ -365,9 +365,6 @@ class SAM(Passes):
             mark_used(self._gradients())  # they must not look like a first pass of the next step
             self._schedule_watch.count(number, perturbed)
             self._schedule_watch.look_for_capture(number, {bucket.device for bucket in self._perturbation.buckets})
-
-    def _rounds_stochastically(self) -> bool:
-        return self._rounds and self._perturbation.holds(ROUNDED)
 
     def restore(self) -> None:
         """Give up the current step, if one is under way: put w back, bit for bit, without a step."""
