@@ -199,7 +199,7 @@ class Passes(OptimizerWrapper):
             raise
 
 
-def unused_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+def unused_weights(models: Iterable[nn.Module], param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     """The weights whose gradients the first pass does not need: those that are not perturbed, if others are. An empty
     list in DDP and FSDP2, which wait for every gradient.
     """
@@ -209,7 +209,7 @@ def unused_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]
     unused = [p for p in by_perturb[False] if p.requires_grad and p.is_leaf]
     if not unused or not any(p.requires_grad for p in by_perturb[True]):
         return []
-    modules = [type(m) for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    modules = [type(m) for model in models for m in model.modules()]
     waits = any(hasattr(m, name) for m in modules for name in ("no_sync", "set_requires_gradient_sync"))
     return [] if waits else unused
 
@@ -248,8 +248,7 @@ def without_gradient_sync(model: Any) -> Iterator[bool]:
     """
     found = False
     with ExitStack() as stack:
-        modules: Iterable[Any] = model.modules() if isinstance(model, nn.Module) else [model]
-        for module in modules:
+        for module in model.modules():
             if hasattr(type(module), "no_sync"):
                 if learns_graph(module):
                     raise ValueError(
