@@ -231,10 +231,9 @@ def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
     """
     laid_out: list[tuple[Tensor, Tensor]] = []
     not_fused = []
-    for group in base.param_groups if isinstance(base, FUSED_ON_CPU) else ():
-        with_grad = (
-            [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
-        )
+    fused = [group for group in base.param_groups if group.get("fused")] if isinstance(base, FUSED_ON_CPU) else []
+    for group in fused:
+        with_grad = [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"]
         if any(_is_misread(base, p) for p in with_grad):
             not_fused.append(group)
         laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]
