@@ -184,9 +184,9 @@ class TrainStep:
             sam.zero_grad()
             raise
         sam.zero_grad()
-        same_samples = first is not None and self.every == 1
-        loss = first if first is not None and same_samples else second
-        return StepResult(loss, second - loss if same_samples else None, grad_norm)
+        if first is None or self.every > 1:  # the passes have not seen the same samples
+            return StepResult(second, None, grad_norm)
+        return StepResult(first, second - first, grad_norm)
 
     def _warn_of_other_parameters(self) -> None:
         if self.sam._perturbation.storage.process_wide:
