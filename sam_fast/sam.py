@@ -21,8 +21,9 @@ from .fused_step import fused_step
 from .gradients import left_by_a_pass, mark_used
 from .options import (
     as_groups,
-    check_arguments,
+    check_at_least_zero,
     check_base,
+    check_flag,
     check_variant,
     make_base,
     take_over_options,
@@ -114,7 +115,10 @@ class SAM(Passes):
     ) -> None:
         check_variant(type(self), SAM)
         make = make_base(params, base_optimizer, base_kwargs)
-        check_arguments(perturb_eps, flatten, stochastic_rounding)
+        check_at_least_zero("perturb_eps", perturb_eps)
+        check_flag("flatten", flatten)
+        if stochastic_rounding is not None:
+            check_flag("stochastic_rounding", stochastic_rounding, "None, True or False")
         check_closure_option("closure", closure)
         check_schedule(schedule)
         if along != "gradient":
