@@ -108,22 +108,21 @@ class Perturbation:
                 "flatten=True cannot move DTensor parameters, whose memory belongs to whoever has sharded them: "
                 "use flatten=False"
             )
-        in_place = self.storage if self.flatten else InPlace()
-        storage = in_place if over_processes is None else over_processes
+        storage: InPlace = self.storage if self.flatten else over_processes or InPlace()
         tensors = [storage.tensor(p) for p in params]
         shared = overlapping(tensors)
         if self.flatten:
             self._refuse_shared([*params, *left_out], param_groups)
             self._refuse_wide_gradients(params, param_groups)
         alike: dict[tuple[Any, ...], list[Member]] = {}
-        for position, (member, tensor) in enumerate(zip(members, tensors, strict=True)):
+        for position, ((p, group), tensor) in enumerate(zip(members, tensors, strict=True)):
             is_shared = position in shared
-            backend = self._choose_for_shared() if is_shared else self._choose(storage, member[0], tensor)
+            backend = self._choose_for_shared() if is_shared else self._choose(storage, p, tensor)
             # Parameters that are never perturbed have buckets of their own, which allocate no backup.
-            perturbs = bool(param_groups[member[1]]["perturb"])
-            key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]), perturbs)
-            alike.setdefault(key, []).append(member)
-        self.buckets = storage.buckets([(key[2], key[3], of_bucket) for key, of_bucket in alike.items()])
+            perturbs = bool(param_groups[group]["perturb"])
+            key = (backend, is_shared, tensor.device, tensor.dtype, storage.process_groups(p), perturbs)
+            alike.setdefault(key, []).append((p, group))
+        self.buckets = storage.buckets([(*key[:2], of_bucket) for key, of_bucket in alike.items()])
         self.storage, self._tensors, self._shared, self.left_out = storage, tensors, shared, left_out
         self.norm = Norm(self.buckets, storage.process_wide, self.norm)
 
@@ -213,7 +212,9 @@ class Perturbation:
                     raise RuntimeError("a parameter changes its device, dtype or layout while it is looked at")
         except ParameterError as error:
             raise self._named(error) from None
-        perturbed = self.buckets if options.wanted is None else self._perturbed_buckets(options)
+        perturbed = self.buckets
+        if options.wanted is not None:  # some groups are not perturbed: a bucket of these alone needs no backup
+            perturbed = [bucket for bucket in perturbed if any(options.perturb[group] for group in bucket.groups)]
         for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
         self._began = True
@@ -243,10 +244,6 @@ class Perturbation:
                         f"{name_of(p, param_groups)} is perturbed by another SAM: finish that one's step first, or "
                         "call its restore()"
                     )
-
-    def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
-        """The buckets with a tensor in a group that is perturbed. The others need no backup."""
-        return [bucket for bucket in self.buckets if any(options.perturb[group] for group in bucket.groups)]
 
     def _leave_out_what_was_frozen(self, param_groups: ParamGroups) -> None:
         """Drop what was frozen between constructor and first step: it needs no backup, and no step with zeros."""
