@@ -221,8 +221,9 @@ class Perturbation:
         self._measure(options)
         self.active = True
         try:
-            for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
-                home.measure()  # overwritten by any bucket of the same device that perturbs
+            for bucket, _, home in self.norm.parts:
+                if bucket not in perturbed:
+                    home.measure()  # overwritten by any bucket of the same device that perturbs
             for bucket, _, home in self.norm.parts:
                 if bucket in perturbed:
                     bucket.perturb(options, home.partials, self.eps, home.norm)
