@@ -7,7 +7,6 @@ from __future__ import annotations
 import pkgutil
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 TRACED = ("module_hooks",)
 """Modules that TorchDynamo must trace. Their hooks run inside models, whose graph would break at a hook it skips."""
@@ -21,10 +20,9 @@ def leave_uncompiled() -> None:
     compiles what it can: compiling is slower, the results are the same.
     """
     try:
-        from torch._dynamo import trace_rules
+        from torch._dynamo.trace_rules import add
     except ImportError:
         return
-    add: Any = getattr(trace_rules, "add", None)
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if add is not None else ():
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name not in TRACED:
             add(f"{__package__}.{module.name}")

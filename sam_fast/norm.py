@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -39,7 +39,7 @@ class NormSum:
         self.norm.copy_(self.measured())
 
 
-def exchange_sums(sums: Sequence[NormSum]) -> None:
+def exchange_sums(sums: Collection[NormSum]) -> None:
     """Make each device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices."""
     if len(sums) < 2:
         return
@@ -94,4 +94,4 @@ class Norm:
 
     def exchange(self) -> None:
         """Make every device's partial sums complete."""
-        exchange_sums(list(self._sums.values()))
+        exchange_sums(self._sums.values())
