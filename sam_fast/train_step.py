@@ -209,7 +209,7 @@ class TrainStep:
         The number of parts does not depend on that of rows, as long as there are enough of these: FSDP2 communicates in
         each part, and ranks may have batches of different sizes.
         """
-        total: Tensor | None = None
+        losses: list[Tensor] = []
         parts = min(parts, rows)
         for i in range(parts):
             begin, end = rows * i // parts, rows * (i + 1) // parts
@@ -224,10 +224,8 @@ class TrainStep:
                     if end - begin < rows:
                         loss = loss * ((end - begin) / rows)
                 self._backward(loss)
-            found = loss.detach().reshape(())
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+            losses.append(loss.detach().reshape(()))
+        return sum(losses[1:], losses[0])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
