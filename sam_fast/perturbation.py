@@ -101,7 +101,6 @@ class Perturbation:
         """Build buckets. If a parameter is refused, this raises before anything is changed."""
         members, left_out = self._members(param_groups)
         params = [p for p, _ in members]
-        self._repeats = len(members) + len(left_out) < sum(len(group["params"]) for group in param_groups)
         over_processes = sharded_storage(params)
         if self.flatten and over_processes is not None:
             raise ValueError(
@@ -124,6 +123,7 @@ class Perturbation:
             alike.setdefault(key, []).append((p, group))
         self.buckets = storage.buckets([(*key[:2], of_bucket) for key, of_bucket in alike.items()])
         self.storage, self._tensors, self._shared, self.left_out = storage, tensors, shared, left_out
+        self._repeats = len(members) + len(left_out) < sum(len(group["params"]) for group in param_groups)
         self.norm = Norm(self.buckets, storage.process_wide, self.norm)
 
     def _members(self, param_groups: ParamGroups) -> tuple[list[Member], dict[Tensor, bool]]:
