@@ -212,14 +212,13 @@ def _can_only_make_state(optimizer: Any) -> bool:
 def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) -> bool:
     """Whether the existing gradients are to be the first pass, as far as can be told without reading their values."""
     if passes == SECOND:
-        if not are_new(optimizer._gradients()):
-            if not optimizer.needs_first_pass:
-                return False
+        there_are_some = are_new(optimizer._gradients())
+        if not there_are_some and optimizer.needs_first_pass:
             raise RuntimeError(
                 'passes="second" takes the gradients that are there for the first pass, but there are no new ones: '
                 "call backward() first"
             )
-        return True
+        return there_are_some
     by_lightning = lightning_closure(closure)
     if by_lightning is not None:
         if by_lightning._zero_grad_fn is None and are_new(optimizer._gradients()):

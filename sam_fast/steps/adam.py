@@ -31,8 +31,7 @@ class AdamRule(Rule):
         return tuple(name for name in self.all_names if group["amsgrad"] or name != "max_exp_avg_sq")
 
     def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
-        moments = (name for name in self.states if name in self.takes(group))
-        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in moments}
+        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in self.takes(group) if name != "step"}
         return {"step": first_counter(param, group), **zeros}
 
     def step(
