@@ -20,7 +20,7 @@ from .backends.memory import is_dense
 from .batchnorm import settle_running_stats
 from .options import with_inner
 from .rounding import ROUNDED
-from .steps import RULE_OF
+from .steps import rule_of
 
 FUSED_ON_CPU = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 """Optimizers whose ``fused=True`` step on the CPU assumes that parameters have no gaps in memory, and that gradients
@@ -134,7 +134,7 @@ class BaseStep:
 
     def _set_aside(self, base: Optimizer) -> None:
         cls: Any = type(base)
-        rule = RULE_OF[cls]
+        rule = rule_of(cls)
         names = _names_in(cls) - base.defaults.keys() if rule is None else rule.all_names
         for p, entry in base.state.items():
             if not isinstance(p, Tensor) or not isinstance(entry, dict) or not entry:
@@ -231,10 +231,9 @@ def _as_fused_on_cpu_expects(base: Optimizer) -> Iterator[None]:
     """
     laid_out: list[tuple[Tensor, Tensor]] = []
     not_fused = []
-    for group in base.param_groups if isinstance(base, FUSED_ON_CPU) else ():
-        with_grad = (
-            [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"] if group.get("fused") else []
-        )
+    fused = [group for group in base.param_groups if group.get("fused")] if isinstance(base, FUSED_ON_CPU) else []
+    for group in fused:
+        with_grad = [p for p in group["params"] if p.grad is not None and p.device.type == "cpu"]
         if any(_is_misread(base, p) for p in with_grad):
             not_fused.append(group)
         laid_out += [(p, p.grad) for p in with_grad if p.grad is not None and p.grad.stride() != p.stride()]

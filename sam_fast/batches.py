@@ -37,11 +37,7 @@ def slice_rows(batch: tuple[Any, ...], begin: int, end: int) -> tuple[Any, ...]:
 def with_own_containers(value: Any, known: dict[int, tuple[Any, Any]] | None = None) -> Any:
     """The same tensors in new containers: what one pass removes from its batch, or replaces in it, is still there for
     the other. Objects that define ``__copy__``, such as graphs, are copied too. Both passes share what cannot be copied
-    or refuses to be written into.
-
-    Args:
-        value: a batch or a part of one.
-        known: by its id, each value met so far and its copy. A batch may contain itself.
+    or refuses to be written into. ``known``: by its id, each value met so far and its copy. A batch may contain itself.
     """
     if type(value) in _PLAIN:
         return value

@@ -28,12 +28,6 @@ def clipped(perturbation: Perturbation, base: Optimizer, scaling: Scaling, max_n
 
     The norm is taken over all gradients of all groups, unscaled. Where the buckets cannot measure it, and for the
     dtypes ``IN_PLACE``, gradients are unscaled and clipped in place.
-
-    Args:
-        perturbation: its buckets measure the norm.
-        base: the base optimizer, whose gradients are clipped.
-        scaling: what a GradScaler has done to the gradients.
-        max_norm: the largest norm of the unscaled gradients.
     """
     norm = perturbation.norm_of_gradients(base.param_groups)
     in_place = norm is None or perturbation.holds(IN_PLACE)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .batchnorm import keep, save_layers
 from .module_hooks import ModuleHooks
-from .running_stats import ExtraBuffers, Models, as_models, check_extra_buffers, find_layers
+from .running_stats import CheckedBuffers, Models, as_models, find_layers
 from .snapshot import BatchNormSnapshot
 
 LIMIT = 300
@@ -36,7 +36,7 @@ _warned: WeakSet[Any] = WeakSet()
 @contextmanager
 def uncounted_forwards(
     models: Models | None = None,
-    extra_buffers: ExtraBuffers = (),
+    extra_buffers: CheckedBuffers = (),
     closure: Callable[[], Any] | None = None,
 ) -> Iterator[None]:
     """Forward passes inside do not count in the running statistics of any module, however the body ends.
@@ -47,19 +47,13 @@ def uncounted_forwards(
     Args:
         models: modules that may run without being called, as in a compiled function: a module, or a list or tuple of
             modules.
-        extra_buffers: as in :func:`sam_fast.disable_running_stats`. Without ``models`` a pattern may match nothing.
+        extra_buffers: as in :func:`sam_fast.disable_running_stats`, but a pattern may match nothing.
         closure: what is called inside. If all it is seen to run is a compiled function in which no module is found, a
             warning asks for ``models``.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: ``models`` are given, and a pattern in ``extra_buffers`` fits nothing in them.
     """
-    given = [] if models is None else as_models(models, "step(closure, model=model)")
     with ExitStack() as stack:
-        second = _Uncounted(check_extra_buffers(extra_buffers), stack)
-        if given:
-            second.save(given, every_pattern=True)
+        second = _Uncounted(extra_buffers, stack)
+        second.save([] if models is None else as_models(models, "step(closure, model=model)"))
         found, compiled = refers_to(closure)
         for module in found:
             if module not in second.seen:
@@ -82,14 +76,14 @@ except ImportError:  # not public: where it is gone, closures with torch.func.gr
 class _Uncounted:
     """What :func:`uncounted_forwards` has seen and saved so far."""
 
-    def __init__(self, extra_buffers: ExtraBuffers, stack: ExitStack) -> None:
+    def __init__(self, extra_buffers: CheckedBuffers, stack: ExitStack) -> None:
         self.seen: set[nn.Module] = set()
         self.thread = get_ident()  # others may train other models meanwhile
         self._extra_buffers = extra_buffers
         self._stack = stack
 
-    def save(self, roots: list[nn.Module], every_pattern: bool = False) -> None:
-        layers = find_layers(roots, self._extra_buffers, self.seen, every_pattern)
+    def save(self, roots: list[nn.Module]) -> None:
+        layers = find_layers(roots, self._extra_buffers, self.seen, every_pattern=False)
         if layers.modules:
             self._stack.callback(_put_back, roots, save_layers(roots, layers))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -118,37 +118,44 @@ def closure_step(
             "replay_rng=True)"
         )
     loss = None
+    with _given_up_if_it_raises(optimizer):
+        if first_pass_done and not begun:
+            first_pass_done = _first_step_along_existing(optimizer, passes)
+        computes_first = not first_pass_done and optimizer.needs_first_pass
+        if first_pass_done:
+            random_state = step.next_random_state()
+        else:
+            replays = replay_rng and computes_first
+            random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replays else None
+            optimizer.zero_grad()
+            if computes_first:
+                loss = closure()
+                _check_where_the_step_stands(step, active=False)
+            optimizer.first_step(zero_grad=True)
+        replayed = nullcontext() if random_state is None else random_state.replayed()
+        uncounted = uncounted_forwards(model, extra_buffers, closure) if step.first_pass_done else nullcontext()
+        active = step.active  # False where a variant has both steps of its own
+        with uncounted, replayed:
+            second_loss = closure()
+        _check_where_the_step_stands(step, active)
+        computed = begun or not first_pass_done or are_new(optimizer._gradients())
+        if not computed and all_zero(optimizer._gradients()):  # if not zero, they were written through .data
+            raise RuntimeError(NO_SECOND_GRADIENT)
+    optimizer._end_step()
+    mark_used(optimizer._gradients())
+    return loss if computes_first else second_loss
+
+
+@contextmanager
+def _given_up_if_it_raises(optimizer: Any) -> Iterator[None]:
+    """Around what a closure computes."""
     try:
         with torch.enable_grad():
-            if first_pass_done and not begun:
-                first_pass_done = _first_step_along_existing(optimizer, passes)
-            computes_first = not first_pass_done and optimizer.needs_first_pass
-            if first_pass_done:
-                random_state = step.next_random_state()
-            else:
-                replays = replay_rng and computes_first
-                random_state = RandomState.capture(devices_of(optimizer.param_groups)) if replays else None
-                optimizer.zero_grad()
-                if computes_first:
-                    loss = closure()
-                    _check_where_the_step_stands(step, active=False)
-                optimizer.first_step(zero_grad=True)
-            replayed = nullcontext() if random_state is None else random_state.replayed()
-            uncounted = uncounted_forwards(model, extra_buffers, closure) if step.first_pass_done else nullcontext()
-            active = step.active  # False where a variant has both steps of its own
-            with uncounted, replayed:
-                second_loss = closure()
-            _check_where_the_step_stands(step, active)
-            computed = begun or not first_pass_done or are_new(optimizer._gradients())
-            if not computed and all_zero(optimizer._gradients()):  # if not zero, they were written through .data
-                raise RuntimeError(NO_SECOND_GRADIENT)
+            yield
     except BaseException:
         optimizer._give_up()
         mark_used(optimizer._gradients())  # they belong to a step that was given up
         raise
-    optimizer._end_step()
-    mark_used(optimizer._gradients())
-    return loss if computes_first else second_loss
 
 
 def _check_where_the_step_stands(step: StepState, active: bool) -> None:
@@ -157,13 +164,8 @@ def _check_where_the_step_stands(step: StepState, active: bool) -> None:
 
 
 def _whole_step(optimizer: Any, closure: Callable[[], Any]) -> Any:
-    try:
-        with torch.enable_grad():
-            loss = closure()
-    except BaseException:
-        optimizer._give_up()
-        mark_used(optimizer._gradients())
-        raise
+    with _given_up_if_it_raises(optimizer):
+        loss = closure()
     step_without_closure(optimizer, None, False)
     return loss
 
@@ -210,14 +212,13 @@ def _can_only_make_state(optimizer: Any) -> bool:
 def _takes_gradients(optimizer: Any, closure: Callable[[], Any], passes: str) -> bool:
     """Whether the existing gradients are to be the first pass, as far as can be told without reading their values."""
     if passes == SECOND:
-        if not are_new(optimizer._gradients()):
-            if not optimizer.needs_first_pass:
-                return False
+        there_are_some = are_new(optimizer._gradients())
+        if not there_are_some and optimizer.needs_first_pass:
             raise RuntimeError(
                 'passes="second" takes the gradients that are there for the first pass, but there are no new ones: '
                 "call backward() first"
             )
-        return True
+        return there_are_some
     by_lightning = lightning_closure(closure)
     if by_lightning is not None:
         if by_lightning._zero_grad_fn is None and are_new(optimizer._gradients()):

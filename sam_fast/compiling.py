@@ -5,30 +5,24 @@ optimizer, instead of in many places inside it.
 from __future__ import annotations
 
 import pkgutil
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 TRACED = ("module_hooks",)
 """Modules that TorchDynamo must trace. Their hooks run inside models, whose graph would break at a hook it skips."""
 
-_done = False
 
-
+@cache
 def leave_uncompiled() -> None:
     """Have TorchDynamo skip the functions of this package, at no cost per call.
 
-    Called when an optimizer is made, which imports TorchDynamo anyway. A PyTorch without a list of modules to skip
+    Once is enough. Making an optimizer imports TorchDynamo anyway. A PyTorch without a list of modules to skip
     compiles what it can: compiling is slower, the results are the same.
     """
-    global _done
-    if _done:
-        return
-    _done = True
     try:
-        from torch._dynamo import trace_rules
+        from torch._dynamo.trace_rules import add
     except ImportError:
         return
-    add: Any = getattr(trace_rules, "add", None)
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if add is not None else ():
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name not in TRACED:
             add(f"{__package__}.{module.name}")

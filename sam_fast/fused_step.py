@@ -22,7 +22,7 @@ from .backends import Bucket, StepOptions
 from .base_step import has_hooks, is_scheduler_wrapper
 from .devices import refuse_capture
 from .perturbation import Perturbation
-from .steps import RULE_OF, MissingState, NotFused, Rule, fused_classes
+from .steps import MissingState, NotFused, Rule, fused_classes, rule_of
 
 
 def fused_step(
@@ -70,7 +70,7 @@ def _rule_for(base: Optimizer) -> Rule:
     Global hooks are not asked: they see SAM's own step.
     """
     cls: Any = type(base)  # to mypy, no class is hashable
-    rule = RULE_OF[cls]
+    rule = rule_of(cls)
     if rule is None:
         raise NotFused(f"{cls.__qualname__} is not one of {', '.join(fused_classes())}")
     if has_hooks(base):
@@ -157,11 +157,12 @@ def _new_options(bucket: Bucket, base: Optimizer, rule: Rule, given: list[tuple[
             learning_rates.append(None)
             values.extend([math.nan] * len(rule.options))
             continue
-        lr, *others = rule.values(group, base)
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-        _check_group(bucket, group, lr if on_device else None, others if on_device else [lr, *others])
-        learning_rates.append(lr if on_device else None)
-        values.extend((math.nan if on_device else float(lr), *map(float, others)))
+        lr, numbers = None, rule.values(group, base)
+        if isinstance(numbers[0], Tensor) and numbers[0].device.type != "cpu":
+            lr, numbers[0] = numbers[0], math.nan
+        _check_group(bucket, group, lr, numbers)
+        learning_rates.append(lr)
+        values.extend(map(float, numbers))
     on_device = any(lr is not None for lr in learning_rates)
     return StepOptions(rule, values, masks, learning_rates if on_device else [], given=given)
 

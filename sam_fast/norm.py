@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -39,7 +39,7 @@ class NormSum:
         self.norm.copy_(self.measured())
 
 
-def exchange_sums(sums: Sequence[NormSum]) -> None:
+def exchange_sums(sums: Collection[NormSum]) -> None:
     """Make each device's partial sums complete: ``sum(partials)`` is then the squared norm over all devices."""
     if len(sums) < 2:
         return
@@ -63,8 +63,10 @@ class Norm:
 
     def __init__(self, buckets: Sequence[Bucket] = (), process_wide: bool = False, last: Norm | None = None) -> None:
         counts: dict[torch.device, int] = {}
+        starts = []
         for bucket in buckets:
-            counts[bucket.device] = counts.get(bucket.device, 0) + bucket.num_partials
+            starts.append(counts.get(bucket.device, 0))
+            counts[bucket.device] = starts[-1] + bucket.num_partials
         if process_wide:
             counts = dict.fromkeys(counts, 1)
         self._sums = {device: NormSum(device, own, len(counts) - 1) for device, own in counts.items()}
@@ -73,14 +75,9 @@ class Norm:
             if last is not None and device in last._sums:
                 sums.norm.copy_(last._sums[device].norm)
         self.parts: list[tuple[Bucket, Tensor, NormSum]] = []
-        used = dict.fromkeys(counts, 0)
-        for bucket in buckets:
-            sums, first = self._sums[bucket.device], used[bucket.device]
-            used[bucket.device] += bucket.num_partials
-            if process_wide:
-                own = sums.partials.new_zeros(bucket.num_partials)
-            else:
-                own = sums.partials[first : used[bucket.device]]
+        for bucket, start in zip(buckets, starts, strict=True):
+            sums, n = self._sums[bucket.device], bucket.num_partials
+            own = sums.partials.new_zeros(n) if process_wide else sums.partials[start : start + n]
             self.parts.append((bucket, own, sums))
 
     @property
@@ -94,4 +91,4 @@ class Norm:
 
     def exchange(self) -> None:
         """Make every device's partial sums complete."""
-        exchange_sums(list(self._sums.values()))
+        exchange_sums(self._sums.values())

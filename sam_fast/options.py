@@ -197,14 +197,6 @@ def name_of(param: Tensor, param_groups: Sequence[dict[str, Any]]) -> str:
     return "a parameter"
 
 
-def check_arguments(perturb_eps: Any, flatten: Any, stochastic_rounding: Any) -> None:
-    """Raise ValueError if an argument of the constructor is out of range."""
-    check_at_least_zero("perturb_eps", perturb_eps)
-    check_flag("flatten", flatten)
-    if stochastic_rounding is not None:
-        check_flag("stochastic_rounding", stochastic_rounding, "None, True or False")
-
-
 def check_options(group: dict[str, Any]) -> None:
     """Raise ValueError if an option of a group is out of range."""
     for name in OPTIONS:

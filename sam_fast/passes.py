@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -15,27 +15,17 @@ from .batchnorm import frozen_running_stats
 from .devices import devices_of
 from .gradients import are_new
 from .options import check_flag
-from .perturbation import Perturbation
 from .random_state import RandomState
 from .running_stats import ExtraBuffers, Models, as_models, check_models
 from .schedule import Schedule, steps_taken
-from .step_state import StepState
 from .storage.fsdp import forget_gathered_weights, is_fsdp_module, own_gradients
+from .wrapper import OptimizerWrapper
 
 
-class Passes:
+class Passes(OptimizerWrapper):
     """The two passes of a step as context managers, and properties that say where the step stands."""
 
-    param_groups: list[dict[str, Any]]
-    _step: StepState
-    _perturbation: Perturbation
     _schedule: Schedule | None
-    _current_base: Callable[[], Any]
-
-    @property
-    def perturbed(self) -> bool:
-        """True between a ``first_step`` that perturbs and ``second_step``: the parameters hold ``w + e``."""
-        return self._perturbation.active
 
     @property
     def will_perturb(self) -> bool:
@@ -119,13 +109,6 @@ class Passes:
                 f"{what} needs first_step() before it: call backward(), first_step(), backward() again, then "
                 "second_step(). Where a framework owns the loop, see docs/integrations.md: SAMTrainerMixin, "
                 "SAMCallback. A first_step of a class of your own has to call super().first_step()"
-            )
-
-    def _require_restored(self, what: str) -> None:
-        if self._step.active or self._perturbation.active:
-            raise RuntimeError(
-                f"{what} is refused between first_step() and second_step(): finish with second_step(), or call "
-                "restore() to give this step up. It writes w back: load the model's weights after it"
             )
 
     @contextmanager
@@ -216,7 +199,7 @@ class Passes:
             raise
 
 
-def unused_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+def unused_weights(models: Iterable[nn.Module], param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     """The weights whose gradients the first pass does not need: those that are not perturbed, if others are. An empty
     list in DDP and FSDP2, which wait for every gradient.
     """
@@ -226,7 +209,7 @@ def unused_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]
     unused = [p for p in by_perturb[False] if p.requires_grad and p.is_leaf]
     if not unused or not any(p.requires_grad for p in by_perturb[True]):
         return []
-    modules = [type(m) for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    modules = [type(m) for model in models for m in model.modules()]
     waits = any(hasattr(m, name) for m in modules for name in ("no_sync", "set_requires_gradient_sync"))
     return [] if waits else unused
 
@@ -265,8 +248,7 @@ def without_gradient_sync(model: Any) -> Iterator[bool]:
     """
     found = False
     with ExitStack() as stack:
-        modules: Iterable[Any] = model.modules() if isinstance(model, nn.Module) else [model]
-        for module in modules:
+        for module in model.modules():
             if hasattr(type(module), "no_sync"):
                 if learns_graph(module):
                     raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -65,8 +65,7 @@ class Perturbation:
         self.storage: InPlace = Flat(backend) if flatten else InPlace()
         self.norm = Norm()
         self.measured = False
-        self.left_out: list[Tensor] = []  # parameters that are in no bucket
-        self._may_perturb: list[bool] = []  # for each of them, whether its group is perturbed
+        self.left_out: dict[Tensor, bool] = {}  # parameters in no bucket; whether the group of each is perturbed
         self._param_groups: ParamGroups = ()
         self._known: list[list[Tensor]] = []
         self._tensors: list[Tensor] = []  # of all buckets
@@ -102,37 +101,35 @@ class Perturbation:
         """Build buckets. If a parameter is refused, this raises before anything is changed."""
         members, left_out = self._members(param_groups)
         params = [p for p, _ in members]
-        self._repeats = len(members) + len(left_out) < sum(len(group["params"]) for group in param_groups)
         over_processes = sharded_storage(params)
         if self.flatten and over_processes is not None:
             raise ValueError(
                 "flatten=True cannot move DTensor parameters, whose memory belongs to whoever has sharded them: "
                 "use flatten=False"
             )
-        in_place = self.storage if self.flatten else InPlace()
-        storage = in_place if over_processes is None else over_processes
+        storage: InPlace = self.storage if self.flatten else over_processes or InPlace()
         tensors = [storage.tensor(p) for p in params]
         shared = overlapping(tensors)
         if self.flatten:
-            self._refuse_shared([*params, *(p for p, _ in left_out)], param_groups)
+            self._refuse_shared([*params, *left_out], param_groups)
             self._refuse_wide_gradients(params, param_groups)
         alike: dict[tuple[Any, ...], list[Member]] = {}
-        for position, (member, tensor) in enumerate(zip(members, tensors, strict=True)):
+        for position, ((p, group), tensor) in enumerate(zip(members, tensors, strict=True)):
             is_shared = position in shared
-            backend = self._choose_for_shared() if is_shared else self._choose(storage, member[0], tensor)
+            backend = self._choose_for_shared() if is_shared else self._choose(storage, p, tensor)
             # Parameters that are never perturbed have buckets of their own, which allocate no backup.
-            perturbs = bool(param_groups[member[1]]["perturb"])
-            key = (tensor.device, tensor.dtype, backend, is_shared, storage.process_groups(member[0]), perturbs)
-            alike.setdefault(key, []).append(member)
-        self.buckets = storage.buckets([(key[2], key[3], of_bucket) for key, of_bucket in alike.items()])
-        self.storage, self._tensors, self._shared = storage, tensors, shared
-        self.left_out, self._may_perturb = [p for p, _ in left_out], [perturb for _, perturb in left_out]
+            perturbs = bool(param_groups[group]["perturb"])
+            key = (backend, is_shared, tensor.device, tensor.dtype, storage.process_groups(p), perturbs)
+            alike.setdefault(key, []).append((p, group))
+        self.buckets = storage.buckets([(*key[:2], of_bucket) for key, of_bucket in alike.items()])
+        self.storage, self._tensors, self._shared, self.left_out = storage, tensors, shared, left_out
+        self._repeats = len(members) + len(left_out) < sum(len(group["params"]) for group in param_groups)
         self.norm = Norm(self.buckets, storage.process_wide, self.norm)
 
-    def _members(self, param_groups: ParamGroups) -> tuple[list[Member], list[tuple[Tensor, bool]]]:
+    def _members(self, param_groups: ParamGroups) -> tuple[list[Member], dict[Tensor, bool]]:
         """The parameters that take part; and the others, each with whether its group is perturbed."""
         members: list[Member] = []
-        left_out: list[tuple[Tensor, bool]] = []
+        left_out: dict[Tensor, bool] = {}
         seen: set[int] = set()
         held = self.storage.held()
         for index, group in enumerate(param_groups):
@@ -141,7 +138,7 @@ class Perturbation:
                     continue
                 seen.add(id(p))
                 if not _takes_part(p, group["perturb"]) and not (id(p) in held and is_plain(p)):
-                    left_out.append((p, bool(group["perturb"])))
+                    left_out[p] = bool(group["perturb"])
                     continue
                 if (is_wrapper(p.__class__) and not is_dtensor(p)) or p.layout != torch.strided:
                     raise RuntimeError(
@@ -215,15 +212,18 @@ class Perturbation:
                     raise RuntimeError("a parameter changes its device, dtype or layout while it is looked at")
         except ParameterError as error:
             raise self._named(error) from None
-        perturbed = self.buckets if options.wanted is None else self._perturbed_buckets(options)
+        perturbed = self.buckets
+        if options.wanted is not None:  # some groups are not perturbed: a bucket of these alone needs no backup
+            perturbed = [bucket for bucket in perturbed if any(options.perturb[group] for group in bucket.groups)]
         for bucket in perturbed:
             _ = bucket.backup  # allocated before anything moves
         self._began = True
         self._measure(options)
         self.active = True
         try:
-            for home in [home for bucket, _, home in self.norm.parts if bucket not in perturbed]:
-                home.measure()  # overwritten by any bucket of the same device that perturbs
+            for bucket, _, home in self.norm.parts:
+                if bucket not in perturbed:
+                    home.measure()  # overwritten by any bucket of the same device that perturbs
             for bucket, _, home in self.norm.parts:
                 if bucket in perturbed:
                     bucket.perturb(options, home.partials, self.eps, home.norm)
@@ -246,10 +246,6 @@ class Perturbation:
                         "call its restore()"
                     )
 
-    def _perturbed_buckets(self, options: GroupOptions) -> list[Bucket]:
-        """The buckets with a tensor in a group that is perturbed. The others need no backup."""
-        return [bucket for bucket in self.buckets if any(options.perturb[group] for group in bucket.groups)]
-
     def _leave_out_what_was_frozen(self, param_groups: ParamGroups) -> None:
         """Drop what was frozen between constructor and first step: it needs no backup, and no step with zeros."""
         self.storage.release_frozen()
@@ -261,8 +257,9 @@ class Perturbation:
         """Have the buckets look up where weights and gradients are. False if they must be built anew."""
         if not self.storage.collect(own_gradient):
             return False
-        for p, perturb in self._left_out_with_gradient() if self.left_out else ():
-            if p.grad is not None and _takes_part(p, perturb):
+        if self.left_out and self._left_out_has_gradient():
+            takes_part = (_takes_part(p, perturb) for p, perturb in self.left_out.items() if p.grad is not None)
+            if any(takes_part):
                 return False
         moved = False
         for bucket in self.buckets:
@@ -272,10 +269,8 @@ class Perturbation:
         # With flatten=True the tensors are flat buffers.
         return self.flatten or not moved or not (self._shares_anew() or self.storage.replaced())
 
-    def _left_out_with_gradient(self) -> Iterator[tuple[Tensor, bool]]:
-        if all_none(list(map(grad_of, self.left_out))):
-            return iter(())
-        return zip(self.left_out, self._may_perturb, strict=True)
+    def _left_out_has_gradient(self) -> bool:
+        return not all_none(list(map(grad_of, self.left_out)))
 
     def _shares_anew(self) -> bool:
         """Whether tensors share memory now that did not when the buckets were built, or the other way round."""
@@ -291,7 +286,7 @@ class Perturbation:
 
         None if the buckets do not hold all of them.
         """
-        if not self.fits(param_groups) or any(p.grad is not None for p, _ in self._left_out_with_gradient()):
+        if not self.fits(param_groups) or self._left_out_has_gradient():
             return None
         everything = GroupOptions([{"rho": 0.0, "eta": 0.0, "adaptive": False, "perturb": True}] * len(param_groups))
         try:
@@ -350,7 +345,7 @@ class Perturbation:
     def zero_grad(self, param_groups: ParamGroups) -> None:
         """With ``flatten=True``: zero the gradients in the flat buffers, and set the others to None."""
         self.storage.zero_grad()
-        params = self.left_out if self.fits(param_groups) else [p for group in param_groups for p in group["params"]]
+        params = [*self.left_out] if self.fits(param_groups) else [p for group in param_groups for p in group["params"]]
         held = self.storage.held() if params else ()
         for p in params:
             if id(p) not in held:
@@ -377,7 +372,7 @@ class Perturbation:
         """Raise NotFused if restoring and stepping must not be one pass over the buckets, now prepared for it."""
         if self._shared or (not self.flatten and any(bucket.moved for bucket in self.buckets) and self._shares_anew()):
             raise NotFused("parameters share memory, and must be stepped one after the other")
-        if self.left_out and not all_none(list(map(grad_of, self.left_out))):
+        if self.left_out and self._left_out_has_gradient():
             raise NotFused(
                 "a parameter has a gradient now that had none in first_step, and was frozen or of a kind that SAM "
                 "leaves alone"

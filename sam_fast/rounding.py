@@ -19,11 +19,8 @@ PERTURB, UPDATE = 0, 1
 
 
 def rounding_key(step: int, operation: int) -> int:
-    """The 32-bit key of one operation of one step. The same on every rank, so that replicas stay equal.
-
-    Args:
-        step: number of the step.
-        operation: ``PERTURB`` or ``UPDATE``.
+    """The 32-bit key of one operation, ``PERTURB`` or ``UPDATE``, of one step. The same on every rank, so that replicas
+    stay equal.
     """
     return int.from_bytes(blake2b(struct.pack("<qq", step, operation), digest_size=4).digest(), "little")
 

@@ -21,8 +21,9 @@ from .fused_step import fused_step
 from .gradients import left_by_a_pass, mark_used
 from .options import (
     as_groups,
-    check_arguments,
+    check_at_least_zero,
     check_base,
+    check_flag,
     check_variant,
     make_base,
     take_over_options,
@@ -34,10 +35,9 @@ from .rounding import PERTURB, ROUNDED, UPDATE, rounding_key
 from .running_stats import ExtraBuffers, Models
 from .schedule import STEP, Schedule, ScheduleWatch, check_schedule, count_step, start_counter, steps_taken
 from .step_state import StepState, set_by_scaler
-from .wrapper import OptimizerWrapper
 
 
-class SAM(Passes, OptimizerWrapper):
+class SAM(Passes):
     """Sharpness-Aware Minimization (Foret et al., https://arxiv.org/abs/2010.01412) and ASAM (Kwon et al.,
     https://arxiv.org/abs/2102.11600).
 
@@ -115,7 +115,10 @@ class SAM(Passes, OptimizerWrapper):
     ) -> None:
         check_variant(type(self), SAM)
         make = make_base(params, base_optimizer, base_kwargs)
-        check_arguments(perturb_eps, flatten, stochastic_rounding)
+        check_at_least_zero("perturb_eps", perturb_eps)
+        check_flag("flatten", flatten)
+        if stochastic_rounding is not None:
+            check_flag("stochastic_rounding", stochastic_rounding, "None, True or False")
         check_closure_option("closure", closure)
         check_schedule(schedule)
         if along != "gradient":
@@ -187,7 +190,7 @@ class SAM(Passes, OptimizerWrapper):
         without = [p for group in self.param_groups for p in group["params"] if p.grad is None]
         self._perturbation.prepare(self.param_groups)
         mark_used(p.grad for p in without if p.grad is not None)
-        if self._schedule is not None or self._rounds_stochastically():
+        if self._schedule is not None or (self._rounds and self._perturbation.holds(ROUNDED)):
             start_counter(self.param_groups)
 
     # ---- The two steps -----------------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ class SAM(Passes, OptimizerWrapper):
         perturbs = self.will_perturb
         first_pass_done = perturbs or step.first_pass_entered or left_by_a_pass(self._gradients())
         if perturbs:
-            rounds = self._rounds and self._rounds_stochastically()
+            rounds = self._rounds and self._perturbation.holds(ROUNDED)
             key = rounding_key(steps_taken(groups), PERTURB) if rounds else None
             self._perturbation.perturb(groups, key, step.own_gradient)
         else:
@@ -339,7 +342,7 @@ class SAM(Passes, OptimizerWrapper):
             step.forget_first_pass()
         if perturbation.flatten:
             perturbation.storage.release_frozen()  # what was frozen between the passes
-        rounds = self._rounds and self._rounds_stochastically()
+        rounds = self._rounds and perturbation.holds(ROUNDED)
         key = rounding_key(steps_taken(base.param_groups), UPDATE) if rounds else None
         perturbed = perturbation.active
         try:
@@ -366,9 +369,6 @@ class SAM(Passes, OptimizerWrapper):
             mark_used(self._gradients())  # they must not look like a first pass of the next step
             self._schedule_watch.count(number, perturbed)
             self._schedule_watch.look_for_capture(number, {bucket.device for bucket in self._perturbation.buckets})
-
-    def _rounds_stochastically(self) -> bool:
-        return self._rounds and self._perturbation.holds(ROUNDED)
 
     def restore(self) -> None:
         """Give up the current step, if one is under way: put w back, bit for bit, without a step."""

@@ -71,15 +71,13 @@ class BatchNormSnapshot:
         # Weak: a layer may have a hook that leads to its model, and snapshots are kept for reuse.
         self._layers = [ref(layer) for layer in layers.modules]
         self._extra = [layers.extra.get(layer, frozenset()) for layer in layers.modules]
-        self._owned: list[Any] = []
-        self._layer_of: list[int] = []  # for each of them the index of its layer
-        for index, layer in enumerate(layers.modules):
-            owned = owners_of(layer, self._extra[index])
-            self._owned += owned
-            self._layer_of += [index] * len(owned)
+        self._owned: list[tuple[Any, int]] = [  # collections of tensors by name, each with the index of its layer
+            (owned, index)
+            for index, (layer, extra) in enumerate(zip(layers.modules, self._extra, strict=True))
+            for owned in owners_of(layer, extra)
+        ]
         self._names: list[tuple[str, ...]] = []
-        self._places: list[tuple[Any, str]] = []
-        self._place_layers: list[int] = []
+        self._places: list[tuple[Any, str, int]] = []
         self._tensors: list[Tensor | None] = []
         self._versioned: list[Tensor] = []
         self._versions: list[int] = []
@@ -155,23 +153,27 @@ class BatchNormSnapshot:
         if counters or not changed:
             return bool(changed)
         named = zip(self._places, self._tensors, strict=True)
-        left_out = {id(tensor) for (_, name), tensor in named if name == COUNTER}
+        left_out = {id(tensor) for (_, name, _), tensor in named if name == COUNTER}
         return any(id(tensor) not in left_out for tensor in changed)
 
+    def _look_up_names(self) -> list[tuple[str, ...]]:
+        return [tuple(owned) for owned, _ in self._owned]
+
     def _look_up(self) -> list[Tensor | None]:
-        return [owned.get(name) for owned, name in self._places]
+        return [owned.get(name) for owned, name, _ in self._places]
 
     def _is_unchanged(self) -> bool:
         """True if the layers have the same statistics, by name and object, as when the buckets were built."""
-        return self._names == [tuple(owned) for owned in self._owned] and all(map(is_, self._look_up(), self._tensors))
+        return self._names == self._look_up_names() and all(map(is_, self._look_up(), self._tensors))
 
     def _build(self) -> None:
-        self._names = [tuple(owned) for owned in self._owned]
-        self._places, self._place_layers = [], []
-        for index, owned, names in zip(self._layer_of, self._owned, self._names, strict=True):
-            places = [(owned, name) for name in names if is_statistic(name) or name in self._extra[index]]
-            self._places += places
-            self._place_layers += [index] * len(places)
+        self._names = self._look_up_names()
+        self._places = [
+            (owned, name, index)
+            for (owned, index), names in zip(self._owned, self._names, strict=True)
+            for name in names
+            if is_statistic(name) or name in self._extra[index]
+        ]
         # A lazy buffer becomes a real one without becoming another object: remembered as None, it is looked at again
         # next time.
         self._tensors = [_with_memory(tensor, self._in_place) for tensor in self._look_up()]
@@ -195,7 +197,7 @@ class BatchNormSnapshot:
         for bucket in self._buckets:
             backups.update(zip(map(id, bucket.tensors), bucket.backups, strict=True))
         chosen = set(chosen)
-        for (owned, name), index, old in zip(self._places, self._place_layers, self._tensors, strict=True):
+        for (owned, name, index), old in zip(self._places, self._tensors, strict=True):
             new = owned.get(name)
             if old is None or new is None or index not in chosen or (replaced_only and new is old):
                 continue

@@ -22,23 +22,14 @@ NOT_STEPPED = "there was no second step yet"
 
 @dataclass(eq=False)
 class StepState:
-    """What a step keeps between its calls, shared with whatever a framework puts around the optimizer.
+    """What a step keeps between its calls, shared with whatever a framework puts around the optimizer."""
 
-    Attributes:
-        active: ``first_step`` was called, whether it perturbed or not, and the step is not over.
-        thread: the one that called it.
-        first_pass_done: there was a first pass, whose batch has counted in the running statistics.
-        perturbs: the norm is that of this step's first gradient.
-        finishing: ``step`` was called by ``second_step``, or the other way round.
-        zeroed: there was no step since ``zero_grad``: gradients that are not new are zero.
-    """
-
-    active: bool = False
-    thread: int = 0
-    first_pass_done: bool = False
-    perturbs: bool = False
-    finishing: bool = False
-    zeroed: bool = False
+    active: bool = False  # first_step was called, whether it perturbed or not, and the step is not over
+    thread: int = 0  # the one that called it
+    first_pass_done: bool = False  # there was a first pass, whose batch has counted in the running statistics
+    perturbs: bool = False  # the norm is that of this step's first gradient
+    finishing: bool = False  # step was called by second_step, or the other way round
+    zeroed: bool = False  # there was no step since zero_grad: gradients that are not new are zero
 
     random_states: list[RandomState] = field(default_factory=list)  # one for each first_pass(replay_rng=True)
     own_gradient: bool = False  # the gradient of this rank alone

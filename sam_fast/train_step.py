@@ -184,9 +184,9 @@ class TrainStep:
             sam.zero_grad()
             raise
         sam.zero_grad()
-        same_samples = first is not None and every == 1
-        loss = first if first is not None and same_samples else second
-        return StepResult(loss, second - loss if same_samples else None, grad_norm)
+        if first is None or every > 1:  # the passes have not seen the same samples
+            return StepResult(second, None, grad_norm)
+        return StepResult(first, second - first, grad_norm)
 
     def _warn_of_other_parameters(self) -> None:
         if self.sam._perturbation.storage.process_wide:
@@ -209,7 +209,7 @@ class TrainStep:
         The number of parts does not depend on that of rows, as long as there are enough of these: FSDP2 communicates in
         each part, and ranks may have batches of different sizes.
         """
-        total: Tensor | None = None
+        losses: list[Tensor] = []
         parts = min(parts, rows)
         for i in range(parts):
             begin, end = rows * i // parts, rows * (i + 1) // parts
@@ -224,10 +224,8 @@ class TrainStep:
                     if end - begin < rows:
                         loss = loss * ((end - begin) / rows)
                 self._backward(loss)
-            found = loss.detach().reshape(())
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+            losses.append(loss.detach().reshape(()))
+        return sum(losses[1:], losses[0])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

@@ -21,6 +21,7 @@ from .gradients import all_zero
 from .options import OPTIONS, check_base, check_options, make_plain, take_over_options, without_old_weights
 from .perturbation import Perturbation
 from .schedule import STEP, start_counter
+from .step_state import StepState
 
 SWITCHES = ("train", "eval")
 """Methods of a base optimizer that swap the weights for others, as those of schedule-free optimizers do."""
@@ -52,9 +53,11 @@ class OptimizerWrapper(Optimizer):
     _base_step: BaseStep
     _known_base: Optimizer
     _perturbation: Perturbation
+    _step: StepState
     _sam_defaults: dict[str, Any]
     _made_with: list[dict[str, Any]]
     _plain_step: Callable[..., Any]
+    _prepare: Callable[[], None]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         self._made_with = []
@@ -97,6 +100,18 @@ class OptimizerWrapper(Optimizer):
             self._note_options(base.param_groups)
             self._work_with(base)
         return base
+
+    @property
+    def perturbed(self) -> bool:
+        """True between a ``first_step`` that perturbs and ``second_step``: the parameters hold ``w + e``."""
+        return self._perturbation.active
+
+    def _require_restored(self, what: str) -> None:
+        if self._step.active or self._perturbation.active:
+            raise RuntimeError(
+                f"{what} is refused between first_step() and second_step(): finish with second_step(), or call "
+                "restore() to give this step up. It writes w back: load the model's weights after it"
+            )
 
     @property
     def state(self) -> Any:
@@ -290,15 +305,3 @@ class OptimizerWrapper(Optimizer):
             return True
         # Nobody, if what PyTorch has wrapped is SAM's own step and not a subclass's.
         return getattr(type(self).step, "__wrapped__", type(self).step) is not self._plain_step
-
-    # ---- What the subclass says --------------------------------------------------------------------------------------
-
-    @property
-    def perturbed(self) -> bool:
-        raise NotImplementedError
-
-    def _prepare(self) -> None:
-        raise NotImplementedError
-
-    def _require_restored(self, what: str) -> None:
-        raise NotImplementedError

@@ -163,6 +163,17 @@ def test_a_parameter_that_is_listed_twice_takes_the_base_optimizers_step(base, f
     assert optimizer.second_step_path != "fused"
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_group_that_was_refused_does_not_cost_the_others_their_kernel():
+    params = make_params([7])
+    optimizer = SAM(params, backend="torch", flatten=True)
+    (twice,), tied = make_params([3]), make_params([4])
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.add_param_group({"params": [twice, twice, *tied, nn.Parameter(tied[0].detach()[:2])]})
+    run(optimizer, params, 1)
+    assert optimizer.second_step_path == "fused"
+
+
 @pytest.mark.parametrize("name", ["step", "zero_grad"])
 def test_a_method_that_somebody_has_put_on_the_optimizer_is_called(name):
     """A scheduler's wrapping hides it from nobody."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch.optim import Optimizer
 
 from .adam import AdamRule, AdamWRule
@@ -12,16 +14,11 @@ from .sgd import SgdRule
 RULES: tuple[Rule, ...] = (SgdRule(), AdamRule(), AdamWRule(), LionRule(), InterpolatedLionRule())
 
 
-class _RuleOf(dict[type[Optimizer], Rule | None]):
-    """Class of the base optimizer -> its rule, or None. The qualified name decides, so that no package is imported."""
-
-    def __missing__(self, cls: type[Optimizer]) -> Rule | None:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        self[cls] = next((rule for rule in RULES if name in rule.classes), None)
-        return self[cls]
-
-
-RULE_OF = _RuleOf()
+@cache
+def rule_of(cls: type[Optimizer]) -> Rule | None:
+    """How a class of base optimizers steps, if a rule says. The qualified name decides: no package is imported."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return next((rule for rule in RULES if name in rule.classes), None)
 
 
 def fused_classes() -> list[str]:
@@ -29,4 +26,4 @@ def fused_classes() -> list[str]:
     return list(dict.fromkeys(cls.rpartition(".")[2] for rule in RULES for cls in rule.classes))
 
 
-__all__ = ["RULES", "RULE_OF", "MissingState", "NotFused", "Rule", "fused_classes"]
+__all__ = ["RULES", "MissingState", "NotFused", "Rule", "fused_classes", "rule_of"]

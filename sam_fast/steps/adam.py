@@ -24,25 +24,18 @@ class AdamRule(Rule):
     has_fused = True
 
     def values(self, group: dict[str, Any], base: Optimizer) -> list[Any]:
-        decoupled = group.get("decoupled_weight_decay", self.decoupled)
-        others = (group[name] for name in ("eps", "weight_decay"))
-        return [group["lr"], *group["betas"], *others, decoupled, group["amsgrad"], group["maximize"]]
+        decay = [group["weight_decay"], group.get("decoupled_weight_decay", self.decoupled)]
+        return [group["lr"], *group["betas"], group["eps"], *decay, group["amsgrad"], group["maximize"]]
 
     def takes(self, group: dict[str, Any]) -> tuple[str, ...]:
         return tuple(name for name in self.all_names if group["amsgrad"] or name != "max_exp_avg_sq")
 
     def first_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor] | None:
-        moments = (name for name in self.states if name in self.takes(group))
-        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in moments}
+        zeros = {name: torch.zeros_like(param, requires_grad=False) for name in self.takes(group) if name != "step"}
         return {"step": first_counter(param, group), **zeros}
 
     def step(
-        self,
-        options: dict[str, float],
-        w: list[Tensor],
-        g: list[Tensor],
-        states: dict[str, list[Tensor]],
-        fused: bool = False,
+        self, options: dict[str, float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]], fused: bool
     ) -> None:
         numbers: Any = {name: options[name] for name in ("beta1", "beta2", "lr", "weight_decay", "eps")}
         flags: Any = {name: bool(options[name]) for name in ("amsgrad", "maximize")} | {"fused": fused or None}

@@ -31,12 +31,7 @@ class LionRule(Rule):
         return {"exp_avg": torch.zeros_like(param, requires_grad=False)}
 
     def step(
-        self,
-        options: dict[str, float],
-        w: list[Tensor],
-        g: list[Tensor],
-        states: dict[str, list[Tensor]],
-        fused: bool = False,
+        self, options: dict[str, float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]], fused: bool
     ) -> None:
         lr, decay, m = options["lr"], options["weight_decay"], states["exp_avg"]
         if options["maximize"]:

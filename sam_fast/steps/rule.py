@@ -70,12 +70,7 @@ class Rule(ABC):
 
     @abstractmethod
     def step(
-        self,
-        options: dict[str, float],
-        w: list[Tensor],
-        g: list[Tensor],
-        states: dict[str, list[Tensor]],
-        fused: bool = False,
+        self, options: dict[str, float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]], fused: bool
     ) -> None:
         """Step in place with PyTorch's own functions; ``fused``: with its fused kernels.
 

@@ -33,12 +33,7 @@ class SgdRule(Rule):
         return {"momentum_buffer": torch.full_like(param, -0.0, requires_grad=False)}
 
     def step(
-        self,
-        options: dict[str, float],
-        w: list[Tensor],
-        g: list[Tensor],
-        states: dict[str, list[Tensor]],
-        fused: bool = False,
+        self, options: dict[str, float], w: list[Tensor], g: list[Tensor], states: dict[str, list[Tensor]], fused: bool
     ) -> None:
         buffers: list[Tensor | None] = list(states["momentum_buffer"]) or [None] * len(w)
         flags: Any = {name: bool(options[name]) for name in ("nesterov", "maximize")} | {"fused": fused or None}

@@ -258,8 +258,8 @@ OF_OPTIMIZER = [
     Breakage(
         "what is never perturbed is backed up",
         "sam_fast/perturbation.py",
-        "storage.process_groups(member[0]), perturbs)",
-        "storage.process_groups(member[0]))",
+        "storage.process_groups(p), perturbs)",
+        "storage.process_groups(p))",
         ("test_norm_layers.py",),
     ),
     Breakage(
