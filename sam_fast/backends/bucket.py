@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..amp import Scaling
 from ..options import make_plain
-from ..steps import MissingState, NotFused, Rule
+from ..steps import NotFused, Rule
 from .columns import GradientOf, grad_of
 from .memory import allocated, dense_layout, is_plain, is_wrapper, slots_of, views_of
 
@@ -332,13 +332,6 @@ def step_gradient(bucket: Bucket, index: int) -> Tensor:
 
 NO_LONGER_LAID_OUT = "a parameter is no longer laid out as it was in first_step"
 """Why a bucket cannot take a fused second step."""
-
-
-def wrong_state(missing: bool, name: str) -> NotFused:
-    """The error for a state that is missing, or else not laid out as its tensor."""
-    if missing:
-        return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
-    return NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
 
 
 class Backend(ABC):

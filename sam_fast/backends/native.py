@@ -15,7 +15,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from ..amp import Scaling
 from ..devices import can_capture, check_whole_step, is_capturing, never_ran
-from ..steps import NotFused
+from ..steps import NotFused, wrong_state
 from .bucket import (
     NO_LONGER_LAID_OUT,
     Backend,
@@ -26,7 +26,6 @@ from .bucket import (
     check_direction,
     shape_changed,
     step_gradient,
-    wrong_state,
 )
 from .columns import DEVICE_FLOAT32, HOST_FLOAT32, HOST_FLOAT64, NO_COUNTERS, column, make_gather, tensor_now
 from .memory import has_memory, is_dense, is_plain, rejects_memory, signature

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..amp import Scaling, inverse_scale
 from ..devices import can_capture, check_whole_step, is_capturing, never_ran
 from ..rounding import ROUNDED
-from ..steps import RULES, NotFused, Rule
+from ..steps import RULES, NotFused, Rule, wrong_state
 from . import tensor_lists
 from .bucket import (
     NO_LONGER_LAID_OUT,
@@ -25,7 +25,6 @@ from .bucket import (
     check_direction,
     shape_changed,
     step_gradient,
-    wrong_state,
 )
 from .columns import all_none, local_tensor, state_tensors, tensor_now
 from .memory import is_wrapper, signature

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from .adam import AdamRule, AdamWRule
 from .lion import InterpolatedLionRule, LionRule
-from .rule import MissingState, NotFused, Rule
+from .rule import MissingState, NotFused, Rule, wrong_state
 from .sgd import SgdRule
 
 RULES: tuple[Rule, ...] = (SgdRule(), AdamRule(), AdamWRule(), LionRule(), InterpolatedLionRule())
@@ -26,4 +26,4 @@ def fused_classes() -> list[str]:
     return list(dict.fromkeys(cls.rpartition(".")[2] for rule in RULES for cls in rule.classes))
 
 
-__all__ = ["RULES", "MissingState", "NotFused", "Rule", "fused_classes", "rule_of"]
+__all__ = ["RULES", "MissingState", "NotFused", "Rule", "fused_classes", "rule_of", "wrong_state"]

@@ -18,6 +18,13 @@ class MissingState(NotFused):
     """The base optimizer has yet to make a state of some parameter."""
 
 
+def wrong_state(missing: bool, name: str) -> NotFused:
+    """The error for a state that is missing, or else not laid out as its tensor."""
+    if missing:
+        return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
+    return NotFused(f"the base optimizer's state {name!r} is not as PyTorch makes it")
+
+
 class Rule(ABC):
     """How one family of base optimizers steps: its name, classes, options and state, and PyTorch's own form of the
     step.
