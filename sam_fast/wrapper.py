@@ -142,7 +142,9 @@ class OptimizerWrapper(Optimizer):
         # What a GradScaler sets for one step is never looked for in the base optimizer.
         if name.startswith("_") or name == "base_optimizer" or name in ATTRIBUTES:
             text = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if name[0] == "_" and hasattr(vars(self).get("base_optimizer"), name):
+            base = vars(self).get("base_optimizer", self)
+            owners = (base, *type(base).__mro__) if name.startswith("_") else ()
+            if any(name in vars(owner) for owner in owners):  # not hasattr(), which calls properties
                 text += f": it is private to the base optimizer, optimizer.base_optimizer.{name}"
             raise AttributeError(text)
         base = self.base_optimizer
