@@ -56,7 +56,7 @@ class OptimizerWrapper(Optimizer):
     _step: StepState
     _sam_defaults: dict[str, Any]
     _made_with: list[dict[str, Any]]
-    _plain_step: Callable[..., Any]
+    _plain_step: Callable[..., Any]  # methods of SAM
     _prepare: Callable[[], None]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
