@@ -144,7 +144,7 @@ class OptimizerWrapper(Optimizer):
             text = f"{type(self).__name__!r} object has no attribute {name!r}"
             base = vars(self).get("base_optimizer", self)
             owners = (base, *type(base).__mro__) if name.startswith("_") else ()
-            if any(name in vars(owner) for owner in owners):  # not hasattr(), which calls properties
+            if any(name in getattr(owner, "__dict__", ()) for owner in owners):  # hasattr() would call properties
                 text += f": it is private to the base optimizer, optimizer.base_optimizer.{name}"
             raise AttributeError(text)
         base = self.base_optimizer

@@ -154,6 +154,8 @@ def test_whether_there_is_a_private_attribute_is_asked_without_reading_the_base_
     for name in ("_unready", "_mine"):
         with pytest.raises(AttributeError, match=rf"optimizer\.base_optimizer\.{name}"):
             getattr(optimizer, name)
+    optimizer.base_optimizer = None  # type: ignore[assignment]  # as code that tears things down may
+    assert not hasattr(optimizer, "_unready")
 
 
 def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
