@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -26,6 +26,8 @@ class Passes(OptimizerWrapper):
     """The two passes of a step as context managers, and properties that say where the step stands."""
 
     _schedule: Schedule | None
+    first_step: Callable[[], None]  # methods of SAM
+    restore: Callable[[], None]
 
     @property
     def will_perturb(self) -> bool:
@@ -72,14 +74,6 @@ class Passes(OptimizerWrapper):
         optimizer stepped by itself.
         """
         return self._step.path
-
-    def first_step(self, zero_grad: bool = False) -> None:
-        """Begin a step."""
-        raise NotImplementedError
-
-    def restore(self) -> None:
-        """Give the current step up."""
-        raise NotImplementedError
 
     def _give_up(self) -> None:
         """Clean up after a pass that has raised, also after a first pass, of which ``restore`` alone knows nothing."""

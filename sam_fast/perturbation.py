@@ -294,8 +294,9 @@ class Perturbation:
                 return None
         except ParameterError as error:
             raise RuntimeError(
-                f"clip_grad_norm cannot clip the gradient of {name_of(error.param, param_groups)}, which is sparse or "
-                "of another shape than its parameter: build the layer with sparse=False, or leave clip_grad_norm out"
+                f"clip_grad_norm cannot clip the gradient of {name_of(error.param, param_groups)}, which is sparse, in "
+                "float8 or of another shape than its parameter: build the layer with sparse=False, or leave "
+                "clip_grad_norm out"
             ) from None
         return self._measure(everything).own_norm()
 

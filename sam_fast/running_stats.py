@@ -294,7 +294,7 @@ def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]])
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
     embeddings = [m for model in modules for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    ignored = {id(m.weight) for m in embeddings if m.max_norm is not None}
+    ignored = {id(m._parameters.get("weight")) for m in embeddings if m.max_norm is not None}  # .weight may compute one
     ignored |= {id(p) for group in param_groups for p in group["params"] if p.requires_grad}
     return {
         (index, name): (p._version, p.data_ptr())

@@ -184,7 +184,7 @@ class TrainStep:
             sam.zero_grad()
             raise
         sam.zero_grad()
-        if first is None or every > 1:  # the passes have not seen the same samples
+        if first is None or every > 1:  # one pass, or two that saw different samples
             return StepResult(second, None, grad_norm)
         return StepResult(first, second - first, grad_norm)
 

@@ -56,7 +56,7 @@ class OptimizerWrapper(Optimizer):
     _step: StepState
     _sam_defaults: dict[str, Any]
     _made_with: list[dict[str, Any]]
-    _plain_step: Callable[..., Any]
+    _plain_step: Callable[..., Any]  # methods of SAM
     _prepare: Callable[[], None]
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -142,7 +142,9 @@ class OptimizerWrapper(Optimizer):
         # What a GradScaler sets for one step is never looked for in the base optimizer.
         if name.startswith("_") or name == "base_optimizer" or name in ATTRIBUTES:
             text = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if name[0] == "_" and hasattr(vars(self).get("base_optimizer"), name):
+            base = vars(self).get("base_optimizer", self)
+            owners = (base, *type(base).__mro__) if name.startswith("_") else ()
+            if any(name in getattr(owner, "__dict__", ()) for owner in owners):  # hasattr() would call properties
                 text += f": it is private to the base optimizer, optimizer.base_optimizer.{name}"
             raise AttributeError(text)
         base = self.base_optimizer

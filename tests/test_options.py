@@ -140,6 +140,24 @@ def test_a_private_method_of_the_base_optimizer_is_pointed_to() -> None:
         optimizer._other()
 
 
+def test_whether_there_is_a_private_attribute_is_asked_without_reading_the_base_optimizers() -> None:
+    """``hasattr`` raised what a property of the base optimizer raises."""
+
+    class Base(torch.optim.SGD):
+        @property
+        def _unready(self) -> None:
+            raise RuntimeError("there was no step yet")
+
+    optimizer = SAM(make_params([3]), Base, lr=0.1)
+    optimizer.base_optimizer._mine = None  # type: ignore[attr-defined]
+    assert not hasattr(optimizer, "_unready")
+    for name in ("_unready", "_mine"):
+        with pytest.raises(AttributeError, match=rf"optimizer\.base_optimizer\.{name}"):
+            getattr(optimizer, name)
+    optimizer.base_optimizer = None  # type: ignore[assignment]  # as code that tears things down may
+    assert not hasattr(optimizer, "_unready")
+
+
 def test_an_optimizer_instance_as_base_is_refused_by_name() -> None:
     params = make_params([3])
     with pytest.raises(TypeError, match=r"base_optimizer.*class.*, got an existing SGD: pass it in place of params"):

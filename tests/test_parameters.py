@@ -231,3 +231,15 @@ def test_float8_may_be_frozen_and_is_refused_by_name_when_trained(dtype: torch.d
     with pytest.raises(RuntimeError, match=rf"parameter 'backbone' is {dtype}, .*perturb=False"):
         optimizer.first_step()
     assert same_bits(before, list(model.parameters()))
+
+
+def test_float8_whose_gradient_cannot_be_clipped_is_named() -> None:
+    """The error spoke of sparse gradients."""
+    (w,), float8 = make_params([4]), nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn))
+    optimizer = SAM([{"params": [w]}, {"params": [float8], "perturb": False}], lr=0.1)
+    for p in (w, float8):
+        p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    optimizer._step.clip_grad_norm = 1.0
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm cannot clip .* parameter 0 of group 1.* float8"):
+        optimizer.second_step()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_train_step_batches import PARTS, Encoding
 from torch import nn
+from torch.nn.utils import parametrize
 
 from sam_fast import SAM, TrainStep
 from sam_fast.batches import with_own_containers
@@ -294,6 +295,23 @@ def test_an_embedding_that_shortens_its_weights_is_not_warned_of(frozen: bool) -
         warnings.simplefilter("error")
         step(torch.tensor([0, 1]))
     assert model[0].weight[:2].norm(dim=1).tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_looking_for_such_an_embedding_computes_no_weights() -> None:
+    """A parametrization such as ``spectral_norm`` changes its buffers each time."""
+    computed = []
+
+    class Parametrization(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            computed.append(1)
+            return weight * 1.0
+
+    model = nn.Sequential(nn.Embedding(3, 4, max_norm=0.5), nn.Linear(4, 1))
+    parametrize.register_parametrization(model[0], "weight", Parametrization())
+    step = TrainStep(model, SAM(model[1].parameters(), lr=0.1), lambda model, x: model(x).square().mean())
+    computed.clear()
+    step(torch.tensor([0, 1]))
+    assert len(computed) == 2  # in the passes
 
 
 def test_writing_into_a_record_in_the_batch_is_warned_of() -> None:

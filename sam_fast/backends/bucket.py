@@ -211,7 +211,7 @@ class Bucket(ABC):
             along: the direction, for each tensor one of its shape or None; by default the gradients.
 
         Raises:
-            ParameterError: a direction is sparse or has another shape than its tensor, or that is of a float8 dtype.
+            ParameterError: a direction is sparse or has another shape than its tensor, or its tensor is in float8.
         """
 
     @abstractmethod

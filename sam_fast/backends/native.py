@@ -258,7 +258,7 @@ class NativeBucket(Bucket):
         columns = self._states[: len(rule.states)]
         wrong = self._gather.states(state, rule.states, options.masks, columns)
         if wrong is not None:
-            raise wrong_state(wrong[0], rule.states[wrong[2]])
+            raise wrong_state(rule.states[wrong[2]], missing=wrong[0])
         if rule.counter is not None:
             self._read_counters(state, rule.counter, 1 << len(rule.states), options.masks)
         else:
@@ -272,12 +272,12 @@ class NativeBucket(Bucket):
 
     def written_params(self) -> list[Tensor]:
         whole = self._gather.num_grads == len(self.tensors) or self._num_saved == self._occupied > 0
-        return self.all_params if whole else super().written_params()  # most often without another call
+        return self.all_params if whole else super().written_params()  # most often no list is made
 
     def _read_counters(self, state: Any, name: str, bit: int, masks: array[int]) -> None:
         wrong, self._steps, kind = self._gather.counters(state, name, bit, masks, self._counters)
         if wrong is not None:
-            raise wrong_state(wrong[0], name)
+            raise wrong_state(name, missing=wrong[0])
         self.device_counters = kind == DEVICE_FLOAT32
         self.host_counters = kind not in (NO_COUNTERS, DEVICE_FLOAT32)
         self._wide_steps = self._steps_in_float32() if kind == HOST_FLOAT64 else None

@@ -82,7 +82,7 @@ class TorchBucket(Bucket):
                 if self.dtype.itemsize == 1:
                     raise ParameterError(
                         self.sources[index],
-                        f"is {self.dtype}, which PyTorch does not add to: train it in another dtype, or put it in a "
+                        f"is {self.dtype}, in which PyTorch cannot add: train it in another dtype, or put it in a "
                         "group with perturb=False and use a base optimizer that supports it",
                     )
                 if is_wrapper(type(direction)):
@@ -194,7 +194,7 @@ class TorchBucket(Bucket):
         for k, name in enumerate(options.rule.all_names):
             found = state_tensors(state, self.sources, takes, 1 << k, name)
             if isinstance(found, int):
-                raise wrong_state(True, name)
+                raise wrong_state(name, missing=True)
             self._states[name] = found
         self._check_states(options.rule)
 
@@ -202,7 +202,7 @@ class TorchBucket(Bucket):
         for name in rule.states:
             pairs = zip(self._states[name], self.tensors, strict=True)
             if not all(state is None or _is_like(state, tensor) for state, tensor in pairs):
-                raise wrong_state(False, name)
+                raise wrong_state(name, missing=False)
         steps = [] if rule.counter is None else self._states[rule.counter]
         if any(step is not None and step.device.type != "cpu" for step in steps):
             raise NotFused("the torch backend reads step counters on the host")

@@ -18,7 +18,7 @@ class MissingState(NotFused):
     """The base optimizer has yet to make a state of some parameter."""
 
 
-def wrong_state(missing: bool, name: str) -> NotFused:
+def wrong_state(name: str, missing: bool) -> NotFused:
     """The error for a state that is missing, or else not laid out as its tensor."""
     if missing:
         return MissingState(f"the base optimizer has yet to make the state {name!r} of a parameter")
