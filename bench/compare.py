@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 
 from bench.contenders import FOREACH, REFERENCE
-from bench.records import ROOT, TORCH_COPY, Run, output
+from bench.figures import figures
+from bench.records import ROOT, TORCH_COPY, Record, Run, output
 from bench.training import SGD_TWICE
 
 REGRESSION = "REGRESSION"
@@ -35,30 +36,39 @@ THRESHOLD = 0.1
 SELECT = "operation and float32 or in_a_loop-161 or SGD-resnet18"
 
 
-def figures(runs: Sequence[Run]) -> pd.DataFrame:
-    """What is this project's, by record and contender: its cost relative to the record's yardstick (or in seconds,
-    where it has none), the median over the runs; and the relative noise of that, within runs or between them, whichever
-    is larger."""
-    rows = []
-    for record in (record for run in runs for record in run.records):
-        yardstick = next((name for name in YARDSTICKS if name in record.rounds), None)
-        for name in {record.target, "torch", "triton"} & record.rounds.keys() - set(YARDSTICKS):
-            found = record.faster_than(name, yardstick) if yardstick else record.seconds(name)
-            rows.append((f"{record.key} | {name}", found.value, found.noise))
-    by_key = pd.DataFrame(rows, columns=["key", "cost", "noise"]).groupby("key")
-    cost, within = by_key["cost"].median(), by_key["noise"].median()
-    between = (by_key["cost"].max() - by_key["cost"].min()) / (2 * cost)
-    return pd.DataFrame({"cost": cost, "noise": np.maximum(within, between) / np.sqrt(by_key.size())})
+def yardstick_of(record: Record) -> str | None:
+    return next((name for name in YARDSTICKS if name in record.rounds), None)
+
+
+def costs(runs: Sequence[Run]) -> pd.DataFrame:
+    """What is this project's, by record and contender: the median over the runs of its cost relative to the yardstick,
+    and the relative noise of that, within runs or between them, whichever is larger."""
+    found = pd.concat([figures(run, yardstick_of) for run in runs])
+    found["within"] = (found["high"] - found["low"]) / (2 * found["ratio"])
+    ours = (found["contender"] == found["target"]) | found["contender"].isin(["torch", "triton"])
+    found = found[ours & ~found["contender"].isin(YARDSTICKS)]
+    by_key = found.groupby(["group", "case", "contender", "yardstick"], sort=False, dropna=False)
+    ratio = by_key["ratio"]
+    cost, between = ratio.median(), (ratio.max() - ratio.min()) / (2 * ratio.median())
+    noise = np.maximum(by_key["within"].median(), between) / np.sqrt(by_key.size())
+    return pd.DataFrame({"cost": cost, "noise": noise})
 
 
 def changes(base: Sequence[Run], head: Sequence[Run]) -> pd.DataFrame:
     """What both have: how much slower HEAD is than BASE (1.25 is 25 % slower), the noise (half the width of the
     interval, relative), and the verdict."""
-    both = figures(base).add_suffix(" base").join(figures(head).add_suffix(" head"), how="inner")
+    both = costs(base).add_suffix(" base").join(costs(head).add_suffix(" head"), how="inner")
     slower, noise = both["cost head"] / both["cost base"], np.hypot(both["noise base"], both["noise head"])
     worse, better = slower * (1 - noise) > 1 + THRESHOLD, slower * (1 + noise) < 1 / (1 + THRESHOLD)
     verdict = np.select([worse, better, noise > THRESHOLD], [REGRESSION, "faster", "unclear"], "same")
     return pd.DataFrame({"slower": slower, "noise": noise, "verdict": verdict})
+
+
+def apart(run: Run, again: Run) -> dict[str, float]:
+    """How far the two runs' ratios to the reference are apart, by record, relative to the smaller."""
+    slower = changes([run], [again])["slower"]
+    relative = np.maximum(slower, 1 / slower) - 1
+    return {f"{group}, {case}": round(x, 4) for (group, case, _, base), x in relative.items() if base == REFERENCE}
 
 
 def install(version: str, site: Path) -> Path:
@@ -108,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         print("the two have no benchmark in common")
         return 2
     print("HEAD's time over BASE's, each relative to a baseline of the same rounds;", *map(len, sides), "runs")
-    print(found.round(3).to_string())
+    print(found.set_axis([" | ".join(key[:3]) for key in found.index]).round(3).to_string())
     worse = (found["verdict"] == REGRESSION).sum()
     print(f"{worse} of {len(found)} slower by more than {100 * THRESHOLD:.0f} % beyond the noise")
     return 1 if worse else 0
