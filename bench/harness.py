@@ -138,7 +138,7 @@ class Case:
 @dataclass
 class Contender:
     """What is timed: stages one after the other, each by itself. ``prepare`` runs before and ``finish`` after each,
-    untimed. A GPU is timed by ``method``, some with a head start of so many seconds."""
+    untimed. ``method``: how a GPU is timed. ``head_start``: in seconds, where it has one."""
 
     stages: dict[str, Work]
     prepare: Work = nothing
@@ -156,7 +156,8 @@ def measure(
     lead_in: int = 0,
 ) -> dict[str, dict[str, Timer]]:
     """Timers by stage and contender. There are as many rounds as ``seconds`` allow, but at least and at most
-    ``rounds``; their order is drawn anew, so that none always finds the caches as the same other left them."""
+    ``rounds``. Each draws the contenders' order anew, so that none always finds the caches as the same other left
+    them."""
     timers: dict[str, dict[str, Timer]] = defaultdict(dict)
     for name, contender in contenders.items():
         for stage in contender.stages:
@@ -249,8 +250,7 @@ class Bench:
     ) -> list[Record]:
         """Measure one part of a case: a record for each stage, and one of their sum where ``total`` names it. The first
         contender is the one that the others are baselines of. Where ``bytes_moved`` says for a stage what must move,
-        the yardsticks join in, unless the cache would hold too much of it. Refuses figures that cannot be right.
-        """
+        the yardsticks join in, unless the cache would hold too much of it. Refuses figures that cannot be right."""
         seconds, rounds = (2.5, (11, 60)) if self.gpu else (case.seconds, case.rounds)
         rounds = (3, 3) if self.smoke else rounds
         if self.device == "cpu":
@@ -301,7 +301,7 @@ class Bench:
 
 
 def error_in(record: Record) -> str:
-    """Why this cannot have been measured right on a GPU; empty if it can."""
+    """Why this cannot have been measured right on a GPU; empty if it can. A CPU's cache can hold some of a case."""
     above = []
     for name in record.rounds:
         share = statistics.median(record.shares(name) or [0.0])
