@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bench.records import ROOT, describe, find, installed, replace
 
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
@@ -61,7 +63,6 @@ class Step:
     seconds: float = 0.0
     detail: str = "was not reached"
     """The last lines of its output; the last line sums it up."""
-    command: str = ""
 
 
 class Check:
@@ -85,21 +86,23 @@ class Check:
 
     def run(self, name: str, command: list[str], **environment: str) -> Step:
         """Run a step's command and record how it ended."""
-        step, limit = self.steps[name], self.limit(name)
+        step, limit, program = self.steps[name], self.limit(name), find(command[0])
+        if program is None:
+            return self.done(name, NOT_RUN, f"{command[0]} is not installed")
         if limit < 5:
             return self.done(name, step.state, "the time was up")
-        step.command = " ".join([*(f"{key}={value}" for key, value in environment.items()), *command])
         step.state, step.detail = RUNNING, "was running when this was written"
         self.write()
-        print(f"-- {name}, at most {limit:.0f} s: {step.command}", flush=True)
+        print(f"-- {name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
         begin = time.monotonic()
         self.logs.mkdir(parents=True, exist_ok=True)
         path = self.logs / f"{name}.log"
         with path.open("a" if name == "build" else "w") as log:
             env = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
             # In a process group of its own, so that what it has started can be stopped with it: other steps measure.
+            whole = [program, *command[1:]]
             process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                whole, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
                 code = process.wait(limit)
@@ -135,26 +138,20 @@ def missing_here() -> list[str]:
     return missing
 
 
-def cuda_module() -> str:
-    """``built``, or why it is not."""
-    return json.loads(BUILD_INFO.read_text())["sam_fast._cuda"] if BUILD_INFO.is_file() else "not built"
-
-
 def build(check: Check) -> bool:
-    """Install the package. setup.py leaves out what cannot be built; CUDA kernels are left out, too, if they take too
-    long. False if nothing can be installed."""
+    """Install the package, without the CUDA kernels if they take too long. False if nothing can be installed."""
     (check.logs / "build.log").unlink(missing_ok=True)
-    architecture, details = check.machine.get("compute capability", "9.0").replace(".", ""), []
+    architecture = check.machine.get("compute capability", "9.0").replace(".", "")
     for switch in ("auto", "0"):
         step = check.run("build", BUILD, CMAKE_CUDA_ARCHITECTURES=architecture, SAM_FAST_CUDA=switch)
-        details.append(step.detail)
         if step.state != FAILED:
             break
-    if (done := step.state == PASSED) and (reason := cuda_module()) != "built":
+    if step.state != PASSED:
+        return False
+    if (reason := json.loads(BUILD_INFO.read_text())["sam_fast._cuda"]) != "built":
         # The later steps serve what needs no CUDA module; this one has failed.
-        details.append(f"what follows was run without the CUDA module: {reason}")
-        check.done("build", FAILED, "\n".join(details))
-    return done
+        check.done("build", FAILED, f"{step.detail}\nwhat follows was run without the CUDA module: {reason}")
+    return True
 
 
 def tests(check: Check, name: str) -> None:
@@ -176,14 +173,9 @@ def benchmarks(check: Check) -> None:
 
 
 def sanitizer(check: Check, tool: str) -> None:
-    program = find("compute-sanitizer")
-    if program is None or (reason := cuda_module()) != "built":
-        why = "compute-sanitizer is not installed" if program is None else f"the CUDA module: {reason}"
-        check.done(tool, NOT_RUN, why)
-        return
-    command = [program, "--tool", tool, *SANITIZERS[tool], "--error-exitcode", "9"]
+    command = ["compute-sanitizer", "--tool", tool, *SANITIZERS[tool], "--error-exitcode", "9", sys.executable]
     # Every tensor in an allocation of its own: within PyTorch's own blocks an access out of bounds would go unseen.
-    check.run(tool, [*command, sys.executable, "tests/gpu/small_run.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    check.run(tool, [*command, "tests/gpu/small_run.py"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def run_all(check: Check) -> None:
@@ -197,13 +189,6 @@ def run_all(check: Check) -> None:
             benchmarks(check)
         elif not build(check):
             break
-
-
-def require_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu-check needs an NVIDIA GPU and a PyTorch that sees it. Nothing was run or written.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.only) - set(names):
         parser.error(f"--only names {', '.join(sorted(unknown))}: the steps are {', '.join(names)}")
-    if arguments.device == "cuda":
-        require_gpu()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("gpu-check needs an NVIDIA GPU and a PyTorch that sees it. Nothing was run or written.")
     missing = missing_here()
     print("missing here:", *(missing or ["nothing"]), sep="\n   ", flush=True)
     check = Check(arguments, describe(arguments.device, arguments.commit), missing)
