@@ -37,22 +37,9 @@ SELECTION = ["--no-summary", "-m", "gpu and not nightly", "--continue-on-collect
 TESTS = {"tests": ["tests/gpu"], "others": ["tests", "--ignore=tests/gpu"]}
 # PyTorch probes for what the driver may not have: such errors of the API are not ours.
 SANITIZERS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
-
-NATIVE = "no native module can be built, neither for GPUs nor for the CPU"
-PROGRAMS = {
-    "cmake": NATIVE,
-    "nvcc": "the cuda backend is neither built, tested nor measured; triton and torch are. Exit status 1",
-    "compute-sanitizer": "no sanitizers",
-}
-PACKAGES = {
-    "pybind11": NATIVE,
-    "pytest": "no tests and no benchmarks",
-    "pytest-benchmark": "no benchmarks",
-    "pytest-xdist": "tests run one after the other and may not end in time",
-    "hypothesis": "tests/test_properties.py does not run",
-    "pytorch_optimizer": "it is left out of the peers; its target is not measured",
-}
-"""What follows where a program or a package is missing."""
+# What is needed; docs/gpu.md says what follows where it is missing.
+PROGRAMS = ("cmake", "nvcc", "compute-sanitizer")
+PACKAGES = ("pybind11", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "pytorch_optimizer")
 
 
 @dataclass
@@ -131,10 +118,10 @@ class Check:
 
 
 def missing_here() -> list[str]:
-    missing = [f"{program}: {follows}" for program, follows in PROGRAMS.items() if not find(program)]
-    missing += [f"{package}: {follows}" for package, follows in PACKAGES.items() if not installed(package)]
+    missing = [program for program in PROGRAMS if not find(program)]
+    missing += [package for package in PACKAGES if not installed(package)]
     if int(installed("setuptools").partition(".")[0] or 0) < 77:
-        missing.append("setuptools 77 or newer: the package cannot be built, and nothing runs")
+        missing.append("setuptools 77 or newer")
     return missing
 
 
@@ -212,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("gpu-check needs an NVIDIA GPU and a PyTorch that sees it. Nothing was run or written.")
     missing = missing_here()
-    print("missing here:", *(missing or ["nothing"]), sep="\n   ", flush=True)
+    print("missing here:", ", ".join(missing) or "nothing", flush=True)
     check = Check(arguments, describe(arguments.device, arguments.commit), missing)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped on the way out
     run_all(check)

@@ -33,7 +33,6 @@ ITERATIONS: dict[str, Callable[..., Work]] = {
 }
 """Whose memory is measured."""
 WIDTH, LAYERS, BATCH = 2048, 8, 8
-RHO = 0.05
 
 
 def resident() -> int:
@@ -70,9 +69,9 @@ def memory(bench: Bench, case: Case) -> None:
 def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
     """SAM around SGD with momentum, on parameters of these local shapes that have gradients. Refuses a wrong result:
     first_step must perturb by rho along the gradient, with its norm over all processes where they share."""
-    size = distributed.get_world_size() if sharded else 1
+    rho, size = 0.05, distributed.get_world_size() if sharded else 1
     # every process has the same gradients: the norm over all of them is sqrt(size) times that of one
-    problem = Problem(make_params(shapes, device=device), rho=RHO / math.sqrt(size))
+    problem = Problem(make_params(shapes, device=device), rho=rho / math.sqrt(size))
     params, gradients = problem.params(), problem.gradients
     if sharded:
         mesh = init_device_mesh(device, (size,))
@@ -80,7 +79,7 @@ def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
         params, gradients = [nn.Parameter(shard(p.detach())) for p in params], [shard(g) for g in gradients]
     for p, g in zip(params, gradients, strict=True):
         p.grad = g
-    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
+    optimizer = SAM(params, torch.optim.SGD, rho=rho, lr=1e-6, momentum=0.9)
     optimizer.first_step()
     problem.check_perturbed("first_step", [p.to_local() if isinstance(p, DTensor) else p for p in params])
     optimizer.restore()
