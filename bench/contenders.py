@@ -89,9 +89,10 @@ class Problem:
     def backward(self, params: Sequence[nn.Parameter]) -> Callable[[], None]:
         """Hands out the gradients as a backward pass does: in new memory, last parameter first. ``zero_grad`` frees
         them."""
+        gradients = self.gradients
 
         def run() -> None:
-            for p, own in zip(reversed(params), reversed(self.gradients), strict=True):
+            for p, own in zip(reversed(params), reversed(gradients), strict=True):
                 if p.grad is None:
                     p.grad = own.clone()
                 else:
