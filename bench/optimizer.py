@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.contenders import NORM_ERROR, OURS, SHAPES, Problem, backward, copies, make, make_params, params_of
+from bench.contenders import NORM_ERROR, OURS, SHAPES, Problem, make, make_params, params_of
 from bench.harness import HEAD_START, LONG_HEAD_START, WORK, Bench, Case, Contender
 from bench.records import TORCH_COPY
 from sam_fast import backends
@@ -54,7 +54,7 @@ def optimizer_step(
         if case.id not in bench.checked:
             problem.check(name, optimizer, norm_error=0.0 if name == OURS else NORM_ERROR)
         stages = {"first_step": optimizer.first_step, "second_step": optimizer.second_step}
-        gradients = backward(params_of(optimizer), problem.gradients)
+        gradients = problem.backward(params_of(optimizer))
         head_start = HEAD_START if name == OURS and settings.get("backend") != "torch" else LONG_HEAD_START
         made[name] = Contender(stages, gradients, optimizer.zero_grad, method, head_start)
     size = problem.elements * problem.start[0].element_size() // 4
@@ -79,8 +79,8 @@ def operations(bench: Bench, case: Case, dtype: str = "float32", adaptive: bool 
 
 def operations_of(problem: Problem, backend: str, check: bool = True) -> Contender:
     """One bucket's, whose tensors have gradients. A wrong result is not timed."""
-    params = copies(problem.start)
-    backward(params, problem.gradients)()
+    params = problem.params()
+    problem.backward(params)()
     bucket = backends.choose(params[0], backend).bucket(params, [0] * len(params))
     group = {"rho": problem.rho, "eta": 0.0, "adaptive": problem.adaptive, "perturb": True}
     options = backends.GroupOptions([group])

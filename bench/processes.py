@@ -17,7 +17,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from bench.contenders import OURS, REFERENCE, SHAPES, Problem, copies, make_params
+from bench.contenders import OURS, REFERENCE, SHAPES, Problem, make_params
 from bench.harness import Bench, Case, Contender, Work, mallopt, measure, synchronize
 from bench.records import Record
 from bench.training import SGD_ONCE, perturbed, plain
@@ -33,7 +33,6 @@ ITERATIONS: dict[str, Callable[..., Work]] = {
 }
 """Whose memory is measured."""
 WIDTH, LAYERS, BATCH = 2048, 8, 8
-RHO = 0.05
 
 
 def resident() -> int:
@@ -43,7 +42,7 @@ def resident() -> int:
 
 
 def peak_bytes(contender: str, device: str) -> float:
-    """What three training iterations need beyond what there was before the model. In a new process, for a peak never
+    """What three training iterations need beyond what there was before the model; in a new process, as a peak never
     sinks."""
     mallopt(-3, 1 << 16)  # a tensor's memory goes back when it is freed: what the allocator keeps is chance
     x, y = torch.randn(BATCH, WIDTH, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device)
@@ -70,17 +69,17 @@ def memory(bench: Bench, case: Case) -> None:
 def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
     """SAM around SGD with momentum, on parameters of these local shapes that have gradients. Refuses a wrong result:
     first_step must perturb by rho along the gradient, with its norm over all processes where they share."""
-    size = distributed.get_world_size() if sharded else 1
+    rho, size = 0.05, distributed.get_world_size() if sharded else 1
     # every process has the same gradients: the norm over all of them is sqrt(size) times that of one
-    problem = Problem(make_params(shapes, device=device), rho=RHO / math.sqrt(size))
-    params, gradients = copies(problem.start), problem.gradients
+    problem = Problem(make_params(shapes, device=device), rho=rho / math.sqrt(size))
+    params, gradients = problem.params(), problem.gradients
     if sharded:
         mesh = init_device_mesh(device, (size,))
         shard = partial(DTensor.from_local, device_mesh=mesh, placements=[Shard(0)], run_check=False)
         params, gradients = [nn.Parameter(shard(p.detach())) for p in params], [shard(g) for g in gradients]
     for p, g in zip(params, gradients, strict=True):
         p.grad = g
-    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
+    optimizer = SAM(params, torch.optim.SGD, rho=rho, lr=1e-6, momentum=0.9)
     optimizer.first_step()
     problem.check_perturbed("first_step", [p.to_local() if isinstance(p, DTensor) else p for p in params])
     optimizer.restore()

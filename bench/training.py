@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sam_fast
-from bench.contenders import SHAPES, Problem, backward, copies, make_params, params_of
+from bench.contenders import SHAPES, Problem, make_params, params_of
 from bench.harness import LAUNCHES, Bench, Case, Contender, Work
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 from sam_fast.reference import ReferenceSAM
@@ -172,12 +172,12 @@ def iteration(bench: Bench, case: Case) -> None:
 def unperturbed(bench: Bench, case: Case) -> None:
     """first_step and second_step of a step that does not perturb, against the base optimizer alone."""
     problem = Problem(make_params(SHAPES[case.name], device=bench.device))
-    ours = SAM(copies(problem.start), **SGD, schedule=sam_fast.Schedule(start=10**9))
-    base = torch.optim.SGD(copies(problem.start), **SGD, fused=True)
+    ours = SAM(problem.params(), **SGD, schedule=sam_fast.Schedule(start=10**9))
+    base = torch.optim.SGD(problem.params(), **SGD, fused=True)
     runs = {"sam_fast": (ours, lambda: (ours.first_step(), ours.step())), SGD_ONCE: (base, base.step)}
     contenders = {}
     for name, (optimizer, run) in runs.items():
-        make_gradients = backward(params_of(optimizer), problem.gradients)
+        make_gradients = problem.backward(params_of(optimizer))
         make_gradients()
         run()
         optimizer.zero_grad()
