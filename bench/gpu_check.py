@@ -144,7 +144,8 @@ def build(check: Check) -> bool:
 def tests(check: Check, name: str) -> None:
     processes = max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
     parallel = ["-n", str(processes)] if installed("pytest-xdist") else []
-    step = check.run(name, [*PYTEST, *SELECTION, *parallel, *TESTS[name]], OMP_NUM_THREADS="1")
+    timeout = ["--timeout=60"] if installed("pytest-timeout") else []  # a kernel that hangs
+    step = check.run(name, [*PYTEST, *SELECTION, *parallel, *timeout, *TESTS[name]], OMP_NUM_THREADS="1")
     if step.state == PASSED and " passed" not in step.detail:
         check.done(name, NOT_RUN, step.detail)  # all were skipped
 
