@@ -50,7 +50,6 @@ CASES = [
     step("SGD", "resnet18, triton backend", FEW, GPU, backend="triton"),
     step("SGD", "resnet18, torch backend", FEW, backend="torch"),
     *(step("AdamW", name, FEW, base="AdamW") for name in c.MODELS if name != c.LARGEST),  # which would take the longest
-    *(step("reference and public loop", n, (REFERENCE, c.PUBLIC_LOOP), CPU) for n in ("resnet18", "efficientnet_b0")),
     Case(operations, "operation", "vit_base_patch16_224, float32", **OPERATION),
     Case(operations, "operation", "vit_base_patch16_224, float32, adaptive", {"adaptive": True}, **OPERATION),
     Case(operations, "operation", "vit_base_patch16_224, bfloat16", {"dtype": "bfloat16"}, **OPERATION),

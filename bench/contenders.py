@@ -37,7 +37,7 @@ STEPS = 2
 OURS = "sam_fast"
 REFERENCE, REFERENCE_FUSED = "reference", "reference, fused base"
 PEER_LOOP, PEER_FOREACH = "pytorch_optimizer, loop", "pytorch_optimizer, foreach"
-FOREACH, COMPILED, PUBLIC_LOOP = "foreach, fused base", "torch.compile of foreach", "public loop"
+FOREACH, COMPILED = "foreach, fused base", "torch.compile of foreach"
 BEST_PEERS = (PEER_LOOP, PEER_FOREACH, FOREACH)
 NORM_ERROR = 0.1
 """How far off a baseline's norm may be, relative: PyTorch's loses digits where tensors are large, and takes no less
@@ -156,41 +156,22 @@ def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(t.detach().reshape(-1).split(1 << 17) for t in tensors), strict=True)
 
 
-class _TwoSteps:
-    def __init__(self, params: Sequence[nn.Parameter], base: Any, rho: float, adaptive: bool, **options: Any) -> None:
-        self.base = base(params, **options)
-        self.params, self.rho, self.adaptive = list(params), rho, adaptive
-        self.param_groups, self.zero_grad = self.base.param_groups, self.base.zero_grad
-
-
-class PublicLoop(_TwoSteps):
-    """The public implementation's two steps, written down from the list of its operations and not from reference.py. No
-    competitor: it shows that reference.py is no straw man."""
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        lengths = [torch.norm((torch.abs(p) if self.adaptive else 1.0) * p.grad, p=2) for p in self.params]
-        scale = self.rho / (torch.norm(torch.stack(lengths), p=2) + 1e-12)
-        self.kept = []
-        for p in self.params:
-            self.kept.append(p.data.clone())
-            e = (torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale.to(p)
-            p.add_(e)
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        for p, kept in zip(self.params, self.kept, strict=True):
-            p.data = kept
-        del self.kept
-        self.base.step()
-
-
-class ForeachSAM(_TwoSteps):
+class ForeachSAM:
     """SAM with ``torch._foreach_*`` over all parameters at once and a fused base optimizer, as written by someone who
     knows PyTorch well: the backup is allocated once; the perturbation needs one temporary, the scaled gradient."""
 
-    def __init__(self, params: Sequence[nn.Parameter], base: Any, compiled: bool = False, **options: Any) -> None:
-        super().__init__(params, base, **options)
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        base: Any,
+        rho: float,
+        adaptive: bool,
+        compiled: bool = False,
+        **options: Any,
+    ) -> None:
+        self.base = base(params, **options, fused=True)
+        self.params, self.rho, self.adaptive = list(params), rho, adaptive
+        self.param_groups, self.zero_grad = self.base.param_groups, self.base.zero_grad
         self.backup = [torch.empty_like(p) for p in self.params]
         self.perturb = _foreach_perturb
         if compiled:
@@ -234,9 +215,8 @@ MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
     REFERENCE_FUSED: (partial(ReferenceSAM, fused=True), "sam_fast/reference.py, base optimizer with fused=True"),
     PEER_LOOP: (partial(_peer, False), "pytorch_optimizer's SAM(fused=True), foreach=False on a GPU"),
     PEER_FOREACH: (partial(_peer, True), "pytorch_optimizer's SAM(foreach=True)"),
-    FOREACH: (partial(ForeachSAM, fused=True), "bench/contenders.py, torch._foreach_*, base with fused=True"),
-    COMPILED: (partial(ForeachSAM, compiled=True, fused=True), "the same, first_step compiled (fullgraph, static)"),
-    PUBLIC_LOOP: (PublicLoop, "bench/contenders.py, the public implementation's operations, base with its defaults"),
+    FOREACH: (ForeachSAM, "bench/contenders.py, torch._foreach_*, base with fused=True"),
+    COMPILED: (partial(ForeachSAM, compiled=True), "the same, first_step compiled (fullgraph, static)"),
 }
 """Name -> what makes it, and with which settings."""
 

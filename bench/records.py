@@ -51,8 +51,6 @@ class Run:
     machine: dict[str, str]
     records: list[Record] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    agreement: dict[str, Any] = field(default_factory=dict)
-    """With a second run of the same commit (``bench.report --again``): its date, and how far apart they are."""
 
     def save(self, path: Path) -> None:
         """Write everything, all at once: whoever is killed meanwhile leaves the file as it was."""

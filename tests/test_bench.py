@@ -79,40 +79,23 @@ def test_a_planted_slowdown_of_a_quarter_is_a_regression_and_nothing_else_is(tmp
     ):
         run.save(tmp_path / f"{name}.json")
     base, head, same = (str(tmp_path / f"{name}.json") for name in ("base", "head", "same"))
-    assert compare.main([base, same]) == 0
+    assert compare.main(["--base", base, "--head", same]) == 0
     capsys.readouterr()
-    assert compare.main([base, head]) == 1
+    assert compare.main(["--base", base, "--head", head]) == 1
     blamed = [line for line in capsys.readouterr().out.splitlines() if "REGRESSION" in line]
     assert len(blamed) == 1
     assert blamed[0].startswith("first_step, SGD | resnet50")
-    assert compare.main([head, base]) == 0  # faster is no regression
+    assert compare.main(["--base", head, "--head", base]) == 0  # faster is no regression
+    assert compare.main(["--base", base, same, "--head", head, head]) == 1
     apart = compare.apart(Run.load(Path(base)), Run.load(Path(same)))
-    assert list(apart) == ["first_step, SGD, resnet50", "optimizer step, SGD, resnet50"]
-    assert 0 < min(apart.values()) <= max(apart.values()) < 0.1
+    assert list(apart.index) == ["first_step, SGD, resnet50", "optimizer step, SGD, resnet50"]
+    assert 0 < apart.min() <= apart.max() < 0.1
 
 
 def test_noise_alone_is_no_regression():
     found = compare.changes([run_with(noise=1.0)], [run_with(noise=1.0, seed=1)])
     assert len(found) == 2
     assert compare.REGRESSION not in set(found["verdict"])
-
-
-def test_what_is_compared_is_built_without_the_cuda_kernels_from_a_tree_or_a_commit(tmp_path, monkeypatch):
-    (tmp_path / "source").mkdir()
-    (tmp_path / "bench").mkdir()
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(compare, "output", lambda *command: "c" * 40 if "HEAD^{commit}" in command else "")
-    built = []
-
-    def run(command, env, **_):
-        built.append((command[-1], env["SAM_FAST_CUDA"]))
-
-    monkeypatch.setattr(compare.subprocess, "run", run)
-    for version in (str(tmp_path / "source"), "HEAD"):
-        assert (compare.install(version, tmp_path / "site") / "bench").is_dir()
-    assert built == [(str(tmp_path / "source"), "0"), (f"git+{tmp_path.as_uri()}@{'c' * 40}", "0")]
-    with pytest.raises(SystemExit, match="'no-such' is neither a source tree nor a git ref"):
-        compare.install("no-such", tmp_path / "site")
 
 
 def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
@@ -326,7 +309,7 @@ def test_without_results_or_marks_nothing_is_written_and_the_error_says_what_to_
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
+def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path, monkeypatch):
     """A few cases with tiny shapes, as `make bench` runs them; then everything that bench.report makes of them."""
     saved = tmp_path / "run.json"
     select = "optimizer_step-SGD-efficientnet or (operations and float32 and not adaptive) or unperturbed"
@@ -356,18 +339,17 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert run.machine["selection"] == "smoke"
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main([str(saved), "--root", str(tmp_path)])
+    results = tmp_path / "bench" / "results"
+    run.save(results / "cpu.json")
+    report.main(["--root", str(tmp_path)])
     assert f"| geometric mean | **{report.NOT_MEASURED}** |" in (tmp_path / "README.md").read_text()
     step = next(r for r in run.records if r.group == report.STEP)
     run.records += [replace(step, case=name) for name in contenders.MODELS if name != step.case]
-    run.save(saved)
-    report.main([str(saved), "--root", str(tmp_path)])
-    run.machine["device"] = "an abacus"
-    run.save(saved)
-    report.main([str(saved), "--root", str(tmp_path), "--name", "other"])
-    with pytest.raises(SystemExit):  # the second would replace the first
-        report.main([str(saved), str(saved), "--root", str(tmp_path), "--name", "other"])
-    assert (tmp_path / "bench" / "results" / "cpu-other.json").is_file()
+    run.save(results / "cpu.json")
+    run.save(results / "cpu-again.json")
+    run.machine |= {"device": "an abacus", "commit": "another"}
+    run.save(results / "cpu-other.json")
+    report.main(["--root", str(tmp_path)])
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
@@ -378,14 +360,22 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert "| efficientnet_b0 " in second
     assert "- device: an abacus" in second
     assert second.startswith(report.where(run))
-    assert re.search(r"threads? on an abacus, the mean of the table is [\d.]+x\.", readme)
+    assert re.search(r"threads? on an abacus \(commit another\), the mean of the table is [\d.]+x\.", readme)
     assert page.count(f"]({report.PICTURE})") == 1
     assert (tmp_path / "docs" / report.PICTURE).is_file()
+    assert page.count(": every ratio to the reference within 15 % | 0 %, most: ") == 1
+    assert page.count("### Two runs") == 1
+    run.save(results / "cpu-again.json")  # of another commit
+    report.main(["--root", str(tmp_path)])
+    assert "### Two runs" not in (tmp_path / "docs" / "benchmarks.md").read_text()
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):  # not into the project
+        report.main([])
 
 
 def test_readme_and_page_are_made_from_the_saved_results():
     """Nobody edits a figure: run `python -m bench.report` after changing results, README or the report itself."""
-    (cpu,), gpus, others = (report.results(ROOT, names) for names in ("cpu", "cuda", "cpu-*"))
-    assert report.readme_table(cpu, others) in (ROOT / "README.md").read_text()
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(cpu, gpus, others)
+    saved = report.Results.load(ROOT)
+    assert report.readme_table(saved) in (ROOT / "README.md").read_text()
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(saved)
     assert (ROOT / "docs" / report.PICTURE).is_file()

@@ -46,7 +46,7 @@ def test_without_a_gpu_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
+def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path, monkeypatch):
     """Where there is no git and no make: gpu-check, and the report of the file that it leaves."""
     command = [
         *REHEARSAL,
@@ -65,12 +65,12 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {"cuda.json", "gpu-check.json", "logs/benchmarks.log"}
     (tmp_path / "docs").mkdir()
-    (tmp_path / "bench" / "results").mkdir(parents=True)
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    shutil.copy(tmp_path / "out" / "cuda.json", results)
     shutil.copy(ROOT / "README.md", tmp_path)
-    Run({"kind": "cpu", "device": "d", "threads": "1", "torch": "t", "date": "2026-01-01"}).save(
-        tmp_path / "bench" / "results" / "cpu.json"
-    )
-    report.main([str(tmp_path / "out" / "cuda.json"), "--root", str(tmp_path)])
+    Run({"kind": "cpu", "device": "d", "threads": "1", "torch": "t", "date": "2026-01-01"}).save(results / "cpu.json")
+    report.main(["--root", str(tmp_path)])
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if "| GPU: " in line]
     assert len(rows) == 7
@@ -78,8 +78,9 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
     assert all(row[1].strip() for row in rows)
     assert "- commit: c0ffee" in page
     assert "events, after a head start" in page
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     with pytest.raises(SystemExit):  # not into the project
-        report.main([str(tmp_path / "out" / "cuda.json")])
+        report.main([])
 
 
 def test_a_run_that_is_killed_keeps_what_was_measured(tmp_path):
@@ -219,7 +220,7 @@ def test_a_killed_run_has_written_why_tests_failed_or_were_skipped(tmp_path, mon
     )
     monkeypatch.setattr(gpu_check, "TESTS", {"tests": [str(tmp_path)]})
     monkeypatch.setattr(gpu_check, "SELECTION", ["--no-summary", "--continue-on-collection-errors"])
-    monkeypatch.setattr(gpu_check, "installed", lambda package: xdist)
+    monkeypatch.setattr(gpu_check, "installed", lambda package: xdist if package == "pytest-xdist" else "")
     gpu_check.tests(check_of(tmp_path / "out", "tests"), "tests")
     assert states(tmp_path / "out") == {"tests": "failed"}
     assert [why for why in reasons if why not in log.read_text()] == []
