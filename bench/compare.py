@@ -26,8 +26,7 @@ from bench.training import SGD_TWICE
 REGRESSION = "REGRESSION"
 YARDSTICKS = (TORCH_COPY, REFERENCE, SGD_TWICE, FOREACH)
 """What a record's figures are relative to: the first of these that is among its contenders."""
-THRESHOLD = 0.1
-"""The slowdown that counts."""
+THRESHOLD = 0.1  # the slowdown that counts
 
 
 def yardstick_of(record: Record) -> str | None:

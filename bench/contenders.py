@@ -23,17 +23,15 @@ from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
 MODELS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
-"""Parameter shapes of real models, by model name."""
+"""Parameter shapes of real models, by name."""
 TINY, LARGEST = "10,000 tensors of 16", "gpt2"
 BY_ELEMENTS = {f"1e{n} in 100": [[10**n // 100]] * 100 for n in range(4, 8)}
 BY_TENSORS = {f"1e6 in {10**n}": [[10 ** (6 - n)]] * 10**n for n in range(4)}
 OF_EIGHT = {f"{count} x 8": [[8]] * count for count in (1, 161)}
 SHAPES: dict[str, list[list[int]]] = {**MODELS, TINY: [[16]] * 10_000, **OF_EIGHT, **BY_ELEMENTS, **BY_TENSORS}
-"""Of parameters, by the name of the set."""
 LARGE = [name for name, shapes in MODELS.items() if sum(map(math.prod, shapes)) >= 25_000_000]
 """Models that no cache holds: their bandwidth is the memory's."""
-STEPS = 2
-"""That are made in the check: the first makes the base optimizer's state, fused second steps begin later."""
+STEPS = 2  # of the check: the first makes the base optimizer's state, fused second steps begin later
 OURS = "sam_fast"
 REFERENCE, REFERENCE_FUSED = "reference", "reference, fused base"
 PEER_LOOP, PEER_FOREACH = "pytorch_optimizer, loop", "pytorch_optimizer, foreach"

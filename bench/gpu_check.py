@@ -25,13 +25,11 @@ from bench.records import ROOT, describe, find, installed, replace
 PASSED, FAILED, NOT_RUN, RUNNING = "passed", "failed", "not run", "running"
 SHARES = {"build": 3.0, "tests": 2.0, "benchmarks": 5.0, "memcheck": 1.5, "racecheck": 1.5, "others": 4.0}
 """Step -> its share of the time. What one does not use goes to the next."""
-SPARE = 12.0
-"""Seconds for starting and ending."""
+SPARE = 12.0  # seconds for starting and ending
 
 BUILD = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-v", "-e", "."]
 BUILD += ["--no-deps", "--no-index", "--no-build-isolation"]  # no network
-BUILD_INFO = ROOT / "sam_fast" / "_build_info.json"
-"""What setup.py has built, and why not the rest."""
+BUILD_INFO = ROOT / "sam_fast" / "_build_info.json"  # what setup.py has built, and why not the rest
 PYTEST = [sys.executable, "-m", "pytest", "-v", "-p", "bench.outcomes", "-p", "no:cacheprovider", "--tb=short"]
 SELECTION = ["--no-summary", "-m", "gpu and not nightly", "--continue-on-collection-errors"]
 TESTS = {"tests": ["tests/gpu"], "others": ["tests", "--ignore=tests/gpu"]}
@@ -48,8 +46,7 @@ class Step:
 
     state: str = NOT_RUN
     seconds: float = 0.0
-    detail: str = "was not reached"
-    """The last lines of its output; the last line sums it up."""
+    detail: str = "was not reached"  # then the last lines of its output; the last one sums it up
 
 
 class Check:
@@ -59,7 +56,7 @@ class Check:
         self.arguments, self.machine, self.missing = arguments, machine, missing
         self.deadline = time.monotonic() + 60 * arguments.minutes - SPARE
         self.file = arguments.results / "gpu-check.json"
-        self.logs = arguments.logs or arguments.results / "logs"
+        self.logs = arguments.results / "logs"
         self.asked = [name for name in SHARES if name in arguments.only]
         earlier = json.loads(self.file.read_text()) if self.file.is_file() else {"machine": {"commit": None}}
         same = earlier["machine"]["commit"] == machine["commit"]
@@ -185,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add, names = parser.add_argument, list(SHARES)
     results = ROOT / "build" / "gpu-check"
-    add("--results", type=Path, default=results, help="for cuda.json and gpu-check.json (default: build/gpu-check)")
-    add("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
+    add("--results", type=Path, default=results, help="where everything goes (default: build/gpu-check)")
     add("--commit", default="", help="the commit of these files, where they came without git")
     steps = "steps to run, of (and by default) " + ",".join(names)
     add("--only", default=names, type=lambda given: given.split(","), help=steps)

@@ -25,24 +25,16 @@ from bench.records import COPY, TORCH_COPY, Record
 from sam_fast import backends
 
 Work = Callable[[], object]
-WARMUP = 3
-"""Rounds that are not counted. On a GPU the first counts launches, the next decide between events and kernels."""
-PARTS = 3
-"""That cases are measured in on a CPU, minutes apart."""
-HEAD_START, LONG_HEAD_START = 3e-3, 20e-3
-"""In seconds: longer than the host needs to launch our step, or several kernels for each parameter."""
+WARMUP = 3  # rounds; on a GPU the first counts launches, the next decide between events and kernels
+PARTS = 3  # of a case on a CPU
+HEAD_START, LONG_HEAD_START = 3e-3, 20e-3  # seconds; enough to launch our step, or several kernels for each parameter
 WORK, LAUNCHES, HOST = "events, after a head start", "events, with launches", "host clock"
 """How a contender is timed on a GPU: its work alone; from an idle device on; only until the call returns."""
-KERNELS = "sum of the kernels' durations"
-"""How the work is timed where the head start is too short."""
-ROOM = 8
-"""How many times the parameters' memory is made ready for temporaries and gradients, which lie between others'."""
-CACHES = 10
-"""How many times the cache the bytes that move must be, for their rate to be the memory's."""
-CEILING = 1.1
-"""A GPU's memory is not faster than that, relative to the copy."""
-READ_ONLY = "grad_norm"
-"""What only reads, which some memories do faster than they copy: groups that begin so."""
+KERNELS = "sum of the kernels' durations"  # where the head start is too short
+ROOM = 8  # times the parameters' memory is made ready for temporaries and gradients, which lie between others'
+CACHES = 10  # times the cache's size must move, for the rate to be the memory's
+CEILING = 1.1  # a GPU's memory is not faster than that, relative to the copy
+READ_ONLY = "grad_norm"  # groups that begin so only read, which some memories do faster than they copy
 
 
 def nothing() -> None:
@@ -126,8 +118,7 @@ class Case:
     seconds: float = 1.0
     """That a part takes on a CPU, with at least and at most so many ``rounds``; on a GPU all cases take the same."""
     rounds: tuple[int, int] = (5, 60)
-    lead_in: int = 0
-    """How many times a contender runs untimed before each round, to find the caches as it leaves them itself."""
+    lead_in: int = 0  # untimed runs before each round, so that a contender finds the caches as it leaves them itself
 
     @property
     def id(self) -> str:
@@ -211,20 +202,16 @@ class Bench:
 
     def __init__(self, device: str = "cpu", smoke: bool = False) -> None:
         self.gpu = device != "cpu"
-        self.kind = "cuda" if self.gpu else "cpu"
-        """What the records are of: a rehearsal's go where a GPU's would."""
         self.device = "cuda" if device == "cuda" else "cpu"
         self.smoke = smoke or device == "rehearsal"
         self.parts = 1 if self.gpu else 2 if smoke else PARTS
+        # Bytes that the yardsticks read and write: more than the caches hold.
         self.copied = 2 * (1 << 20 if self.smoke else 1 << 30 if self.gpu else 1 << 27)
-        """Bytes that the yardsticks read and write: more than the caches hold."""
         self.cache_bytes = 0 if self.smoke else _cache_bytes(self.device)
         self.records: list[Record] = []
         self.left_out: list[str] = []
-        self.shown: Record | None = None
-        """What the last test has measured first, for pytest-benchmark's table."""
-        self.checked: set[str] = set()
-        """The cases whose results were right: their later parts make the same."""
+        self.shown: Record | None = None  # what the last test has measured first, for pytest-benchmark's table
+        self.checked: set[str] = set()  # cases whose results were right: their later parts make the same
 
     @cached_property
     def yardsticks(self) -> dict[str, Contender]:
@@ -302,14 +289,11 @@ class Bench:
 
 def error_in(record: Record) -> str:
     """Why this cannot have been measured right on a GPU; empty if it can. A CPU's cache can hold some of a case."""
-    above = []
-    for name in record.rounds:
-        share = statistics.median(record.shares(name) or [0.0])
-        if share > CEILING and name != TORCH_COPY:
-            above.append(f"{name} at {100 * share:.0f} % of the copy's bandwidth")
-    if not above or record.group.startswith(READ_ONLY):
+    if record.group.startswith(READ_ONLY):
         return ""
-    return f"{record.key}: invalid, an error in the measurement: {', '.join(above)}"
+    shares = {name: statistics.median(record.shares(name) or [0.0]) for name in record.rounds if name != TORCH_COPY}
+    above = [f"{name} at {100 * x:.0f} % of the copy's bandwidth" for name, x in shares.items() if x > CEILING]
+    return f"{record.key}: invalid, an error in the measurement: {', '.join(above)}" if above else ""
 
 
 def _cache_bytes(device: str) -> int:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from bench.contenders import OURS, REFERENCE, SHAPES, Problem, make_params
 from bench.harness import Bench, Case, Contender, Work, mallopt, measure, synchronize
-from bench.records import Record
+from bench.records import COPY, Record
 from bench.training import SGD_ONCE, perturbed, plain
 from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
@@ -63,7 +63,7 @@ def memory(bench: Bench, case: Case) -> None:
     # The weights and their gradients are there in any case; less was not measured right.
     assert min(found) > 2 * 4 * elements
     peaks = {name: [peak] for name, peak in zip(ITERATIONS, found, strict=True)}
-    bench.add(Record(case.group, case.name, OURS, peaks, elements, facts={"unit": "bytes", "device": bench.kind}))
+    bench.add(Record(case.group, case.name, OURS, peaks, elements, facts={"unit": "bytes"}))
 
 
 def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
@@ -95,7 +95,7 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
     distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     source = torch.randn(16_000_000, device=device)
     target = torch.empty_like(source)
-    stages: dict[str, Callable[[], object]] = {"streaming copy": lambda: target.copy_(source)}
+    stages: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
     for kind in ("replica", "shard"):
         optimizer = optimizer_of(shapes, kind == "shard", device)
         stages |= {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}

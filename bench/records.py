@@ -23,14 +23,11 @@ class Record:
 
     group: str
     case: str
-    target: str
-    """The contender that the others are baselines of."""
+    target: str  # the contender that the others are baselines of
     rounds: dict[str, list[float]]
     elements: int = 0
-    bytes_moved: int | None = None
-    """That must move. None: not bound by memory."""
-    copy_rounds: list[float] = field(default_factory=list)
-    """Seconds that ``copy_bytes`` took in each round, streamed as fast as the memory lets them."""
+    bytes_moved: int | None = None  # that must move; None: not bound by memory
+    copy_rounds: list[float] = field(default_factory=list)  # what copy_bytes took, streamed as fast as memory lets them
     copy_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -103,8 +100,7 @@ def describe(device: str, commit: str = "") -> dict[str, str]:
     where = cpu() if device == "cpu" else gpu() if device == "cuda" else rehearsal
     versions = {package: installed(package) for package in ("torch", "pytorch_optimizer", "triton")}
     versions = {package: version for package, version in versions.items() if version}
-    kind = "cpu" if device == "cpu" else "cuda"
-    return {"kind": kind, **where, **versions, "python": platform.python_version(), **commit_and_date(commit)}
+    return {**where, **versions, "python": platform.python_version(), **commit_and_date(commit)}
 
 
 def commit_and_date(commit: str = "") -> dict[str, str]:

@@ -1,9 +1,5 @@
-"""Makes docs/benchmarks.md, its picture and the README's table from the runs in bench/results/.
-
-    python -m bench.report [--root DIR]
-
-The runs are ``cpu.json``, ``cpu-again.json`` (a second run of the same commit), ``cuda.json``, and ``cpu-OTHER.json``
-for every other CPU or number of threads.
+"""Makes docs/benchmarks.md, its picture and the README's table from the runs in bench/results/: cpu.json,
+cpu-again.json (a second run of the same commit), cuda.json, and cpu-OTHER.json for other CPUs or threads.
 """
 
 from __future__ import annotations
@@ -33,8 +29,7 @@ from bench.training import REFERENCE as SAM_REFERENCE
 
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 UNITS = {"x": 1.0, "%": 1e2, "ms": 1e3, "us": 1e6, "launches": 1.0}
-OTHER = "Another run:"
-"""How the title begins of a section with a run beside the one in the README."""
+OTHER = "Another run:"  # so begins the title of a section with a run beside the one in the README
 BEGIN, END = "<!-- benchmarks: made by bench.report -->", "<!-- end of benchmarks -->"
 RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY: SGD_ONCE, WEAK_SCALING: "1 process"}
 """Groups whose tables say how much of this contender's cost each one's is; elsewhere: how many times faster we are."""
@@ -55,8 +50,7 @@ SECTIONS = {
 }
 """Title -> pattern of its groups, each of which has a table, and an explanation."""
 FIRST, SECOND, STEP, ADAMW = "first_step, SGD", "second_step, SGD", "optimizer step, SGD", "optimizer step, AdamW"
-PANELS = (STEP, ADAMW, ITERATION)
-"""Groups that are in the picture."""
+PANELS = (STEP, ADAMW, ITERATION)  # groups that are in the picture
 PICTURE = Path("benchmarks") / "ratios.png"
 HEAD = """# Benchmarks
 
@@ -71,8 +65,7 @@ Ratios are medians over rounds of the quotient within the round, with the 95 % i
 class Result(Run):
     """A saved run, and the figures that are shown of it."""
 
-    again: Run | None = None
-    """A second run of the same commit."""
+    again: Run | None = None  # a second run of the same commit
 
     @cached_property
     def figures(self) -> pd.DataFrame:
@@ -88,8 +81,7 @@ class Result(Run):
         return found.pivot(index="case", columns="contender", values=column).loc[cases, contenders]
 
 
-Values = Callable[[Result], pd.Series]
-"""What finds figures in a run, by case."""
+Values = Callable[[Result], pd.Series]  # finds figures in a run, by case
 
 
 def of(column: str, group: str, cases: Iterable[str], contenders: Iterable[str] = (OURS,)) -> Values:
@@ -111,8 +103,7 @@ def between_runs(run: Result) -> pd.Series:
     return apart(run, run.again) if run.again else pd.Series(dtype=float)
 
 
-BIG = [name for name in LARGE if name != "resnet50"]
-"""80M parameters and more."""
+BIG = [name for name in LARGE if name != "resnet50"]  # 80M parameters and more
 MODELS_ADAMW, LARGE_ADAMW = ([name for name in names if name != LARGEST] for names in (MODELS, LARGE))
 THAN, WHOLE = "times faster than the reference", "whole step with"
 HOST = "host time of first_step for 161 parameters under 60 us, in a loop of its own"
@@ -179,8 +170,7 @@ class Results(NamedTuple):
 
     cpu: Result
     gpu: Result | None
-    others: list[Result]
-    """On other CPUs, or with other threads."""
+    others: list[Result]  # on other CPUs, or with other threads
 
     @classmethod
     def load(cls, root: Path) -> Results:
@@ -285,7 +275,7 @@ def markdown(saved: Results) -> str:
 
 
 def page_of(run: Result) -> list[str]:
-    blocks = ["\n".join(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind")]
+    blocks = ["\n".join(f"- {key}: {value}" for key, value in run.machine.items())]
     ways = {(way, name) for r in run.records for name, way in r.facts.get("timed by", {}).items()}
     if ways:
         by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False)
@@ -328,9 +318,7 @@ def draw(run: Result, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     root = parser.parse_args(argv).root
     try:
@@ -338,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyError:
         parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench` and `make bench-report`")
     runs = [saved.cpu, saved.cpu.again, saved.gpu, *saved.others]
-    if root == ROOT and any(run.machine.get("selection") in ("smoke", "rehearsal") for run in runs if run):
+    if root == ROOT and any(run.machine.get("selection") == "smoke" for run in runs if run):
         parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
     made = readme_table(saved)

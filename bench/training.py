@@ -23,8 +23,7 @@ from sam_fast.reference import ReferenceSAM
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 SGD_ONCE, SGD_TWICE, REFERENCE = "SGD", "2 x SGD", "SAM reference"
 ITERATION, PRICE, UNPERTURBED = "training iteration", "iteration, fewer passes", "unperturbed step"
-CYCLE = 4
-"""One of so many iterations perturbs under ``Schedule(every=4)``."""
+CYCLE = 4  # one of so many iterations perturbs under Schedule(every=4)
 ASCENT, EVERY = "ascent=1/4", f"every={CYCLE}"
 
 

@@ -26,7 +26,6 @@ from sam_fast import backends
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {
-    "kind": "cpu",
     "device": "d",
     "threads": "2",
     "instruction set": "avx2",

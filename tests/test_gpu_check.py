@@ -52,8 +52,6 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path, monkeyp
         *REHEARSAL,
         "--results",
         str(tmp_path / "out"),
-        "--logs",
-        str(tmp_path / "out" / "logs"),
         "--select",
         OF_TARGETS,
     ]
@@ -69,7 +67,7 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path, monkeyp
     results.mkdir(parents=True)
     shutil.copy(tmp_path / "out" / "cuda.json", results)
     shutil.copy(ROOT / "README.md", tmp_path)
-    Run({"kind": "cpu", "device": "d", "threads": "1", "torch": "t", "date": "2026-01-01"}).save(results / "cpu.json")
+    Run({"device": "d", "threads": "1", "torch": "t", "date": "2026-01-01"}).save(results / "cpu.json")
     report.main(["--root", str(tmp_path)])
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if "| GPU: " in line]
@@ -111,7 +109,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def check_of(tmp_path: Path, only: str, minutes: float = 1.0, commit: str = "c") -> gpu_check.Check:
-    arguments = Namespace(minutes=minutes, results=tmp_path, logs=None, only=only.split(","))
+    arguments = Namespace(minutes=minutes, results=tmp_path, only=only.split(","))
     return gpu_check.Check(arguments, {"commit": commit}, [])
 
 
