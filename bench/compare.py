@@ -1,10 +1,5 @@
-"""Compares saved runs of two versions of the package: per-benchmark ratios with noise bounds.
-
-    python -m bench.compare --base RUN.json ... --head RUN.json ...
-
-Every figure is taken relative to a baseline of the same rounds that does not come from the kernels (PyTorch's copy, the
-reference, ...), so that a slow moment of the machine cancels.
-
+"""Compares saved runs of two versions of the package. Every figure is taken relative to a baseline of the same rounds
+that does not come from the kernels (PyTorch's copy, the reference, ...), so that a slow moment of the machine cancels.
 Exits with 1 if something has become slower by more than 10 % beyond the noise, with 2 if nothing could be compared.
 """
 
@@ -24,8 +19,7 @@ from bench.records import TORCH_COPY, Record, Run
 from bench.training import SGD_TWICE
 
 REGRESSION = "REGRESSION"
-YARDSTICKS = (TORCH_COPY, REFERENCE, SGD_TWICE, FOREACH)
-"""What a record's figures are relative to: the first of these that is among its contenders."""
+YARDSTICKS = (TORCH_COPY, REFERENCE, SGD_TWICE, FOREACH)  # figures are relative to the first that was measured
 THRESHOLD = 0.1  # the slowdown that counts
 
 
@@ -65,9 +59,7 @@ def apart(run: Run, again: Run) -> pd.Series:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     for side in ("--base", "--head"):
         parser.add_argument(side, nargs="+", type=Path, required=True, help="files that `pytest bench --save` wrote")
     arguments = parser.parse_args(argv)

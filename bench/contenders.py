@@ -1,7 +1,5 @@
-"""What is compared: sam_fast and other ways to make SAM's step, each with its best legal settings; the parameters that
+"""What is compared: sam_fast and other ways to make SAM's step, all with the two-call interface; the parameters that
 every one is given; and the check that none is timed whose result is wrong.
-
-All have the two-call interface and are made alike: ``(params, base, rho=, adaptive=, **options of the base)``.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
 MODELS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
-"""Parameter shapes of real models, by name."""
 TINY, LARGEST = "10,000 tensors of 16", "gpt2"
 BY_ELEMENTS = {f"1e{n} in 100": [[10**n // 100]] * 100 for n in range(4, 8)}
 BY_TENSORS = {f"1e6 in {10**n}": [[10 ** (6 - n)]] * 10**n for n in range(4)}
@@ -37,9 +34,7 @@ REFERENCE, REFERENCE_FUSED = "reference", "reference, fused base"
 PEER_LOOP, PEER_FOREACH = "pytorch_optimizer, loop", "pytorch_optimizer, foreach"
 FOREACH, COMPILED = "foreach, fused base", "torch.compile of foreach"
 BEST_PEERS = (PEER_LOOP, PEER_FOREACH, FOREACH)
-NORM_ERROR = 0.1
-"""How far off a baseline's norm may be, relative: PyTorch's loses digits where tensors are large, and takes no less
-time for that."""
+NORM_ERROR = 0.1  # how far off a baseline's norm may be, relative: PyTorch's loses digits where tensors are large
 CLOSE = {torch.float32: (8, 0.05), torch.bfloat16: (2, 0.01)}
 """How far off float64 other results may be, relative and absolute, in the dtype's epsilons. Weights, all below 0.2, are
 rounded once or twice; 16-bit momentum adds more."""
@@ -159,13 +154,7 @@ class ForeachSAM:
     knows PyTorch well: the backup is allocated once; the perturbation needs one temporary, the scaled gradient."""
 
     def __init__(
-        self,
-        params: Sequence[nn.Parameter],
-        base: Any,
-        rho: float,
-        adaptive: bool,
-        compiled: bool = False,
-        **options: Any,
+        self, params: Any, base: Any, rho: float, adaptive: bool, compiled: bool = False, **options: Any
     ) -> None:
         self.base = base(params, **options, fused=True)
         self.params, self.rho, self.adaptive = list(params), rho, adaptive

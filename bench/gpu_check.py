@@ -1,9 +1,5 @@
-"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found.
-
-    python3 -m bench.gpu_check [options]
-
-docs/gpu.md says what the steps do and what they leave behind. The package is installed into the environment of the
-Python that runs this.
+"""Builds, tests, measures and watches sam_fast on a machine with an NVIDIA GPU, and keeps what was found: docs/gpu.md.
+The package is installed into the environment of the Python that runs this.
 """
 
 from __future__ import annotations
@@ -42,8 +38,6 @@ PACKAGES = ("pybind11", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesi
 
 @dataclass
 class Step:
-    """What became of one step."""
-
     state: str = NOT_RUN
     seconds: float = 0.0
     detail: str = "was not reached"  # then the last lines of its output; the last one sums it up
@@ -102,7 +96,6 @@ class Check:
         return self.done(name, PASSED if code == 0 else FAILED, "\n".join(tail + stopped))
 
     def done(self, name: str, state: str, detail: str) -> Step:
-        """Record how a step has ended."""
         step = self.steps[name]
         step.state, step.detail = state, detail
         self.write()
@@ -148,11 +141,10 @@ def tests(check: Check, name: str) -> None:
 
 
 def benchmarks(check: Check) -> None:
-    """Chosen cases of the suite; what there is no time for is listed in the file."""
     saved = check.arguments.results.resolve() / "cuda.json"
     saved.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     minutes = max(check.limit("benchmarks") - 30, 5) / 60  # so that the last case ends in time
-    command = [*PYTEST, "-rN", "--benchmark-quiet", "bench", "--benchmark-only", "-k", check.arguments.select]
+    command = [*PYTEST, "-rN", "bench", "--benchmark-only", "-k", check.arguments.select]
     command += ["--device", check.arguments.device, "--minutes", f"{minutes:.2f}"]
     check.run("benchmarks", [*command, "--save", str(saved), "--commit", check.machine["commit"]])
 
@@ -177,9 +169,7 @@ def run_all(check: Check) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     add, names = parser.add_argument, list(SHARES)
     results = ROOT / "build" / "gpu-check"
     add("--results", type=Path, default=results, help="where everything goes (default: build/gpu-check)")

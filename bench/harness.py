@@ -107,7 +107,7 @@ class Timer:
 
 @dataclass(frozen=True)
 class Case:
-    """A row of cases.py: ``measure(bench, case, **options)`` makes its records."""
+    """A row of cases.py, whose records ``measure(bench, case, **options)`` makes."""
 
     measure: Callable[..., None]
     group: str
@@ -147,8 +147,7 @@ def measure(
     lead_in: int = 0,
 ) -> dict[str, dict[str, Timer]]:
     """Timers by stage and contender. There are as many rounds as ``seconds`` allow, but at least and at most
-    ``rounds``. Each draws the contenders' order anew, so that none always finds the caches as the same other left
-    them."""
+    ``rounds``. Each draws the contenders' order anew: none always finds the caches as the same other left them."""
     timers: dict[str, dict[str, Timer]] = defaultdict(dict)
     for name, contender in contenders.items():
         for stage in contender.stages:
@@ -197,8 +196,7 @@ def keep_memory() -> None:
 
 
 class Bench:
-    """Measures cases on one device and collects their records. With ``smoke``, and in a rehearsal (as on a GPU, but on
-    the CPU), there are only a few rounds, and the figures say nothing."""
+    """Measures cases on one device and collects their records. A rehearsal is a smoke run as on a GPU."""
 
     def __init__(self, device: str = "cpu", smoke: bool = False) -> None:
         self.gpu = device != "cpu"
@@ -210,13 +208,11 @@ class Bench:
         self.cache_bytes = 0 if self.smoke else _cache_bytes(self.device)
         self.records: list[Record] = []
         self.left_out: list[str] = []
-        self.shown: Record | None = None  # what the last test has measured first, for pytest-benchmark's table
         self.checked: set[str] = set()  # cases whose results were right: their later parts make the same
 
     @cached_property
     def yardsticks(self) -> dict[str, Contender]:
-        """What shows the bandwidth of this moment. On a CPU the faster of two counts: the backup kernel's copy, whose
-        stores go past the caches, and an update in place."""
+        """What shows the bandwidth of this moment: README.md says why there are two on a CPU."""
         source, other = (torch.rand(self.copied // 8, device=self.device) for _ in range(2))
         if self.device != "cpu":
             return {COPY: Contender({COPY: lambda: other.copy_(source)}, head_start=HEAD_START)}
@@ -233,7 +229,7 @@ class Bench:
         contenders: dict[str, Contender],
         elements: int,
         bytes_moved: dict[str, int] | None = None,
-        total: str | None = None,
+        total: str = "",
     ) -> list[Record]:
         """Measure one part of a case: a record for each stage, and one of their sum where ``total`` names it. The first
         contender is the one that the others are baselines of. Where ``bytes_moved`` says for a stage what must move,
@@ -248,16 +244,13 @@ class Bench:
         flush = self.yardsticks[COPY].stages[COPY] if moved or self.device != "cpu" else nothing
         timers = measure({**contenders, **yardsticks}, seconds, rounds, self.gpu, flush, case.lead_in)
         copies = [timer.rounds for timer in timers.pop(COPY, {}).values()]
-        parts = {stage: [stage] for stage in timers}
-        if total is not None:
-            parts = {total: list(timers), **parts}
+        parts = ({total: list(timers)} if total else {}) | {stage: [stage] for stage in timers}
         records = []
         for part, stages in parts.items():
             group = ", ".join(filter(None, [part, case.group]))
             used = {name: [timers[stage][name] for stage in stages] for name in contenders}
-            sums = {
-                name: list(map(math.fsum, zip(*(t.rounds for t in its), strict=True))) for name, its in used.items()
-            }
+            by_round = {name: zip(*(timer.rounds for timer in its), strict=True) for name, its in used.items()}
+            sums = {name: list(map(math.fsum, rounds)) for name, rounds in by_round.items()}
             record = Record(group, case.name, next(iter(contenders)), sums, elements)
             if self.gpu:
                 methods = {name: "; ".join(dict.fromkeys(t.method for t in its)) for name, its in used.items()}
@@ -283,7 +276,6 @@ class Bench:
                 break
         else:
             self.records.append(kept := record)
-        self.shown = self.shown or kept
         return kept
 
 

@@ -1,6 +1,4 @@
-"""The whole optimizer step, its two halves first_step (norm, backup, perturb) and second_step (restore and the base
-optimizer), and its operations one by one.
-"""
+"""The whole optimizer step, its two halves, and its operations one by one."""
 
 from __future__ import annotations
 
@@ -39,8 +37,7 @@ def optimizer_step(
     method: str = WORK,
     **settings: Any,
 ) -> None:
-    """first_step, second_step and their sum, each with the gradients of a new backward pass. ``settings`` are
-    sam_fast's. Results are checked once for each case."""
+    """Each step with the gradients of a new backward pass. ``settings`` are sam_fast's."""
     if (backend := settings.get("backend")) not in (None, *usable(bench.device)):
         return bench.leave_out(f"{case.group}: the {backend} backend cannot be used here")
     problem = problem_of(bench, case, base, dtype, adaptive)
@@ -64,8 +61,7 @@ def optimizer_step(
 
 
 def operations(bench: Bench, case: Case, dtype: str = "float32", adaptive: bool = False) -> None:
-    """grad_norm, perturb and restore of a bucket by itself, on each backend. Restoring and stepping in one is
-    second_step, which is among the steps."""
+    """Those of a bucket by itself, on each backend. Restoring and stepping in one is second_step."""
     problem = problem_of(bench, case, "SGD", dtype, adaptive)
     check = case.id not in bench.checked
     contenders = {backend: operations_of(problem, backend, check) for backend in usable(bench.device)}

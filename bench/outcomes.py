@@ -1,6 +1,5 @@
-"""A pytest plugin that writes why a test failed or was skipped as soon as it is known, not at the end: a run that is
-killed has it in its log, beside the outcomes that ``-v`` writes. ``python -m pytest -v -p bench.outcomes --no-summary``
-"""
+"""A pytest plugin that writes why a test failed or was skipped as soon as it is known: a run that is killed has it in
+its log, beside the outcomes that ``-v`` writes."""
 
 from __future__ import annotations
 

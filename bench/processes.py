@@ -25,13 +25,12 @@ from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
 MEMORY, WEAK_SCALING = "peak memory", "weak scaling"
-ITERATIONS: dict[str, Callable[..., Work]] = {
+ITERATIONS: dict[str, Callable[..., Work]] = {  # whose memory is measured
     OURS: perturbed,
     "sam_fast, flatten": partial(perturbed, sam=partial(SAM, flatten=True)),
     SGD_ONCE: plain,
     REFERENCE: partial(perturbed, sam=ReferenceSAM),
 }
-"""Whose memory is measured."""
 WIDTH, LAYERS, BATCH = 2048, 8, 8
 
 
@@ -56,7 +55,6 @@ def peak_bytes(contender: str, device: str) -> float:
 
 
 def memory(bench: Bench, case: Case) -> None:
-    """Peak memory of three training iterations: as the allocator says, or a child process's peak RSS."""
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         found = pool.starmap(peak_bytes, [(name, bench.device) for name in ITERATIONS], chunksize=1)
     elements = LAYERS * (WIDTH * WIDTH + WIDTH)
@@ -109,9 +107,8 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
 
 
 def weak_scaling(bench: Bench, case: Case) -> None:
-    """The optimizer's own time with several processes, each with one thread (or GPU) and the same number of parameters,
-    as replicas or as shards of DTensors, relative to one. Processes on one machine share its memory: the streaming copy
-    shows what that costs."""
+    """The optimizer's own time with several processes, each with one thread (or GPU) and the same number of parameters.
+    They share the machine's memory: the streaming copy shows what that costs."""
     most = torch.cuda.device_count() if bench.device == "cuda" else min(os.cpu_count() or 1, 2)
     if most == 1:
         return bench.leave_out(f"{case.group}: needs two cores, or two GPUs")

@@ -98,8 +98,7 @@ def describe(device: str, commit: str = "") -> dict[str, str]:
     """Device, versions, commit, date."""
     rehearsal = {"device": "none: a rehearsal on the CPU, whose figures say nothing"}
     where = cpu() if device == "cpu" else gpu() if device == "cuda" else rehearsal
-    versions = {package: installed(package) for package in ("torch", "pytorch_optimizer", "triton")}
-    versions = {package: version for package, version in versions.items() if version}
+    versions = {name: version for name in ("torch", "pytorch_optimizer", "triton") if (version := installed(name))}
     return {**where, **versions, "python": platform.python_version(), **commit_and_date(commit)}
 
 

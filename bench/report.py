@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 
@@ -86,8 +86,7 @@ Values = Callable[[Result], pd.Series]  # finds figures in a run, by case
 
 def of(column: str, group: str, cases: Iterable[str], contenders: Iterable[str] = (OURS,)) -> Values:
     """The least figure of these contenders in each of these cases; none unless all cases and all contenders are there.
-    A case may lack a contender that another has: pytorch_optimizer's foreach is slower than its loop, and not measured
-    everywhere."""
+    A case may lack a contender that another has: not every one is measured everywhere."""
 
     def find(run: Result) -> pd.Series:
         found = run.find(column, group)
@@ -165,22 +164,14 @@ def judged(wanted: Sequence[Target], run: Result) -> list[dict[str, str]]:
     return rows
 
 
-class Results(NamedTuple):
-    """What is in bench/results."""
-
-    cpu: Result
-    gpu: Result | None
-    others: list[Result]  # on other CPUs, or with other threads
-
-    @classmethod
-    def load(cls, root: Path) -> Results:
-        """Raises KeyError without cpu.json."""
-        folder = root / "bench" / "results"
-        runs = {path.stem: Result.load(path) for path in sorted([*folder.glob("cpu*.json"), *folder.glob("cuda.json")])}
-        again, gpu, cpu = runs.pop("cpu-again", None), runs.pop("cuda", None), runs.pop("cpu")
-        if again and again.machine["commit"] == cpu.machine["commit"]:
-            cpu.again = again
-        return cls(cpu, gpu, list(runs.values()))
+def results(root: Path) -> tuple[Result, Result | None, list[Result]]:
+    """The runs in bench/results: the CPU's, the GPU's, and those on other CPUs. Raises KeyError without cpu.json."""
+    folder = root / "bench" / "results"
+    runs = {path.stem: Result.load(path) for path in sorted([*folder.glob("cpu*.json"), *folder.glob("cuda.json")])}
+    again, gpu, cpu = runs.pop("cpu-again", None), runs.pop("cuda", None), runs.pop("cpu")
+    if again and again.machine["commit"] == cpu.machine["commit"]:
+        cpu.again = again
+    return cpu, gpu, list(runs.values())
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -227,14 +218,12 @@ def mean_of(run: Result) -> str:
 
 
 def where(run: Result) -> str:
-    """A CPU's threads and name."""
     threads = run.machine["threads"]
     return f"{threads} thread{'s' * (threads != '1')} on {run.machine['device']}"
 
 
-def readme_table(saved: Results) -> str:
+def readme_table(cpu: Result, others: Sequence[Result]) -> str:
     """What stands in the README between the two marks."""
-    cpu = saved.cpu
     elements, costs, peers = cpu.find("elements", STEP), cpu.find("cost", STEP), than_peers(cpu)
     rows = [
         {
@@ -254,16 +243,15 @@ def readme_table(saved: Results) -> str:
         # one number where the two look the same
         ours, reference = (" to ".join(dict.fromkeys(ends)) for ends in zip(least, most, strict=True))
         said.append(f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.")
-    for run in saved.others:
+    for run in others:
         commit = run.machine["commit"]
         earlier = "" if commit == m["commit"] else f" (commit {commit[:7]})"
         said.append(f"With {where(run)}{earlier}, the mean of the table is {mean_of(run)}.")
     return "\n\n".join([BEGIN, head, table_of(rows), *filter(None, [" ".join(said)]), END])
 
 
-def markdown(saved: Results) -> str:
+def markdown(cpu: Result, gpu: Result | None, others: Sequence[Result]) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
-    cpu, gpu, others = saved
     targets = [*judged(ON_THE_CPU, cpu), *judged(ON_A_GPU, gpu or Result({}))]
     settings = [{"name": name, "settings": text} for name, (_, text) in MAKERS.items()]
     blocks = [HEAD, table_of(targets), "## Contenders and their settings", table_of(settings)]
@@ -285,8 +273,7 @@ def page_of(run: Result) -> list[str]:
         blocks += [f"### {title}", text] if groups else []
         for group in groups:
             blocks += [f"**{group}**", table_of(cells_of(run, group))]
-    if run.again:
-        found = between_runs(run)
+    if run.again and len(found := between_runs(run)):
         worst = [{"ratio to reference": name, "apart": f"{100 * x:.1f} %"} for name, x in found.nlargest(10).items()]
         within = f"{(found <= 0.15).sum()} of {len(found)} by at most 15 %. The ten worst:"
         blocks += ["### Two runs", f"A second run, {run.again.machine['date']}: {within}", table_of(worst)]
@@ -322,19 +309,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
     root = parser.parse_args(argv).root
     try:
-        saved = Results.load(root)
+        cpu, gpu, others = results(root)
     except KeyError:
         parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench` and `make bench-report`")
-    runs = [saved.cpu, saved.cpu.again, saved.gpu, *saved.others]
-    if root == ROOT and any(run.machine.get("selection") == "smoke" for run in runs if run):
+    runs = filter(None, [cpu, cpu.again, gpu, *others])
+    if root == ROOT and any(run.machine.get("selection") == "smoke" for run in runs):
         parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    made = readme_table(saved)
+    made = readme_table(cpu, others)
     text, found = re.subn(f"{BEGIN}.*{END}", lambda _: made, readme.read_text(), flags=re.DOTALL)
     if not found:
         parser.error(f"{readme} lacks the marks {BEGIN} and {END}")
-    draw(saved.cpu, page.parent / PICTURE)
-    page.write_text(markdown(saved))
+    draw(cpu, page.parent / PICTURE)
+    page.write_text(markdown(cpu, gpu, others))
     readme.write_text(text)
     print(f"written: {page}\nwritten: {readme}")
 
