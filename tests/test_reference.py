@@ -64,7 +64,7 @@ class Recorder(TorchDispatchMode):
 
 
 def make_groups(adaptive: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Two groups, the second of which has a rho of its own and the other kind of step in its third."""
+    """Three groups: the second has a rho of its own, the third is of the other kind."""
     shapes: list[list[list[int]]] = [[[5, 3], [7], []], [[4, 2, 3, 3], [6]], [[2, 2]]]
     params = [[nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in group] for group in shapes]
     kinds = [(0.5, adaptive), (2.0, adaptive), (0.5, not adaptive)]
