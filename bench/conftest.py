@@ -9,18 +9,25 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench.cases import CASES
 from bench.contenders import shrink
-from bench.harness import Bench, Case
+from bench.harness import Bench, Case, nothing
 from bench.optimizer import usable
 from bench.records import Run, describe
 
 BENCH, RUN = pytest.StashKey[Bench](), pytest.StashKey[Run]()
 BEGIN = time.monotonic()
+TIMES: list[float] = []
+
+
+def replay() -> float:
+    """pytest-benchmark's timer, which it reads before and after each round: it says what the harness has measured."""
+    return TIMES.pop()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # its table would show how long whole cases take
+    config.option.benchmark_timer = "bench.conftest.replay"
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a GPU and a PyTorch that sees it, which is not the case here")
@@ -55,9 +62,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, case: Case, part: int) -> Iterator[Bench]:
-    """The run's :class:`Bench`. The run is saved after each case: one that is killed keeps what it had."""
+def bench(request: pytest.FixtureRequest, benchmark: Any, case: Case, part: int) -> Iterator[Bench]:
+    """The run's :class:`Bench`. What the case measures first is shown in pytest-benchmark's table, all parts so far.
+    The run is saved after each case: one that is killed keeps what it had."""
     option, bench, run = request.config.getoption, request.config.stash[BENCH], request.config.stash[RUN]
+    bench.shown = None
     if time.monotonic() - BEGIN > 60 * option("--minutes"):
         if part == 0:
             bench.leave_out(f"{case.id}: the time was up (--minutes)")
@@ -66,6 +75,11 @@ def bench(request: pytest.FixtureRequest, case: Case, part: int) -> Iterator[Ben
     run.machine |= {"load average": f"{os.getloadavg()[0]:.1f}", "seconds": f"{time.monotonic() - BEGIN:.0f}"}
     if option("--save") and run.records:
         run.save(option("--save"))
+    if bench.shown is not None:
+        rounds = bench.shown.rounds[bench.shown.target]
+        TIMES[:] = [time for seconds in reversed(rounds) for time in (seconds, 0.0)]
+        benchmark.group = bench.shown.key
+        benchmark.pedantic(nothing, rounds=len(rounds))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -50,7 +50,7 @@ class Check:
         self.arguments, self.machine, self.missing = arguments, machine, missing
         self.deadline = time.monotonic() + 60 * arguments.minutes - SPARE
         self.file = arguments.results / "gpu-check.json"
-        self.logs = arguments.results / "logs"
+        self.logs = arguments.logs or arguments.results / "logs"
         self.asked = [name for name in SHARES if name in arguments.only]
         earlier = json.loads(self.file.read_text()) if self.file.is_file() else {"machine": {"commit": None}}
         same = earlier["machine"]["commit"] == machine["commit"]
@@ -144,7 +144,7 @@ def benchmarks(check: Check) -> None:
     saved = check.arguments.results.resolve() / "cuda.json"
     saved.unlink(missing_ok=True)  # an earlier run's must not pass for this one's
     minutes = max(check.limit("benchmarks") - 30, 5) / 60  # so that the last case ends in time
-    command = [*PYTEST, "-rN", "bench", "--benchmark-only", "-k", check.arguments.select]
+    command = [*PYTEST, "-rN", "--benchmark-quiet", "bench", "--benchmark-only", "-k", check.arguments.select]
     command += ["--device", check.arguments.device, "--minutes", f"{minutes:.2f}"]
     check.run("benchmarks", [*command, "--save", str(saved), "--commit", check.machine["commit"]])
 
@@ -172,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     add, names = parser.add_argument, list(SHARES)
     results = ROOT / "build" / "gpu-check"
-    add("--results", type=Path, default=results, help="where everything goes (default: build/gpu-check)")
+    add("--results", type=Path, default=results, help="for cuda.json and gpu-check.json (default: build/gpu-check)")
+    add("--logs", type=Path, help="where the steps' output goes (default: logs in --results)")
     add("--commit", default="", help="the commit of these files, where they came without git")
     steps = "steps to run, of (and by default) " + ",".join(names)
     add("--only", default=names, type=lambda given: given.split(","), help=steps)

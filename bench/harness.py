@@ -208,6 +208,7 @@ class Bench:
         self.cache_bytes = 0 if self.smoke else _cache_bytes(self.device)
         self.records: list[Record] = []
         self.left_out: list[str] = []
+        self.shown: Record | None = None  # what the last case has measured first
         self.checked: set[str] = set()  # cases whose results were right: their later parts make the same
 
     @cached_property
@@ -276,6 +277,7 @@ class Bench:
                 break
         else:
             self.records.append(kept := record)
+        self.shown = self.shown or kept
         return kept
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from bench.harness import Bench, Case
 
 
-def test(benchmark: Any, bench: Bench, case: Case) -> None:
-    benchmark.pedantic(case.measure, (bench, case), case.options)
+def test(bench: Bench, case: Case) -> None:
+    case.measure(bench, case, **case.options)

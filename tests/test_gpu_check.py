@@ -52,6 +52,8 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path, monkeyp
         *REHEARSAL,
         "--results",
         str(tmp_path / "out"),
+        "--logs",
+        str(tmp_path / "out" / "logs"),
         "--select",
         OF_TARGETS,
     ]
@@ -109,7 +111,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def check_of(tmp_path: Path, only: str, minutes: float = 1.0, commit: str = "c") -> gpu_check.Check:
-    arguments = Namespace(minutes=minutes, results=tmp_path, only=only.split(","))
+    arguments = Namespace(minutes=minutes, results=tmp_path, logs=None, only=only.split(","))
     return gpu_check.Check(arguments, {"commit": commit}, [])
 
 
