@@ -144,10 +144,14 @@ bench bench-again: export OMP_NUM_THREADS ?= 1
 bench bench-again: $(VENV)/installed
 	$(BIN)/python -m pytest bench -q --benchmark-only --save $(RUNS)/$@.json $(BENCH)
 
-# Makes bench/results, docs/benchmarks.md with its picture, and the table in the README from the run of `make bench`
-# (and that of `make bench-again`).
+# Puts the runs of `make bench`, `make bench-again` and `make gpu-check` into bench/results, as far as they are there,
+# and makes docs/benchmarks.md with its picture and the table in the README.
+RESULTS = bench/results
 bench-report: $(VENV)/installed
-	$(BIN)/python -m bench.report $(wildcard $(RUNS)/bench.json $(RUNS)/gpu/cuda.json) $(addprefix --again ,$(wildcard $(RUNS)/bench-again.json))
+	$(if $(wildcard $(RUNS)/bench.json),cp $(RUNS)/bench.json $(RESULTS)/cpu.json)
+	$(if $(wildcard $(RUNS)/bench-again.json),cp $(RUNS)/bench-again.json $(RESULTS)/cpu-again.json)
+	$(if $(wildcard $(RUNS)/gpu/cuda.json),cp $(RUNS)/gpu/cuda.json $(RESULTS))
+	$(BIN)/python -m bench.report
 
 # SAM's accuracy at close to SGD's price: task, contender and seeds of a row of docs/quality.md.
 # `python -m bench.quality run` does all the runs.

@@ -36,8 +36,7 @@ CASES = [
     *(step(f"{SCALING} parameters", name, (OURS, REFERENCE), CPU, ONCE) for name in c.BY_ELEMENTS),
     *(step(f"{SCALING} tensors", name, (OURS, REFERENCE), CPU, ONCE) for name in c.BY_TENSORS),
     *(Case(iteration, ITERATION, name, seconds=2.0, rounds=(4, 60)) for name in NETWORKS),
-    Case(iteration, PRICE, "ConvNet, batch 32", parts=1, seconds=8.0, rounds=(8, 20)),
-    Case(iteration, PRICE, "ConvNet, batch 128", parts=1, seconds=8.0, rounds=(8, 20)),
+    *(Case(iteration, PRICE, f"ConvNet, batch {n}", parts=1, seconds=8.0, rounds=(8, 20)) for n in (32, 128)),
     *(Case(unperturbed, UNPERTURBED, name) for name in RESNETS),
     *(step("SGD", f"{name}, with launches", EVERY, GPU, method=LAUNCHES) for name in RESNETS),
     step("SGD", "resnet18", (*EVERY, c.COMPILED), CPU),
@@ -51,9 +50,6 @@ CASES = [
     step("SGD", "resnet18, triton backend", FEW, GPU, backend="triton"),
     step("SGD", "resnet18, torch backend", FEW, backend="torch"),
     *(step("AdamW", name, FEW, base="AdamW") for name in c.MODELS if name != c.LARGEST),  # which would take the longest
-    # reference.py is no straw man: a loop with the public implementation's operations, written independently
-    step("reference and public loop", "resnet18", (REFERENCE, c.PUBLIC_LOOP), CPU),
-    step("reference and public loop", "efficientnet_b0", (REFERENCE, c.PUBLIC_LOOP), CPU),
     Case(operations, "operation", "vit_base_patch16_224, float32", **OPERATION),
     Case(operations, "operation", "vit_base_patch16_224, float32, adaptive", {"adaptive": True}, **OPERATION),
     Case(operations, "operation", "vit_base_patch16_224, bfloat16", {"dtype": "bfloat16"}, **OPERATION),

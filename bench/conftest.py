@@ -26,8 +26,7 @@ TIMES: list[float] = []
 
 
 def replay() -> float:
-    """pytest-benchmark's timer, read before and after each round. It says what the harness has measured, whose
-    contenders take turns, so that its table shows the same numbers for every device."""
+    """pytest-benchmark's timer, which it reads before and after each round: it says what the harness has measured."""
     return TIMES.pop()
 
 
@@ -49,16 +48,16 @@ def pytest_configure(config: pytest.Config) -> None:
     bench = Bench(device, config.getoption("--smoke"))
     if bench.smoke:
         shrink()
-    selection = device if device == "rehearsal" else "smoke" if bench.smoke else "default"
     machine = {**describe(device, config.getoption("--commit")), "backend": usable(bench.device)[0]}
-    machine |= {"seconds": "0", "selection": selection}
+    machine["selection"] = "smoke" if bench.smoke else "default"
     config.stash[BENCH], config.stash[RUN] = bench, Run(machine, bench.records, bench.left_out)
     gc.freeze()  # what has been imported stays: looking through it takes longer than many a case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     bench = metafunc.config.stash[BENCH]
-    parts = [(case, n) for n in range(bench.parts) for case in CASES if n < case.parts and bench.kind in case.on]
+    cases = [case for case in CASES if ("cuda" if bench.gpu else "cpu") in case.on]
+    parts = [(case, n) for n in range(bench.parts) for case in cases if n < case.parts]
     metafunc.parametrize(("case", "part"), parts, ids=[f"{case.id}-{n}" for case, n in parts])
 
 

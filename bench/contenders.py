@@ -1,8 +1,5 @@
-"""What is compared: sam_fast and other ways to make SAM's step, each with its best legal settings; the parameters that
+"""What is compared: sam_fast and other ways to make SAM's step, all with the two-call interface; the parameters that
 every one is given; and the check that none is timed whose result is wrong.
-
-All have the two-call interface and are made alike: ``(params, base, rho=, adaptive=, **options of the base)``. Only
-:class:`PublicLoop` is not a competitor: it is there to show that ``sam_fast/reference.py`` is no straw man.
 """
 
 from __future__ import annotations
@@ -24,31 +21,23 @@ from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
 MODELS: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
-"""Parameter shapes of real models, by model name."""
 TINY, LARGEST = "10,000 tensors of 16", "gpt2"
 BY_ELEMENTS = {f"1e{n} in 100": [[10**n // 100]] * 100 for n in range(4, 8)}
 BY_TENSORS = {f"1e6 in {10**n}": [[10 ** (6 - n)]] * 10**n for n in range(4)}
-SHAPES: dict[str, list[list[int]]] = {
-    **MODELS,
-    TINY: [[16]] * 10_000,
-    **{f"{count} x 8": [[8]] * count for count in (1, 161)},
-    **BY_ELEMENTS,
-    **BY_TENSORS,
-}
-"""Of parameters, by the name of the set; of what is not a model's, numbers of elements and tensors are the name."""
+OF_EIGHT = {f"{count} x 8": [[8]] * count for count in (1, 161)}
+SHAPES: dict[str, list[list[int]]] = {**MODELS, TINY: [[16]] * 10_000, **OF_EIGHT, **BY_ELEMENTS, **BY_TENSORS}
 LARGE = [name for name, shapes in MODELS.items() if sum(map(math.prod, shapes)) >= 25_000_000]
 """Models that no cache holds: their bandwidth is the memory's."""
-STEPS = 2
-"""That are made in the check: the first makes the base optimizer's state, fused second steps begin later."""
+STEPS = 2  # of the check: the first makes the base optimizer's state, fused second steps begin later
 OURS = "sam_fast"
 REFERENCE, REFERENCE_FUSED = "reference", "reference, fused base"
 PEER_LOOP, PEER_FOREACH = "pytorch_optimizer, loop", "pytorch_optimizer, foreach"
-FOREACH, COMPILED, PUBLIC_LOOP = "foreach, fused base", "torch.compile of foreach", "public loop"
+FOREACH, COMPILED = "foreach, fused base", "torch.compile of foreach"
 BEST_PEERS = (PEER_LOOP, PEER_FOREACH, FOREACH)
-"""pytorch_optimizer's SAM and the same algorithm with torch._foreach_* and a fused base."""
-NORM_ERROR = 0.1
-"""How far off a baseline's norm may be. It is PyTorch's, which loses digits where tensors are large; the baseline takes
-the same time with them."""
+NORM_ERROR = 0.1  # how far off a baseline's norm may be, relative: PyTorch's loses digits where tensors are large
+CLOSE = {torch.float32: (8, 0.05), torch.bfloat16: (2, 0.01)}
+"""How far off float64 other results may be, relative and absolute, in the dtype's epsilons. Weights, all below 0.2, are
+rounded once or twice; 16-bit momentum adds more."""
 
 
 def shrink() -> None:
@@ -66,24 +55,6 @@ def make_params(shapes: list[list[int]], dtype: torch.dtype = torch.float32, dev
         p.grad = (torch.randn(shape, generator=generator) * 0.001).to(device, dtype)
         params.append(p)
     return params
-
-
-def copies(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Other parameters with the same weights, without gradients."""
-    return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def backward(params: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Callable[[], None]:
-    """Hands out gradients as a backward pass does: in new memory, last parameter first. ``zero_grad`` frees them."""
-
-    def run() -> None:
-        for p, own in zip(reversed(params), reversed(gradients), strict=True):
-            if p.grad is None:
-                p.grad = own.clone()
-            else:
-                p.grad.copy_(own)  # flatten=True: gradients stay where they are
-
-    return run
 
 
 def params_of(optimizer: Any) -> list[nn.Parameter]:
@@ -104,6 +75,24 @@ class Problem:
     def gradients(self) -> list[Any]:
         return [p.grad for p in self.start]
 
+    def params(self) -> list[nn.Parameter]:
+        """Other parameters with the same weights, without gradients."""
+        return [nn.Parameter(p.detach().clone()) for p in self.start]
+
+    def backward(self, params: Sequence[nn.Parameter]) -> Callable[[], None]:
+        """Hands out the gradients as a backward pass does: in new memory, last parameter first. ``zero_grad`` frees
+        them."""
+        gradients = self.gradients
+
+        def run() -> None:
+            for p, own in zip(reversed(params), reversed(gradients), strict=True):
+                if p.grad is None:
+                    p.grad = own.clone()
+                else:
+                    p.grad.copy_(own)  # flatten=True: gradients stay where they are
+
+        return run
+
     @property
     def elements(self) -> int:
         return sum(p.numel() for p in self.start)
@@ -116,17 +105,10 @@ class Problem:
         return float(torch.stack(squares).sum().sqrt())
 
     def check(self, name: str, optimizer: Any, norm_error: float = 0.0) -> None:
-        """After its first first_step and after ``STEPS`` steps the optimizer's parameters must be where float64 says:
-        gradients stay what they are, so SAM ends where the base optimizer alone does.
-
-        Args:
-            norm_error: what the optimizer's norm may be off by, relative.
-
-        Raises:
-            AssertionError: they are not.
-        """
+        """Raise an AssertionError unless the parameters are where float64 says after the first first_step and after
+        ``STEPS`` steps: gradients stay what they are, so SAM ends where the base optimizer alone does."""
         params = params_of(optimizer)
-        make_gradients = backward(params, self.gradients)
+        make_gradients = self.backward(params)
         for step in range(STEPS):
             make_gradients()
             optimizer.first_step()
@@ -146,7 +128,7 @@ class Problem:
             self._close(name, got, wanted.detach(), slack)
 
     def check_perturbed(self, name: str, got: Sequence[Tensor], norm_error: float = 0.0) -> None:
-        """``got`` must be ``w + rho T^2 g / ||T g||``."""
+        """Raise an AssertionError unless ``got`` is ``w + rho T^2 g / ||T g||``."""
         scale = self.rho / (self.norm + 1e-12)
         for moved, p, g in _pieces(got, self.start, self.gradients):
             w = p.double()
@@ -154,12 +136,10 @@ class Problem:
             self._close(name, moved, w + e, norm_error * e.abs())
 
     def _close(self, name: str, got: Tensor, wanted: Tensor, slack: Tensor | float) -> None:
-        # Rounded once or twice to the parameter's dtype: units in the last place of a weight of sd 0.02, all below 0.2.
-        # 16-bit momentum adds more.
-        epsilon = torch.finfo(self.start[0].dtype).eps
-        rtol, atol = (max(8 * epsilon, 1e-12), 0.05 * epsilon) if epsilon < 1e-4 else (2 * epsilon, 0.01 * epsilon)
+        relative, absolute = CLOSE[got.dtype]
+        allowed = torch.finfo(got.dtype).eps * (relative * wanted.abs() + absolute) + slack
         error = (got.double() - wanted).abs()
-        if not bool((error <= rtol * wanted.abs() + atol + slack).all()):  # NaN is not
+        if not bool((error <= allowed).all()):  # NaN is not
             raise AssertionError(f"{name} is wrong, so it is not timed: off by {float(error.max()):.3g}")
 
 
@@ -169,45 +149,22 @@ def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(t.detach().reshape(-1).split(1 << 17) for t in tensors), strict=True)
 
 
-class _Steps:
-    def __init__(self, params: Sequence[nn.Parameter], base: Any, rho: float, adaptive: bool, **options: Any) -> None:
-        self.base = base(params, **options)
-        self.params, self.rho, self.adaptive = list(params), rho, adaptive
-        self.param_groups, self.zero_grad = self.base.param_groups, self.base.zero_grad
-
-
-class PublicLoop(_Steps):
-    """The public implementation's two steps, written down from the list of its operations and not from reference.py."""
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        lengths = [torch.norm((torch.abs(p) if self.adaptive else 1.0) * p.grad, p=2) for p in self.params]
-        scale = self.rho / (torch.norm(torch.stack(lengths), p=2) + 1e-12)
-        self.kept = []
-        for p in self.params:
-            self.kept.append(p.data.clone())
-            e = (torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale.to(p)
-            p.add_(e)
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        for p, kept in zip(self.params, self.kept, strict=True):
-            p.data = kept
-        del self.kept
-        self.base.step()
-
-
-class ForeachSAM(_Steps):
+class ForeachSAM:
     """SAM with ``torch._foreach_*`` over all parameters at once and a fused base optimizer, as written by someone who
     knows PyTorch well: the backup is allocated once; the perturbation needs one temporary, the scaled gradient."""
 
-    def __init__(self, params: Sequence[nn.Parameter], base: Any, compiled: bool = False, **options: Any) -> None:
-        super().__init__(params, base, **options)
+    def __init__(
+        self, params: Any, base: Any, rho: float, adaptive: bool, compiled: bool = False, **options: Any
+    ) -> None:
+        self.base = base(params, **options, fused=True)
+        self.params, self.rho, self.adaptive = list(params), rho, adaptive
+        self.param_groups, self.zero_grad = self.base.param_groups, self.base.zero_grad
         self.backup = [torch.empty_like(p) for p in self.params]
-        if compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise ModuleNotFoundError("torch.compile needs a C++ compiler")
-        compile_it = partial(torch.compile, fullgraph=True, dynamic=False)
-        self.perturb = compile_it(_foreach_perturb) if compiled else _foreach_perturb
+        self.perturb = _foreach_perturb
+        if compiled:
+            if shutil.which(os.environ.get("CXX", "g++")) is None:
+                raise ModuleNotFoundError("torch.compile needs a C++ compiler")
+            self.perturb = torch.compile(_foreach_perturb, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -245,9 +202,8 @@ MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
     REFERENCE_FUSED: (partial(ReferenceSAM, fused=True), "sam_fast/reference.py, base optimizer with fused=True"),
     PEER_LOOP: (partial(_peer, False), "pytorch_optimizer's SAM(fused=True), foreach=False on a GPU"),
     PEER_FOREACH: (partial(_peer, True), "pytorch_optimizer's SAM(foreach=True)"),
-    FOREACH: (partial(ForeachSAM, fused=True), "bench/contenders.py, torch._foreach_*, base with fused=True"),
-    COMPILED: (partial(ForeachSAM, compiled=True, fused=True), "the same, first_step compiled (fullgraph, static)"),
-    PUBLIC_LOOP: (PublicLoop, "bench/contenders.py, the public implementation's operations, base with its defaults"),
+    FOREACH: (ForeachSAM, "bench/contenders.py, torch._foreach_*, base with fused=True"),
+    COMPILED: (partial(ForeachSAM, compiled=True), "the same, first_step compiled (fullgraph, static)"),
 }
 """Name -> what makes it, and with which settings."""
 
@@ -255,4 +211,4 @@ MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
 def make(name: str, problem: Problem, **settings: Any) -> Any:
     """An optimizer on parameters of its own, with these settings besides the problem's."""
     options = {"rho": problem.rho, "adaptive": problem.adaptive, **problem.options, **settings}
-    return MAKERS[name][0](copies(problem.start), problem.base, **options)
+    return MAKERS[name][0](problem.params(), problem.base, **options)

@@ -1,6 +1,4 @@
-"""The whole optimizer step, its two halves first_step (norm, backup, perturb) and second_step (restore and the base
-optimizer), and its operations one by one.
-"""
+"""The whole optimizer step, its two halves, and its operations one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.contenders import NORM_ERROR, OURS, SHAPES, Problem, backward, copies, make, make_params, params_of
+from bench.contenders import NORM_ERROR, OURS, SHAPES, Problem, make, make_params, params_of
 from bench.harness import HEAD_START, LONG_HEAD_START, WORK, Bench, Case, Contender
 from bench.records import TORCH_COPY
 from sam_fast import backends
@@ -39,8 +37,7 @@ def optimizer_step(
     method: str = WORK,
     **settings: Any,
 ) -> None:
-    """first_step, second_step and their sum, each with the gradients of a new backward pass. ``settings`` are
-    sam_fast's. Results are checked once for each case."""
+    """Each step with the gradients of a new backward pass. ``settings`` are sam_fast's."""
     if (backend := settings.get("backend")) not in (None, *usable(bench.device)):
         return bench.leave_out(f"{case.group}: the {backend} backend cannot be used here")
     problem = problem_of(bench, case, base, dtype, adaptive)
@@ -54,7 +51,7 @@ def optimizer_step(
         if case.id not in bench.checked:
             problem.check(name, optimizer, norm_error=0.0 if name == OURS else NORM_ERROR)
         stages = {"first_step": optimizer.first_step, "second_step": optimizer.second_step}
-        gradients = backward(params_of(optimizer), problem.gradients)
+        gradients = problem.backward(params_of(optimizer))
         head_start = HEAD_START if name == OURS and settings.get("backend") != "torch" else LONG_HEAD_START
         made[name] = Contender(stages, gradients, optimizer.zero_grad, method, head_start)
     size = problem.elements * problem.start[0].element_size() // 4
@@ -64,8 +61,7 @@ def optimizer_step(
 
 
 def operations(bench: Bench, case: Case, dtype: str = "float32", adaptive: bool = False) -> None:
-    """grad_norm, perturb and restore of a bucket by itself, on each backend. Restoring and stepping in one is
-    second_step, which is among the steps."""
+    """Those of a bucket by itself, on each backend. Restoring and stepping in one is second_step."""
     problem = problem_of(bench, case, "SGD", dtype, adaptive)
     check = case.id not in bench.checked
     contenders = {backend: operations_of(problem, backend, check) for backend in usable(bench.device)}
@@ -79,8 +75,8 @@ def operations(bench: Bench, case: Case, dtype: str = "float32", adaptive: bool 
 
 def operations_of(problem: Problem, backend: str, check: bool = True) -> Contender:
     """One bucket's, whose tensors have gradients. A wrong result is not timed."""
-    params = copies(problem.start)
-    backward(params, problem.gradients)()
+    params = problem.params()
+    problem.backward(params)()
     bucket = backends.choose(params[0], backend).bucket(params, [0] * len(params))
     group = {"rho": problem.rho, "eta": 0.0, "adaptive": problem.adaptive, "perturb": True}
     options = backends.GroupOptions([group])

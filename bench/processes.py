@@ -17,23 +17,21 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from bench.contenders import OURS, REFERENCE, SHAPES, Problem, copies, make_params
+from bench.contenders import OURS, REFERENCE, SHAPES, Problem, make_params
 from bench.harness import Bench, Case, Contender, Work, mallopt, measure, synchronize
-from bench.records import Record
+from bench.records import COPY, Record
 from bench.training import SGD_ONCE, perturbed, plain
 from sam_fast import SAM
 from sam_fast.reference import ReferenceSAM
 
 MEMORY, WEAK_SCALING = "peak memory", "weak scaling"
-ITERATIONS: dict[str, Callable[..., Work]] = {
+ITERATIONS: dict[str, Callable[..., Work]] = {  # whose memory is measured
     OURS: perturbed,
     "sam_fast, flatten": partial(perturbed, sam=partial(SAM, flatten=True)),
     SGD_ONCE: plain,
     REFERENCE: partial(perturbed, sam=ReferenceSAM),
 }
-"""Whose memory is measured."""
 WIDTH, LAYERS, BATCH = 2048, 8, 8
-RHO = 0.05
 
 
 def resident() -> int:
@@ -43,7 +41,7 @@ def resident() -> int:
 
 
 def peak_bytes(contender: str, device: str) -> float:
-    """What three training iterations need beyond what there was before the model. In a new process, for a peak never
+    """What three training iterations need beyond what there was before the model; in a new process, as a peak never
     sinks."""
     mallopt(-3, 1 << 16)  # a tensor's memory goes back when it is freed: what the allocator keeps is chance
     x, y = torch.randn(BATCH, WIDTH, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device)
@@ -57,30 +55,29 @@ def peak_bytes(contender: str, device: str) -> float:
 
 
 def memory(bench: Bench, case: Case) -> None:
-    """Peak memory of three training iterations: as the allocator says, or a child process's peak RSS."""
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         found = pool.starmap(peak_bytes, [(name, bench.device) for name in ITERATIONS], chunksize=1)
     elements = LAYERS * (WIDTH * WIDTH + WIDTH)
     # The weights and their gradients are there in any case; less was not measured right.
     assert min(found) > 2 * 4 * elements
     peaks = {name: [peak] for name, peak in zip(ITERATIONS, found, strict=True)}
-    bench.add(Record(case.group, case.name, OURS, peaks, elements, facts={"unit": "bytes", "device": bench.kind}))
+    bench.add(Record(case.group, case.name, OURS, peaks, elements, facts={"unit": "bytes"}))
 
 
 def optimizer_of(shapes: list[list[int]], sharded: bool, device: str) -> SAM:
     """SAM around SGD with momentum, on parameters of these local shapes that have gradients. Refuses a wrong result:
     first_step must perturb by rho along the gradient, with its norm over all processes where they share."""
-    size = distributed.get_world_size() if sharded else 1
+    rho, size = 0.05, distributed.get_world_size() if sharded else 1
     # every process has the same gradients: the norm over all of them is sqrt(size) times that of one
-    problem = Problem(make_params(shapes, device=device), rho=RHO / math.sqrt(size))
-    params, gradients = copies(problem.start), problem.gradients
+    problem = Problem(make_params(shapes, device=device), rho=rho / math.sqrt(size))
+    params, gradients = problem.params(), problem.gradients
     if sharded:
         mesh = init_device_mesh(device, (size,))
         shard = partial(DTensor.from_local, device_mesh=mesh, placements=[Shard(0)], run_check=False)
         params, gradients = [nn.Parameter(shard(p.detach())) for p in params], [shard(g) for g in gradients]
     for p, g in zip(params, gradients, strict=True):
         p.grad = g
-    optimizer = SAM(params, torch.optim.SGD, rho=RHO, lr=1e-6, momentum=0.9)
+    optimizer = SAM(params, torch.optim.SGD, rho=rho, lr=1e-6, momentum=0.9)
     optimizer.first_step()
     problem.check_perturbed("first_step", [p.to_local() if isinstance(p, DTensor) else p for p in params])
     optimizer.restore()
@@ -96,7 +93,7 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
     distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     source = torch.randn(16_000_000, device=device)
     target = torch.empty_like(source)
-    stages: dict[str, Callable[[], object]] = {"streaming copy": lambda: target.copy_(source)}
+    stages: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
     for kind in ("replica", "shard"):
         optimizer = optimizer_of(shapes, kind == "shard", device)
         stages |= {f"{kind}, {step}": getattr(optimizer, step) for step in ("first_step", "second_step")}
@@ -110,9 +107,8 @@ def work(rank: int, size: int, store: str, shapes: list[list[int]], rounds: int,
 
 
 def weak_scaling(bench: Bench, case: Case) -> None:
-    """The optimizer's own time with several processes, each with one thread (or GPU) and the same number of parameters,
-    as replicas or as shards of DTensors, relative to one. Processes on one machine share its memory: the streaming copy
-    shows what that costs."""
+    """The optimizer's own time with several processes, each with one thread (or GPU) and the same number of parameters.
+    They share the machine's memory: the streaming copy shows what that costs."""
     most = torch.cuda.device_count() if bench.device == "cuda" else min(os.cpu_count() or 1, 2)
     if most == 1:
         return bench.leave_out(f"{case.group}: needs two cores, or two GPUs")

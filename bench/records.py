@@ -1,4 +1,4 @@
-"""What a run leaves behind: what it was made on, records of rounds, and the figures that are computed from them."""
+"""What a run leaves behind: what it was made on, and records of rounds."""
 
 from __future__ import annotations
 
@@ -8,41 +8,13 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COPY, TORCH_COPY = "streaming copy", "torch copy_"
-CEILING = 1.1
-"""A GPU's memory is not faster than that, relative to the copy."""
-READ_ONLY = "grad_norm"
-"""What only reads, which some memories do faster than they copy: groups that begin so."""
-
-
-class Estimate(NamedTuple):
-    """A median and the 95 % confidence interval of it."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def noise(self) -> float:
-        """Half the interval's width, relative."""
-        return (self.high - self.low) / (2 * self.value)
-
-
-def median(values: Sequence[float]) -> Estimate:
-    """With the interval from order statistics (binomial): no assumption about how the noise is distributed."""
-    from scipy.stats import binom  # not where a GPU is only measured: there it may be missing
-
-    ordered = sorted(values)
-    rank = max(int(binom.ppf(0.025, len(ordered), 0.5)), 1)
-    return Estimate(statistics.median(ordered), ordered[rank - 1], ordered[-rank])
 
 
 @dataclass
@@ -51,14 +23,11 @@ class Record:
 
     group: str
     case: str
-    target: str
-    """The contender that the others are baselines of."""
+    target: str  # the contender that the others are baselines of
     rounds: dict[str, list[float]]
     elements: int = 0
-    bytes_moved: int | None = None
-    """That must move. None: not bound by memory."""
-    copy_rounds: list[float] = field(default_factory=list)
-    """Seconds that ``copy_bytes`` took in each round, streamed as fast as the memory lets them."""
+    bytes_moved: int | None = None  # that must move; None: not bound by memory
+    copy_rounds: list[float] = field(default_factory=list)  # what copy_bytes took, streamed as fast as memory lets them
     copy_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -66,31 +35,10 @@ class Record:
     def key(self) -> str:
         return f"{self.group} | {self.case}"
 
-    def seconds(self, name: str | None = None) -> Estimate:
-        return median(self.rounds[name or self.target])
-
-    def faster_than(self, baseline: str, name: str | None = None) -> Estimate:
-        """How many times faster than a baseline: the median over the rounds of the quotient within the round. What
-        slows the whole machine for a while hits both."""
-        return median([b / t for b, t in zip(self.rounds[baseline], self.rounds[name or self.target], strict=True)])
-
-    def faster_than_best(self, baselines: Iterable[str]) -> float:
-        """The least of the ratios to those of these that were measured."""
-        return min(self.faster_than(name).value for name in baselines if name in self.rounds)
-
-    def shares(self, name: str | None = None) -> list[float]:
+    def shares(self, name: str) -> list[float]:
         """Of the bandwidth measured in the same round; empty where memory is no bound."""
-        per_round = zip(self.rounds[name or self.target], self.copy_rounds, strict=False)
+        per_round = zip(self.rounds[name], self.copy_rounds, strict=False)
         return [(self.bytes_moved or 0) / seconds / (self.copy_bytes / copy) for seconds, copy in per_round]
-
-    def invalid(self) -> str:
-        """Why this cannot have been measured right; empty if it can. On a GPU only what does not write may be faster
-        than a copy. A CPU's cache can hold some of a case: no bound there."""
-        if self.facts.get("device", "cpu") == "cpu" or self.group.startswith(READ_ONLY) or not self.copy_rounds:
-            return ""
-        shares = {name: statistics.median(self.shares(name)) for name in self.rounds if name != TORCH_COPY}
-        above = [f"{name} at {100 * s:.0f} % of the copy's bandwidth" for name, s in shares.items() if s > CEILING]
-        return f"{self.key}: invalid, an error in the measurement: {', '.join(above)}" if above else ""
 
 
 @dataclass
@@ -100,22 +48,6 @@ class Run:
     machine: dict[str, str]
     records: list[Record] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    agreement: dict[str, Any] = field(default_factory=dict)
-    """With a second run of the same commit (``bench.report --again``): its date, and how far apart they are."""
-
-    def find(self, group: str) -> dict[str, Record]:
-        """By case."""
-        return {r.case: r for r in self.records if r.group == group}
-
-    def compare(self, again: Run, baseline: str = "reference") -> None:
-        """Note, by record, how far the two runs' ratios to the baseline are apart, relative to the smaller."""
-        apart: dict[str, float] = {}
-        for r in self.records:
-            other = again.find(r.group).get(r.case)
-            if other and baseline in r.rounds.keys() - {r.target}:
-                low, high = sorted(x.faster_than(baseline).value for x in (r, other))
-                apart[f"{r.group}, {r.case}"] = round(high / low - 1, 4)
-        self.agreement = {"date": again.machine["date"], "apart": apart}
 
     def save(self, path: Path) -> None:
         """Write everything, all at once: whoever is killed meanwhile leaves the file as it was."""
@@ -165,14 +97,9 @@ def installed(package: str) -> str:
 def describe(device: str, commit: str = "") -> dict[str, str]:
     """Device, versions, commit, date."""
     rehearsal = {"device": "none: a rehearsal on the CPU, whose figures say nothing"}
-    packages = {package: installed(package) for package in ("torch", "pytorch_optimizer", "triton")}
-    return {
-        "kind": "cpu" if device == "cpu" else "cuda",
-        **(cpu() if device == "cpu" else gpu() if device == "cuda" else rehearsal),
-        **{package: version for package, version in packages.items() if version},
-        "python": platform.python_version(),
-        **commit_and_date(commit),
-    }
+    where = cpu() if device == "cpu" else gpu() if device == "cuda" else rehearsal
+    versions = {name: version for name in ("torch", "pytorch_optimizer", "triton") if (version := installed(name))}
+    return {**where, **versions, "python": platform.python_version(), **commit_and_date(commit)}
 
 
 def commit_and_date(commit: str = "") -> dict[str, str]:

@@ -1,10 +1,5 @@
-"""Turns saved runs into bench/results/*.json, docs/benchmarks.md with targets and picture, and the README's table.
-
-    python -m bench.report [RUN.json ...] [--again SECOND.json] [--name OTHER] [--root DIR]
-
-A run goes to ``bench/results/cpu.json`` or ``cuda.json``, by its device. With ``--name``, one on another CPU, or with
-other threads, goes to ``cpu-OTHER.json`` beside them. Without any, everything is made again from what is there.
-``--again``: a second run of the same commit, whose agreement with the first becomes part of the results.
+"""Makes docs/benchmarks.md, its picture and the README's table from the runs in bench/results/: cpu.json,
+cpu-again.json (a second run of the same commit), cuda.json, and cpu-OTHER.json for other CPUs or threads.
 """
 
 from __future__ import annotations
@@ -12,7 +7,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -21,22 +19,23 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy.stats import gmean
 
-from bench.contenders import BEST_PEERS, LARGE, LARGEST, MAKERS, MODELS, PEER_FOREACH, PUBLIC_LOOP, REFERENCE
+from bench.compare import apart
+from bench.contenders import BEST_PEERS, LARGE, LARGEST, MAKERS, MODELS, OURS, PEER_FOREACH, REFERENCE
+from bench.figures import figures
 from bench.processes import MEMORY, WEAK_SCALING
-from bench.records import ROOT, Estimate, Record, Run, median
-from bench.training import ASCENT, EVERY, ITERATION, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
+from bench.records import ROOT, Run
+from bench.training import ASCENT, EVERY, ITERATION, NETWORKS, PRICE, SGD_ONCE, SGD_TWICE, UNPERTURBED
 from bench.training import REFERENCE as SAM_REFERENCE
 
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 UNITS = {"x": 1.0, "%": 1e2, "ms": 1e3, "us": 1e6, "launches": 1.0}
-OTHER = "Another run:"
-"""How the title begins of a section with a run beside the one in the README."""
+OTHER = "Another run:"  # so begins the title of a section with a run beside the one in the README
 BEGIN, END = "<!-- benchmarks: made by bench.report -->", "<!-- end of benchmarks -->"
 RELATIVE = {ITERATION: SGD_TWICE, PRICE: SGD_ONCE, UNPERTURBED: SGD_ONCE, MEMORY: SGD_ONCE, WEAK_SCALING: "1 process"}
 """Groups whose tables say how much of this contender's cost each one's is; elsewhere: how many times faster we are."""
 SECTIONS = {
     "Whole optimizer step": (
-        "optimizer step, (SGD|AdamW|reference and public loop)",
+        "optimizer step, (SGD|AdamW)",
         "first_step and second_step, each with the gradients of a new backward pass. Times faster than each baseline. "
         "The bandwidth is given where the last level cache would hold at most a tenth of the bytes that move.",
     ),
@@ -50,8 +49,8 @@ SECTIONS = {
     "Memory": (MEMORY, "Three training iterations, above what was there before the model."),
 }
 """Title -> pattern of its groups, each of which has a table, and an explanation."""
-PANELS = ("optimizer step, SGD", "optimizer step, AdamW", ITERATION)
-"""Groups that are in the picture."""
+FIRST, SECOND, STEP, ADAMW = "first_step, SGD", "second_step, SGD", "optimizer step, SGD", "optimizer step, AdamW"
+PANELS = (STEP, ADAMW, ITERATION)  # groups that are in the picture
 PICTURE = Path("benchmarks") / "ratios.png"
 HEAD = """# Benchmarks
 
@@ -61,94 +60,95 @@ Ratios are medians over rounds of the quotient within the round, with the 95 % i
 
 ## Targets"""
 
-Values = Callable[[Run], pd.Series]
-"""What finds figures in a run, by case; none if one of them is missing."""
+
+@dataclass
+class Result(Run):
+    """A saved run, and the figures that are shown of it."""
+
+    again: Run | None = None  # a second run of the same commit
+
+    @cached_property
+    def figures(self) -> pd.DataFrame:
+        found = figures(self, lambda record: RELATIVE.get(record.group, record.target))
+        found["cost"] = [cost(row.seconds, row.unit) for row in found.itertuples()]
+        found["cell"] = [cell(row) for row in found.itertuples()]
+        return found
+
+    def find(self, column: str, group: str) -> pd.DataFrame:
+        """A column of a group's figures: a row for each case, a column for each contender."""
+        found = self.figures[self.figures["group"] == group]
+        cases, contenders = found["case"].unique(), found["contender"].unique()
+        return found.pivot(index="case", columns="contender", values=column).loc[cases, contenders]
 
 
-def of(group: str, cases: Iterable[str], value: Callable[[Record], float | None]) -> Values:
-    """A figure of the group's record of each case, all of which must be there. What is None is left out."""
+Values = Callable[[Result], pd.Series]  # finds figures in a run, by case
 
-    def find(run: Run) -> pd.Series:
-        records = run.find(group)
-        wanted = cases if records.keys() >= set(cases) else ()
-        return pd.Series({case: value(records[case]) for case in wanted}, dtype=float).dropna()
+
+def of(column: str, group: str, cases: Iterable[str], contenders: Iterable[str] = (OURS,)) -> Values:
+    """The least figure of these contenders in each of these cases; none unless all cases and all contenders are there.
+    A case may lack a contender that another has: not every one is measured everywhere."""
+
+    def find(run: Result) -> pd.Series:
+        found = run.find(column, group)
+        if set(cases) <= set(found.index) and set(contenders) <= set(found.columns):
+            return found.loc[list(cases), list(contenders)].min(axis="columns").dropna()
+        return pd.Series(dtype=float)
 
     return find
 
 
-def faster(group: str, cases: Iterable[str], *baselines: str) -> Values:
-    """How many times faster than the best of the baselines. All must be there but pytorch_optimizer's foreach: it is
-    slower than its loop, and not measured everywhere."""
-
-    def ratio(r: Record) -> float | None:
-        there = set(baselines) & r.rounds.keys()
-        return r.faster_than_best(there) if there and set(baselines) - there <= {PEER_FOREACH} else None
-
-    return of(group, cases, ratio)
+def between_runs(run: Result) -> pd.Series:
+    """How far the ratios of a second run are from this one's."""
+    return apart(run, run.again) if run.again else pd.Series(dtype=float)
 
 
-def share(group: str, cases: Iterable[str]) -> Values:
-    return of(group, cases, lambda r: median(r.shares()).value if r.shares() else None)
-
-
-def of_sgd(name: str) -> Values:
-    """Time over SGD's, in batches of 128."""
-    return of(PRICE, ["ConvNet, batch 128"], lambda r: r.faster_than(name, SGD_ONCE).value)
-
-
-def apart(run: Run) -> pd.Series:
-    """How far the ratios of a second run were from this one's."""
-    return pd.Series(run.agreement.get("apart"), dtype=float)
-
-
-WITHOUT_LARGEST = [name for name in MODELS if name != LARGEST]
-BIG = [name for name in LARGE if name != "resnet50"]
-"""80M parameters and more."""
-FIRST, STEP, ADAMW = "first_step, SGD", "optimizer step, SGD", "optimizer step, AdamW"
-PUBLIC = "optimizer step, reference and public loop"
+BIG = [name for name in LARGE if name != "resnet50"]  # 80M parameters and more
+MODELS_ADAMW, LARGE_ADAMW = ([name for name in names if name != LARGEST] for names in (MODELS, LARGE))
 THAN, WHOLE = "times faster than the reference", "whole step with"
 HOST = "host time of first_step for 161 parameters under 60 us, in a loop of its own"
-host_time = of("first_step, host time, in a loop", ["161 x 8"], lambda r: r.seconds().value)
-imported = of("import sam_fast after import torch", ["fresh process"], lambda r: r.seconds().value)
-straw = of(PUBLIC, ["resnet18", "efficientnet_b0"], lambda r: 1 / r.faster_than(PUBLIC_LOOP).value - 1)
-# the interval's lower end: no slower beyond the noise
-no_slower = of(UNPERTURBED, ["resnet18", "resnet50"], lambda r: r.faster_than("sam_fast", SGD_ONCE).low)
-than_peers = faster(STEP, MODELS, *BEST_PEERS)
-foreach = faster(FIRST, ["resnet50"], PEER_FOREACH)
-launches = of("second_step, SGD", ["resnet50"], lambda r: r.facts.get("launches", {}).get("sam_fast"))
+sgd_share, adamw_share = of("share", STEP, LARGE), of("share", ADAMW, LARGE_ADAMW)
+first_step, sgd_step = (of("ratio", group, MODELS, [REFERENCE]) for group in (FIRST, STEP))
+adamw_step = of("ratio", ADAMW, MODELS_ADAMW, [REFERENCE])
+than_peers = of("ratio", STEP, MODELS, BEST_PEERS)
+ascent, every = (of("ratio", PRICE, ["ConvNet, batch 128"], [name]) for name in (ASCENT, EVERY))
+no_slower = of("low", UNPERTURBED, ["resnet18", "resnet50"])  # beyond the noise: the interval's lower end
+host_time = of("seconds", "first_step, host time, in a loop", ["161 x 8"])
+imported = of("seconds", "import sam_fast after import torch", ["fresh process"])
+first_on_50, step_on_50 = (of("ratio", group, ["resnet50"], [REFERENCE]) for group in (FIRST, STEP))
+foreach = of("ratio", FIRST, ["resnet50"], [PEER_FOREACH])
 
-ON_THE_CPU: list[tuple[str, str, str, Values]] = [
-    (f"first_step at least 3.5 {THAN} on every set", ">= 3.5 x", "least", faster(FIRST, MODELS, REFERENCE)),
-    ("first_step at least 4.5 times faster, geometric mean", ">= 4.5 x", "mean", faster(FIRST, MODELS, REFERENCE)),
-    (f"{WHOLE} SGD at least 4 {THAN}, geometric mean", ">= 4 x", "mean", faster(STEP, MODELS, REFERENCE)),
-    (f"{WHOLE} SGD at least 3 times faster on every set", ">= 3 x", "least", faster(STEP, MODELS, REFERENCE)),
+Target = tuple[str, str, str, Values]
+"""What is wanted, the bound, which of the figures must keep it ("least", "most", or their geometric "mean")."""
+ON_THE_CPU: list[Target] = [
+    (f"first_step at least 3.5 {THAN} on every set", ">= 3.5 x", "least", first_step),
+    ("first_step at least 4.5 times faster, geometric mean", ">= 4.5 x", "mean", first_step),
+    (f"{WHOLE} SGD at least 4 {THAN}, geometric mean", ">= 4 x", "mean", sgd_step),
+    (f"{WHOLE} SGD at least 3 times faster on every set", ">= 3 x", "least", sgd_step),
     (f"{WHOLE} SGD at least twice as fast as the best peer, geometric mean", ">= 2 x", "mean", than_peers),
     ("the same on every set", ">= 2 x", "least", than_peers),
-    (f"{WHOLE} AdamW at least 3 {THAN}, geometric mean", ">= 3 x", "mean", faster(ADAMW, WITHOUT_LARGEST, REFERENCE)),
-    ("the same on every set", ">= 3 x", "least", faster(ADAMW, WITHOUT_LARGEST, REFERENCE)),
-    ("SGD: at least 85 % of the measured bandwidth from 25M parameters on", ">= 85 %", "least", share(STEP, LARGE)),
-    ("AdamW: the same", ">= 85 %", "least", share(ADAMW, [name for name in LARGE if name != LARGEST])),
-    ("SAM with ascent=1/4 at most 1.35 of SGD's time, batches of 128", "<= 1.35 x", "most", of_sgd(ASCENT)),
-    ("SAM with every=4 at most 1.30 of SGD's time, batches of 128", "<= 1.30 x", "most", of_sgd(EVERY)),
+    (f"{WHOLE} AdamW at least 3 {THAN}, geometric mean", ">= 3 x", "mean", adamw_step),
+    ("the same on every set", ">= 3 x", "least", adamw_step),
+    ("SGD: at least 85 % of the measured bandwidth from 25M parameters on", ">= 85 %", "least", sgd_share),
+    ("AdamW: the same", ">= 85 %", "least", adamw_share),
+    ("SAM with ascent=1/4 at most 1.35 of SGD's time, batches of 128", "<= 1.35 x", "most", ascent),
+    ("SAM with every=4 at most 1.30 of SGD's time, batches of 128", "<= 1.30 x", "most", every),
     ("a step that does not perturb no slower than SGD(fused=True), beyond the noise", "<= 1 x", "most", no_slower),
     (HOST, "<= 60 us", "mean", host_time),
     ("import adds under 50 ms", "<= 50 ms", "mean", imported),
-    ("the reference at most 10 % slower than the public implementation's operations", "<= 10 %", "most", straw),
-    ("two runs agree: every ratio to the reference within 15 %", "<= 15 %", "most", apart),
+    ("two runs agree: every ratio to the reference within 15 %", "<= 15 %", "most", between_runs),
 ]
-"""What is wanted, the bound, which of the figures must keep it ("least", "most", or their geometric "mean")."""
-ON_A_GPU: list[tuple[str, str, str, Values]] = [
-    (f"GPU: first_step on resnet50 at least 10 {THAN}", ">= 10 x", "mean", faster(FIRST, ["resnet50"], REFERENCE)),
+ON_A_GPU: list[Target] = [
+    (f"GPU: first_step on resnet50 at least 10 {THAN}", ">= 10 x", "mean", first_on_50),
     ("GPU: the same at least 3 times faster than pytorch_optimizer's foreach SAM", ">= 3 x", "mean", foreach),
-    (f"GPU: whole step on resnet50 at least 10 {THAN}", ">= 10 x", "mean", faster(STEP, ["resnet50"], REFERENCE)),
-    ("GPU: first_step at 90 % of a copy's rate from 80M parameters on", ">= 90 %", "least", share(FIRST, BIG)),
-    ("GPU: whole step at 90 % of the same", ">= 90 %", "least", share(STEP, BIG)),
+    (f"GPU: whole step on resnet50 at least 10 {THAN}", ">= 10 x", "mean", step_on_50),
+    ("GPU: first_step at 90 % of a copy's rate from 80M parameters on", ">= 90 %", "least", of("share", FIRST, BIG)),
+    ("GPU: whole step at 90 % of the same", ">= 90 %", "least", of("share", STEP, BIG)),
     (f"GPU: {HOST}", "<= 60 us", "mean", host_time),
-    ("GPU: second_step is one launch", "<= 1 launches", "mean", launches),
+    ("GPU: second_step is one launch", "<= 1 launches", "mean", of("launches", SECOND, ["resnet50"])),
 ]
 
 
-def judged(wanted: list[tuple[str, str, str, Values]], run: Run) -> list[dict[str, str]]:
+def judged(wanted: Sequence[Target], run: Result) -> list[dict[str, str]]:
     """Every target: what was wanted, what was measured (empty where nothing was), and whether it is met."""
     rows = []
     for target, bound, which, find in wanted:
@@ -164,9 +164,14 @@ def judged(wanted: list[tuple[str, str, str, Values]], run: Run) -> list[dict[st
     return rows
 
 
-def results(root: Path, names: str) -> list[Run]:
-    """The saved runs whose files are named so; a ``*`` stands for anything."""
-    return [Run.load(path) for path in sorted((root / "bench" / "results").glob(f"{names}.json"))]
+def results(root: Path) -> tuple[Result, Result | None, list[Result]]:
+    """The runs in bench/results: the CPU's, the GPU's, and those on other CPUs. Raises KeyError without cpu.json."""
+    folder = root / "bench" / "results"
+    runs = {path.stem: Result.load(path) for path in sorted([*folder.glob("cpu*.json"), *folder.glob("cuda.json")])}
+    again, gpu, cpu = runs.pop("cpu-again", None), runs.pop("cuda", None), runs.pop("cpu")
+    if again and again.machine["commit"] == cpu.machine["commit"]:
+        cpu.again = again
+    return cpu, gpu, list(runs.values())
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -175,89 +180,68 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def table_of(rows: Iterable[dict[str, str]]) -> str:
-    """Of rows that may lack cells; empty where there is no row."""
+    """Of rows that may lack cells."""
     frame = pd.DataFrame(rows).fillna("")
-    return "\n".join(table(frame.columns, frame.to_numpy())) if len(frame) else ""
+    return "\n".join(table(frame.columns, frame.to_numpy()))
 
 
-def section(title: str, *blocks: str) -> list[str]:
-    """Nothing where all of it is empty."""
-    return [title, *blocks] if any(blocks) else []
-
-
-def cost(record: Record, name: str | None = None) -> str:
-    value = record.seconds(name).value
-    if record.facts.get("unit") == "bytes":
+def cost(value: float, unit: str) -> str:
+    if unit == "bytes":
         return f"{value / 1e6:.0f} MB"
     return f"{1e3 * value:.3g} ms" if value < 1 else f"{1e3 * value:.0f} ms"
 
 
-def interval(estimate: Estimate, digits: int) -> str:
-    value, low, high = (f"{x:.{digits}f}" for x in estimate)
-    return value if low == high else f"{value} ({low} - {high})"
+def cell(row: Any) -> str:
+    """What a table says of a contender: the cost of the yardstick, the ratio of any other."""
+    relative = row.group in RELATIVE
+    if row.contender == row.yardstick:
+        return row.cost if relative else f"{row.cost} ± {100 * row.noise:.0f} %"
+    ratio, low, high = (f"{x:.{3 if relative else 2}f}" for x in (row.ratio, row.low, row.high))
+    return ratio if low == high else f"{ratio} ({low} - {high})"
 
 
-def span(low: float, high: float) -> str:
-    """ "1.00 to 1.04", or one number where the two look the same."""
-    return " to ".join(dict.fromkeys(f"{x:.2f}" for x in (low, high)))
+def cells_of(run: Result, group: str) -> pd.DataFrame:
+    """A group's table, the yardstick first; with the bandwidth where memory is a bound."""
+    cells, yardstick = run.find("cell", group), run.find("yardstick", group).iat[0, 0]
+    cells.insert(0, yardstick, cells.pop(yardstick))
+    rate, share = (run.find(column, group)[yardstick] for column in ("rate", "share"))
+    if rate.notna().any():
+        cells["GB/s"] = (rate / 1e9).map("{:.1f}".format, na_action="ignore")
+        cells["of the measured bandwidth"] = (100 * share).map("{:.0f} %".format, na_action="ignore")
+    return cells.reset_index()
 
 
-def ratios(record: Record) -> dict[str, Estimate]:
-    """By contender: how many times faster we are, or its cost over that of the group's yardstick (:data:`RELATIVE`)."""
-    yardstick = RELATIVE.get(record.group, record.target)
-    return {name: record.faster_than(name, yardstick) for name in record.rounds if name != yardstick}
+def mean_of(run: Result) -> str:
+    """How many times faster than the reference whole steps with SGD are."""
+    faster = sgd_step(run)
+    return NOT_MEASURED if faster.empty else f"{gmean(faster):.1f}x"
 
 
-def row(record: Record) -> dict[str, str]:
-    """A record's line in its table."""
-    case = {"case": record.case}
-    yardstick = RELATIVE.get(record.group)
-    others = {name: interval(ratio, 3 if yardstick else 2) for name, ratio in ratios(record).items()}
-    if yardstick:
-        return {**case, yardstick: cost(record, yardstick), **others}
-    cells = {**case, record.target: f"{cost(record)} ± {100 * record.seconds().noise:.0f} %", **others}
-    if shares := record.shares():
-        cells["GB/s"] = f"{(record.bytes_moved or 0) / record.seconds().value / 1e9:.1f}"
-        cells["of the measured bandwidth"] = f"{100 * median(shares).value:.0f} %"
-    return cells
-
-
-def steps_of(run: Run) -> list[Record]:
-    """Whole steps with SGD on the models' shapes."""
-    records = run.find("optimizer step, SGD").values()
-    return [r for r in records if r.case in MODELS and set(BEST_PEERS) & set(r.rounds)]
-
-
-def mean_of(run: Run) -> str:
-    """How many times faster than the reference these are."""
-    ratios = [r.faster_than(REFERENCE).value for r in steps_of(run)]
-    return f"{gmean(ratios):.1f}x" if ratios else NOT_MEASURED
-
-
-def where(run: Run) -> str:
-    """A CPU's threads and name."""
+def where(run: Result) -> str:
     threads = run.machine["threads"]
     return f"{threads} thread{'s' * (threads != '1')} on {run.machine['device']}"
 
 
-def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
+def readme_table(cpu: Result, others: Sequence[Result]) -> str:
     """What stands in the README between the two marks."""
+    elements, costs, peers = cpu.find("elements", STEP), cpu.find("cost", STEP), than_peers(cpu)
     rows = [
         {
-            "shapes, parameters": f"{r.case}, {r.elements / 1e6:.1f}M",
-            "whole step with SGD": cost(r),
-            "faster than the reference": f"{r.faster_than(REFERENCE).value:.1f}x",
-            "than its best peer": f"{r.faster_than_best(BEST_PEERS):.1f}x",
+            "shapes, parameters": f"{case}, {elements.at[case, OURS] / 1e6:.1f}M",
+            "whole step with SGD": costs.at[case, OURS],
+            "faster than the reference": f"{faster:.1f}x",
+            "than its best peer": f"{peers[case]:.1f}x" if case in peers else NOT_MEASURED,
         }
-        for r in steps_of(cpu)
+        for case, faster in sgd_step(cpu).items()
     ]
     rows.append({"shapes, parameters": "geometric mean", "faster than the reference": f"**{mean_of(cpu)}**"})
     m = cpu.machine
     head = f"{where(cpu)}, {m.get('instruction set', '')}; torch {m['torch']}; {m['date'][:10]}:"
     said = []
-    if iterations := cpu.find(ITERATION).values():
-        ratios = [[r.faster_than(name, SGD_TWICE).value for r in iterations] for name in ("sam_fast", SAM_REFERENCE)]
-        ours, reference = (span(min(its), max(its)) for its in ratios)
+    if not (iterations := cpu.find("ratio", ITERATION)).empty:
+        least, most = (iterations[[OURS, SAM_REFERENCE]].agg(end).map("{:.2f}".format) for end in ("min", "max"))
+        # one number where the two look the same
+        ours, reference = (" to ".join(dict.fromkeys(ends)) for ends in zip(least, most, strict=True))
         said.append(f"A SAM iteration takes {ours} of the time of two of SGD's; the reference's, {reference}.")
     for run in others:
         commit = run.machine["commit"]
@@ -266,50 +250,53 @@ def readme_table(cpu: Run, others: Sequence[Run] = ()) -> str:
     return "\n\n".join([BEGIN, head, table_of(rows), *filter(None, [" ".join(said)]), END])
 
 
-def markdown(cpu: Run, gpus: Sequence[Run] = (), others: Sequence[Run] = ()) -> str:
+def markdown(cpu: Result, gpu: Result | None, others: Sequence[Result]) -> str:
     """docs/benchmarks.md. Everything in it is computed from the saved rounds."""
-    gpu = gpus[0] if gpus else Run({})
-    not_measured = "Not measured: no run with `--device cuda` is in `bench/results/`."
-    blocks = [HEAD, table_of([*judged(ON_THE_CPU, cpu), *judged(ON_A_GPU, gpu)])]
-    blocks += ["## Contenders and their settings", table_of({"name": n, "settings": MAKERS[n][1]} for n in MAKERS)]
+    targets = [*judged(ON_THE_CPU, cpu), *judged(ON_A_GPU, gpu or Result({}))]
+    settings = [{"name": name, "settings": text} for name, (_, text) in MAKERS.items()]
+    blocks = [HEAD, table_of(targets), "## Contenders and their settings", table_of(settings)]
     blocks += ["## On the CPU", f"![Ratios, with their intervals]({PICTURE.as_posix()})", *page_of(cpu)]
     for other in others:
         blocks += [f"## {OTHER} {where(other)}", table_of(judged(ON_THE_CPU, other)), *page_of(other)]
-    return "\n\n".join([*blocks, "## On a GPU", *(page_of(gpu) if gpus else [not_measured])]) + "\n"
+    not_measured = "Not measured: no run with `--device cuda` is in `bench/results/`."
+    return "\n\n".join([*blocks, "## On a GPU", *(page_of(gpu) if gpu else [not_measured])]) + "\n"
 
 
-def page_of(run: Run) -> list[str]:
-    blocks = ["\n".join(f"- {key}: {value}" for key, value in run.machine.items() if key != "kind")]
+def page_of(run: Result) -> list[str]:
+    blocks = ["\n".join(f"- {key}: {value}" for key, value in run.machine.items())]
     ways = {(way, name) for r in run.records for name, way in r.facts.get("timed by", {}).items()}
-    by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False).agg("; ".join)
-    blocks += section("### How each was timed", table_of(by_way.to_dict("records")))
+    if ways:
+        by_way = pd.DataFrame(sorted(ways), columns=["by", "contenders"]).groupby("by", as_index=False)
+        blocks += ["### How each was timed", table_of(by_way.agg("; ".join))]
     for title, (pattern, text) in SECTIONS.items():
-        groups = [group for group in dict.fromkeys(r.group for r in run.records) if re.fullmatch(pattern, group)]
+        groups = [group for group in run.figures["group"].unique() if re.fullmatch(pattern, group)]
         blocks += [f"### {title}", text] if groups else []
         for group in groups:
-            blocks += [f"**{group}**", table_of(map(row, run.find(group).values()))]
-    if run.agreement:
-        found = apart(run)
+            blocks += [f"**{group}**", table_of(cells_of(run, group))]
+    if run.again and len(found := between_runs(run)):
         worst = [{"ratio to reference": name, "apart": f"{100 * x:.1f} %"} for name, x in found.nlargest(10).items()]
         within = f"{(found <= 0.15).sum()} of {len(found)} by at most 15 %. The ten worst:"
-        blocks += ["### Two runs", f"A second run, {run.agreement['date']}: {within}", table_of(worst)]
-    return blocks + section("### Not run", "\n".join(f"- {text}" for text in run.left_out))
+        blocks += ["### Two runs", f"A second run, {run.again.machine['date']}: {within}", table_of(worst)]
+    if run.left_out:
+        blocks += ["### Not run", "\n".join(f"- {text}" for text in run.left_out)]
+    return blocks
 
 
-def draw(run: Run, path: Path) -> None:
+def draw(run: Result, path: Path) -> None:
     """Bars with intervals of what the run has figures for."""
     figure, axes = plt.subplots(len(PANELS), figsize=(9, 3.6 * len(PANELS)), layout="constrained")
     for axis, group in zip(axes, PANELS, strict=True):
-        by_case = {r.case: ratios(r) for r in run.find(group).values() if r.case in MODELS or group == ITERATION}
-        if not by_case:
+        # without contenders that not every case has, the yardstick, and SGD's single iteration
+        ratio = run.find("ratio", group).filter(items=[*MODELS, *NETWORKS], axis="index")
+        ratio = ratio.dropna(axis="columns").drop(columns=[RELATIVE.get(group, OURS), SGD_ONCE], errors="ignore")
+        if ratio.empty:
             axis.set_axis_off()
             continue
         title = f"{group}: " + (f"time over that of {RELATIVE[group]}" if group in RELATIVE else "times faster than")
-        # without names that not every case has, and SGD's single iteration
-        frame = pd.DataFrame(by_case).T.dropna(axis="columns").drop(columns=SGD_ONCE, errors="ignore")
-        value, low, high = (frame.map(lambda e, of=of: getattr(e, of)) for of in Estimate._fields)
-        errors = [[value[n] - low[n], high[n] - value[n]] for n in value]
-        value.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)
+        low, high = (run.find(column, group).reindex_like(ratio) for column in ("low", "high"))
+        errors = [[ratio[name] - low[name], high[name] - ratio[name]] for name in ratio]
+        ratio.plot.bar(ax=axis, yerr=errors, width=0.8, rot=12, fontsize=8, error_kw={"lw": 0.8}, title=title)
+        axis.set_xlabel("")
         axis.axhline(1, color="black", lw=0.8)
         axis.legend(fontsize=7, ncols=3, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,35 +305,24 @@ def draw(run: Run, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="*", type=Path, help="files written by `pytest bench --save`")
-    parser.add_argument("--again", type=Path, help="a second run of the same commit, on a CPU")
-    parser.add_argument("--name", help="of a run on another CPU or with other threads, which has a section of its own")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--root", type=Path, default=ROOT, help="where bench/results, docs and README.md are")
-    arguments = parser.parse_args(argv)
-    root, name = arguments.root, arguments.name
-    for run in map(Run.load, arguments.runs):
-        kind = run.machine["kind"]
-        if root == ROOT and run.machine["selection"] in ("smoke", "rehearsal"):
-            parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
-        if name and (kind != "cpu" or len(arguments.runs) > 1):
-            parser.error("--name takes one run, on a CPU")
-        if arguments.again and kind == "cpu":
-            run.compare(Run.load(arguments.again))
-        run.save(root / "bench" / "results" / (f"{kind}-{name}.json" if name else f"{kind}.json"))
-    cpus, gpus, others = (results(root, names) for names in ("cpu", "cuda", "cpu-*"))
-    if not cpus:
-        parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench`, give its file to bench.report")
+    root = parser.parse_args(argv).root
+    try:
+        cpu, gpu, others = results(root)
+    except KeyError:
+        parser.error(f"there is no {root}/bench/results/cpu.json: run `make bench` and `make bench-report`")
+    runs = filter(None, [cpu, cpu.again, gpu, *others])
+    if root == ROOT and any(run.machine.get("selection") == "smoke" for run in runs):
+        parser.error("a smoke run's or a rehearsal's figures say nothing and are not published, but with --root")
     page, readme = root / "docs" / "benchmarks.md", root / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    made = readme_table(cpu, others)
+    text, found = re.subn(f"{BEGIN}.*{END}", lambda _: made, readme.read_text(), flags=re.DOTALL)
+    if not found:
         parser.error(f"{readme} lacks the marks {BEGIN} and {END}")
-    draw(cpus[0], page.parent / PICTURE)
-    page.write_text(markdown(cpus[0], gpus, others))
-    readme.write_text(before + readme_table(cpus[0], others) + after)
+    draw(cpu, page.parent / PICTURE)
+    page.write_text(markdown(cpu, gpu, others))
+    readme.write_text(text)
     print(f"written: {page}\nwritten: {readme}")
 
 

@@ -1,6 +1,4 @@
-"""Whole training iterations on real networks: what SAM costs over SGD, whose two iterations have the same forward and
-backward passes; and what it costs with fewer passes.
-"""
+"""Whole training iterations on real networks: what SAM costs over SGD, and what it costs with fewer passes."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sam_fast
-from bench.contenders import SHAPES, Problem, backward, copies, make_params, params_of
+from bench.contenders import OURS, SHAPES, Problem, make_params, params_of
 from bench.harness import LAUNCHES, Bench, Case, Contender, Work
 from sam_fast import SAM, disable_running_stats, enable_running_stats
 from sam_fast.reference import ReferenceSAM
@@ -23,8 +21,7 @@ from sam_fast.reference import ReferenceSAM
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 SGD_ONCE, SGD_TWICE, REFERENCE = "SGD", "2 x SGD", "SAM reference"
 ITERATION, PRICE, UNPERTURBED = "training iteration", "iteration, fewer passes", "unperturbed step"
-CYCLE = 4
-"""One of so many iterations perturbs under ``Schedule(every=4)``."""
+CYCLE = 4  # one of so many iterations perturbs under Schedule(every=4)
 ASCENT, EVERY = "ascent=1/4", f"every={CYCLE}"
 
 
@@ -58,8 +55,7 @@ def resnet18() -> nn.Module:
 
 
 def transformer() -> nn.Module:
-    """A small encoder that predicts a token at every place: 3.4M parameters. No dropout: a benchmark must be
-    repeatable."""
+    """A small encoder that predicts a token at every place: 3.4M parameters. No dropout: rounds must be alike."""
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
     return nn.Sequential(nn.Embedding(512, 256), encoder, nn.Linear(256, 512), nn.Flatten(0, 1))
@@ -115,13 +111,13 @@ def scheduled(model: nn.Module, x: Tensor, y: Tensor, schedule: Any = None, asce
 
 CONTENDERS: dict[str, dict[str, tuple[Callable[..., Work], int]]] = {
     ITERATION: {
-        "sam_fast": (perturbed, 1),
+        OURS: (perturbed, 1),
         SGD_ONCE: (plain, 1),
         SGD_TWICE: (plain, 2),
         REFERENCE: (partial(perturbed, sam=ReferenceSAM), 1),
     },
     PRICE: {
-        "sam_fast": (scheduled, CYCLE),
+        OURS: (scheduled, CYCLE),
         ASCENT: (partial(scheduled, ascent=0.25), CYCLE),
         EVERY: (partial(scheduled, schedule=sam_fast.Schedule(every=CYCLE)), CYCLE),
         SGD_ONCE: (plain, CYCLE),
@@ -172,12 +168,12 @@ def iteration(bench: Bench, case: Case) -> None:
 def unperturbed(bench: Bench, case: Case) -> None:
     """first_step and second_step of a step that does not perturb, against the base optimizer alone."""
     problem = Problem(make_params(SHAPES[case.name], device=bench.device))
-    ours = SAM(copies(problem.start), **SGD, schedule=sam_fast.Schedule(start=10**9))
-    base = torch.optim.SGD(copies(problem.start), **SGD, fused=True)
-    runs = {"sam_fast": (ours, lambda: (ours.first_step(), ours.step())), SGD_ONCE: (base, base.step)}
+    ours = SAM(problem.params(), **SGD, schedule=sam_fast.Schedule(start=10**9))
+    base = torch.optim.SGD(problem.params(), **SGD, fused=True)
+    runs = {OURS: (ours, lambda: (ours.first_step(), ours.step())), SGD_ONCE: (base, base.step)}
     contenders = {}
     for name, (optimizer, run) in runs.items():
-        make_gradients = backward(params_of(optimizer), problem.gradients)
+        make_gradients = problem.backward(params_of(optimizer))
         make_gradients()
         run()
         optimizer.zero_grad()

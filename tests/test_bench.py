@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -16,15 +17,15 @@ import torch
 from bench import compare, contenders, harness, report
 from bench.cases import CASES
 from bench.contenders import MAKERS, PEER_FOREACH, PEER_LOOP, REFERENCE, Problem, make_params, params_of
+from bench.figures import figures, median
 from bench.harness import PARTS, Bench, Case, Contender, nothing
 from bench.optimizer import operations_of, optimizer_step
 from bench.processes import import_time
-from bench.records import COPY, Record, Run, median
+from bench.records import COPY, Record, Run
 from sam_fast import backends
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {
-    "kind": "cpu",
     "device": "d",
     "threads": "2",
     "instruction set": "avx2",
@@ -64,8 +65,9 @@ def test_the_median_s_interval_is_the_textbook_s():
 
 def test_ratios_are_taken_within_a_round():
     record = Record("g", "c", "a", {"a": [1.0, 10.0, 2.0], "b": [3.0, 30.0, 6.0]}, 10, 40, [1.0, 10.0, 2.0], 80)
-    assert record.faster_than("b") == median([3.0, 3.0, 3.0])
-    assert record.shares() == [0.5, 0.5, 0.5]
+    a, b = figures(Run({}, [record]), lambda record: record.target).to_dict("records")
+    assert (a["seconds"], a["rate"], a["share"]) == (2.0, 20.0, 0.5)
+    assert (b["seconds"], b["ratio"], b["low"], b["high"]) == (6.0, 3.0, 3.0, 3.0)
 
 
 def test_a_planted_slowdown_of_a_quarter_is_a_regression_and_nothing_else_is(tmp_path, capsys):
@@ -76,16 +78,17 @@ def test_a_planted_slowdown_of_a_quarter_is_a_regression_and_nothing_else_is(tmp
     ):
         run.save(tmp_path / f"{name}.json")
     base, head, same = (str(tmp_path / f"{name}.json") for name in ("base", "head", "same"))
-    assert compare.main([base, same]) == 0
+    assert compare.main(["--base", base, "--head", same]) == 0
     capsys.readouterr()
-    assert compare.main([base, head]) == 1
+    assert compare.main(["--base", base, "--head", head]) == 1
     blamed = [line for line in capsys.readouterr().out.splitlines() if "REGRESSION" in line]
     assert len(blamed) == 1
     assert blamed[0].startswith("first_step, SGD | resnet50")
-    assert compare.main([head, base]) == 0  # faster is no regression
-    run = Run.load(Path(base))
-    run.compare(Run.load(Path(same)))
-    assert 0 < max(run.agreement["apart"].values()) < 0.1
+    assert compare.main(["--base", head, "--head", base]) == 0  # faster is no regression
+    assert compare.main(["--base", base, same, "--head", head, head]) == 1
+    apart = compare.apart(Run.load(Path(base)), Run.load(Path(same)))
+    assert list(apart.index) == ["first_step, SGD, resnet50", "optimizer step, SGD, resnet50"]
+    assert 0 < apart.min() <= apart.max() < 0.1
 
 
 def test_noise_alone_is_no_regression():
@@ -94,31 +97,13 @@ def test_noise_alone_is_no_regression():
     assert compare.REGRESSION not in set(found["verdict"])
 
 
-def test_what_is_compared_is_built_without_the_cuda_kernels_from_a_tree_or_a_commit(tmp_path, monkeypatch):
-    (tmp_path / "source").mkdir()
-    (tmp_path / "bench").mkdir()
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(compare, "output", lambda *command: "c" * 40 if "HEAD^{commit}" in command else "")
-    built = []
-
-    def run(command, env, **_):
-        built.append((command[-1], env["SAM_FAST_CUDA"]))
-
-    monkeypatch.setattr(compare.subprocess, "run", run)
-    for version in (str(tmp_path / "source"), "HEAD"):
-        assert (compare.install(version, tmp_path / "site") / "bench").is_dir()
-    assert built == [(str(tmp_path / "source"), "0"), (f"git+{tmp_path.as_uri()}@{'c' * 40}", "0")]
-    with pytest.raises(SystemExit, match="'no-such' is neither a source tree nor a git ref"):
-        compare.install("no-such", tmp_path / "site")
-
-
 def test_a_run_is_saved_and_loaded_unchanged(tmp_path):
     run = run_with()
     run.save(tmp_path / "a.json")
     again = Run.load(tmp_path / "a.json")
     again.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
-    assert again.records[0].seconds().value == pytest.approx(run.records[0].seconds().value, rel=1e-3)
+    assert again.records[0].rounds["sam_fast"] == pytest.approx(run.records[0].rounds["sam_fast"], rel=1e-3)
 
 
 @pytest.mark.parametrize("mistake", ["first_step", "second_step"])
@@ -147,7 +132,7 @@ def test_every_baseline_makes_sam_s_step(name, adaptive):
     problem.check(name, contenders.make(name, problem))
 
 
-def record_at(share: float, group: str, device: str = "cuda") -> Record:
+def record_at(share: float, group: str) -> Record:
     """Whose target moves bytes at this share of the copy's bandwidth."""
     return Record(
         group,
@@ -158,20 +143,15 @@ def record_at(share: float, group: str, device: str = "cuda") -> Record:
         100,
         [1.0] * 9,
         100,
-        {"device": device},
     )
 
 
 def test_what_is_faster_than_a_copy_is_an_error():
     wrong = [record_at(1.11, "second_step, SGD"), record_at(1.4, "first_step, SGD")]
-    right = [
-        record_at(1.09, "second_step, AdamW"),
-        record_at(1.4, "grad_norm, operation"),
-        record_at(1.4, "perturb, operation", "cpu"),
-    ]
-    assert "cuda at 111 % of the copy's bandwidth" in wrong[0].invalid()
-    assert wrong[1].invalid()
-    assert not any(record.invalid() for record in right)
+    right = [record_at(1.09, "second_step, AdamW"), record_at(1.4, "grad_norm, operation")]
+    assert "cuda at 111 % of the copy's bandwidth" in harness.error_in(wrong[0])
+    assert harness.error_in(wrong[1])
+    assert not any(map(harness.error_in, right))
 
 
 def test_a_benchmark_with_a_figure_that_cannot_be_right_fails_and_is_not_kept():
@@ -194,11 +174,21 @@ def test_a_benchmark_with_a_figure_that_cannot_be_right_fails_and_is_not_kept():
     assert len(bench.records) == 1
 
 
+def test_a_cpu_s_cache_may_be_faster_than_a_copy():
+    bench = Bench()
+    bench.cache_bytes, bench.copied = 0, 1 << 20
+    writes = {"sam_fast": Contender({"perturb": nothing})}
+    case = Case(nothing, "operation", "big", seconds=0.0)
+    (record,) = bench.run(case, writes, 1, bytes_moved={"perturb": 1600 * bench.copied})
+    assert harness.error_in(record)
+    assert bench.left_out == []
+
+
 def test_the_figures_of_a_smoke_run_are_no_errors():
     bench = Bench("rehearsal")
     writes = {"sam_fast": Contender({"perturb": nothing})}
     (record,) = bench.run(Case(nothing, "operation", "big"), writes, 1, bytes_moved={"perturb": 1600 * bench.copied})
-    assert record.invalid()
+    assert harness.error_in(record)
     assert bench.left_out == []
 
 
@@ -289,7 +279,7 @@ def test_the_faster_yardstick_of_each_round_counts_and_caches_hold_none_of_it(mo
     moved = bench.copied // 2
     record = bench.run(CASE, {"a": Contender({"": runs["a"]})}, moved // 4, bytes_moved={"": moved})[0]
     assert record.copy_rounds == [1.0, 1.0, 1.0]
-    assert record.shares() == [0.125] * 3
+    assert record.shares("a") == [0.125] * 3
     assert all(order[i - 1] == COPY for i, name in enumerate(order) if name == "a")  # what was flushed with
 
 
@@ -301,7 +291,7 @@ def test_every_case_has_a_name_of_its_own(kind):
 
 
 def test_targets_that_were_not_measured_say_so():
-    rows = report.judged(report.ON_THE_CPU + report.ON_A_GPU, Run(MACHINE))
+    rows = report.judged(report.ON_THE_CPU + report.ON_A_GPU, report.Result(MACHINE))
     assert len(rows) == len(report.ON_THE_CPU) + len(report.ON_A_GPU)
     assert {(row["measured"], row[""]) for row in rows} == {("", report.NOT_MEASURED)}
 
@@ -318,7 +308,7 @@ def test_without_results_or_marks_nothing_is_written_and_the_error_says_what_to_
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
+def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path, monkeypatch):
     """A few cases with tiny shapes, as `make bench` runs them; then everything that bench.report makes of them."""
     saved = tmp_path / "run.json"
     select = "optimizer_step-SGD-efficientnet or (operations and float32 and not adaptive) or unperturbed"
@@ -348,13 +338,17 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert run.machine["selection"] == "smoke"
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main([str(saved), "--root", str(tmp_path)])
-    run.machine["device"] = "an abacus"
-    run.save(saved)
-    report.main([str(saved), "--root", str(tmp_path), "--name", "other"])
-    with pytest.raises(SystemExit):  # the second would replace the first
-        report.main([str(saved), str(saved), "--root", str(tmp_path), "--name", "other"])
-    assert (tmp_path / "bench" / "results" / "cpu-other.json").is_file()
+    results = tmp_path / "bench" / "results"
+    run.save(results / "cpu.json")
+    report.main(["--root", str(tmp_path)])
+    assert f"| geometric mean | **{report.NOT_MEASURED}** |" in (tmp_path / "README.md").read_text()
+    step = next(r for r in run.records if r.group == report.STEP)
+    run.records += [replace(step, case=name) for name in contenders.MODELS if name != step.case]
+    run.save(results / "cpu.json")
+    run.save(results / "cpu-again.json")
+    run.machine |= {"device": "an abacus", "commit": "another"}
+    run.save(results / "cpu-other.json")
+    report.main(["--root", str(tmp_path)])
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
@@ -365,14 +359,22 @@ def test_the_suite_runs_and_its_run_becomes_a_report(tmp_path):
     assert "| efficientnet_b0 " in second
     assert "- device: an abacus" in second
     assert second.startswith(report.where(run))
-    assert re.search(r"threads? on an abacus, the mean of the table is [\d.]+x\.", readme)
+    assert re.search(r"threads? on an abacus \(commit another\), the mean of the table is [\d.]+x\.", readme)
     assert page.count(f"]({report.PICTURE})") == 1
     assert (tmp_path / "docs" / report.PICTURE).is_file()
+    assert page.count(": every ratio to the reference within 15 % | 0 %, most: ") == 1
+    assert page.count("### Two runs") == 1
+    run.save(results / "cpu-again.json")  # of another commit
+    report.main(["--root", str(tmp_path)])
+    assert "### Two runs" not in (tmp_path / "docs" / "benchmarks.md").read_text()
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):  # not into the project
+        report.main([])
 
 
 def test_readme_and_page_are_made_from_the_saved_results():
     """Nobody edits a figure: run `python -m bench.report` after changing results, README or the report itself."""
-    (cpu,), gpus, others = (report.results(ROOT, names) for names in ("cpu", "cuda", "cpu-*"))
+    cpu, gpu, others = report.results(ROOT)
     assert report.readme_table(cpu, others) in (ROOT / "README.md").read_text()
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(cpu, gpus, others)
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.markdown(cpu, gpu, others)
     assert (ROOT / "docs" / report.PICTURE).is_file()

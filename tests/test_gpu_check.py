@@ -46,7 +46,7 @@ def test_without_a_gpu_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
+def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path, monkeypatch):
     """Where there is no git and no make: gpu-check, and the report of the file that it leaves."""
     command = [
         *REHEARSAL,
@@ -61,16 +61,16 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
         command, cwd=ROOT, env={**ENVIRONMENT, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "cmake: no native module can be built" in done.stdout
+    assert "missing here: cmake, " in done.stdout
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {"cuda.json", "gpu-check.json", "logs/benchmarks.log"}
     (tmp_path / "docs").mkdir()
-    (tmp_path / "bench" / "results").mkdir(parents=True)
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    shutil.copy(tmp_path / "out" / "cuda.json", results)
     shutil.copy(ROOT / "README.md", tmp_path)
-    Run({"kind": "cpu", "device": "d", "threads": "1", "torch": "t", "date": "2026-01-01"}).save(
-        tmp_path / "bench" / "results" / "cpu.json"
-    )
-    report.main([str(tmp_path / "out" / "cuda.json"), "--root", str(tmp_path)])
+    Run({"device": "d", "threads": "1", "torch": "t", "date": "2026-01-01"}).save(results / "cpu.json")
+    report.main(["--root", str(tmp_path)])
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if "| GPU: " in line]
     assert len(rows) == 7
@@ -78,8 +78,9 @@ def test_a_rehearsal_ends_in_a_page_with_every_target_for_gpus(tmp_path):
     assert all(row[1].strip() for row in rows)
     assert "- commit: c0ffee" in page
     assert "events, after a head start" in page
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     with pytest.raises(SystemExit):  # not into the project
-        report.main([str(tmp_path / "out" / "cuda.json")])
+        report.main([])
 
 
 def test_a_run_that_is_killed_keeps_what_was_measured(tmp_path):
@@ -97,9 +98,16 @@ def test_a_run_that_is_killed_keeps_what_was_measured(tmp_path):
         os.kill(pid, signal.SIGKILL)
     process.wait()
     assert 1 <= len(Run.load(saved).records) < 10
-    step = json.loads((tmp_path / "gpu-check.json").read_text())["steps"][0]
-    assert (step["name"], step["state"]) == ("benchmarks", "running")
-    assert ":: passed bench/" in (tmp_path / "logs" / "benchmarks.log").read_text()
+    assert states(tmp_path) == {"benchmarks": "running"}
+    assert " PASSED" in (tmp_path / "logs" / "benchmarks.log").read_text()
+
+
+def steps(folder: Path) -> dict[str, dict[str, str]]:
+    return json.loads((folder / "gpu-check.json").read_text())["steps"]
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {name: step["state"] for name, step in steps(folder).items()}
 
 
 def check_of(tmp_path: Path, only: str, minutes: float = 1.0, commit: str = "c") -> gpu_check.Check:
@@ -121,10 +129,10 @@ def test_a_build_without_the_cuda_module_goes_on_and_is_a_failure(tmp_path, monk
     (tmp_path / "info.json").write_text('{"sam_fast._cuda": "not built: no nvcc"}')
     monkeypatch.setattr(gpu_check, "BUILD_INFO", tmp_path / "info.json")
     monkeypatch.setattr(gpu_check, "BUILD", [sys.executable, "-c", script])
-    monkeypatch.setattr(gpu_check, "TESTS", ["-p", "bench.outcomes", "--no-summary"])
+    monkeypatch.setattr(gpu_check, "SELECTION", ["--no-summary"])
     monkeypatch.setattr(gpu_check, "installed", lambda package: "")
-    monkeypatch.setattr(gpu_check, "GPU_TESTS", [str(tmp_path / "test_one.py")])
-    monkeypatch.setattr(gpu_check, "OTHER_TESTS", [str(tmp_path / "test_two.py")])
+    suites = {"tests": [str(tmp_path / "test_one.py")], "others": [str(tmp_path / "test_two.py")]}
+    monkeypatch.setattr(gpu_check, "TESTS", suites)
     results = tmp_path / "out"
     code = gpu_check.main(
         [
@@ -141,18 +149,12 @@ def test_a_build_without_the_cuda_module_goes_on_and_is_a_failure(tmp_path, monk
         ]
     )
     assert code == 1
-    steps = {step["name"]: step for step in json.loads((results / "gpu-check.json").read_text())["steps"]}
-    assert {name: step["state"] for name, step in steps.items()} == {
-        "build": "failed",
-        "tests": "passed",
-        "others": "failed",
-    }
-    said, *_ = steps["build"]["detail"].splitlines()
-    why = "SAM_FAST_CUDA is auto" if fails else "not built: no nvcc"
-    assert said == f"what follows was run without the CUDA module: {why}"
+    assert states(results) == {"build": "failed", "tests": "passed", "others": "failed"}
+    found = {name: step["detail"].splitlines() for name, step in steps(results).items()}
+    assert found["build"][-1] == "what follows was run without the CUDA module: not built: no nvcc"
     assert (results / "logs" / "build.log").read_text() == "SAM_FAST_CUDA is auto\n" + fails * "SAM_FAST_CUDA is 0\n"
-    assert steps["tests"]["detail"].startswith("1 passed\n")
-    assert steps["others"]["detail"].startswith("1 failed, 1 skipped\n")
+    assert " 1 passed in " in found["tests"][-1]
+    assert " 1 failed, 1 skipped in " in found["others"][-1]
     log = (results / "logs" / "others.log").read_text()
     assert "E   assert 1 == 2" in log
     assert "Skipped: NOT CHECKED" in log
@@ -161,16 +163,12 @@ def test_a_build_without_the_cuda_module_goes_on_and_is_a_failure(tmp_path, monk
 def test_where_nothing_can_be_built_nothing_else_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "BUILD", [sys.executable, "-c", "import sys; sys.exit(3)"])
     assert gpu_check.main(["--device", "rehearsal", "--results", str(tmp_path), "--commit", "c"]) == 1
-    steps = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
-    assert [(step["name"], step["state"]) for step in steps] == [
-        ("build", "failed"),
-        *((name, "not run") for name in list(gpu_check.STEPS)[1:]),
-    ]
-    assert {step["detail"] for step in steps[1:]} == {"the build failed"}
+    assert states(tmp_path) == {**dict.fromkeys(gpu_check.SHARES, "not run"), "build": "failed"}
+    assert {step["detail"] for name, step in steps(tmp_path).items() if name != "build"} == {"was not reached"}
 
 
 def test_steps_end_as_passed_failed_or_not_run_with_the_reason(tmp_path):
-    check = check_of(tmp_path, "build,tests,benchmarks,sanitizers,others")
+    check = check_of(tmp_path, ",".join(gpu_check.SHARES))
     assert check.run("build", [sys.executable, "-c", "print('well')"]).state == "passed"
     bad = check.run("tests", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"])
     assert (bad.state, bad.detail) == ("failed", "why")
@@ -181,13 +179,12 @@ def test_steps_end_as_passed_failed_or_not_run_with_the_reason(tmp_path):
         "racecheck", [sys.executable, "-c", "import subprocess; print('begun'); subprocess.run(['sleep', '60'])"]
     )
     assert slow.state == "failed"
-    assert slow.detail == "stopped after 5 s\nbegun"
+    assert slow.detail == "begun\nstopped after 5 s"
     assert slow.seconds < 30
     check.limit = lambda name: 4.0
     assert check.run("others", [sys.executable, "-c", ""]).detail == "the time was up"
     assert (tmp_path / "logs" / "tests.log").read_text() == "why\n"
-    saved = {step["name"]: step["state"] for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]}
-    assert saved == {
+    assert states(tmp_path) == {
         "build": "passed",
         "tests": "failed",
         "benchmarks": "not run",
@@ -197,20 +194,48 @@ def test_steps_end_as_passed_failed_or_not_run_with_the_reason(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "only", ["build,tests,benchmarks", "sanitizers,others", "build,tests,benchmarks,sanitizers,others"]
-)
+def test_a_suite_that_was_skipped_as_a_whole_was_not_run(tmp_path, monkeypatch):
+    (tmp_path / "test_one.py").write_text("import pytest\n@pytest.mark.skip\ndef test_not(): pass\n")
+    monkeypatch.setattr(gpu_check, "SELECTION", ["--no-summary"])
+    monkeypatch.setattr(gpu_check, "TESTS", {"tests": [str(tmp_path / "test_one.py")]})
+    gpu_check.tests(check_of(tmp_path, "tests"), "tests")
+    assert states(tmp_path) == {"tests": "not run"}
+
+
+@pytest.mark.parametrize("xdist", ["", "3"], ids=["one process", "xdist"])
+def test_a_killed_run_has_written_why_tests_failed_or_were_skipped(tmp_path, monkeypatch, xdist):
+    log = tmp_path / "out" / "logs" / "tests.log"
+    reasons = ["E   assert 1 == 2", "Skipped: NOT CHECKED", "No module named 'no_such_module'"]
+    (tmp_path / "test_bad.py").write_text("import no_such_module\n")
+    (tmp_path / "test_one.py").write_text(
+        "import os, pathlib, pytest, time\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='NOT CHECKED')\n"
+        "def test_not(): pass\n"
+        "def test_last():\n"
+        f"    def missing(): return [why for why in {reasons!r} if why not in pathlib.Path({str(log)!r}).read_text()]\n"
+        "    deadline = time.monotonic() + 40\n"
+        "    while missing() and time.monotonic() < deadline: time.sleep(0.05)\n"
+        f"    os.kill(os.getppid() if {bool(xdist)} else os.getpid(), 9)\n"
+    )
+    monkeypatch.setattr(gpu_check, "TESTS", {"tests": [str(tmp_path)]})
+    monkeypatch.setattr(gpu_check, "SELECTION", ["--no-summary", "--continue-on-collection-errors"])
+    monkeypatch.setattr(gpu_check, "installed", lambda package: xdist if package == "pytest-xdist" else "")
+    gpu_check.tests(check_of(tmp_path / "out", "tests"), "tests")
+    assert states(tmp_path / "out") == {"tests": "failed"}
+    assert [why for why in reasons if why not in log.read_text()] == []
+
+
+@pytest.mark.parametrize("only", ["build,tests,benchmarks", "memcheck,racecheck,others", ",".join(gpu_check.SHARES)])
 def test_limits_never_add_up_to_more_than_there_is(tmp_path, monkeypatch, only):
     now = [1000.0]
     monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
     check = check_of(tmp_path, only, minutes=9)
     for used in (1.0, 0.1):  # of its limit by each step
-        check.waiting = {name: gpu_check.STEPS[name] for name in check.asked}
         now[0], limits = 1000.0, []
         for name in check.asked:
             limits.append(check.limit(name))
             now[0] += used * limits[-1]
-            del check.waiting[name]
         assert sum(limits) <= 540 - gpu_check.SPARE + 1e-6 or used < 1
         assert now[0] <= 1540 - gpu_check.SPARE + 1e-6
         assert min(limits) > 30
@@ -219,33 +244,17 @@ def test_limits_never_add_up_to_more_than_there_is(tmp_path, monkeypatch, only):
 def test_the_second_call_keeps_what_the_first_found(tmp_path):
     check_of(tmp_path, "build").run("build", [sys.executable, "-c", ""])
     check_of(tmp_path, "others").run("others", [sys.executable, "-c", ""])
-    assert [step["name"] for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]] == [
-        "build",
-        "others",
-    ]
+    assert states(tmp_path) == {"build": "passed", "others": "passed"}
     check_of(tmp_path, "tests", commit="another").run("tests", [sys.executable, "-c", ""])
-    assert [step["name"] for step in json.loads((tmp_path / "gpu-check.json").read_text())["steps"]] == ["tests"]
+    assert states(tmp_path) == {"tests": "passed"}
 
 
-def test_all_that_is_missing_is_said_at_once_with_what_follows(monkeypatch):
-    assert not [line for line in gpu_check.missing_here() if line.startswith("pytest")]
+def test_all_that_is_missing_is_said_at_once(monkeypatch):
+    assert "pytest" not in gpu_check.missing_here()
     monkeypatch.setattr(gpu_check, "find", lambda program: None)
     monkeypatch.setattr(gpu_check, "installed", lambda package: "76.1.0" if package == "setuptools" else "")
-    missing = gpu_check.missing_here()
-    wanted = [
-        "setuptools 77 or newer",
-        "cmake",
-        "nvcc",
-        "compute-sanitizer",
-        "pybind11",
-        "pytest",
-        "pytest-benchmark",
-        "pytest-xdist",
-        "hypothesis",
-    ]
-    assert [line.partition(":")[0] for line in missing] == [*wanted, "pytorch_optimizer"]
-    assert "left out of the peers" in missing[-1]
+    assert gpu_check.missing_here() == [*gpu_check.PROGRAMS, *gpu_check.PACKAGES, "setuptools 77 or newer"]
 
 
 def test_no_more_than_eight_files():
-    assert len({"gpu-check.json", "cuda.json", *(f"{step}.log" for step in gpu_check.STEPS)}) <= 8
+    assert len({"gpu-check.json", "cuda.json", *(f"{step}.log" for step in gpu_check.SHARES)}) <= 8

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
+from bench.figures import Estimate, median
 from bench.quality import plan
 from bench.quality.contenders import CONTENDERS, TITLES
 from bench.quality.pictures import cost_picture, price_picture, save, tuning_picture
 from bench.quality.tasks import SUBJECTS, TASKS
 from bench.quality.timing import TIMES
-from bench.records import ROOT, Estimate, median
+from bench.records import ROOT
 from bench.report import table
 
 PAGE, PICTURES = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
