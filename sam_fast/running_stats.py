@@ -310,11 +310,17 @@ def _untrained(
                 yield (index, name), tensor
 
 
-def note_untrained(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> Untrained:
-    """What :func:`warn_of_changed` compares with."""
+def note_untrained(
+    models: Iterable[Any], param_groups: Iterable[dict[str, Any]], extra_buffers: ExtraBuffers
+) -> Untrained:
+    """What :func:`warn_of_changed` compares with, without what ``extra_buffers`` names: that is put back."""
+    models = list(models)
+    extra = _find_extra(models, check_extra_buffers(extra_buffers), every_pattern=False) if extra_buffers else {}
+    named = {id(getattr(module, name)) for module, names in extra.items() for name in names}
     return {
         key: (tensor._version, tensor.data_ptr(), None if isinstance(tensor, nn.Parameter) else tensor.detach().clone())
         for key, tensor in _untrained(models, param_groups)
+        if id(tensor) not in named
     }
 
 

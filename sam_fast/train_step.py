@@ -170,8 +170,7 @@ class TrainStep:
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
             models = [self.model, *others]
             with sam.second_pass(models, self.extra_buffers):
-                looks = looks and not self.extra_buffers
-                before = note_untrained(models, sam.param_groups) if looks else {}
+                before = note_untrained(models, sam.param_groups, self.extra_buffers) if looks else {}
                 second = self._pass(batch, rows, self.micro_batches, True)
                 if looks:
                     warn_of_changed(before, models, sam.param_groups, stacklevel=3)

@@ -320,6 +320,19 @@ def test_buffers_that_both_passes_change_are_warned_of_once() -> None:
     assert model[2].pointer == 1
 
 
+def test_a_target_network_is_warned_of_where_other_buffers_are_named() -> None:
+    model, target = nn.Sequential(nn.Linear(2, 2), Queue()), nn.Linear(2, 2).requires_grad_(False)
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        target.weight.lerp_(model[0].weight.detach(), 0.1)
+        return (model(x) - target(x)).square().mean()
+
+    step = TrainStep(model, SAM(model.parameters(), lr=0.1), loss_fn, extra_buffers=("keys", "pointer"))
+    with pytest.warns(RuntimeWarning, match="does not train, weight; the") as caught:
+        step(torch.randn(4, 2))
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_an_embedding_that_shortens_its_weights_is_not_warned_of(frozen: bool) -> None:
     """A frozen one becomes the same in both passes; a trained one is put back like any weight."""
