@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from .backends.memory import is_plain
@@ -284,40 +285,78 @@ class PlainTensors(_ByName):
         vars(self._module())[name] = value
 
 
-OtherWeights = dict[tuple[int, str], tuple[int, int]]
-"""By the position of the model and the name: the version and the address, which writing changes."""
+Untrained = dict[tuple[int, str], tuple[int, int, Tensor | None]]
+"""By the position of the model and the name: the version and the address, which writing changes. For a buffer a copy,
+too: DDP writes the same values again in every pass.
+"""
 
 
-def other_weights(models: Iterable[Any], param_groups: Iterable[dict[str, Any]]) -> OtherWeights:
-    """Weights that are not trained, such as a target network's. Running statistics are left out, and so are those of an
-    ``Embedding(max_norm=)``: it shortens them in every pass, whatever the others are.
+def _untrained(
+    models: Iterable[Any], param_groups: Iterable[dict[str, Any]]
+) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    """Weights that are not trained, such as a target network's, and buffers, such as a queue. Running statistics are
+    left out, and so are the weights of an ``Embedding(max_norm=)``: it shortens them in every pass, whatever the others
+    are.
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
     embeddings = [m for model in modules for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     ignored = {id(m._parameters.get("weight")) for m in embeddings if m.max_norm is not None}  # .weight may compute one
     ignored |= {id(p) for group in param_groups for p in group["params"] if p.requires_grad}
+    for index, module in enumerate(modules):
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if id(tensor) in ignored or is_statistic(name.rpartition(".")[2]) or not is_plain(tensor):
+                continue
+            if not tensor.is_inference() and (tensor.is_floating_point() or not isinstance(tensor, nn.Parameter)):
+                yield (index, name), tensor
+
+
+def note_untrained(
+    models: Iterable[Any], param_groups: Iterable[dict[str, Any]], extra_buffers: ExtraBuffers
+) -> Untrained:
+    """What :func:`warn_of_changed` compares with, without what ``extra_buffers`` names: that is put back."""
+    models = list(models)
+    extra = _find_extra(models, check_extra_buffers(extra_buffers), every_pattern=False) if extra_buffers else {}
+    named = {id(getattr(module, name)) for module, names in extra.items() for name in names}
     return {
-        (index, name): (p._version, p.data_ptr())
-        for index, module in enumerate(modules)
-        for name, p in module.named_parameters()
-        if not (id(p) in ignored or is_statistic(name.rpartition(".")[2]))
-        and (is_plain(p) and p.is_floating_point() and not p.is_inference())
+        key: (tensor._version, tensor.data_ptr(), None if isinstance(tensor, nn.Parameter) else tensor.detach().clone())
+        for key, tensor in _untrained(models, param_groups)
+        if id(tensor) not in named
     }
 
 
-def warn_of_changed(before: OtherWeights, after: OtherWeights, stacklevel: int) -> None:
-    """Warn if the second pass has changed weights that are not trained, as the first one does."""
-    changed = [key[1] for key, state in after.items() if before.get(key, state) != state]
-    if changed:
-        others = f" and {len(changed) - 1} more" if changed[1:] else ""
+def warn_of_changed(
+    before: Untrained, models: Iterable[Any], param_groups: Iterable[dict[str, Any]], stacklevel: int
+) -> None:
+    """Warn if the second pass has changed weights that are not trained, or buffers, as the first one does."""
+    weights, buffers = [], []
+    for key, tensor in _untrained(models, param_groups):
+        version, address, copy = before.get(key, (tensor._version, tensor.data_ptr(), None))
+        if (version, address) == (tensor._version, tensor.data_ptr()):
+            continue
+        if copy is None:
+            weights.append(key[1])
+        elif not torch.equal(tensor, copy):
+            buffers.append(key[1])
+    if weights:
         warnings.warn(
-            f"both passes of SAM change weights that the optimizer does not train, {changed[0]}{others}; the second "
+            f"both passes of SAM change weights that the optimizer does not train, {first_of(weights)}; the second "
             "does so while the others are w + e. Update a target network or an average of the weights once, after the "
             "step: in Lightning in on_train_batch_end, in Transformers in on_step_end. If they do not depend on the "
             "others, name them in extra_buffers: the second pass then leaves them as they were",
             RuntimeWarning,
             stacklevel=stacklevel,
         )
+    if buffers:
+        warnings.warn(
+            f"both passes of SAM change buffers, {first_of(buffers)}, and so they change twice in each step. Name them "
+            "in extra_buffers: the second pass then leaves them as they were",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def first_of(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
 
 
 def owners_of(module: nn.Module, extra: frozenset[str]) -> list[Any]:

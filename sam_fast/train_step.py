@@ -24,7 +24,7 @@ from .closures import accelerate_accumulates
 from .gradients import are_new
 from .options import check_at_least_zero, check_count, check_flag, check_loss_fn
 from .passes import learns_graph
-from .running_stats import ExtraBuffers, check_models, other_weights, warn_of_changed
+from .running_stats import ExtraBuffers, check_models, note_untrained, warn_of_changed
 from .storage.fsdp import forget_gathered_weights, has_fsdp1
 from .unwrapping import unwrap
 
@@ -170,11 +170,10 @@ class TrainStep:
             others = refers_to(self.loss_fn)[0] if first is not None else ()  # such as a GAN's other half
             models = [self.model, *others]
             with sam.second_pass(models, self.extra_buffers):
-                looks = looks and not self.extra_buffers
-                before = other_weights(models, sam.param_groups) if looks else {}
+                before = note_untrained(models, sam.param_groups, self.extra_buffers) if looks else {}
                 second = self._pass(batch, rows, self.micro_batches, True)
                 if looks:
-                    warn_of_changed(before, other_weights(models, sam.param_groups), stacklevel=3)
+                    warn_of_changed(before, models, sam.param_groups, stacklevel=3)
             if next(sam._gradients(), None) is None:
                 self._warn_of_other_parameters()  # as after load_state_dict(assign=True) in mid-training
             grad_norm = without_scale(sam.grad_norm, self.scaler) if sam.perturbed else None

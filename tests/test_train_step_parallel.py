@@ -127,6 +127,31 @@ def test_without_synchronisation_each_process_perturbs_along_its_own_gradient(tw
     torch.testing.assert_close(found[0], each_its_own(2), **TOLERANCE)
 
 
+def after_an_epoch_of_unequal_length(counts_set: bool) -> list[Tensor]:
+    model = parallel("ddp")
+    optimizer = SAM(model.parameters(), rho=RHO, schedule=Schedule(every=2), lr=0.05)
+    step = TrainStep(model, optimizer, loss_of)
+    with model.join():
+        for batch in batches(4 - distributed.get_rank()):
+            step(*my_share(batch))
+    if counts_set:
+        taken = torch.tensor(optimizer.param_groups[0]["sam_step"])
+        distributed.all_reduce(taken, distributed.ReduceOp.MAX)
+        for group in optimizer.param_groups:
+            group["sam_step"] = int(taken)
+    for batch in batches(4):
+        step(*my_share(batch))
+    return weights(model)
+
+
+def test_a_schedule_after_join_needs_the_same_count_on_all_ranks(two: Group) -> None:
+    """As docs/distributed.md says. Without it the first pass of one process meets the only pass of the other."""
+    first, second = two.run(after_an_epoch_of_unequal_length, True)
+    assert same_bits(first, second)
+    first, second = two.run(after_an_epoch_of_unequal_length, False)
+    assert not same_bits(first, second)
+
+
 def warned_of(before: bool) -> bool:
     """Whether the first step warns of an optimizer that was made before ``fully_shard``, which replaces parameters."""
     model = network()

@@ -15,7 +15,7 @@ from ..backends.memory import is_plain
 from ..batches import every_row, number_of_rows, versions_of, warn_of_written, with_own_containers
 from ..devices import devices_of
 from ..random_state import RandomState
-from ..running_stats import ExtraBuffers, other_weights, warn_of_changed
+from ..running_stats import ExtraBuffers, note_untrained, warn_of_changed
 from ..sam import SAM
 from ..train_step import accumulating, stride_of
 
@@ -52,7 +52,7 @@ class Window:
         self.extra_buffers = extra_buffers
         self.forwards: list[Forward] = []
         self._looked = False  # whether the first pass writes into its batch
-        self._looked_again = bool(extra_buffers)  # whether the second one writes into weights that are not trained
+        self._looked_again = False  # whether the second one changes what is not trained
 
     def first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``forward(*args, **kwargs)`` as a part of the first pass and remember it. The caller sets its loss.
@@ -105,7 +105,7 @@ class Window:
         losses, numbers = [], _numbers_of(self.owner, sam)
         lengths = [(collected, len(collected)) for collected in _lists_of(self.owner)]
         with sam.second_pass(model, self.extra_buffers):
-            others = None if self._looked_again else other_weights([model], sam.param_groups)
+            others = None if self._looked_again else note_untrained([model], sam.param_groups, self.extra_buffers)
             try:
                 for number, again in enumerate(forwards, 1):
                     synced = nullcontext() if number == len(forwards) else accumulating(model)
@@ -119,7 +119,7 @@ class Window:
                     del collected[length:]
             if others is not None:
                 self._looked_again = True
-                warn_of_changed(others, other_weights([model], sam.param_groups), stacklevel=4)
+                warn_of_changed(others, [model], sam.param_groups, stacklevel=4)
         firsts = [f.loss for f in forwards]
         self.clear()
         if self.every > 1 or not losses or any(loss is None for loss in losses):
