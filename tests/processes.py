@@ -153,7 +153,10 @@ def _run_script(
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    _kept = runpy.run_path(script, run_name="__main__")
+    sys.stdout.flush()
+    # Without destructors: DDP's waits, holding the GIL, for a thread of gloo's that may be waiting for the GIL.
+    os._exit(0)
 
 
 def _work(rank: int, size: int, store: str, connection: Connection, timeout: float) -> None:
